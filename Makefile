@@ -1,0 +1,88 @@
+# Two environments. .venv: the locked toolchain and the linters, no torch. .venv-test: torch and what
+# the runtime's tests need, no compiler. Every package but torch itself is installed by hash.
+
+PYTHON ?= python3
+# GPU work can run in an environment of your own: make test-gpu PYTHON_GPU=python3
+PYTHON_GPU ?= .venv-test/bin/python
+
+INSTALL = -m pip install --quiet --disable-pip-version-check
+LOCKED = $(INSTALL) --no-deps --require-hashes --only-binary=:all:
+TORCH = torch==2.13.0
+UV = uv==0.13.9
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build-cubins lock-cubins check-cubins test test-gpu lint format lock clean clean-venv
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+build-cubins: .venv/.toolchain ## Build every cubin into artifacts/
+	.venv/bin/python -m build_kernels build
+
+lock-cubins: .venv/.toolchain ## Build, and record the digests in artifacts/artifacts.lock
+	.venv/bin/python -m build_kernels build --update-lock
+
+check-cubins: .venv/.toolchain ## Rebuild from nothing and compare with artifacts/artifacts.lock
+	.venv/bin/python -m build_kernels check
+
+test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
+	.venv/bin/python -m pytest tests/builder tests/kernels
+	.venv-test/bin/python -m pytest tests/runtime tests/oracle tests/gpu
+
+test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
+	$(PYTHON_GPU) -m pytest tests/gpu
+
+lint: .venv/.dev .venv-test/.torch ## Check style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy build_kernels
+	.venv-test/bin/mypy router_runtime
+
+format: .venv/.dev ## Rewrite the sources in the one style
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# A changed lock makes a new environment, so that nothing of the old one stays behind.
+.venv/.toolchain: build_kernels/toolchain.lock
+	$(call new-environment,.venv)
+	.venv/bin/python $(LOCKED) -r $<
+	@touch $@
+
+.venv/.dev: tests/dev.lock .venv/.toolchain
+	.venv/bin/python $(LOCKED) -r $<
+	@touch $@
+
+.venv-test/.locked: tests/runtime.lock
+	$(call new-environment,.venv-test)
+	.venv-test/bin/python $(LOCKED) -r $<
+	@touch $@
+
+# A step of its own, without hashes: which build of torch suits depends on the machine.
+.venv-test/.torch: .venv-test/.locked Makefile
+	.venv-test/bin/python $(INSTALL) $(TORCH)
+	@touch $@
+
+define new-environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "expected Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1);" \
+	         "next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(1)
+endef
+
+LOCK_COMMAND = build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --upgrade --custom-compile-command "make lock"
+
+lock: ## Resolve the *.in files again into the *.lock files
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(INSTALL) $(UV)
+	$(LOCK_COMMAND) --no-emit-package nvidia-cutlass-dsl-libs-cu12 \
+	    build_kernels/toolchain.in -o build_kernels/toolchain.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock tests/dev.in -o tests/dev.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock tests/runtime.in -o tests/runtime.lock
+
+clean: ## Remove what was built
+	rm -rf build dist artifacts/manifest.json artifacts/*.cubin
+
+clean-venv: ## Remove both environments
+	rm -rf .venv .venv-test

@@ -1,0 +1,119 @@
+"""Which kernels exist, for which models and which targets. Data only.
+
+To add a kernel: add its folder under ``kernels/`` and a row to ``KERNELS``. To add a model: add a
+row to ``MODELS``, or pass ``--model-file`` and touch no code at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Language = Literal["cuda", "cutedsl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A router's shape. ``scale`` is the routed scaling factor, a launch argument of the kernels."""
+
+    name: str
+    hidden: int
+    experts: int
+    top_k: int
+    scale: float
+    hash_layers: int
+    vocab: int
+
+    def constants(self) -> dict[str, int | float]:
+        """What a kernel compiled for this model gets as compile-time constants."""
+        return {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
+    for the models it names."""
+
+    name: str
+    constants: Mapping[str, int | float] = field(default_factory=dict)
+    tuned: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A folder of ``kernels/``. ``scores`` kernels get the constants of ``numerics.py``;
+    ``per_model`` kernels are compiled once a model, with the model's own constants."""
+
+    name: str
+    language: Language
+    per_model: bool
+    scores: bool
+    variants: tuple[Variant, ...]
+
+
+MODELS = (
+    Model("dsv4-flash", 4096, 256, 6, 1.5, 3, 129280),
+    Model("dsv4-pro", 7168, 384, 6, 2.5, 3, 129280),
+    Model("dsv41-flash", 5120, 384, 6, 1.5, 0, 129280),
+)
+
+#: What a build makes unless ``--target`` says otherwise.
+DEFAULT_TARGETS = ("sm_90a", "sm_100a", "sm_103a")
+
+#: Everything ``--target`` takes. ``sm_100f`` runs on 10.0, 10.3 and later 10.x.
+TARGETS = (*DEFAULT_TARGETS, "sm_100f")
+
+#: Rows of one length class each: the longest row that a warp, a block or a cluster holds.
+_TOPK_SELECT = (
+    Variant(
+        "row256",
+        {"VALUES_PER_LANE": 8, "WARPS_PER_ROW": 1, "BLOCKS_PER_ROW": 1, "THREADS": 128},
+    ),
+    Variant(
+        "row1024",
+        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 1, "BLOCKS_PER_ROW": 1, "THREADS": 128},
+    ),
+    Variant(
+        "row8192",
+        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 1, "THREADS": 256},
+    ),
+    Variant(
+        "row65536",
+        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
+    ),
+)
+
+_ACTIVATION_TOPK = tuple(
+    Variant(f"experts{capacity}", {"EXPERTS_CAPACITY": capacity, "TOKENS_PER_BLOCK": 4})
+    for capacity in (256, 384, 1024)
+)
+
+KERNELS = (
+    Kernel(
+        name="hash_router",
+        language="cuda",
+        per_model=False,
+        scores=False,
+        variants=(Variant("portable", {"THREADS": 128, "TOKENS_PER_BLOCK": 32}),),
+    ),
+    Kernel("topk_select", "cuda", per_model=False, scores=False, variants=_TOPK_SELECT),
+    Kernel("activation_topk", "cuda", per_model=False, scores=True, variants=_ACTIVATION_TOPK),
+    Kernel(
+        name="dense_router_decode",
+        language="cutedsl",
+        per_model=True,
+        scores=True,
+        variants=(
+            Variant(
+                "portable",
+                {"MAX_TOKENS": 64},
+                tuned={
+                    "dsv4-flash": {"GROUPS": 1, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2},
+                    "dsv4-pro": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2},
+                    "dsv41-flash": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 5, "WARP_M": 2},
+                },
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,242 @@
+"""The command line: ``build-kernels build | check | list | inspect``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from build_kernels import catalog, cubin, lock, publish, toolchain
+from build_kernels.build import build
+from build_kernels.errors import BuildError, unknown
+from build_kernels.plan import PACKAGE, plan, read_model
+from router_runtime.manifest import MANIFEST_NAME, Entry, Manifest
+
+_ROOT = PACKAGE.parent
+#: The checkout's artifacts folder; an installed package has none.
+ARTIFACTS = _ROOT / "artifacts" if (_ROOT / "pyproject.toml").is_file() else None
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+
+class _Group(click.Group):
+    """Prints a BuildError as what it is, an answer to the user, and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BuildError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+def main() -> None:
+    """Compile the DeepSeek-V4 router kernels to cubins. Needs no GPU and no CUDA toolkit."""
+
+
+def _jobs_option(command: _F) -> _F:
+    return click.option(
+        "--jobs",
+        type=click.IntRange(min=1),
+        default=lambda: len(os.sched_getaffinity(0)),
+        show_default="all cores",
+        help="Worker processes.",
+    )(command)
+
+
+@main.command("build")
+@click.option("--target", "targets", multiple=True, help="Only this target; repeatable.")
+@click.option("--model", "models", multiple=True, help="Only this model; repeatable.")
+@click.option("--kernel", "kernels", multiple=True, help="Only this kernel; repeatable.")
+@click.option(
+    "--model-file",
+    "model_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A model of your own, as TOML; repeatable.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to build into.")
+@click.option("--update-lock", is_flag=True, help="Record the digests in artifacts.lock.")
+@_jobs_option
+def build_command(
+    targets: tuple[str, ...],
+    models: tuple[str, ...],
+    kernels: tuple[str, ...],
+    model_files: tuple[Path, ...],
+    out: Path | None,
+    update_lock: bool,
+    jobs: int,
+) -> None:
+    """Build every kernel for every model and target, or a selection into a folder of its own."""
+    partial = bool(targets or models or kernels or model_files)
+    folder = out or ARTIFACTS
+    if folder is None or (partial and _same(folder, ARTIFACTS)):
+        raise BuildError(
+            "expected --out for a build that is not the full one, found none: "
+            "artifacts/ always holds the full plan; next: add --out DIR"
+        )
+    if update_lock and (partial or ARTIFACTS is None):
+        raise BuildError(
+            "expected --update-lock with a full build in a checkout, found a selection or an "
+            "installed package; next: make lock-cubins"
+        )
+    work = plan(
+        targets=targets,
+        models=models,
+        kernels=kernels,
+        extra_models=[read_model(path) for path in model_files],
+    )
+    started = time.monotonic()
+    manifest = build(work, folder, jobs, click.echo)
+    click.echo(_table(manifest.entries))
+    click.echo(
+        f"{len(manifest.entries)} cubins, {sum(entry.size for entry in manifest.entries)} bytes, "
+        f"{time.monotonic() - started:.1f} s, in {folder}"
+    )
+    if update_lock and ARTIFACTS is not None:
+        lock.write(ARTIFACTS / lock.LOCK_NAME, lock.of(manifest))
+
+
+@main.command("check")
+@_jobs_option
+def check_command(jobs: int) -> None:
+    """Rebuild everything from nothing and compare it with artifacts/artifacts.lock."""
+    if ARTIFACTS is None:
+        raise BuildError("expected a checkout with artifacts/artifacts.lock, found a package")
+    recorded = lock.read(ARTIFACTS / lock.LOCK_NAME)
+    with tempfile.TemporaryDirectory(prefix="build-kernels-check-") as folder:
+        manifest = build(plan(), Path(folder), jobs, click.echo)
+    found = lock.differences(recorded, lock.of(manifest))
+    if found:
+        raise BuildError(
+            "expected the build that artifacts.lock records, found:\n  "
+            + "\n  ".join(found)
+            + "\nnext: if the change is meant, make lock-cubins, and commit the lock"
+        )
+    click.echo(f"{len(manifest.entries)} cubins are what artifacts.lock records")
+
+
+@main.command("list")
+def list_command() -> None:
+    """Show models, targets, and every entry of the full plan."""
+    click.echo("models")
+    for model in catalog.MODELS:
+        click.echo(
+            f"  {model.name}: hidden {model.hidden}, experts {model.experts}, top_k {model.top_k}, "
+            f"scale {model.scale}, hash layers {model.hash_layers}, vocab {model.vocab}"
+        )
+    click.echo("targets")
+    for target in catalog.TARGETS:
+        default = target in catalog.DEFAULT_TARGETS
+        click.echo(f"  {target}" + ("" if default else " (only on request)"))
+    click.echo("entries")
+    for job in plan():
+        click.echo(f"  {job.key}")
+
+
+@main.command("inspect")
+@click.argument("entry")
+@click.option("--sass", is_flag=True, help="Print the disassembly too.")
+@click.option(
+    "--artifacts", type=click.Path(path_type=Path), help="Folder to read instead of artifacts/."
+)
+def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
+    """Show what one built ENTRY, such as topk_select/any/sm_90a/row1024, is and uses."""
+    folder = artifacts or ARTIFACTS
+    manifest = publish.current(folder) if folder else None
+    if folder is None or manifest is None:
+        raise BuildError(
+            f"expected a {MANIFEST_NAME} of this version in {folder}, found none; "
+            "next: make build-cubins, or --artifacts DIR"
+        )
+    entries = {item.key: item for item in manifest.entries}
+    if entry not in entries:
+        raise unknown("entry", entry, entries, "next: build-kernels list")
+    chosen = entries[entry]
+    data = publish.verified(folder, chosen.file, chosen.sha256)
+    if data is None:
+        raise BuildError(
+            f"{chosen.file}: expected the cubin that the manifest names, found it altered or "
+            "missing; next: make build-cubins"
+        )
+    facts = cubin.read(data, chosen.file)
+    listing = cubin.sass(data, toolchain.nvdisasm())
+    click.echo(_facts(chosen, manifest, facts.tool))
+    click.echo("instructions")
+    for instruction, count in cubin.census(listing).items():
+        click.echo(f"  {count:6} {instruction}")
+    if sass:
+        click.echo(listing)
+
+
+def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:
+    contract, used = entry.contract, entry.resources
+    grid = ", ".join(
+        str(axis.value)
+        if axis.form == "constant"
+        else f"{axis.form}({axis.argument} / {axis.divisor}) * {axis.value}"
+        for axis in contract.grid
+    )
+    rows = {
+        "entry": entry.key,
+        "file": f"{entry.file}, {entry.size} bytes",
+        "sha256": entry.sha256,
+        "source": entry.source_sha256,
+        "commit's source": manifest.source_sha256,
+        "assembler": tool,
+        "symbol": entry.symbol,
+        "numerics": entry.numerics or "none",
+        "constants": ", ".join(f"{name}={value}" for name, value in entry.constants.items()),
+        "grid": grid,
+        "block": contract.block,
+        "cluster": contract.cluster,
+        "dependent launch": "yes" if contract.programmatic_dependent_launch else "no",
+        "limits": ", ".join(f"{k} {low}..{high}" for k, (low, high) in contract.limits.items()),
+        "registers": used.registers,
+        "spills": f"{used.spill_stores} B stored, {used.spill_loads} B loaded",
+        "local memory": f"{used.local_memory} B a thread",
+        "shared memory": f"{used.static_shared_memory} B static, "
+        f"{contract.dynamic_shared_memory} B dynamic",
+    }
+    lines = [f"{name + ':':18}{value}" for name, value in rows.items()]
+    lines.append("parameters")
+    for parameter, (offset, size) in zip(
+        contract.parameters, contract.parameter_layout(), strict=True
+    ):
+        lines.append(f"  {offset:4} {size:4} {parameter.type:10} {parameter.name}")
+    return "\n".join(lines)
+
+
+def _table(entries: Sequence[Entry]) -> str:
+    head = ("kernel", "model", "target", "variant", "regs", "spills", "shared", "bytes", "digest")
+    rows = [
+        (
+            entry.kernel,
+            entry.model or "any",
+            entry.target,
+            entry.variant,
+            str(entry.resources.registers),
+            str(entry.resources.spill_stores + entry.resources.spill_loads),
+            str(entry.resources.static_shared_memory + entry.contract.dynamic_shared_memory),
+            str(entry.size),
+            entry.sha256[:16],
+        )
+        for entry in entries
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if 4 <= index <= 7 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    )
+
+
+def _same(folder: Path, other: Path | None) -> bool:
+    return other is not None and folder.resolve() == other.resolve()

@@ -1,0 +1,35 @@
+"""CuTe DSL program + target -> cubin bytes. Runs only in a worker process of its own target.
+
+The DSL reads its target from the environment when it is first imported and writes files to the
+working directory, so the worker sets ``CUTE_DSL_ARCH`` before the import and works in a temporary
+directory; see ``worker.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+
+from build_kernels.errors import BuildError
+
+#: The options of ``cute.compile`` besides the target and the request to keep the cubin.
+FLAGS = ("OptLevel(3)",)
+
+
+def compile_cubin(module: str, constants: Mapping[str, int | float], target: str) -> bytes:
+    """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the
+    arguments to trace it with."""
+    if os.environ.get("CUTE_DSL_ARCH") != target:
+        raise BuildError(
+            f"expected a process with CUTE_DSL_ARCH={target}, "
+            f"found {os.environ.get('CUTE_DSL_ARCH')!r}; next: build through build-kernels"
+        )
+    from cutlass import cute
+
+    function, arguments = importlib.import_module(module).program(constants)
+    options = (cute.OptLevel(3), cute.GPUArch(target), cute.KeepCUBIN(True))
+    cubin = cute.compile[options](function, *arguments).__cubin__
+    if not isinstance(cubin, bytes):
+        raise BuildError(f"expected the bytes of a cubin, found {cubin!r}")
+    return cubin

@@ -1,0 +1,56 @@
+"""Launch contract of dense_router_decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
+from build_kernels.numerics import EPILOGUE_VERSION
+from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
+
+
+def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
+    """A geometry for a model that the catalog does not tune."""
+    names = ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK", "MAX_TOKENS")
+    return Geometry.search(*(int(constants[name]) for name in names)).constants()
+
+
+def contract(constants: Mapping[str, int | float]) -> Contract:
+    g = Geometry.of(constants)
+    return Contract(
+        parameters=(
+            Parameter("hidden_states", "ptr:bf16"),
+            Parameter("packed_weight", "ptr:bf16"),
+            Parameter("bias", "ptr:f32"),
+            Parameter("weights_out", "ptr:f32"),
+            Parameter("ids_out", "ptr:i32"),
+            Parameter("workspace", "ptr:u32"),
+            Parameter("tokens", "i32"),
+            Parameter("row_stride", "i64"),
+            Parameter("scale", "f32"),
+            Parameter("renormalize", "i32"),
+        ),
+        grid=(GridAxis("constant", g.blocks), GridAxis("constant"), GridAxis("constant")),
+        block=(g.threads, 1, 1),
+        cluster=(g.cluster_e * g.cluster_k, 1, 1),
+        dynamic_shared_memory=g.shared_bytes,
+        programmatic_dependent_launch=True,
+        workspace_bytes=g.workspace_bytes,
+        repacks=(
+            # The A fragments of mma.m16n8k16: of a 16 x 16 tile, lane 4 r + q holds the pairs
+            # (row r | r + 8) x (columns 2 q | 2 q + 8), columns outermost.
+            Repack(
+                parameter="packed_weight",
+                argument="weight",
+                rows=g.padded_experts,
+                shape=(g.padded_experts // MMA_M, 2, 8, g.hidden // MMA_K, 2, 4, 2),
+                order=(0, 3, 2, 5, 4, 1, 6),
+            ),
+        ),
+        limits={"tokens": (1, g.max_tokens)},
+    )
+
+
+def numerics(constants: Mapping[str, int | float]) -> str:
+    """What decides the bits of a logit, and of what follows: MMA family, chunk, epilogue."""
+    return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"

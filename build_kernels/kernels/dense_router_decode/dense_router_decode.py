@@ -1,0 +1,610 @@
+"""dense_router_decode: the whole dense router for a few tokens, in one launch (CuTe DSL).
+
+Mathematics: steps 1 to 7 of the router; the reduction order is the canonical one, so a token's
+result does not depend on its neighbours, its row or their number.
+
+How it runs. A launch is a few clusters (geometry.py). A warp keeps one slab of the hidden dimension
+of a few expert tiles in registers: with all warps of all blocks, every weight is requested once, 16
+bytes a lane, before the wait on the previous kernel. Then
+
+1. the block's slice of the hidden states arrives by bulk copies, one a token; blocks that need the
+   same slice share the copies (multicast), since a cluster's inlet is what bounds this step;
+2. each warp multiplies: experts are the rows of the MMA, tokens its columns, k ascending, one
+   accumulator a chunk;
+3. the partial sums of a token go to one block of the cluster, which adds the chunks in ascending
+   order, scores the logits and forms the keys;
+4. keys and scores of a token go to its owner, one block of the cluster, where one warp selects;
+5. with several clusters, each leaves its k candidates in the workspace, then takes a ticket for the
+   token; the last one merges. It may see its ticket before the others' candidates, which are under
+   way by then: it reads until none is missing. Candidates and ticket are zero before and after every
+   launch. No block waits for one that may not have started, so launches can overlap in any way.
+
+Steps 3 and 4 cross blocks asynchronously; an mbarrier of the receiver counts the bytes. A few tokens'
+partial sums go as they are (8-byte stores, least latency), those of many as one bulk copy a token
+(such stores leave a multiprocessor at about one a cycle). A block leaves only after everything sent
+to it has arrived and everything it sent has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_ptr
+
+from build_kernels.kernels.common import ptx, scoring, selection
+from build_kernels.kernels.dense_router_decode.geometry import (
+    LANES,
+    MMA_K,
+    MMA_M,
+    MMA_N,
+    PASS_TOKENS,
+    Geometry,
+)
+
+#: (token, expert) items that a thread scores at a time, for their latencies to overlap.
+ITEMS = 2
+
+
+class DenseRouterDecode:
+    def __init__(self, geometry: Geometry) -> None:
+        self.g = geometry
+
+    @cute.jit
+    def __call__(
+        self,
+        hidden_states: cute.Pointer,
+        packed_weight: cute.Pointer,
+        bias: cute.Pointer,
+        weights_out: cute.Pointer,
+        ids_out: cute.Pointer,
+        workspace: cute.Pointer,
+        tokens: Int32,
+        row_stride: Int64,
+        scale: Float32,
+        renormalize: Int32,
+    ) -> None:
+        g = self.g
+        self.dense_router_decode(
+            hidden_states,
+            packed_weight,
+            bias,
+            weights_out,
+            ids_out,
+            workspace,
+            tokens,
+            row_stride,
+            scale,
+            renormalize,
+        ).launch(
+            grid=(g.blocks, 1, 1),
+            block=(g.threads, 1, 1),
+            cluster=(g.cluster_e * g.cluster_k, 1, 1),
+            smem=g.shared_bytes,
+            use_pdl=True,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def dense_router_decode(
+        self,
+        hidden_states: cute.Pointer,
+        packed_weight: cute.Pointer,
+        bias: cute.Pointer,
+        weights_out: cute.Pointer,
+        ids_out: cute.Pointer,
+        workspace: cute.Pointer,
+        tokens: Int32,
+        row_stride: Int64,
+        scale: Float32,
+        renormalize: Int32,
+    ) -> None:
+        g = self.g
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(ptx.quotient(thread, LANES))
+        lane = ptx.remainder(thread, LANES)
+        block = cute.arch.block_idx()[0]
+        rank = ptx.remainder(block, g.cluster_e * g.cluster_k)
+        group = ptx.quotient(block, g.cluster_e * g.cluster_k)
+        part_e = ptx.remainder(rank, g.cluster_e)
+        part_k = ptx.quotient(rank, g.cluster_e)
+        own_slab = ptx.quotient(warp, g.m_tiles // g.warp_m)
+        slab = part_k * g.block_slabs + own_slab
+        m_tile = ptx.remainder(warp, g.m_tiles // g.warp_m) * g.warp_m
+        first_expert = (group * g.cluster_e + part_e) * g.block_experts
+
+        shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
+        rows = Int32(shared)
+        partials = rows + g.hidden_bytes
+        key_rows = partials + g.partial_bytes
+        biases = key_rows + g.key_bytes
+        partials_full = biases + g.bias_bytes
+        keys_full = partials_full + 8
+        rows_full = keys_full + 8
+
+        # Tokens whose partial sums come here, and tokens that this block owns.
+        slots_k = ptx.quotient(tokens + (g.cluster_k - 1) - part_k, g.cluster_k)
+        slots = ptx.quotient(slots_k + (g.cluster_e - 1) - part_e, g.cluster_e)
+
+        cute.arch.griddepcontrol_launch_dependents()
+
+        # --- Before the wait on the previous kernel: only what the router owns. ---
+        if thread == 0:
+            ptx.barrier_init(partials_full, 1)
+            ptx.barrier_init(keys_full, 1)
+            for turn in cutlass.range_constexpr(g.passes):
+                ptx.barrier_init(rows_full + turn * 8, 1)
+            ptx.barrier_init_fence()
+            own_hidden = ptx.min_s32(Int32(g.block_hidden), g.hidden - part_k * g.block_hidden)
+            for turn in cutlass.range_constexpr(g.passes):
+                expected = ptx.min_s32(tokens - turn * PASS_TOKENS, Int32(PASS_TOKENS))
+                if expected > 0:
+                    ptx.barrier_expect(rows_full + turn * 8, expected * own_hidden * 2)
+            ptx.barrier_expect(partials_full, slots_k * (g.chunks * g.block_experts * 4))
+            if cutlass.const_expr(g.cluster_e > 1):
+                ptx.barrier_expect(keys_full, slots * (g.group_experts * 8))
+        # Relaxed, and before the loads: a release would wait for every load in flight.
+        cute.arch.cluster_arrive_relaxed()
+        weights = self.request_weights(
+            packed_weight, ptx.quotient(first_expert, MMA_M) + m_tile, slab, lane
+        )
+        for i in cutlass.range_constexpr(-(-g.block_experts // g.threads)):
+            expert = thread + i * g.threads
+            if expert < g.block_experts:
+                value = Float32(0.0)
+                if first_expert + expert < g.experts:
+                    value = ptx.load_global_f32(bias.toint() + Int64(first_expert + expert) * 4)
+                ptx.store_shared_f32(biases + expert * 4, value)
+        if cutlass.const_expr(g.group_experts < g.lane_keys * LANES):
+            self.clear_key_padding(key_rows, thread)
+        cute.arch.sync_threads()
+        cute.arch.cluster_wait()
+
+        cute.arch.griddepcontrol_wait()
+
+        # --- 1. hidden states -> shared memory ---
+        if lane == 0:
+            self.request_rows(hidden_states, rows, rows_full, part_k, part_e, tokens, row_stride, warp)
+
+        # --- 2. multiply, and 3. hand the partial sums to the block that adds them ---
+        slab_rows = rows + own_slab * (g.slab * 2)
+        steps_left = g.hidden_steps - slab * g.slab_steps
+        if tokens <= MMA_N:
+            ptx.barrier_wait(rows_full)
+            if slab < g.slabs:
+                sums = self.multiply(weights, slab_rows, Int32(0), 1, steps_left, lane)
+                self.send(sums, partials, partials_full, slab, m_tile, part_e, tokens, lane)
+        elif tokens <= 2 * MMA_N:
+            ptx.barrier_wait(rows_full)
+            sums = self.multiply(weights, slab_rows, Int32(0), 2, steps_left, lane)
+            # A barrier: the staged sums of a token take the place of its hidden states.
+            cute.arch.sync_threads()
+            self.stage(sums, rows, own_slab, m_tile, Int32(0), lane)
+            self.send_staged(
+                rows, partials, partials_full, part_k, part_e, Int32(0), tokens, warp, lane
+            )
+        else:
+            for turn in range(ptx.quotient(tokens + (PASS_TOKENS - 1), PASS_TOKENS)):
+                first_token = turn * PASS_TOKENS
+                ptx.barrier_wait(rows_full + turn * 8)
+                sums = self.multiply(
+                    weights, slab_rows, first_token, PASS_TOKENS // MMA_N, steps_left, lane
+                )
+                cute.arch.sync_threads()
+                self.stage(sums, rows, own_slab, m_tile, first_token, lane)
+                self.send_staged(
+                    rows, partials, partials_full, part_k, part_e, first_token, tokens, warp, lane
+                )
+        if slots_k > 0:
+            ptx.barrier_wait(partials_full)
+        # The peers may leave once everybody has what they staged; awaited at the end.
+        cute.arch.cluster_arrive_relaxed()
+
+        # --- 3. add the chunks in ascending order, score, and 4. hand over to the token's owner ---
+        items = slots_k * g.block_experts
+        for first in range(thread, items, ITEMS * g.threads):
+            self.score(
+                [first + i * g.threads for i in range(ITEMS)],
+                items,
+                partials,
+                biases,
+                key_rows,
+                keys_full,
+                first_expert,
+                part_k,
+                part_e,
+            )
+        if cutlass.const_expr(g.cluster_e > 1):
+            if slots > 0:
+                ptx.barrier_wait(keys_full)
+        else:
+            cute.arch.sync_threads()
+
+        # --- 4. select: one warp a token ---
+        for slot in range(warp, slots, g.warps):
+            token = (slot * g.cluster_e + part_e) * g.cluster_k + part_k
+            row = key_rows + slot * g.key_row_bytes + lane * 8
+            pairs = [
+                ptx.load_shared_v2(row + position * (LANES * 8)) for position in range(g.lane_keys)
+            ]
+            first = group * g.group_experts + lane * g.lane_keys
+            ranks = selection.top_of_warp(
+                [pair[0] for pair in pairs],
+                [
+                    [pair[1] for pair in pairs],
+                    [first + position for position in range(g.lane_keys)],
+                ],
+                g.top_k,
+                lane,
+            )
+            if cutlass.const_expr(g.groups == 1):
+                self.store(ranks, weights_out, ids_out, token, scale, renormalize, lane)
+            else:
+                self.merge(
+                    ranks, workspace, weights_out, ids_out, token, group, scale, renormalize, lane
+                )
+        cute.arch.cluster_wait()
+
+    def request_weights(
+        self, packed_weight: cute.Pointer, m_tile: Int32, slab: Int32, lane: Int32
+    ) -> list[list[list[Int32]]]:
+        """Start loading this warp's A fragments, [m-tile][step][register].
+
+        The recipe in contract.py lays them out as the lanes read them: a k16 step of an m-tile is 32
+        lanes x 16 bytes, the steps follow each other.
+        """
+        g = self.g
+        step = slab * g.slab_steps
+        fragments = []
+        for tile in range(g.warp_m):
+            first = (Int64(m_tile + tile) * g.hidden_steps + step) * LANES + lane
+            steps = []
+            for i in range(g.slab_steps):
+                # A short last slab reads its last step again; multiply skips it.
+                inside = g.hidden % g.slab == 0
+                offset = Int32(i) if inside else ptx.min_s32(Int32(i), g.hidden_steps - 1 - step)
+                address = packed_weight.toint() + (first + offset * LANES) * 16
+                steps.append(ptx.load_weight_v4(address))
+            fragments.append(steps)
+        return fragments
+
+    def key_place(self, column: Int32) -> Int32:
+        """Offset of a column in a key row: a lane's keys are 32 apart, so that lanes never collide."""
+        g = self.g
+        lane = ptx.quotient(column, g.lane_keys)
+        return (ptx.remainder(column, g.lane_keys) * LANES + lane) * 8
+
+    @cute.jit
+    def clear_key_padding(self, key_rows: Int32, thread: Int32) -> None:
+        """Columns past the group's experts hold key 0: no candidate."""
+        g = self.g
+        padding = g.lane_keys * LANES - g.group_experts
+        for item in range(thread, g.slots * padding, g.threads):
+            column = g.group_experts + ptx.remainder(item, padding)
+            row = key_rows + ptx.quotient(item, padding) * g.key_row_bytes
+            ptx.store_shared_v2(row + self.key_place(column), Int32(0), Int32(0))
+
+    @cute.jit
+    def request_rows(
+        self,
+        hidden_states: cute.Pointer,
+        rows: Int32,
+        rows_full: Int32,
+        part_k: Int32,
+        part_e: Int32,
+        tokens: Int32,
+        row_stride: Int64,
+        warp: Int32,
+    ) -> None:
+        """Copy a slice of the tokens to shared memory, shared out among the blocks that need it.
+
+        One lane of every warp asks: the copies of one warp would be issued one after the other.
+        """
+        g = self.g
+        first = part_k * g.block_hidden
+        size = ptx.min_s32(Int32(g.block_hidden), g.hidden - first) * 2
+        for token in range(part_e + warp * g.cluster_e, tokens, g.warps * g.cluster_e):
+            source = hidden_states.toint() + (Int64(token) * row_stride + first) * 2
+            target = rows + token * g.row_bytes
+            barrier = rows_full + ptx.quotient(token, PASS_TOKENS) * 8
+            if cutlass.const_expr(g.cluster_e > 1):
+                peers = Int32((1 << g.cluster_e) - 1) << (part_k * g.cluster_e)
+                ptx.copy_bulk_multicast(target, source, size, barrier, peers)
+            else:
+                ptx.copy_bulk(target, source, size, barrier)
+
+    @cute.jit
+    def send(
+        self,
+        sums: list[list[list[list[Float32]]]],
+        partials: Int32,
+        partials_full: Int32,
+        slab: Int32,
+        m_tile: Int32,
+        part_e: Int32,
+        tokens: Int32,
+        lane: Int32,
+    ) -> None:
+        """Store one token tile's accumulators where the chunks are added.
+
+        A lane holds the experts lane / 4 and lane / 4 + 8 of two neighbouring tokens; the two experts
+        of a token become neighbours in memory.
+        """
+        g = self.g
+        place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
+        for column in cutlass.range_constexpr(2):
+            token = (lane & 3) * 2 + column
+            slot = ptx.quotient(token, g.cluster_k)
+            owner = ptx.remainder(token, g.cluster_k) * g.cluster_e + part_e
+            barrier = ptx.map_shared(partials_full, owner)
+            for part in cutlass.range_constexpr(g.slab_chunks):
+                chunk = slab * g.slab_chunks + part
+                target = partials + ((slot * g.chunks + chunk) * g.block_experts + place) * 4
+                remote = ptx.map_shared(target, owner)
+                if token < tokens and chunk < g.chunks:
+                    for m in cutlass.range_constexpr(g.warp_m):
+                        ptx.store_remote_v2(
+                            remote + m * (MMA_M * 4),
+                            barrier,
+                            ptx.bits(sums[m][part][0][column]),
+                            ptx.bits(sums[m][part][0][column + 2]),
+                        )
+
+    @cute.jit
+    def stage(
+        self,
+        sums: list[list[list[list[Float32]]]],
+        rows: Int32,
+        own_slab: Int32,
+        m_tile: Int32,
+        first_token: Int32,
+        lane: Int32,
+    ) -> None:
+        """Store accumulators in the order of ``partials`` over the hidden states of their tokens.
+
+        Every warp has read those hidden states by now: a barrier precedes the call.
+        """
+        g = self.g
+        place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
+        row = rows + (first_token + (lane & 3) * 2) * g.row_bytes
+        for tile in cutlass.range_constexpr(len(sums[0][0])):
+            for column in cutlass.range_constexpr(2):
+                for part in cutlass.range_constexpr(g.slab_chunks):
+                    chunk = own_slab * g.slab_chunks + part
+                    target = row + (chunk * g.block_experts + place) * 4
+                    for m in cutlass.range_constexpr(g.warp_m):
+                        ptx.store_shared_v2(
+                            target + ((tile * MMA_N + column) * g.row_bytes + m * (MMA_M * 4)),
+                            ptx.bits(sums[m][part][tile][column]),
+                            ptx.bits(sums[m][part][tile][column + 2]),
+                        )
+
+    @cute.jit
+    def send_staged(
+        self,
+        rows: Int32,
+        partials: Int32,
+        partials_full: Int32,
+        part_k: Int32,
+        part_e: Int32,
+        first_token: Int32,
+        tokens: Int32,
+        warp: Int32,
+        lane: Int32,
+    ) -> None:
+        """Copy what the block staged in one pass, token by token, to where its chunks are added."""
+        g = self.g
+        ptx.fence_async_shared()
+        cute.arch.sync_threads()
+        first = part_k * (g.block_slabs * g.slab_chunks)
+        count = ptx.min_s32(Int32(g.block_slabs * g.slab_chunks), g.chunks - first)
+        last = ptx.min_s32(tokens, first_token + PASS_TOKENS)
+        if lane == 0:
+            for token in range(first_token + warp, last, g.warps):
+                slot = ptx.quotient(token, g.cluster_k)
+                owner = ptx.remainder(token, g.cluster_k) * g.cluster_e + part_e
+                target = partials + (slot * g.chunks + first) * (g.block_experts * 4)
+                ptx.copy_bulk_to_peer(
+                    ptx.map_shared(target, owner),
+                    rows + token * g.row_bytes,
+                    count * (g.block_experts * 4),
+                    ptx.map_shared(partials_full, owner),
+                )
+
+    @cute.jit
+    def score(
+        self,
+        chosen: list[Int32],
+        items: Int32,
+        partials: Int32,
+        biases: Int32,
+        key_rows: Int32,
+        keys_full: Int32,
+        first_expert: Int32,
+        part_k: Int32,
+        part_e: Int32,
+    ) -> None:
+        """Add the chunks of a few (slot, expert) items, score them, hand key and score over."""
+        g = self.g
+        slots, experts, logits = [], [], []
+        for item in chosen:
+            inside = ptx.min_s32(item, items - 1)
+            slot = ptx.quotient(inside, g.block_experts)
+            place = ptx.remainder(inside, g.block_experts)
+            start = partials + (slot * (g.chunks * g.block_experts) + place) * 4
+            logits.append(
+                [
+                    ptx.load_shared_f32(start + chunk * (g.block_experts * 4))
+                    for chunk in range(g.chunks)
+                ]
+            )
+            slots.append(slot)
+            # Undo the order that the accumulators gave the experts of an MMA tile.
+            experts.append((place & -MMA_M) | (place & 1) << 3 | (place & 15) >> 1)
+        added_biases = [ptx.load_shared_f32(biases + expert * 4) for expert in experts]
+        for item, slot, expert, terms, bias in zip(
+            chosen, slots, experts, logits, added_biases, strict=True
+        ):
+            logit = terms[0]
+            for term in terms[1:]:
+                logit = ptx.add_rn(logit, term)
+            score = scoring.score(logit)
+            real = ptx.less(first_expert + expert, Int32(g.experts))
+            key = ptx.select(real, scoring.ordered_key(logit, score, bias), Int32(0))
+            column = part_e * g.block_experts + expert
+            target = (
+                key_rows + ptx.quotient(slot, g.cluster_e) * g.key_row_bytes + self.key_place(column)
+            )
+            owner = part_k * g.cluster_e + ptx.remainder(slot, g.cluster_e)
+            if item < items:
+                if cutlass.const_expr(g.cluster_e > 1):
+                    ptx.store_remote_v2(
+                        ptx.map_shared(target, owner),
+                        ptx.map_shared(keys_full, owner),
+                        key,
+                        ptx.bits(score),
+                    )
+                else:
+                    ptx.store_shared_v2(target, key, ptx.bits(score))
+
+    def multiply(
+        self,
+        weights: list[list[list[Int32]]],
+        rows: Int32,
+        first_token: Int32,
+        n_tiles: int,
+        steps_left: Int32,
+        lane: Int32,
+    ) -> list[list[list[list[Float32]]]]:
+        """This warp's partial sums: [m-tile][chunk][token tile][accumulator register]."""
+        g = self.g
+        sums = [
+            [[[Float32(0.0)] * 4 for _ in range(n_tiles)] for _ in range(g.slab_chunks)]
+            for _ in range(g.warp_m)
+        ]
+        # ldmatrix: lanes 0-7 address the tokens' first 8 elements of two steps, 8-15 the next 8, ...
+        row = rows + (first_token + (lane & 7)) * g.row_bytes + ptx.quotient(lane, 8) * 16
+
+        def request(step: int) -> list[list[Int32]]:
+            return [
+                ptx.ldmatrix_x4(row + (tile * MMA_N * g.row_bytes + step * (MMA_K * 2)))
+                for tile in range(n_tiles)
+            ]
+
+        # The order of issue is the order here: the next loads first, and neighbours that do not
+        # depend on each other, since a chain's next MMA would wait for some 35 cycles.
+        ahead = request(0)
+        for step in range(g.slab_steps):
+            if step % 2 == 0:
+                fragments = ahead
+                if step + 2 < g.slab_steps:
+                    ahead = request(step + 2)
+            chunk = step // (g.k_chunk // MMA_K)
+            for tile in range(n_tiles):
+                for m in range(g.warp_m):
+                    before = sums[m][chunk][tile]
+                    b = fragments[tile][step % 2 * 2 : step % 2 * 2 + 2]
+                    after = ptx.mma_m16n8k16(before, weights[m][step], b)
+                    if g.hidden % g.slab:
+                        inside = ptx.less(Int32(step), steps_left)
+                        after = [
+                            ptx.select(inside, new, old)
+                            for new, old in zip(after, before, strict=True)
+                        ]
+                    sums[m][chunk][tile] = after
+        return sums
+
+    @cute.jit
+    def store(
+        self,
+        ranks: list[list[Int32]],
+        weights_out: cute.Pointer,
+        ids_out: cute.Pointer,
+        token: Int32,
+        scale: Float32,
+        renormalize: Int32,
+        lane: Int32,
+    ) -> None:
+        g = self.g
+        scores = [ptx.from_bits(rank[1]) for rank in ranks]
+        own = ptx.from_bits(selection.own_rank([rank[1] for rank in ranks], lane))
+        weight = selection.weight(scores, own, scale, renormalize)
+        expert = selection.own_rank([rank[2] for rank in ranks], lane)
+        if lane < g.top_k:
+            place = (Int64(token) * g.top_k + lane) * 4
+            ptx.store_global_b32(weights_out.toint() + place, ptx.bits(weight))
+            ptx.store_global_b32(ids_out.toint() + place, expert)
+
+    @cute.jit
+    def merge(
+        self,
+        ranks: list[list[Int32]],
+        workspace: cute.Pointer,
+        weights_out: cute.Pointer,
+        ids_out: cute.Pointer,
+        token: Int32,
+        group: Int32,
+        scale: Float32,
+        renormalize: Int32,
+        lane: Int32,
+    ) -> None:
+        """Leave this group's candidates; the group that comes last merges all of them.
+
+        A record is two 64-bit words, (id, key) and (1, score): neither is ever zero, so a record that
+        has arrived shows it.
+        """
+        g = self.g
+        count = g.groups * g.top_k
+        ticket = workspace.toint() + Int64(token) * 4
+        records = workspace.toint() + g.ticket_bytes + Int64(token) * (count * 16)
+        if lane < g.top_k:
+            key, score, expert = (
+                selection.own_rank([rank[i] for rank in ranks], lane) for i in range(3)
+            )
+            ptx.store_record(
+                records + Int64(group * g.top_k + lane) * 16, [expert, key, Int32(1), score]
+            )
+        cute.arch.sync_warp()
+        arrived = Int32(0)
+        if lane == 0:
+            arrived = ptx.atomic_add_relaxed(ticket, Int32(1))
+        arrived = ptx.broadcast(arrived, Int32(0))
+        if arrived == g.groups - 1:
+            # Candidate number = group * top_k + rank: for equal keys that is the order of the ids.
+            keys, scores, experts = [], [], []
+            for position in cutlass.range_constexpr(-(-count // LANES)):
+                number = lane * -(-count // LANES) + position
+                key, score, expert = Int32(0), Int32(0), Int32(0)
+                if number < count:
+                    address = records + Int64(number) * 16
+                    expert, key, valid, score = ptx.load_record(address)
+                    while key == 0 or valid == 0:
+                        expert, key, valid, score = ptx.load_record(address)
+                    ptx.store_record(address, [Int32(0)] * 4)
+                keys.append(key)
+                scores.append(score)
+                experts.append(expert)
+            if lane == 0:
+                ptx.store_global_b32(ticket, Int32(0))
+            cute.arch.sync_warp()
+            merged = selection.top_of_warp(keys, [scores, experts], g.top_k, lane)
+            self.store(merged, weights_out, ids_out, token, scale, renormalize, lane)
+
+
+def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
+    """The host function and placeholder arguments to compile it with."""
+    gmem = cute.AddressSpace.gmem
+    arguments = (
+        make_ptr(BFloat16, 0, gmem, assumed_align=16),
+        make_ptr(BFloat16, 0, gmem, assumed_align=16),
+        make_ptr(Float32, 0, gmem, assumed_align=4),
+        make_ptr(Float32, 0, gmem, assumed_align=4),
+        make_ptr(Int32, 0, gmem, assumed_align=4),
+        make_ptr(Int32, 0, gmem, assumed_align=16),
+        Int32(1),
+        Int64(1),
+        Float32(1.0),
+        Int32(1),
+    )
+    return DenseRouterDecode(Geometry.of(constants)), arguments

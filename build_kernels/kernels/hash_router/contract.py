@@ -1,0 +1,31 @@
+"""Launch contract of hash_router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router_runtime.manifest import Contract, GridAxis, Parameter
+
+
+def contract(constants: Mapping[str, int | float]) -> Contract:
+    return Contract(
+        parameters=(
+            Parameter("token_ids_i32", "ptr:i32"),
+            Parameter("token_ids_i64", "ptr:i64"),
+            Parameter("table", "ptr:i32"),
+            Parameter("weights_out", "ptr:f32"),
+            Parameter("ids_out", "ptr:i32"),
+            Parameter("tokens", "i32"),
+            Parameter("vocab", "i32"),
+            Parameter("top_k", "i32"),
+            Parameter("sentinel", "i32"),
+        ),
+        grid=(
+            GridAxis("ceil", argument="tokens", divisor=int(constants["TOKENS_PER_BLOCK"])),
+            GridAxis("constant"),
+            GridAxis("constant"),
+        ),
+        block=(int(constants["THREADS"]), 1, 1),
+        programmatic_dependent_launch=True,
+        limits={"tokens": (1, 2**31 - 1), "top_k": (1, 32)},
+    )

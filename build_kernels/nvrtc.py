@@ -1,0 +1,87 @@
+"""CUDA C++ source + headers + constants + target -> cubin bytes, by NVRTC. A pure function.
+
+NVRTC sees the program under a fixed name and the project's headers in memory, so the output does
+not depend on where the source lies. Only the CUDA headers are read from disk, from locked packages.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from build_kernels.errors import BuildError
+
+#: Everything but the target, the constants and the include directories. Rounding is spelled out:
+#: no contraction (kernels write ``__fmaf_rn`` where they want one), no flushing, IEEE division and
+#: square root. A warning is an error.
+FLAGS = (
+    "--std=c++17",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--device-as-default-execution-space",
+    "--warning-as-error=all-warnings",
+)
+
+
+def compile_cubin(
+    name: str,
+    source: str,
+    headers: Mapping[str, str],
+    constants: Mapping[str, int | float],
+    target: str,
+    include_directories: Sequence[Path],
+) -> bytes:
+    """Compile ``source``, the program called ``name``, for a real architecture such as sm_90a.
+    ``headers`` maps what an ``#include`` says to the text it gets."""
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={target}", *FLAGS]
+    options += [f"--include-path={directory}" for directory in include_directories]
+    options += [f"--define-macro={key}={literal(value)}" for key, value in constants.items()]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            source.encode(),
+            f"{name}.cu".encode(),
+            len(headers),
+            [text.encode() for text in headers.values()],
+            [include.encode() for include in headers],
+        )
+    )
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
+        size = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        buffer = bytearray(size)
+        _checked(nvrtc.nvrtcGetProgramLog(program, buffer))
+        log = bytes(buffer).rstrip(b"\0").decode(errors="replace").strip()
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or log:
+            raise BuildError(
+                f"expected {name}.cu to compile for {target} without a word, found:\n"
+                f"{log or status.name}\nnext: correct the source and run the command again"
+            )
+        size = _checked(nvrtc.nvrtcGetCUBINSize(program))
+        buffer = bytearray(size)
+        _checked(nvrtc.nvrtcGetCUBIN(program, buffer))
+        return bytes(buffer)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def literal(value: int | float) -> str:
+    """A C++ literal of exactly this value: an int in decimal, a float as single precision in hex."""
+    if isinstance(value, int):
+        return str(value) if value < 2**31 else f"{value}u" if value < 2**32 else f"{value}ull"
+    (single,) = struct.unpack("<f", struct.pack("<f", value))
+    return f"{single.hex()}f"
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The value of a cuda-python call, which returns (status, value...)."""
+    if result[0] != 0:
+        raise BuildError(f"expected NVRTC to succeed, found {result[0].name}")
+    return result[1] if len(result) > 1 else None

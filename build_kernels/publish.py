@@ -1,0 +1,128 @@
+"""Puts finished artifacts into their folder so that a reader never sees half of them.
+
+Order: cubins first, each written beside its place, synced and renamed; then the manifest, by one
+``os.replace``; then cubins that the new manifest does not name are removed. A build killed at any
+point leaves a manifest whose files are all there. File names carry the content's digest, so new
+cubins never replace different old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from build_kernels.errors import BuildError
+from router_runtime.manifest import MANIFEST_NAME, Manifest, ManifestError, dumps, loads
+
+#: What this project's cubins are called; pruning touches nothing else in the folder.
+_OURS = re.compile(r"[A-Za-z0-9_.-]+-sm_[0-9]+[af]?-[A-Za-z0-9_.-]+-[0-9a-f]{16}\.cubin")
+_TEMPORARY = re.compile(r"\.publish-.*\.tmp")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and keep other builds out of it. A folder that was made for a
+    build that published nothing is removed again."""
+    made = _make(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(
+                f"expected to be the only build in {folder}, found another one at work there; "
+                "next: wait for it to end, or build with another --out"
+            ) from None
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def current(folder: Path) -> Manifest | None:
+    """The manifest that lies in the folder, None if there is none that this version reads."""
+    try:
+        return loads((folder / MANIFEST_NAME).read_bytes())
+    except (FileNotFoundError, ManifestError):
+        return None
+
+
+def verified(folder: Path, file: str, sha256: str) -> bytes | None:
+    """The bytes of an artifact if they are there and have this digest."""
+    try:
+        data = (folder / file).read_bytes()
+    except FileNotFoundError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def publish(folder: Path, manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
+    """Write a build into its folder (which the caller has locked). ``cubins``: file name -> bytes."""
+    text = dumps(manifest)
+    _prune(folder, _TEMPORARY, ())
+    for name, data in sorted(cubins.items()):
+        _write(folder, name, data)
+    _sync(folder)
+    _write(folder, MANIFEST_NAME, text)
+    _sync(folder)
+    _prune(folder, _OURS, cubins)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace one file at once, with mode 0644 whatever the umask."""
+    _write(path.parent, path.name, data)
+    _sync(path.parent)
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=".publish-", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(folder: Path, pattern: re.Pattern[str], keep: Mapping[str, bytes] | tuple[()]) -> None:
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.name not in keep:
+            path.unlink()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Create a folder and its parents with mode 0755; the ones created, innermost first."""
+    missing = []
+    path = folder.absolute()
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if not path.is_dir():
+        raise BuildError(f"expected {path} to be a folder, found a file; next: another --out")
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
+    return missing

@@ -1,0 +1,91 @@
+"""The locked toolchain: what it is, where it lies, and the check that nothing else compiles.
+
+``toolchain.lock`` names every package that can affect a byte of a cubin, with hashes that pip
+checked when it installed them. A build starts with ``check``; so does every worker process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from build_kernels import cutedsl, nvrtc
+from build_kernels.errors import BuildError
+from router_runtime.manifest import Toolchain
+
+LOCK = Path(__file__).with_name("toolchain.lock")
+
+_PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+?)(?:\s*\\)?")
+_REMEDY = "next: make clean-venv && make build-cubins"
+
+
+def locked(text: str) -> dict[str, str]:
+    """Package -> version of a lock file's text."""
+    packages = {}
+    for line in text.splitlines():
+        if line and not line.startswith((" ", "#")):
+            match = _PINNED.fullmatch(line.rstrip())
+            if match is None:
+                raise BuildError(
+                    f"{LOCK.name}: expected 'package==version \\', found {line!r}; "
+                    "next: restore the file, or make lock"
+                )
+            packages[match[1]] = match[2]
+    return packages
+
+
+def check() -> Toolchain:
+    """The installed toolchain as the manifest records it. Raises BuildError if it is not exactly
+    the locked one."""
+    expected = locked(LOCK.read_text(encoding="ascii"))
+    installed = _installed()
+    wrong = [
+        f"  {name}: expected {version}, found {installed.get(name, 'none')}"
+        for name, version in sorted(expected.items())
+        if installed.get(name) != version
+    ]
+    # A second set of CuTe DSL libraries would be preferred over, or mixed with, the locked ones.
+    wrong += [
+        f"  {name}: expected none, found {version}"
+        for name, version in sorted(installed.items())
+        if name.startswith("nvidia-cutlass-dsl") and name not in expected
+    ]
+    if wrong:
+        raise BuildError(
+            f"the installed toolchain is not the one of {LOCK.name}:\n"
+            + "\n".join(wrong)
+            + f"\n{_REMEDY}"
+        )
+    return Toolchain(
+        packages=expected, flags={"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS}
+    )
+
+
+def nvdisasm() -> Path:
+    """The disassembler of the locked ``nvidia-cuda-nvdisasm`` package."""
+    return _packaged("nvidia-cuda-nvdisasm", "bin/nvdisasm")
+
+
+def include_directories() -> tuple[Path, Path]:
+    """The CUDA headers and CCCL, from the locked packages."""
+    runtime = _packaged("nvidia-cuda-runtime", "include/cuda_runtime.h").parent
+    return runtime, _packaged("nvidia-cuda-cccl", "cuda/std/cstdint").parents[2]
+
+
+def _installed() -> Mapping[str, str]:
+    return {
+        re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+        if distribution.metadata["Name"]
+    }
+
+
+@cache
+def _packaged(package: str, suffix: str) -> Path:
+    for file in importlib.metadata.files(package) or ():
+        if file.as_posix().endswith("/" + suffix):
+            return Path(str(file.locate()))
+    raise BuildError(f"expected {suffix} in the package {package}, found none; {_REMEDY}")

@@ -1,0 +1,76 @@
+"""Prebuilt DeepSeek-V4 MoE router kernels for torch. Nothing is compiled at run time.
+
+Names are imported on first use: ``import router_runtime`` itself needs neither torch nor a driver,
+so that the builder can read ``router_runtime.manifest`` in an environment that has neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router_runtime.errors import (
+        ArtifactError,
+        DriverError,
+        InputError,
+        ResolutionError,
+        RouterRuntimeError,
+    )
+    from router_runtime.ops import (
+        activation_topk,
+        dense_router,
+        get_router,
+        hash_router,
+        register_router,
+        topk_select,
+        unregister_router,
+    )
+    from router_runtime.router import Router, RouterConfig, warmup_router_compilation
+
+_HOME = {
+    "ArtifactError": "errors",
+    "DriverError": "errors",
+    "InputError": "errors",
+    "ResolutionError": "errors",
+    "Router": "router",
+    "RouterConfig": "router",
+    "RouterRuntimeError": "errors",
+    "activation_topk": "ops",
+    "dense_router": "ops",
+    "get_router": "ops",
+    "hash_router": "ops",
+    "register_router": "ops",
+    "topk_select": "ops",
+    "unregister_router": "ops",
+    "warmup_router_compilation": "router",
+}
+
+__all__ = [
+    "ArtifactError",
+    "DriverError",
+    "InputError",
+    "ResolutionError",
+    "Router",
+    "RouterConfig",
+    "RouterRuntimeError",
+    "activation_topk",
+    "dense_router",
+    "get_router",
+    "hash_router",
+    "register_router",
+    "topk_select",
+    "unregister_router",
+    "warmup_router_compilation",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,136 @@
+"""What a call or a configuration may contain: one refusal each, shared by every op.
+
+Those for tensors run on every call, so each is a handful of attribute reads; messages are built
+only on failure.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from router_runtime.errors import InputError, explain
+
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
+MAX_SCALE = 1e18
+MAX_ROW_LENGTH = 65536
+
+#: The dense kernels read rows in 16-byte pieces.
+_ALIGNMENT = 16
+
+
+def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) -> int:
+    """Refuse anything but bf16 ``[tokens, hidden_size]`` on the router's device, without grad.
+
+    Returns the number of tokens.
+    """
+    shape = tensor.shape
+    if (
+        tensor.dtype is not torch.bfloat16
+        or len(shape) != 2
+        or shape[1] != hidden_size
+        or tensor.device != device
+    ):
+        raise wrong_tensor(
+            "hidden_states",
+            f"torch.bfloat16 [tokens, {hidden_size}] on {device}",
+            tensor,
+        )
+    if tensor.requires_grad:
+        refuse_grad("hidden_states", tensor)
+    return shape[0]
+
+
+def check_token_ids(tensor: Tensor, device: torch.device) -> int:
+    """Refuse anything but int32 or int64 ``[tokens]`` on the router's device.
+
+    Returns the number of tokens.
+    """
+    dtype, shape = tensor.dtype, tensor.shape
+    if (
+        (dtype is not torch.int64 and dtype is not torch.int32)
+        or len(shape) != 1
+        or tensor.device != device
+    ):
+        raise wrong_tensor("token_ids", f"torch.int32 or torch.int64 [tokens] on {device}", tensor)
+    return shape[0]
+
+
+def check_scores(scores: Tensor) -> None:
+    """Refuse anything but fp32 ``[rows, columns]`` without grad."""
+    if scores.dtype is not torch.float32 or scores.dim() != 2:
+        raise wrong_tensor("scores", "torch.float32 [rows, columns]", scores)
+    refuse_grad("scores", scores)
+
+
+def check_logits(logits: Tensor, bias: Tensor) -> None:
+    """Refuse anything but fp32 ``[tokens, experts]`` and ``[experts]`` on one device, without
+    grad.
+    """
+    if logits.dtype is not torch.float32 or logits.dim() != 2:
+        raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
+    if (
+        bias.dtype is not torch.float32
+        or bias.dim() != 1
+        or bias.shape[0] != logits.shape[1]
+        or bias.device != logits.device
+    ):
+        expected = f"torch.float32 [{logits.shape[1]}] on {logits.device}"
+        raise wrong_tensor("bias", expected, bias)
+    refuse_grad("logits", logits)
+    refuse_grad("bias", bias)
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not an integer of [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise wrong_value(name, f"an integer from {low} to {high}", value)
+
+
+def check_scale(name: str, value: object) -> None:
+    """Refuse a scale of the weights that is not a finite number of [0, 1e18]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SCALE:
+        raise wrong_value(name, f"a number from 0 to {MAX_SCALE:g}", value)
+
+
+def refuse_grad(name: str, tensor: Tensor) -> None:
+    """Refuse a gradient: no op has a backward, and silently cutting a graph would be wrong."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            explain(
+                name,
+                expected="a tensor that needs no gradient",
+                found="requires_grad=True in grad mode",
+                remedy="call under torch.no_grad() or torch.inference_mode(), or detach it",
+            )
+        )
+
+
+def readable_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """bf16 rows that the dense kernels can read: ``(tensor, address, row stride)``.
+
+    ``tensor`` itself if the elements of a row are adjacent and every row starts at a multiple of 16
+    bytes, else a contiguous copy.
+    """
+    address = tensor.data_ptr()
+    row_stride, stride = tensor.stride()
+    if stride == 1 and not (address | row_stride * 2) % _ALIGNMENT:
+        return tensor, address, row_stride
+    copy = tensor.clone(memory_format=torch.contiguous_format)
+    return copy, copy.data_ptr(), copy.shape[1]
+
+
+def wrong_tensor(name: str, expected: str, tensor: Tensor) -> InputError:
+    """The error for a tensor of the wrong kind."""
+    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    return InputError(
+        explain(name, expected=expected, found=found, remedy="convert, reshape or move it")
+    )
+
+
+def wrong_value(name: str, expected: object, found: object) -> InputError:
+    """The error for an argument of the wrong value."""
+    return InputError(
+        explain(name, expected=expected, found=repr(found), remedy="correct the argument")
+    )

@@ -1,0 +1,136 @@
+"""What this machine can serve, in words: devices, driver, artifacts, evidence, and every decision.
+
+Useful without a GPU too: then the decisions are shown for the device that each target of the
+manifest was built for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from router_runtime import driver
+from router_runtime.artifacts import EVIDENCE_NAME, find_artifacts, read_cubin, read_manifest
+from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence import load_evidence, status
+from router_runtime.manifest import Entry, Manifest, ManifestError, Target
+from router_runtime.resolve import MINIMUM_DRIVER, DeviceFacts, Request, resolve
+
+#: What the present targets allow a block, for decisions about devices that are not here.
+_SHARED_MEMORY_PER_BLOCK = 227 * 1024
+
+Echo = Callable[[str], None]
+
+
+def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
+    """Print the report. True if the artifacts and, where there is a GPU, its kernels are usable."""
+    echo(f"python      {sys.version.split()[0]}")
+    for package in ("torch", "cuda-bindings"):
+        echo(f"{package:<12}{_version(package)}")
+    devices = dict(_devices(echo))
+    try:
+        folder = find_artifacts(artifacts)
+        manifest = read_manifest(folder)
+    except (RouterRuntimeError, ManifestError) as error:
+        echo(f"artifacts   {error}")
+        return False
+    echo(f"artifacts   {folder.resolve()}: {len(manifest.entries)} entries")
+    echo(f"source      {manifest.source_sha256}")
+    packages = sorted(manifest.toolchain.packages.items())
+    echo(f"toolchain   {', '.join(f'{name} {version}' for name, version in packages)}")
+    intact = _check_cubins(manifest, folder, echo)
+    try:
+        evidence = load_evidence(folder / EVIDENCE_NAME)
+    except (RouterRuntimeError, ValueError) as error:
+        echo(f"evidence    {error}")
+        return False
+
+    def standing(entry: Entry) -> str:
+        return status(entry, manifest, evidence)
+
+    counts = dict.fromkeys(("verified", "source-verified", "unproven"), 0)
+    for entry in manifest.entries:
+        counts[standing(entry)] += 1
+    echo(f"evidence    {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    served = True
+    for name, facts in (devices or _imagined(manifest)).items():
+        echo("")
+        echo(f"{name}: {facts}")
+        for request in requests(manifest):
+            resolution = resolve(request, facts, manifest, standing)
+            if resolution.choice is None:
+                served = served and not devices
+                echo(f" {request}: nothing serves it")
+            else:
+                echo(f" {request}: {resolution.choice.key}")
+            echo(resolution.trace())
+    return intact and served
+
+
+def requests(manifest: Manifest) -> Iterator[Request]:
+    """One request for each kernel and model of the manifest, and for each range that only some
+    variants of it serve.
+    """
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in manifest.entries:
+        groups.setdefault((entry.kernel, entry.model or ""), []).append(entry)
+    for (kernel, model), entries in sorted(groups.items()):
+        constants = {
+            name: entries[0].constants[name]
+            for name in ("HIDDEN", "EXPERTS", "TOP_K")
+            if model and name in entries[0].constants
+        }
+        ranges = {
+            tuple(sorted((name, high) for name, (_, high) in entry.contract.limits.items()))
+            for entry in entries
+        }
+        for quantities in sorted(ranges):
+            yield Request(kernel, constants, dict(quantities))
+
+
+def _devices(echo: Echo) -> Iterator[tuple[str, DeviceFacts]]:
+    try:
+        version = driver.driver_version()
+        count = driver.device_count()
+    except RouterRuntimeError as error:
+        echo(f"driver      {error}")
+        return
+    needed = f"{MINIMUM_DRIVER // 1000}.{MINIMUM_DRIVER % 1000 // 10}"
+    verdict = "" if version >= MINIMUM_DRIVER else f", too old: CUDA {needed} is needed"
+    echo(f"driver      for CUDA {version // 1000}.{version % 1000 // 10}{verdict}")
+    for index in range(count):
+        yield f"cuda:{index} {driver.device_name(index)}", driver.device_facts(index)
+
+
+def _imagined(manifest: Manifest) -> dict[str, DeviceFacts]:
+    """A device for each target, with the driver it needs."""
+    targets = sorted({entry.target for entry in manifest.entries})
+    return {
+        f"a device for {target}": DeviceFacts(
+            parsed.major, parsed.minor, MINIMUM_DRIVER, 1, _SHARED_MEMORY_PER_BLOCK
+        )
+        for target in targets
+        for parsed in (Target.parse(target),)
+    }
+
+
+def _check_cubins(manifest: Manifest, folder: Path, echo: Echo) -> bool:
+    bad = 0
+    for entry in manifest.entries:
+        try:
+            read_cubin(entry, folder)
+        except RouterRuntimeError as error:
+            bad += 1
+            echo(f"            {error}")
+    echo(f"cubins      {len(manifest.entries) - bad} match their digest, {bad} do not")
+    return not bad
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,28 @@
+"""What the runtime raises, and the one form its messages take: expected, found, next command."""
+
+from __future__ import annotations
+
+
+class RouterRuntimeError(RuntimeError):
+    """The base of every error that the runtime raises on purpose."""
+
+
+class ArtifactError(RouterRuntimeError):
+    """The artifacts folder or one of its files is missing, altered or not what a kernel needs."""
+
+
+class DriverError(RouterRuntimeError):
+    """The NVIDIA driver is missing, too old, or a call to it failed."""
+
+
+class ResolutionError(RouterRuntimeError):
+    """No kernel of the manifest serves the request on this device."""
+
+
+class InputError(RouterRuntimeError, ValueError):
+    """A configuration, a weight, an activation or an argument that is refused."""
+
+
+def explain(what: str, *, expected: object, found: object, remedy: str) -> str:
+    """The text of an error: ``what``, what was expected, what was found, what to do next."""
+    return f"{what}: expected {expected}, found {found}; {remedy}"

@@ -1,0 +1,328 @@
+"""Compare a kernel's outputs with the mathematics, exactly where it is exact.
+
+Nothing here is a fitted tolerance. ``TOLERANCES`` lists the promises of the kernels' numerics, each
+with its reason; from them every score, key and weight gets the interval in which a correct kernel
+must be:
+
+* logits: z64 +- LOGIT * sum |x W| (dense kernels; exact for kernels that are given logits);
+* scores: sqrt(softplus) of both ends, widened by the promised error of the scoring function;
+* keys: both ends plus the bias, rounded to fp32 as the kernel rounds (rounding is monotone);
+* weights: the quotient at the ends that make it smallest and largest, widened by its roundings.
+
+The order of ids is then decided: expert j must stand before expert i if j's lowest possible key is
+above i's highest, or ties with it exactly and j has the lower id, or if both have the same inputs
+(and so the same key, whatever it is) and j has the lower id. Where those rules leave one outcome a
+row is *clear*; the digest of the ids of the clear rows is the same for every correct kernel, and it
+is what evidence records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from router_runtime import spec
+from router_runtime.inputs import Inputs
+from router_runtime.suite import Case
+
+TOLERANCES: Mapping[str, float] = MappingProxyType(
+    {
+        # |z - z64| <= LOGIT * sum |x W|: fp32 accumulation in the canonical chunked order.
+        "LOGIT": 2.0**-20,
+        # Relative error of a score: one fp32 softplus, one square root, their roundings.
+        "SCORE": 4e-7,
+        # Below a logit of -80 the softplus itself nears the subnormals: absolute error of a score.
+        "SCORE_UNDERFLOW": 4e-23,
+        # Relative error of one fp32 rounding.
+        "ROUNDING": 2.0**-24,
+        # Absolute error of one fp32 rounding among the subnormals.
+        "SUBNORMAL": 2.0**-150,
+    }
+)
+_UNDERFLOW_LOGIT = -80.0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Where a correct kernel's value lies: float64 (scores, weights) or fp32 (keys)."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the mathematics says about one case. ``exact`` are the float64 scores; ``same_inputs``
+    labels the experts of a row: equal labels have bit-identical inputs.
+    """
+
+    ids: Tensor
+    clear: Tensor
+    keys: Interval
+    scores: Interval
+    exact: Tensor
+    same_inputs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``problems`` is empty for correct outputs.
+
+    ``worst`` has the worst errors: ``weight`` as a fraction of the allowed one, ``weight_relative``
+    relative to the float64 weight; for kernels that round nothing, ``value_bits``, the number of
+    values with a wrong bit. ``reordered`` counts rows whose ids differ from the oracle's
+    where the bound allows it.
+    """
+
+    problems: tuple[str, ...]
+    rows: int
+    clear: int
+    reordered: int
+    ids_sha256: str
+    worst: Mapping[str, float]
+
+
+def judge(case: Case, inputs: Inputs, values: Tensor, ids: Tensor) -> Verdict:
+    """Judge the two outputs of a kernel: weights (or selected values) and ids, on the CPU."""
+    if case.kernel == "hash_router":
+        return _judge_exact(*_hash_reference(inputs), values, ids)
+    if case.kernel == "topk_select":
+        return _judge_exact(
+            *spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"])), values, ids
+        )
+    reference = refer(case, inputs)
+    problems, reordered = _check_ids(reference, ids)
+    worst = {"weight": 0.0, "weight_relative": 0.0}
+    if not problems:
+        found, worst = _check_weights(reference, inputs, values, ids)
+        problems += found
+    return Verdict(
+        problems=tuple(problems),
+        rows=ids.shape[0],
+        clear=int(reference.clear.sum()),
+        reordered=reordered,
+        ids_sha256=clear_ids_sha256(ids, reference.clear),
+        worst=worst,
+    )
+
+
+def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The oracle's ids and which rows are clear: what evidence is recomputed from."""
+    if case.kernel == "hash_router":
+        ids = _hash_reference(inputs)[1]
+    elif case.kernel == "topk_select":
+        ids = spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"]))[1]
+    else:
+        reference = refer(case, inputs)
+        return reference.ids, reference.clear
+    return ids, torch.ones(ids.shape[0], dtype=torch.bool)
+
+
+def clear_ids_sha256(ids: Tensor, clear: Tensor) -> str:
+    """Digest of the ids of the clear rows, with their row numbers."""
+    rows = clear.nonzero().flatten()
+    text = ";".join(
+        f"{row}:{','.join(map(str, chosen))}"
+        for row, chosen in zip(rows.tolist(), ids[rows].tolist(), strict=True)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def refer(case: Case, inputs: Inputs) -> Reference:
+    """The intervals and the ids of a case that scores experts."""
+    bias = _tensor(inputs, "bias")
+    if case.kernel == "activation_topk":
+        logits = _tensor(inputs, "logits")
+        top_k = int(inputs["top_k"])
+        z, slack = logits.double(), torch.zeros(logits.shape, dtype=torch.float64)
+        clamped = logits.clamp(-spec.LOGIT_MAX, spec.LOGIT_MAX)
+        same = _value_bits(clamped) << 32 | _value_bits(bias)
+    else:
+        x, weight = _tensor(inputs, "hidden_states"), _tensor(inputs, "weight")
+        top_k = case.sizes["top_k"]
+        twin, same_bias = _first_twins(weight, bias)
+        # Twins have one logit, also where a matrix product rounds two of its columns differently.
+        z = spec.dense_logits64(x, weight)[:, twin]
+        slack = TOLERANCES["LOGIT"] * spec.dense_logits64(x.abs(), weight.abs())[:, twin]
+        slack = torch.where(z.isfinite(), slack, torch.zeros_like(slack))
+        # Infinite logits are known exactly after the clamp: only their biases tell them apart.
+        experts = weight.shape[0]
+        same = torch.where(z == torch.inf, experts + same_bias, twin)
+        same = torch.where(z == -torch.inf, 2 * experts + same_bias, same)
+    scores = _score_interval(z, slack)
+    keys = Interval(_key(scores.low, bias, z), _key(scores.high, bias, z))
+    exact = spec.sqrt_softplus64(z)
+    ids = spec.topk_select(_key(exact.float().double(), bias, z), top_k)[1]
+    return Reference(ids, _clear(ids, keys, same), keys, scores, exact, same)
+
+
+def _tensor(inputs: Inputs, name: str) -> Tensor:
+    value = inputs[name]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _hash_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return spec.hash_router(
+        _tensor(inputs, "token_ids"),
+        _tensor(inputs, "table"),
+        int(inputs["top_k"]),
+        int(inputs["sentinel"]),
+    )
+
+
+def _score_interval(z: Tensor, slack: Tensor) -> Interval:
+    low = spec.sqrt_softplus64(z - slack)
+    high = spec.sqrt_softplus64(z + slack)
+    underflow = torch.where(z - slack < _UNDERFLOW_LOGIT, TOLERANCES["SCORE_UNDERFLOW"], 0.0)
+    low = (low * (1 - TOLERANCES["SCORE"]) - underflow).clamp(min=0.0)
+    return Interval(low, high * (1 + TOLERANCES["SCORE"]) + underflow)
+
+
+def _key(scores: Tensor, bias: Tensor, z: Tensor) -> Tensor:
+    """The fp32 key of a float64 score. Adding in float64 and rounding to fp32 is the fp32 sum."""
+    return spec.selection_keys(scores, bias.double(), z).float()
+
+
+def _value_bits(numbers: Tensor) -> Tensor:
+    """The bits of fp32 numbers as unsigned int64, equal for both zeros and for all NaNs."""
+    stored = torch.where(numbers == 0, torch.zeros_like(numbers), numbers).view(torch.int32)
+    stored = torch.where(numbers.isnan(), torch.full_like(stored, spec.NAN_LOGIT_BITS), stored)
+    return stored.long() & 0xFFFFFFFF
+
+
+def _first_twins(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """For each expert, the first with the same weight row and bias, and the first with the same
+    bias.
+    """
+    bits = _value_bits(bias)
+    same_bias = bits.unsqueeze(0) == bits.unsqueeze(1)
+    row = torch.unique(weight.view(torch.int16), dim=0, return_inverse=True)[1]
+    same_row = row.unsqueeze(0) == row.unsqueeze(1)
+    return (same_bias & same_row).int().argmax(dim=1), same_bias.int().argmax(dim=1)
+
+
+def _must_precede(keys: Interval, same: Tensor, expert: Tensor) -> Tensor:
+    """``[N, E]``: the experts that every correct ranking puts before ``expert[n]``."""
+    column = expert.unsqueeze(1)
+    highest = keys.high.gather(1, column)
+    lower_id = torch.arange(same.shape[1]) < column
+    tie = (keys.low == highest) | (same == same.gather(1, column))
+    return (keys.low > highest) | (tie & lower_id)
+
+
+def _may_precede(keys: Interval, same: Tensor, expert: Tensor) -> Tensor:
+    """``[N, E]``: the experts that some correct ranking puts before ``expert[n]``."""
+    column = expert.unsqueeze(1)
+    lowest = keys.low.gather(1, column)
+    lower_id = torch.arange(same.shape[1]) < column
+    by_key = (keys.high > lowest) | ((keys.high == lowest) & lower_id)
+    return torch.where(same == same.gather(1, column), lower_id, by_key)
+
+
+def _clear(ids: Tensor, keys: Interval, same: Tensor) -> Tensor:
+    """Rows in which no expert ranked later, or not at all, may precede a chosen one."""
+    clear = torch.ones(ids.shape[0], dtype=torch.bool)
+    remaining = torch.ones(same.shape, dtype=torch.bool)
+    for expert in ids.long().unbind(1):
+        remaining.scatter_(1, expert.unsqueeze(1), False)
+        clear &= ~(remaining & _may_precede(keys, same, expert)).any(dim=1)
+    return clear
+
+
+def _check_ids(reference: Reference, ids: Tensor) -> tuple[list[str], int]:
+    experts = reference.same_inputs.shape[1]
+    outside = ((ids < 0) | (ids >= experts)).any(dim=1)
+    if outside.any():
+        return [_report(outside, f"expected ids in [0, {experts})", ids)], 0
+    ordered = ids.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    if repeated.any():
+        return [_report(repeated, "expected distinct ids", ids)], 0
+    wrong = torch.zeros(ids.shape[0], dtype=torch.bool)
+    remaining = torch.ones(reference.same_inputs.shape, dtype=torch.bool)
+    for expert in ids.long().unbind(1):
+        remaining.scatter_(1, expert.unsqueeze(1), False)
+        must = _must_precede(reference.keys, reference.same_inputs, expert)
+        wrong |= (remaining & must).any(dim=1)
+    reordered = int((ids != reference.ids).any(dim=1).sum())
+    if wrong.any():
+        return [_report(wrong, "ids out of order", ids, reference.ids)], reordered
+    return [], reordered
+
+
+def _check_weights(
+    reference: Reference, inputs: Inputs, weights: Tensor, ids: Tensor
+) -> tuple[list[str], dict[str, float]]:
+    """Each weight against the interval of the weight of the expert that the kernel chose."""
+    chosen = ids.long()
+    low, high = reference.scores.low.gather(1, chosen), reference.scores.high.gather(1, chosen)
+    exact = reference.exact.gather(1, chosen)
+    r = float(torch.tensor(inputs["scale"], dtype=torch.float32))
+    if inputs["renormalize"]:
+        # A weight grows with its own score and shrinks with the others'.
+        others_low = low.sum(dim=1, keepdim=True) - low
+        others_high = high.sum(dim=1, keepdim=True) - high
+        low = low / (low + others_high + spec.RENORM_EPSILON)
+        high = high / (high + others_low + spec.RENORM_EPSILON)
+        exact = exact / (exact.sum(dim=1, keepdim=True) + spec.RENORM_EPSILON)
+        # k - 1 additions, the addition of epsilon, epsilon itself, the division, the product.
+        roundings = ids.shape[1] + 3
+    else:
+        roundings = 1
+    slack = 1 + roundings * TOLERANCES["ROUNDING"]
+    # The quotient may round among the subnormals before the product does.
+    subnormal = (r + 1) * TOLERANCES["SUBNORMAL"]
+    low, high = low * r / slack - subnormal, high * r * slack + subnormal
+    exact = exact * r
+    found = weights.double()
+    wrong = ~((found >= low) & (found <= high) & (found >= 0)).all(dim=1)
+    error = (found - exact).abs()
+    allowed = torch.where(found < exact, exact - low, high - exact)
+    # Below this a weight is noise of the subnormals, and its relative error says nothing.
+    relative = torch.where(exact > 1e-12 * r, error / exact, torch.zeros_like(error))
+    worst = {"weight": _largest(error / allowed), "weight_relative": _largest(relative)}
+    problems = [_report(wrong, "weights out of bounds", weights, exact)] if wrong.any() else []
+    return problems, worst
+
+
+def _judge_exact(
+    expected_values: Tensor, expected_ids: Tensor, values: Tensor, ids: Tensor
+) -> Verdict:
+    """For kernels that round nothing: every bit of both outputs."""
+    problems = []
+    wrong = (ids != expected_ids).any(dim=1)
+    if wrong.any():
+        problems.append(_report(wrong, "wrong ids", ids, expected_ids))
+    differs = values.view(torch.int32) != expected_values.view(torch.int32)
+    wrong = differs.any(dim=1)
+    if wrong.any():
+        problems.append(_report(wrong, "wrong value bits", values, expected_values))
+    clear = torch.ones(ids.shape[0], dtype=torch.bool)
+    return Verdict(
+        problems=tuple(problems),
+        rows=ids.shape[0],
+        clear=ids.shape[0],
+        reordered=0,
+        ids_sha256=clear_ids_sha256(ids, clear),
+        worst={"value_bits": float(differs.sum())},
+    )
+
+
+def _largest(errors: Tensor) -> float:
+    """The worst error to two digits; NaN counts as infinite."""
+    worst = float(errors.nan_to_num(nan=torch.inf).max()) if errors.numel() else 0.0
+    return float(f"{worst:.2g}")
+
+
+def _report(wrong: Tensor, what: str, found: Tensor, expected: Tensor | None = None) -> str:
+    row = int(wrong.nonzero()[0])
+    text = f"{what} in {int(wrong.sum())} of {wrong.numel()} rows; row {row}: "
+    if expected is not None:
+        text += f"expected {expected[row].tolist()}, "
+    return text + f"found {found[row].tolist()}"

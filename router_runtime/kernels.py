@@ -1,0 +1,70 @@
+"""One artifacts folder on one device: manifest, evidence, device facts, loaded kernels."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from router_runtime import driver
+from router_runtime.artifacts import EVIDENCE_NAME, find_artifacts, read_manifest
+from router_runtime.evidence import load_evidence, status
+from router_runtime.launch import LoadedKernel
+from router_runtime.loader import load_entry
+from router_runtime.manifest import MANIFEST_NAME, Entry
+from router_runtime.resolve import Request, Resolution, resolve
+
+
+class Kernels:
+    """Resolves requests on a device and loads what was chosen. Made by ``kernels_on``."""
+
+    def __init__(self, folder: Path, device: int) -> None:
+        self.folder = folder
+        self.device = device
+        self.facts = driver.device_facts(device)
+        self.manifest = read_manifest(folder)
+        self._evidence = load_evidence(folder / EVIDENCE_NAME)
+        self._standing: dict[str, str] = {}
+
+    def status(self, entry: Entry) -> str:
+        """The standing of ``entry`` in the evidence beside the manifest."""
+        known = self._standing.get(entry.key)
+        if known is None:
+            known = self._standing[entry.key] = status(entry, self.manifest, self._evidence)
+        return known
+
+    def resolve(self, request: Request) -> Resolution:
+        return resolve(request, self.facts, self.manifest, self.status)
+
+    def load(self, request: Request) -> LoadedKernel:
+        """The loaded kernel that serves ``request``. Raises ResolutionError if none does."""
+        return self.load_entry(self.resolve(request).require())
+
+    def load_entry(self, entry: Entry) -> LoadedKernel:
+        return load_entry(entry, self.manifest, self.folder, self.device)
+
+
+_lock = threading.Lock()
+_cache: dict[tuple[Path, int], tuple[object, Kernels]] = {}
+
+
+def kernels_on(device: int, artifacts: str | os.PathLike[str] | None = None) -> Kernels:
+    """The kernels of an artifacts folder (see ``find_artifacts``) on device ``device``.
+
+    The folder is read again when its manifest or its evidence has changed since the last call, so a
+    Router built after ``router-runtime verify --record`` sees what was recorded.
+    """
+    folder = find_artifacts(artifacts).resolve()
+    signature = _signature(folder)
+    with _lock:
+        cached = _cache.get((folder, device))
+        if cached is None or cached[0] != signature:
+            cached = _cache[folder, device] = (signature, Kernels(folder, device))
+        return cached[1]
+
+
+def _signature(folder: Path) -> object:
+    """Identity and times of the files that ``Kernels`` reads, without reading them."""
+    files = [folder / MANIFEST_NAME, *sorted((folder / EVIDENCE_NAME).glob("*.json"))]
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

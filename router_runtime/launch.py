@@ -1,0 +1,370 @@
+"""Launching a loaded kernel by parameter name.
+
+Argument order exists once, in the contract. ``LoadedKernel.launch`` takes every argument by name;
+``LoadedKernel.bind`` fixes the arguments that stay (weights, bias, scale) and returns a launcher
+for those that vary from call to call, with everything else worked out beforehand: that is the hot
+path.
+
+One launch costs two passes over memory that already exists: ``struct`` packs all arguments at once,
+and the grid and the stream are stored into the launch configuration. The block holding both belongs
+to one thread: the bindings release the interpreter lock inside the launch, so two threads may be in
+it at once. The driver copies arguments and configuration before it returns, so a thread's next
+launch may reuse them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from router_runtime import driver
+from router_runtime.errors import DriverError, InputError, explain
+from router_runtime.manifest import Contract, Entry, TensorMap
+
+#: Parameter type -> struct format. Native alignment in ``struct`` is the C layout of the arguments.
+_FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
+
+#: CUlaunchConfig as the C ABI lays it out: gridDimX, Y, Z are 32-bit words 0 to 2, hStream is at
+#: byte 32.
+_CONFIG_BYTES = 56
+_STREAM_WORD64 = 4
+
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+#: Values of the driver's enums for tensor maps (CUtensorMapDataType, CUtensorMapSwizzle, ...).
+_MAP_TYPES = {"bf16": (9, 2), "f32": (7, 4)}
+_MAP_SWIZZLES = {"none": 0, "32B": 1, "64B": 2, "128B": 3}
+_MAP_INTERLEAVE_NONE = 0
+_MAP_L2_PROMOTION_256B = 3
+_MAP_FILL_ZERO = 0
+
+
+class Matrix(NamedTuple):
+    """The argument of a tensor map: a row-major matrix in device memory. ``row_stride`` in
+    elements.
+    """
+
+    address: int
+    rows: int
+    columns: int
+    row_stride: int
+
+
+class _Block:
+    """One thread's launch configuration and argument memory for one kernel."""
+
+    __slots__ = (
+        *("arguments", "config", "keep", "map_keys", "maps", "pointers", "words32", "words64"),
+    )
+
+    def __init__(self, kernel: LoadedKernel) -> None:
+        layout = kernel.layout
+        self.config = launch_config(kernel.entry.contract)
+        raw = (ctypes.c_ubyte * _CONFIG_BYTES).from_address(self.config.getPtr())
+        self.words32 = memoryview(raw).cast("B").cast("I")
+        self.words64 = memoryview(raw).cast("B").cast("Q")
+        self.arguments = ctypes.create_string_buffer(max(layout.size, 1))
+        maps = ctypes.create_string_buffer(_MAP_BYTES * len(layout.maps) + _MAP_ALIGNMENT)
+        base = -(-ctypes.addressof(maps) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        self.maps = [base + _MAP_BYTES * index for index in range(len(layout.maps))]
+        self.map_keys: list[Matrix | None] = [None] * len(layout.maps)
+        start = ctypes.addressof(self.arguments)
+        addresses = [
+            self.maps[-1 - place] if place < 0 else start + place for place in layout.places
+        ]
+        table = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+        self.pointers = ctypes.addressof(table)
+        self.keep = (raw, maps, table)
+
+
+class _Layout:
+    """Where a contract's parameters lie in a block: scalars packed together, tensor maps apart.
+
+    ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
+    tensor map i.
+    """
+
+    def __init__(self, contract: Contract) -> None:
+        recipes = {recipe.parameter: recipe for recipe in contract.tensor_maps}
+        self.maps: list[TensorMap] = []
+        self.places: list[int] = []
+        self.packed: list[str] = []
+        format_ = "@"
+        for parameter in contract.parameters:
+            if parameter.type == "tensormap":
+                self.places.append(-1 - len(self.maps))
+                self.maps.append(recipes[parameter.name])
+                continue
+            code = _FORMATS.get(parameter.type, "Q")
+            format_ += code
+            self.places.append(struct.calcsize(format_) - struct.calcsize(code))
+            self.packed.append(parameter.name)
+        self.pack_into = struct.Struct(format_).pack_into
+        self.size = struct.calcsize(format_)
+
+
+class LoadedKernel:
+    """A kernel on a device, checked against its contract. ``loader.load_entry`` makes it."""
+
+    def __init__(self, entry: Entry, function: Any, device: int, multiprocessors: int) -> None:
+        self.entry = entry
+        self.function = function
+        self.device = device
+        self.multiprocessors = multiprocessors
+        self.layout = _Layout(entry.contract)
+        self._types = {parameter.name: parameter.type for parameter in entry.contract.parameters}
+        self._grid_names = {
+            axis.argument for axis in entry.contract.grid if axis.argument is not None
+        }
+        api = driver.bindings()
+        self._launch_kernel = api.cuLaunchKernelEx
+        self._local = threading.local()
+        _kernels.add(self)
+
+    def __repr__(self) -> str:
+        return f"LoadedKernel({self.entry.key} on cuda:{self.device})"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names that a launch must be given: the parameters, and what the grid and the tensor
+        maps refer to.
+        """
+        names = dict.fromkeys(name for name, kind in self._types.items() if kind != "tensormap")
+        names.update(dict.fromkeys(recipe.argument for recipe in self.layout.maps))
+        names.update(dict.fromkeys(sorted(self._grid_names)))
+        return tuple(names)
+
+    def launch(self, stream: int, /, **arguments: Any) -> None:
+        """Launch on a raw stream handle. Pointers may be tensors, addresses or None (null)."""
+        self.bind((), **arguments)(stream)
+
+    def bind(self, varying: tuple[str, ...], /, **fixed: Any) -> BoundLaunch:
+        """Fix some arguments; ``varying`` names the others in the order the launcher takes them."""
+        given = [*varying, *fixed]
+        if sorted(given) != sorted(self.arguments):
+            raise InputError(
+                explain(
+                    f"arguments of {self.entry.key}",
+                    expected=sorted(self.arguments),
+                    found=sorted(given),
+                    remedy="pass each argument once, by name",
+                )
+            )
+        return BoundLaunch(self, varying, fixed)
+
+    def value_of(self, name: str, value: Any) -> Any:
+        """What the argument ``name`` becomes in the packed arguments."""
+        kind = self._types.get(name, "")
+        if value is None and kind.startswith("ptr:"):
+            return 0
+        if hasattr(value, "data_ptr"):
+            self._check_tensor(name, kind, value)
+            if any(recipe.argument == name for recipe in self.layout.maps):
+                rows, columns = value.shape
+                return Matrix(value.data_ptr(), rows, columns, value.stride(0))
+            return value.data_ptr()
+        return value
+
+    def _check_tensor(self, name: str, kind: str, tensor: Any) -> None:
+        element = kind.partition(":")[2] or next(
+            (recipe.dtype for recipe in self.layout.maps if recipe.argument == name), ""
+        )
+        found = (str(tensor.dtype).removeprefix("torch."), tensor.device.type, tensor.device.index)
+        expected = (_TORCH_NAMES.get(element), "cuda", self.device)
+        if found != expected:
+            raise InputError(
+                explain(
+                    f"argument {name} of {self.entry.key}",
+                    expected=expected,
+                    found=found,
+                    remedy="convert or move the tensor",
+                )
+            )
+
+    def block(self) -> _Block:
+        """The calling thread's block; made on the thread's first launch of this kernel."""
+        try:
+            found: _Block = self._local.block
+        except AttributeError:
+            driver.refuse_fork()
+            driver.adopt_thread(self.device)
+            found = self._local.block = _Block(self)
+        return found
+
+    def forget_blocks(self) -> None:
+        """Make every thread build its block anew."""
+        self._local = threading.local()
+
+
+class BoundLaunch:
+    """A kernel with some of its arguments fixed. Call it with a raw stream and the varying ones."""
+
+    __slots__ = ("_axes", "_fixed", "_kernel", "_launch", "_maps", "_order", "_pack_into", "keep")
+
+    def __init__(
+        self, kernel: LoadedKernel, varying: tuple[str, ...], fixed: Mapping[str, Any]
+    ) -> None:
+        contract, layout = kernel.entry.contract, kernel.layout
+        positions = {name: index for index, name in enumerate((*varying, *fixed))}
+        self._kernel = kernel
+        self._launch = kernel._launch_kernel
+        self._fixed = tuple(kernel.value_of(name, value) for name, value in fixed.items())
+        self.keep = tuple(fixed.values())  # the tensors behind the addresses
+        self._pack_into = layout.pack_into
+        self._order = _getter([positions[name] for name in layout.packed])
+        self._axes = []
+        for index, axis in enumerate(contract.grid):
+            if axis.argument is None:
+                continue
+            cap = 2**31 - 1
+            if axis.form == "ceil_capped_at_sms":
+                extent = contract.cluster[index]
+                cap = max(kernel.multiprocessors // extent, 1) * extent
+            self._axes.append((index, positions[axis.argument], axis.divisor, axis.value, cap))
+        self._maps = [
+            (index, recipe, positions[recipe.argument]) for index, recipe in enumerate(layout.maps)
+        ]
+
+    def __call__(self, stream: int, *varying: Any) -> None:
+        values = varying + self._fixed
+        kernel = self._kernel
+        try:
+            block = kernel._local.block
+        except AttributeError:
+            block = kernel.block()
+        try:
+            self._pack_into(block.arguments, 0, *self._order(values))
+        except (struct.error, OverflowError, TypeError) as error:
+            raise self._refused(values, error) from error
+        for index, position, divisor, value, cap in self._axes:
+            extent = -(-values[position] // divisor) * value
+            block.words32[index] = extent if extent < cap else cap
+        for index, recipe, position in self._maps:
+            matrix = values[position]
+            if block.map_keys[index] != matrix:
+                encode_tensor_map(block.maps[index], recipe, matrix)
+                block.map_keys[index] = matrix
+        block.words64[_STREAM_WORD64] = stream
+        (status,) = self._launch(block.config, kernel.function, block.pointers, 0)
+        if status:
+            raise self._failed(status, values)
+
+    def _refused(self, values: tuple[Any, ...], error: Exception) -> InputError:
+        entry = self._kernel.entry
+        types = {p.name: p.type for p in entry.contract.parameters}
+        names = self._kernel.layout.packed
+        return InputError(
+            explain(
+                f"arguments of {entry.key}",
+                expected={name: types[name] for name in names},
+                found=f"{dict(zip(names, self._order(values), strict=True))} ({error})",
+                remedy="pass values of these types",
+            )
+        )
+
+    def _failed(self, status: Any, values: tuple[Any, ...]) -> DriverError:
+        names = self._kernel.layout.packed
+        return DriverError(
+            explain(
+                f"launch of {self._kernel.entry.key} on cuda:{self._kernel.device}",
+                expected="CUDA_SUCCESS",
+                found=f"{getattr(status, 'name', status)} ({int(status)}) with "
+                f"{dict(zip(names, self._order(values), strict=True))}",
+                remedy="run: router-runtime doctor",
+            )
+        )
+
+
+def launch_config(contract: Contract) -> Any:
+    """A launch configuration with everything but the stream and the varying grid axes set."""
+    api = driver.bindings()
+    config = api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (axis.value for axis in contract.grid)
+    config.blockDimX, config.blockDimY, config.blockDimZ = contract.block
+    config.sharedMemBytes = contract.dynamic_shared_memory
+    kinds = api.CUlaunchAttributeID
+    attributes = []
+    if contract.cluster_size > 1:
+        cluster = api.CUlaunchAttribute()
+        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        extents = cluster.value.clusterDim
+        extents.x, extents.y, extents.z = contract.cluster
+        attributes.append(cluster)
+    if contract.programmatic_dependent_launch:
+        serial = api.CUlaunchAttribute()
+        serial.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        serial.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(serial)
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
+
+
+def encode_tensor_map(address: int, recipe: TensorMap, matrix: Matrix) -> None:
+    """Encode ``matrix`` as ``recipe`` says into the 64-byte aligned memory at ``address``."""
+    element, size = _MAP_TYPES[recipe.dtype]
+    extents = (ctypes.c_uint64 * 2)(matrix.columns, matrix.rows)
+    strides = (ctypes.c_uint64 * 1)(matrix.row_stride * size)
+    box = (ctypes.c_uint32 * 2)(*recipe.box)
+    steps = (ctypes.c_uint32 * 2)(1, 1)
+    status = driver.tensor_map_encoder()(
+        address,
+        element,
+        2,
+        matrix.address,
+        extents,
+        strides,
+        box,
+        steps,
+        _MAP_INTERLEAVE_NONE,
+        _MAP_SWIZZLES[recipe.swizzle],
+        _MAP_L2_PROMOTION_256B,
+        _MAP_FILL_ZERO,
+    )
+    if status:
+        raise DriverError(
+            explain(
+                f"tensor map of {recipe.parameter}",
+                expected="an address and a row stride that are multiples of 16 bytes, and a box "
+                f"{recipe.box} that fits swizzle {recipe.swizzle}",
+                found=f"{matrix} refused with CUresult {status}",
+                remedy="pass the matrix contiguous and aligned",
+            )
+        )
+
+
+_TORCH_NAMES = {
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "u32": "uint32",
+    "u64": "uint64",
+}
+
+
+def _getter(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """``operator.itemgetter`` that returns a tuple for any number of indices."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: tuple(values[index] for index in indices)
+
+
+_kernels: weakref.WeakSet[LoadedKernel] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """A forked child takes the slow path on its first launch, where the fork is refused."""
+    for kernel in list(_kernels):
+        kernel.forget_blocks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

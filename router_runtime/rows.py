@@ -1,0 +1,171 @@
+"""``topk_select`` and ``activation_topk``: the ops on rows of fp32 that need no Router.
+
+The first call on a device loads every variant that may ever be chosen there, so that a later call,
+with any row length and inside a graph capture, loads nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from router_runtime import spec
+from router_runtime.checks import (
+    MAX_EXPERTS,
+    MAX_ROW_LENGTH,
+    MAX_TOP_K,
+    check_int,
+    check_logits,
+    check_scale,
+    check_scores,
+)
+from router_runtime.kernels import kernels_on
+from router_runtime.launch import BoundLaunch
+from router_runtime.placement import CPU, Placement, refuse_capture
+from router_runtime.resolve import Request
+
+
+class _RowKernel:
+    """Every variant of a row kernel that may serve on one device, chosen by row length and k."""
+
+    def __init__(
+        self, name: str, length: str, varying: tuple[str, ...], device: torch.device
+    ) -> None:
+        refuse_capture(f"the first call of {name} on {device}, which loads its kernels,")
+        self._name, self._length = name, length
+        self._kernels = kernels_on(device.index)
+        resolution = self._kernels.resolve(Request(name))
+        resolution.require()
+        self._launchers = {
+            candidate.entry.key: self._kernels.load_entry(candidate.entry).bind(varying)
+            for candidate in resolution.candidates
+            if candidate.accepted
+        }
+        self._chosen: dict[tuple[int, int], BoundLaunch] = {}
+        self.placement = Placement(device)
+
+    def launcher(self, length: int, k: int) -> BoundLaunch:
+        """The launcher for rows of that length. The choice is remembered."""
+        found = self._chosen.get((length, k))
+        if found is None:
+            request = Request(self._name, quantities={self._length: length, "top_k": k})
+            entry = self._kernels.resolve(request).require()
+            found = self._chosen[length, k] = self._launchers[entry.key]
+        return found
+
+
+_lock = threading.Lock()
+_loaded: dict[tuple[str, torch.device], _RowKernel] = {}
+
+
+def _row_kernel(
+    name: str, length: str, varying: tuple[str, ...], device: torch.device
+) -> _RowKernel:
+    """The row kernel on a device; loaded by the first call, which may come from any thread."""
+    with _lock:
+        found = _loaded.get((name, device))
+        if found is None:
+            found = _loaded[name, device] = _RowKernel(name, length, varying, device)
+        return found
+
+
+def check_select(scores: Tensor, k: int) -> None:
+    """Refuse scores or k that ``topk_select`` does not serve."""
+    check_scores(scores)
+    columns = scores.shape[1]
+    check_int("columns of scores", columns, 1, MAX_ROW_LENGTH)
+    check_int("k", k, 1, min(MAX_TOP_K, columns))
+
+
+def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
+    """Refuse arguments that ``activation_topk`` does not serve."""
+    check_logits(logits, bias)
+    experts = logits.shape[1]
+    check_int("experts", experts, 1, MAX_EXPERTS)
+    check_int("k", k, 1, min(MAX_TOP_K, experts))
+    check_scale("scale", scale)
+
+
+def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check_select(scores, k)
+    return CPU.stored(*spec.topk_select(scores, k))
+
+
+def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check_select(scores, k)
+    device = scores.device
+    kernel = _loaded.get(("topk_select", device)) or _row_kernel(
+        "topk_select",
+        "row_length",
+        ("scores", "values_out", "ids_out", "rows", "row_length", "row_stride", "top_k"),
+        device,
+    )
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return topk_select_cuda(scores, k)
+    count, columns = scores.shape
+    values, ids = placement.outputs(count, k)
+    if count:
+        if scores.stride()[1] != 1:
+            scores = scores.contiguous()
+        kernel.launcher(columns, k)(
+            placement.stream(),
+            scores.data_ptr(),
+            values.data_ptr(),
+            ids.data_ptr(),
+            count,
+            columns,
+            scores.stride()[0],
+            k,
+        )
+    return values, ids
+
+
+def activation_topk_cpu(
+    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    check_activate(logits, bias, k, scale)
+    return CPU.stored(*spec.activation_topk(logits, bias, k, scale, renormalize))
+
+
+def activation_topk_cuda(
+    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    check_activate(logits, bias, k, scale)
+    device = logits.device
+    kernel = _loaded.get(("activation_topk", device)) or _row_kernel(
+        "activation_topk",
+        "experts",
+        (
+            *("logits", "bias", "weights_out", "ids_out", "tokens"),
+            *("experts", "row_stride", "top_k", "scale", "renormalize"),
+        ),
+        device,
+    )
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return activation_topk_cuda(logits, bias, k, scale, renormalize)
+    tokens, experts = logits.shape
+    weights, ids = placement.outputs(tokens, k)
+    if tokens:
+        if logits.stride()[1] != 1:
+            logits = logits.contiguous()
+        bias = bias.contiguous()
+        kernel.launcher(experts, k)(
+            placement.stream(),
+            logits.data_ptr(),
+            bias.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            tokens,
+            experts,
+            logits.stride()[0],
+            k,
+            scale,
+            int(renormalize),
+        )
+    return weights, ids

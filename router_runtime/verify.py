@@ -1,0 +1,243 @@
+"""``router-runtime verify``: the oracle suite against every cubin that the present device can load.
+
+Kernels are taken from the manifest one by one and launched through their contract, not through the
+ops, so that every entry is examined and not only those that the resolver would choose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_runtime import driver, evidence, suite
+from router_runtime.artifacts import EVIDENCE_NAME, read_manifest
+from router_runtime.errors import ArtifactError, DriverError, explain
+from router_runtime.evidence import CaseRecord, Record
+from router_runtime.examine import Run, examine
+from router_runtime.inputs import Inputs, digest, make_inputs
+from router_runtime.launch import LoadedKernel
+from router_runtime.loader import load_entry
+from router_runtime.manifest import Entry, Manifest, Target
+from router_runtime.repack import repacked
+from router_runtime.resolve import DeviceFacts
+
+Echo = Callable[[str], object]
+
+_HEADER = ("entry", "cases", "rows", "clear", "reordered", "error/bound", "relative", "s", "result")
+
+
+class KernelRun:
+    """Launches a loaded kernel on the suite's inputs, by the names of its contract."""
+
+    def __init__(self, kernel: LoadedKernel, device: str) -> None:
+        self._kernel = kernel
+        self._device = device
+        # As the contract says: zeroed once, left zeroed where it matters by every launch.
+        size = kernel.entry.contract.workspace_bytes
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._weight: object = None
+        self._packed: dict[str, Tensor] = {}
+
+    def __call__(self, inputs: Inputs, values: Tensor, ids: Tensor) -> None:
+        arguments = self._arguments(inputs)
+        arguments |= {"weights_out": values, "values_out": values, "ids_out": ids}
+        arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
+        # An address: a contract may declare the workspace as a pointer to any type.
+        arguments["workspace"] = self._workspace.data_ptr()
+        unknown = sorted(set(self._kernel.arguments) - set(arguments))
+        if unknown:
+            raise ArtifactError(
+                explain(
+                    f"contract of {self._kernel.entry.key}",
+                    expected="arguments that the oracle suite has a value for",
+                    found=unknown,
+                    remedy="teach router_runtime/verify.py their meaning",
+                )
+            )
+        self._kernel.launch(
+            self._stream(), **{name: arguments[name] for name in self._kernel.arguments}
+        )
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def _arguments(self, inputs: Inputs) -> dict[str, Any]:
+        arguments: dict[str, Any] = dict(inputs)
+        if isinstance(token_ids := inputs.get("token_ids"), Tensor):
+            wide = token_ids.dtype == torch.int64
+            arguments["token_ids_i64"] = token_ids if wide else None
+            arguments["token_ids_i32"] = None if wide else token_ids
+        if isinstance(table := inputs.get("table"), Tensor):
+            arguments["vocab"] = table.shape[0]
+        for name, columns in (
+            ("hidden_states", "hidden"),
+            ("logits", "experts"),
+            ("scores", "row_length"),
+        ):
+            if isinstance(rows := inputs.get(name), Tensor):
+                arguments["row_stride"] = rows.stride(0)
+                arguments[columns] = rows.shape[1]
+        if isinstance(weight := inputs.get("weight"), Tensor):
+            if weight is not self._weight:
+                recipes = self._kernel.entry.contract.repacks
+                self._packed = {recipe.parameter: repacked(recipe, weight) for recipe in recipes}
+                self._weight = weight
+            arguments |= self._packed
+        return arguments
+
+
+def run(artifacts: Path, record: bool, echo: Echo) -> bool:
+    """Verify every entry that the current device loads; True if there are some and all pass.
+
+    With ``record``, the evidence of an entry that passes is written beside the manifest, and the
+    evidence of one that fails is removed.
+    """
+    manifest = read_manifest(artifacts)
+    driver.initialise()
+    if not torch.cuda.is_available():
+        raise DriverError(
+            explain(
+                "GPU",
+                expected=f"one that torch {torch.__version__} can use",
+                found="none",
+                remedy="install a torch built for CUDA, or see: router-runtime doctor",
+            )
+        )
+    index = torch.cuda.current_device()
+    facts = driver.device_facts(index)
+    here = [
+        entry
+        for entry in manifest.entries
+        if Target.parse(entry.target).runs_on(facts.major, facts.minor)
+    ]
+    echo(f"{driver.device_name(index)}, {facts}, torch {torch.__version__}")
+    echo(f"oracle suite {suite.suite_sha256()[:16]}, {len(here)} entries of {artifacts}")
+    if not here:
+        echo(
+            f"expected an entry for compute capability {facts.major}.{facts.minor}, found none; "
+            f"run: build-kernels build --target sm_{facts.major}{facts.minor}a"
+        )
+        return False
+    rows: list[tuple[str, ...]] = [_HEADER]
+    failures: list[str] = []
+    for entry in here:
+        started = time.perf_counter()
+        problems, found = _verify_entry(entry, manifest, artifacts, index)
+        row = _row(entry, found, time.perf_counter() - started, problems)
+        rows.append(row)
+        echo(f"{row[-1]:4}  {entry.key}")
+        failures += [f"{entry.key}: {problem}" for problem in problems]
+        if record:
+            folder = artifacts / EVIDENCE_NAME
+            _record(entry, manifest, folder, (index, facts), problems, found, echo)
+    echo("")
+    for line in _table(rows):
+        echo(line)
+    for failure in failures:
+        echo(failure)
+    return not failures
+
+
+def _verify_entry(
+    entry: Entry, manifest: Manifest, artifacts: Path, index: int
+) -> tuple[list[str], list[CaseRecord]]:
+    """Problems and the record of every case that ran."""
+    device = f"cuda:{index}"
+    try:
+        cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+        kernel_run: Run = KernelRun(load_entry(entry, manifest, artifacts, index), device)
+    except (RuntimeError, ValueError) as error:
+        return [str(error)], []
+    limits = entry.contract.limits
+    largest = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))[1]
+    problems: list[str] = []
+    found: list[CaseRecord] = []
+    for case in cases:
+        inputs = make_inputs(case)
+        try:
+            verdict = examine(case, inputs, kernel_run, device, largest)
+        except RuntimeError as error:
+            # A CUDA error may be sticky: whatever ran next on this device would fail with it.
+            return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found
+        problems += [f"{case.name}: {problem}" for problem in verdict.problems]
+        found.append(
+            CaseRecord(
+                name=case.name,
+                seed=case.seed,
+                inputs_sha256=digest(inputs),
+                rows=verdict.rows,
+                clear=verdict.clear,
+                reordered=verdict.reordered,
+                ids_sha256=verdict.ids_sha256,
+                worst=verdict.worst,
+            )
+        )
+    return problems, found
+
+
+def _record(
+    entry: Entry,
+    manifest: Manifest,
+    folder: Path,
+    device: tuple[int, DeviceFacts],
+    problems: list[str],
+    found: list[CaseRecord],
+    echo: Echo,
+) -> None:
+    index, facts = device
+    record = Record(
+        entry=entry.key,
+        kernel=entry.kernel,
+        constants=entry.constants,
+        limits=entry.contract.limits,
+        target=entry.target,
+        file=entry.file,
+        sha256=entry.sha256,
+        source_sha256=entry.source_sha256,
+        toolchain_sha256=evidence.toolchain_sha256(manifest.toolchain),
+        suite_sha256=suite.suite_sha256(),
+        device=driver.device_name(index),
+        compute_capability=(facts.major, facts.minor),
+        driver=facts.driver,
+        torch=str(torch.__version__),
+        cases=tuple(found),
+    )
+    if not problems:
+        echo(f"      recorded {evidence.write_record(record, folder).name}")
+    elif (path := folder / record.file_name).exists():
+        path.unlink()
+        echo(f"      removed {path.name}: it no longer holds")
+
+
+def _row(
+    entry: Entry, found: list[CaseRecord], seconds: float, problems: list[str]
+) -> tuple[str, ...]:
+    def worst(name: str) -> str:
+        errors = [case.worst[name] for case in found if name in case.worst]
+        return f"{max(errors):.2g}" if errors else "exact"
+
+    return (
+        entry.key,
+        str(len(found)),
+        str(sum(case.rows for case in found)),
+        str(sum(case.clear for case in found)),
+        str(sum(case.reordered for case in found)),
+        worst("weight"),
+        worst("weight_relative"),
+        f"{seconds:.1f}",
+        "FAIL" if problems else "pass",
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    for row in rows:
+        name, *numbers = row
+        cells = [name.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+        yield "  ".join(cells)

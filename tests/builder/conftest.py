@@ -1,0 +1,223 @@
+"""A small project to build: a copy of the builder with two tiny kernels instead of the real ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from build_kernels import nvrtc, toolchain
+
+ROOT = Path(__file__).parents[2]
+
+CATALOG = """
+KERNELS = (
+    Kernel("scale", "cuda", False, False, (Variant("one", {"FACTOR": 2.0}),)),
+    Kernel("shift", "cutedsl", True, True, (Variant("only"),)),
+)
+DEFAULT_TARGETS = ("sm_90a", "sm_100a")
+TARGETS = (*DEFAULT_TARGETS, "sm_100f")
+MODELS = MODELS[:2]
+"""
+
+SCALE = """
+#include "common/factor.cuh"
+#include "own.cuh"
+extern "C" __global__ void __launch_bounds__(THREADS) scale(const float* x, float* y, int tokens)
+{
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i < tokens) y[i] = x[i] * factor();
+}
+"""
+
+SHIFT = """
+import cutlass
+from cutlass import cute
+from cutlass.cute.runtime import make_ptr
+
+
+class Shift:
+    def __init__(self, top_k):
+        self.top_k = top_k
+
+    @cute.jit
+    def __call__(self, x: cute.Pointer, y: cute.Pointer, tokens: cutlass.Int32):
+        self.shift(x, y, tokens).launch(grid=[1, 1, 1], block=[128, 1, 1])
+
+    @cute.kernel
+    def shift(self, x: cute.Pointer, y: cute.Pointer, tokens: cutlass.Int32):
+        i = cute.arch.block_idx()[0] * 128 + cute.arch.thread_idx()[0]
+        if i < tokens:
+            source = cute.make_tensor(x, cute.make_layout(tokens))
+            target = cute.make_tensor(y, cute.make_layout(tokens))
+            target[i] = source[i] + cutlass.Float32(self.top_k)
+
+
+def program(constants):
+    pointer = make_ptr(cutlass.Float32, 16, cute.AddressSpace.gmem, assumed_align=16)
+    return Shift(constants["TOP_K"]), (pointer, pointer, cutlass.Int32(1))
+"""
+
+CONTRACT = """
+from router_runtime.manifest import Contract, GridAxis, Parameter
+
+
+def contract(constants):
+    return Contract(
+        parameters=(
+            Parameter("x", "ptr:f32"), Parameter("y", "ptr:f32"), Parameter("tokens", "i32"),
+        ),
+        grid=(
+            GridAxis("ceil", argument="tokens", divisor=128),
+            GridAxis("constant"),
+            GridAxis("constant"),
+        ),
+        block=(128, 1, 1),
+    )
+"""
+
+FILES = {
+    "common/factor.cuh": "__device__ inline float factor() { return FACTOR; }\n",
+    "scale/own.cuh": "constexpr int THREADS = 128;\n",
+    "scale/scale.cu": SCALE,
+    "scale/contract.py": CONTRACT,
+    "shift/shift.py": SHIFT,
+    "shift/contract.py": CONTRACT,
+}
+
+#: The keys of the small project's full build.
+KEYS = (
+    "scale/any/sm_100a/one",
+    "scale/any/sm_90a/one",
+    "shift/dsv4-flash/sm_100a/only",
+    "shift/dsv4-flash/sm_90a/only",
+    "shift/dsv4-pro/sm_100a/only",
+    "shift/dsv4-pro/sm_90a/only",
+)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A checkout of the small project and the ways to run its builder."""
+
+    root: Path
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    def kernel_file(self, name: str) -> Path:
+        return self.root / "build_kernels" / "kernels" / name
+
+    def environment(self, changes: Mapping[str, str] = {}) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.root), **changes}
+
+    def run(
+        self, *arguments: str | Path, env: Mapping[str, str] = {}, umask: int = 0o022
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``build-kernels`` and return its status and what it said, errors included."""
+        return subprocess.run(
+            [sys.executable, "-m", "build_kernels", *arguments],
+            cwd=self.root,
+            env=self.environment(env),
+            umask=umask,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def build(self, *arguments: str | Path, **settings: object) -> str:
+        """A build that has to succeed; what it said."""
+        result = self.run("build", *arguments, **settings)  # type: ignore[arg-type]
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    def python(self, script: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        """Run a script inside the project, with the builder importable."""
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=self.root,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small project's sources, unbuilt. Tests work on copies."""
+    root = tmp_path_factory.mktemp("pristine") / "project"
+    package = root / "build_kernels"
+    unwanted = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(ROOT / "build_kernels", package, ignore=unwanted)
+    shutil.copytree(ROOT / "router_runtime", root / "router_runtime", ignore=unwanted)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    with (package / "catalog.py").open("a") as file:
+        file.write(CATALOG)
+    for name, text in FILES.items():
+        path = package / "kernels" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.fixture(scope="session")
+def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small project after a full build with a recorded lock."""
+    root = tmp_path_factory.mktemp("prebuilt") / "project"
+    shutil.copytree(pristine, root)
+    Project(root).build("--update-lock")
+    return root
+
+
+@pytest.fixture
+def fresh(pristine: Path, tmp_path: Path) -> Project:
+    """A checkout in which nothing was built yet."""
+    return Project(Path(shutil.copytree(pristine, tmp_path / "checkout")))
+
+
+@pytest.fixture
+def project(prebuilt: Path, tmp_path: Path) -> Project:
+    """A checkout in which everything was built."""
+    return Project(Path(shutil.copytree(prebuilt, tmp_path / "checkout")))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every path below a folder, the folder included: its mode, and its bytes if it is a file."""
+    return {
+        path.relative_to(folder).as_posix(): (
+            path.stat().st_mode,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+Compile = Callable[..., bytes]
+
+
+@pytest.fixture(scope="session")
+def compile_cuda() -> Compile:
+    """Compile CUDA C++ text to cubin bytes, in this process."""
+
+    def compiled(source: str, target: str = "sm_90a", **arguments: object) -> bytes:
+        settings: dict[str, object] = {"name": "test", "headers": {}, "constants": {}} | arguments
+        return nvrtc.compile_cubin(
+            source=source,
+            target=target,
+            include_directories=toolchain.include_directories(),
+            **settings,  # type: ignore[arg-type]
+        )
+
+    return compiled

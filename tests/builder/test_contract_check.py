@@ -1,0 +1,139 @@
+"""A contract that does not match its cubin is refused, whichever of the two is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from build_kernels.build import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
+from build_kernels.cubin import Cubin
+from build_kernels.errors import BuildError
+from router_runtime.manifest import Contract, GridAxis, Parameter
+from tests.builder.conftest import Project
+
+CONSTANT = GridAxis("constant")
+CONTRACT = Contract(
+    parameters=(Parameter("x", "ptr:f32"), Parameter("tokens", "i32"), Parameter("scale", "f32")),
+    grid=(GridAxis("ceil", argument="tokens", divisor=4), CONSTANT, CONSTANT),
+    block=(64, 2, 1),
+)
+CUBIN = Cubin(
+    symbol="test",
+    target="sm_90a",
+    tool="ptxas",
+    parameters=((0, 8), (8, 4), (12, 4)),
+    registers=32,
+    local_memory=0,
+    static_shared_memory=0,
+    max_threads=None,
+    required_block=None,
+    required_cluster=None,
+)
+WAIT = {"ACQBULK": 1}
+
+
+def _check(
+    contract: dict[str, Any] = {}, cubin: dict[str, Any] = {}, counts: dict[str, int] = {}
+) -> None:
+    check_contract(
+        dataclasses.replace(CONTRACT, **contract), dataclasses.replace(CUBIN, **cubin), counts, "k"
+    )
+
+
+@pytest.mark.parametrize(
+    ("contract", "cubin", "counts"),
+    [
+        ({}, {}, {"FADD": 3}),
+        ({}, {"max_threads": 128, "required_block": (64, 2, 1)}, {}),
+        ({"cluster": (1, 1, 1)}, {"required_cluster": (1, 1, 1)}, {}),
+        ({"programmatic_dependent_launch": True}, {}, WAIT),
+        ({"dynamic_shared_memory": SHARED_MEMORY_LIMIT - 16}, {"static_shared_memory": 16}, {}),
+        ({"block": (1024, 1, 1)}, {"registers": REGISTER_FILE // 1024}, {}),
+    ],
+)
+def test_what_fits_is_accepted(
+    contract: dict[str, Any], cubin: dict[str, Any], counts: dict[str, int]
+) -> None:
+    _check(contract, cubin, counts)
+
+
+@pytest.mark.parametrize(
+    ("contract", "cubin", "counts", "message"),
+    [
+        ({}, {"parameters": ((0, 8), (8, 4))}, {}, "expected 3 parameters"),
+        ({"parameters": CONTRACT.parameters[:2]}, {}, {}, "expected 2 parameters"),
+        (
+            {},
+            {"parameters": ((0, 8), (8, 8), (16, 4))},
+            {},
+            r"parameter tokens: expected offset 8 and size 4 \(i32\), found offset 8 and size 8",
+        ),
+        ({}, {"parameters": ((0, 8), (12, 4), (8, 4))}, {}, "expected offset 12 and size 4"),
+        (
+            {"grid": (GridAxis("ceil", argument="rows"), CONSTANT, CONSTANT)},
+            {},
+            {},
+            r"grid argument 'rows': expected an integer parameter of \['tokens'\]",
+        ),
+        (
+            {"grid": (GridAxis("ceil", argument="scale"), CONSTANT, CONSTANT)},
+            {},
+            {},
+            "grid argument 'scale': expected an integer",
+        ),
+        ({}, {"required_block": (128, 1, 1)}, {}, r"found that the cubin requires \(128, 1, 1\)"),
+        ({}, {"max_threads": 96}, {}, "expected 128 threads to be allowed, found at most 96"),
+        ({}, {"required_cluster": (2, 1, 1)}, {}, r"cluster: .* requires \(2, 1, 1\)"),
+        ({"block": (1024, 1, 1)}, {"registers": 65}, {}, "registers: expected at most 65536"),
+        (
+            {"dynamic_shared_memory": SHARED_MEMORY_LIMIT},
+            {"static_shared_memory": 16},
+            {},
+            "shared memory: expected at most 232448 bytes a block, found 232464",
+        ),
+        ({"programmatic_dependent_launch": True}, {}, {}, "expected a griddepcontrol.wait, found none"),
+        ({}, {}, WAIT, "expected no griddepcontrol.wait, found one"),
+        ({"parameters": (Parameter("x", "ptr:f99"),)}, {}, {}, "expected a type of"),
+        ({"block": (2048, 1, 1)}, {}, {}, "expected at most 1024 threads"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    contract: dict[str, Any], cubin: dict[str, Any], counts: dict[str, int], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        _check(contract, cubin, counts)
+
+
+def test_every_mismatch_is_named_at_once() -> None:
+    with pytest.raises(BuildError, match=r"(?s)expected 3 parameters.*allowed, found at most 96"):
+        _check(cubin={"parameters": (), "max_threads": 96})
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("scale/contract.py", '"i32"', '"i64"', "parameter tokens: expected offset 16 and size 8"),
+        ("scale/scale.cu", "int tokens", "long long tokens", "found offset 16 and size 8"),
+        ("scale/contract.py", "(128, 1, 1)", "(256, 1, 1)", "expected 256 threads to be allowed"),
+        ("shift/contract.py", "(128, 1, 1)", "(64, 1, 1)", "the cubin requires (128, 1, 1)"),
+        ("scale/scale.cu", "scale(const", "other(const", "__global__ scale, found other"),
+        ("scale/contract.py", "return Contract(", "return dict(", "expected a Contract, found {"),
+        ("scale/contract.py", "return Contract", "raise ValueError('no')\n    Contract", "'no'"),
+    ],
+)
+def test_a_build_with_a_mismatch_publishes_nothing(
+    fresh: Project, file: str, old: str, new: str, message: str
+) -> None:
+    path = fresh.kernel_file(file)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    kernel = file.split("/")[0]
+    result = fresh.run("build", "--kernel", kernel, "--target", "sm_90a", "--out", "out")
+    assert result.returncode == 1
+    assert message in result.stdout
+    assert f"{kernel}/" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not (fresh.root / "out").exists()

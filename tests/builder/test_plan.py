@@ -1,0 +1,219 @@
+"""What a build consists of, and what its entries' source digests cover."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from build_kernels import catalog, plan
+from build_kernels.catalog import Kernel, Model, Variant
+from build_kernels.errors import BuildError
+from build_kernels.numerics import CONSTANTS
+from tests.builder.conftest import FILES, Project
+
+MODEL = """
+name = "pruned"
+hidden = 4096
+experts = 144
+top_k = 6
+scale = 1.5
+hash_layers = 3
+vocab = 129280
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The catalog of the small project, over a kernels folder of its own."""
+    for name, text in FILES.items():
+        path = tmp_path / "kernels" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("numerics.py", "nvrtc.py", "cutedsl.py", "catalog.py", "plan.py", "toolchain.lock"):
+        (tmp_path / name).write_bytes((plan.PACKAGE / name).read_bytes())
+    rows = (
+        Kernel("scale", "cuda", False, False, (Variant("one", {"FACTOR": 2.0}),)),
+        Kernel("shift", "cutedsl", True, True, (Variant("a"), Variant("b", {"TILE": 1}))),
+    )
+    monkeypatch.setattr(catalog, "KERNELS", rows)
+    monkeypatch.setattr(plan, "PACKAGE", tmp_path)
+    monkeypatch.setattr(plan, "KERNELS", tmp_path / "kernels")
+    monkeypatch.setattr(plan, "_contract", lambda kernel: object())
+    return tmp_path
+
+
+def test_the_full_plan(kernels: Path) -> None:
+    keys = [job.key for job in plan.plan()]
+    assert keys == sorted(keys)
+    assert len(keys) == len(set(keys)) == 3 + 2 * 3 * 3
+    assert "scale/any/sm_103a/one" in keys
+    assert "shift/dsv41-flash/sm_90a/b" in keys
+    assert not any("sm_100f" in key for key in keys)
+
+
+def test_selections_narrow_the_plan(kernels: Path) -> None:
+    def keys(**selection: tuple[str, ...]) -> list[str]:
+        return [job.key for job in plan.plan(**selection)]
+
+    assert keys(targets=("sm_100f",), kernels=("scale",)) == ["scale/any/sm_100f/one"]
+    assert keys(targets=("sm_90a", "sm_90a"), kernels=("scale",)) == ["scale/any/sm_90a/one"]
+    # A folder for one model keeps the kernels that every model needs.
+    assert keys(targets=("sm_90a",), models=("dsv4-pro",)) == [
+        "scale/any/sm_90a/one",
+        "shift/dsv4-pro/sm_90a/a",
+        "shift/dsv4-pro/sm_90a/b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"targets": ("sm_90",)}, "unknown target 'sm_90': did you mean 'sm_90a'"),
+        ({"models": ("dsv4-flsh",)}, "unknown model 'dsv4-flsh': did you mean 'dsv4-flash'"),
+        ({"kernels": ("scales",)}, "unknown kernel 'scales': did you mean 'scale'"),
+        ({"kernels": ("qqq",)}, "unknown kernel 'qqq': expected scale, shift"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(
+    kernels: Path, selection: dict[str, tuple[str, ...]], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        plan.plan(**selection)
+
+
+def test_constants_come_from_numerics_variant_and_model(kernels: Path) -> None:
+    jobs = {job.key: job for job in plan.plan()}
+    assert jobs["scale/any/sm_90a/one"].constants == {"FACTOR": 2.0}
+    shape = {"HIDDEN": 7168, "EXPERTS": 384, "TOP_K": 6}
+    assert jobs["shift/dsv4-pro/sm_90a/b"].constants == {**CONSTANTS, **shape, "TILE": 1}
+
+
+def test_tuned_constants_replace_a_variants_own(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = Variant("a", {"TILE": 1, "STAGES": 2}, {"dsv4-pro": {"TILE": 7}})
+    monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, (variant,)),))
+    found = {job.model: (job.constants["TILE"], job.constants["STAGES"]) for job in plan.plan()}
+    assert found == {"dsv4-flash": (1, 2), "dsv4-pro": (7, 2), "dsv41-flash": (1, 2)}
+
+
+def test_a_contract_derives_what_nobody_stated(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Contract:
+        @staticmethod
+        def derive(constants: dict[str, int]) -> dict[str, int]:
+            if constants.get("HIDDEN") == 7168:
+                raise ValueError("expected something smaller")
+            return {"TILE": 5, "GROUPS": 6}
+
+    monkeypatch.setattr(plan, "_contract", lambda kernel: Contract)
+    jobs = {job.key: job for job in plan.plan(models=("dsv4-flash",))}
+    constants = jobs["shift/dsv4-flash/sm_90a/b"].constants
+    assert (constants["TILE"], constants["GROUPS"]) == (1, 6)
+    with pytest.raises(BuildError, match="kernel shift, model dsv4-pro: expected something smaller"):
+        plan.plan(models=("dsv4-pro",))
+
+
+def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
+    digests: dict[tuple[str, str | None, str], set[str]] = {}
+    for job in plan.plan():
+        digests.setdefault((job.kernel, job.model, job.variant), set()).add(job.source_sha256)
+    assert all(len(found) == 1 for found in digests.values())
+    assert len(set.union(*digests.values())) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("file", "affected"),
+    [
+        ("kernels/scale/scale.cu", {"scale"}),
+        ("kernels/scale/own.cuh", {"scale"}),
+        ("kernels/scale/contract.py", {"scale"}),
+        ("kernels/common/factor.cuh", {"scale"}),
+        ("kernels/shift/shift.py", {"shift"}),
+        ("kernels/common/new.py", {"shift"}),
+        ("nvrtc.py", {"scale"}),
+        ("cutedsl.py", {"shift"}),
+        ("numerics.py", {"scale", "shift"}),
+    ],
+)
+def test_source_digests_cover_what_goes_into_a_cubin(
+    kernels: Path, file: str, affected: set[str]
+) -> None:
+    before = {job.key: job.source_sha256 for job in plan.plan()}
+    tree = plan.tree_digest()
+    with (kernels / file).open("a") as opened:
+        opened.write("\n")
+    changed = {job.kernel for job in plan.plan() if job.source_sha256 != before[job.key]}
+    assert changed == affected
+    assert plan.tree_digest() != tree
+
+
+def test_source_digests_cover_the_flags(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {job.key: job.source_sha256 for job in plan.plan()}
+    monkeypatch.setattr(plan, "FLAGS", {**plan.FLAGS, "cuda": ("--other",)})
+    changed = {job.kernel for job in plan.plan() if job.source_sha256 != before[job.key]}
+    assert changed == {"scale"}
+
+
+@pytest.mark.parametrize("file", ["scale.cu", "contract.py"])
+def test_a_row_without_its_files_is_an_error(kernels: Path, file: str) -> None:
+    (kernels / "kernels" / "scale" / file).unlink()
+    with pytest.raises(BuildError, match=rf"kernel scale: expected the file .*{file}, found none"):
+        plan.plan()
+
+
+def test_a_model_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(MODEL)
+    assert plan.read_model(path) == Model("pruned", 4096, 144, 6, 1.5, 3, 129280)
+    path.write_text(MODEL.replace("1.5", "2"))
+    assert plan.read_model(path).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("experts", "expert", "unknown key in my.toml 'expert': did you mean 'experts'"),
+        ("hidden = 4096", "", r"missing \['hidden'\]"),
+        ("4096", '"4096"', "hidden: expected int, found '4096'"),
+        ("4096", "true", "hidden: expected int, found True"),
+        ("1.5", "true", "scale: expected float, found True"),
+        ("4096", "4000", "hidden: expected a positive multiple of 64, found 4000"),
+        ("144", "1025", "experts: expected 1 to 1024, found 1025"),
+        ("top_k = 6", "top_k = 33", "top_k: expected 1 to 32"),
+        ("experts = 144", "experts = 5", "top_k: expected 1 to 32, at most experts, found 6"),
+        ("1.5", "inf", "scale: expected 0 to 1e18, found inf"),
+        ("1.5", "-1.0", "scale: expected 0 to 1e18"),
+        ("hash_layers = 3", "hash_layers = -1", "hash_layers: expected 0 or more"),
+        ("129280", "0", "vocab: expected 1 to"),
+        ("pruned", "dsv4-pro", "name: expected a name other than"),
+        ("pruned", "any", "name: expected a name other than"),
+        ("pruned", "../up", "name: expected letters"),
+        ("=", "==", "expected a readable TOML file"),
+    ],
+)
+def test_a_wrong_model_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(MODEL.replace(old, new, 1))
+    with pytest.raises(BuildError, match=message):
+        plan.read_model(path)
+
+
+def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"none\.toml: expected a readable TOML file"):
+        plan.read_model(tmp_path / "none.toml")
+
+
+def test_a_model_of_ones_own_builds_without_touching_code(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(MODEL)
+    before = (project.artifacts / "manifest.json").read_bytes()
+    arguments = ("--model-file", tmp_path / "my.toml", "--model", "pruned", "--target", "sm_90a")
+    result = project.run("build", *arguments)
+    assert result.returncode == 1
+    assert "next: add --out DIR" in result.stdout
+    said = project.build(*arguments, "--out", tmp_path / "out")
+    assert "shift/pruned/sm_90a/only" in said
+    assert "2 cubins" in said
+    assert (project.artifacts / "manifest.json").read_bytes() == before

@@ -1,0 +1,253 @@
+"""The ops inside torch: opcheck, torch.compile, CUDA graphs, streams, memory."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from router_runtime import (
+    Router,
+    RouterConfig,
+    register_router,
+    unregister_router,
+    warmup_router_compilation,
+)
+from router_runtime.inputs import Random
+
+#: A deep model: one router a layer.
+LAYERS = 61
+
+# torch's own tools warn about themselves; what they check is asserted.
+ignore_warnings = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def registered(make_router):
+    """Registered dense routers, unregistered afterwards."""
+    ids = []
+
+    def make(count, **options):
+        routers = [make_router(seed, **options) for seed in range(10, 10 + count)]
+        ids.extend(register_router(router) for router in routers)
+        return routers
+
+    yield make
+    for router_id in ids:
+        unregister_router(router_id)
+
+
+def lookup_router(seed=1, vocab=100, top_k=6):
+    table = Random(seed).integers(0, 32, vocab, top_k).int()
+    config = RouterConfig(64, 32, top_k, 1.0, mode="hash", vocab_size=vocab)
+    return Router(config, table=table, device="cuda")
+
+
+@ignore_warnings
+@pytest.mark.parametrize("tokens", [0, 3, 70])
+def test_opcheck(tokens, registered, draw):
+    (router,) = registered(1)
+    config = router.config
+    x = draw(tokens, config.hidden_size)
+    lookup = lookup_router()
+    lookup_id = register_router(lookup)
+    scores, bias = Random(3).normal(tokens, 256).cuda(), Random(4).normal(256).cuda()
+    token_ids = Random(5).integers(-5, 105, tokens).cuda()
+    ops = torch.ops.dsv4
+    arguments = (router.router_id, config.num_experts, config.top_k)
+    torch.library.opcheck(ops.dense_router.default, (x, *arguments))
+    torch.library.opcheck(ops.hash_router.default, (token_ids, lookup_id, 6))
+    torch.library.opcheck(ops.hash_router.default, (token_ids.int(), lookup_id, 6))
+    torch.library.opcheck(ops.topk_select.default, (scores, 6))
+    torch.library.opcheck(ops.activation_topk.default, (scores, bias, 6, 1.5, True))
+    unregister_router(lookup_id)
+
+
+@ignore_warnings
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_one_compiled_layer_serves_every_router(backend, registered, draw, same):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    if backend == "inductor":
+        pytest.importorskip("triton", reason="inductor needs triton")
+    torch._dynamo.reset()
+    routers = registered(LAYERS)
+    config = routers[0].config
+    experts, top_k = config.num_experts, config.top_k
+    counter = CompileCounterWithBackend(backend)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def layer(x, router_id):
+        weights, ids = torch.ops.dsv4.dense_router(x, router_id, experts, top_k)
+        return weights, ids
+
+    x = draw(4, config.hidden_size)
+    for router in routers:
+        same(layer(x, router.router_id), router(x))
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+def captured(call, warmups=2):
+    """A graph of ``call`` and the outputs that each replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph, outputs
+
+
+def replayed(graph, outputs):
+    for output in outputs:
+        output.fill_(-12345)
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 65, 300])
+def test_graph_of_a_dense_router(tokens, make_router, draw, same):
+    router = make_router()
+    warmup_router_compilation(router)
+    hidden = router.config.hidden_size
+    x = draw(tokens, hidden)
+    graph, outputs = captured(lambda: router(x))
+    for seed in (5, 6, 7):
+        x.copy_(draw(tokens, hidden, seed))
+        expected = router(x)
+        same(replayed(graph, outputs), expected)
+        same(replayed(graph, outputs), expected)
+
+
+def test_graph_of_the_other_ops(same):
+    lookup = lookup_router()
+    scores, bias = Random(3).normal(33, 256).cuda(), Random(4).normal(256).cuda()
+    token_ids = Random(5).integers(-5, 105, 33).cuda()
+
+    def select():
+        return torch.ops.dsv4.topk_select(scores, 6)
+
+    def activate():
+        return torch.ops.dsv4.activation_topk(scores, bias, 6, 1.5, True)
+
+    for call in (select, activate, lambda: lookup(token_ids)):
+        graph, outputs = captured(call)
+        scores.copy_(scores.flip(0))
+        token_ids.copy_(token_ids.flip(0))
+        same(replayed(graph, outputs), call())
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_update_weights_under_a_captured_graph(tokens, make_router, draw, same):
+    router, other = make_router(1), make_router(99)
+    hidden, experts = router.config.hidden_size, router.config.num_experts
+    x = draw(tokens, hidden)
+    graph, outputs = captured(lambda: router(x))
+    before = [output.clone() for output in replayed(graph, outputs)]
+    random = Random(99)  # the weights of ``other``
+    weight = (random.normal(experts, hidden) * 2.0**-6).bfloat16()
+    bias = random.normal(experts) * 0.125
+    router.update_weights(weight=weight, bias=bias)
+    after = [output.clone() for output in replayed(graph, outputs)]
+    same(after, other(x))
+    assert not torch.equal(before[1], after[1])
+    # A bias alone: large for one expert, so it must come first for every token.
+    bias[7] = 50.0
+    router.update_weights(bias=bias)
+    assert (replayed(graph, outputs)[1][:, 0] == 7).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_one_router_on_two_streams(tokens, make_router, draw, same):
+    router = make_router()
+    inputs = [draw(tokens, router.config.hidden_size, seed) for seed in (5, 6)]
+    expected = [router(x) for x in inputs]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found = ([], [])
+    for _ in range(200):
+        for stream, x, results in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(router(x))
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, expected, strict=True):
+        for result in results:
+            same(result, wanted)
+
+
+def test_two_graphs_of_one_router_at_once(make_router, draw, same):
+    router = make_router()
+    inputs = [draw(8, router.config.hidden_size, seed) for seed in (5, 6)]
+    expected = [router(x) for x in inputs]
+    graphs = [captured(lambda x=x: router(x)) for x in inputs]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for stream, (graph, _outputs) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, outputs), wanted in zip(graphs, expected, strict=True):
+        same(outputs, wanted)
+
+
+def test_a_chain_of_routers(make_router, draw, same):
+    """Back-to-back launches that may overlap (programmatic dependent launch), each reading what the
+    previous one wrote.
+    """
+    routers = [make_router(seed) for seed in range(20, 28)]
+    hidden = routers[0].config.hidden_size
+
+    def chain(x, settle):
+        results = []
+        for router in routers:
+            weights, ids = router(x)
+            settle()
+            x = x.clone()
+            x[:, 0] = weights[:, 0].bfloat16()
+            x[:, 1] = ids[:, 0].bfloat16()
+            settle()
+            results.append((weights, ids))
+        return results
+
+    for tokens in (1, 7, 64):
+        x = draw(tokens, hidden)
+        expected = chain(x, torch.cuda.synchronize)
+        for _ in range(20):
+            for found, wanted in zip(chain(x, lambda: None), expected, strict=True):
+                same(found, wanted)
+
+
+def test_unregistering_gives_the_memory_back(make_router, draw):
+    x = draw(2, make_router().config.hidden_size)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    router = make_router(31)
+    router_id = register_router(router)
+    router(x)
+    assert torch.cuda.memory_allocated() > before
+    unregister_router(router_id)
+    del router
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_refusals(make_router, draw):
+    """Never wrong results: what cannot be served is refused."""
+    router = make_router()
+    x = draw(4, router.config.hidden_size)
+    for wrong in (x.float(), x[:, :-64], x[0], x.cpu()):
+        with pytest.raises((ValueError, RuntimeError), match="expected"):
+            router(wrong)
+    with pytest.raises((ValueError, RuntimeError), match="gradient"):
+        router(x.clone().requires_grad_())
+    with pytest.raises((ValueError, RuntimeError), match="registered"):
+        torch.ops.dsv4.dense_router(x, 10**9, router.config.num_experts, router.config.top_k)

@@ -1,0 +1,91 @@
+"""Contracts of the CUDA C++ kernels against their sources and against each other."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+
+import pytest
+
+from build_kernels.plan import KERNELS
+from router_runtime.manifest import Contract, GridAxis, validate_contract
+
+CONSTANTS: Mapping[str, Mapping[str, int]] = {
+    "hash_router": {"THREADS": 128, "TOKENS_PER_BLOCK": 32},
+    "activation_topk": {"EXPERTS_CAPACITY": 384, "TOKENS_PER_BLOCK": 4},
+    "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
+}
+TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
+    "int": "i32",
+    "long long": "i64",
+    "float": "f32",
+}
+
+
+def contract_of(kernel: str, **constants: int) -> Contract:
+    module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
+    found = module.contract({**CONSTANTS[kernel], **constants})
+    assert isinstance(found, Contract)
+    return found
+
+
+@pytest.mark.parametrize("kernel", CONSTANTS)
+def test_parameters_are_the_signature(kernel: str) -> None:
+    source = (KERNELS / kernel / f"{kernel}.cu").read_text()
+    (signature,) = re.findall(rf'extern "C" __global__[^;{{]*?\b{kernel}\(([^)]*)\)', source)
+    declared = []
+    for parameter in signature.split(","):
+        kind, name = parameter.replace("const", "").strip().rsplit(maxsplit=1)
+        declared.append((name, TYPES[" ".join(kind.split())]))
+    contract = contract_of(kernel)
+    assert declared == [(parameter.name, parameter.type) for parameter in contract.parameters]
+    validate_contract(contract, kernel)
+
+
+@pytest.mark.parametrize("kernel", CONSTANTS)
+def test_dependency_wait_comes_before_any_return(kernel: str) -> None:
+    source = (KERNELS / kernel / f"{kernel}.cu").read_text()
+    body = source[source.index('extern "C" __global__') :]
+    assert contract_of(kernel).programmatic_dependent_launch
+    before, _, _ = body.partition("wait_for_previous_grids();")
+    assert before != body
+    assert "return" not in before
+    assert "[" not in before.split("{", 1)[1].replace("__shared__ SelectionScratch scratch[", "")
+
+
+@pytest.mark.parametrize("kernel", CONSTANTS)
+def test_no_pointer_is_restrict(kernel: str) -> None:
+    """Restrict makes the compiler read through the non-coherent cache: stale under PDL."""
+    source = (KERNELS / kernel / f"{kernel}.cu").read_text()
+    code = re.sub(r"//.*", "", source)
+    assert "__restrict__" not in code
+    assert "__ldg" not in code
+
+
+def test_activation_topk_has_a_warp_a_token() -> None:
+    contract = contract_of("activation_topk")
+    assert contract.block == (128, 1, 1)
+    assert contract.grid[0] == GridAxis("ceil", 1, "tokens", 4)
+    assert contract.limits["experts"] == (1, 384)
+
+
+@pytest.mark.parametrize(
+    ("constants", "capacity", "grid", "cluster"),
+    [
+        ((8, 1, 1, 128), 256, GridAxis("ceil", 1, "rows", 4), 1),
+        ((32, 1, 1, 128), 1024, GridAxis("ceil", 1, "rows", 4), 1),
+        ((32, 8, 1, 256), 8192, GridAxis("ceil", 1, "rows", 1), 1),
+        ((32, 8, 8, 256), 65536, GridAxis("ceil", 8, "rows", 1), 8),
+    ],
+)
+def test_topk_select_geometry(
+    constants: tuple[int, int, int, int], capacity: int, grid: GridAxis, cluster: int
+) -> None:
+    names = ("VALUES_PER_LANE", "WARPS_PER_ROW", "BLOCKS_PER_ROW", "THREADS")
+    contract = contract_of("topk_select", **dict(zip(names, constants, strict=True)))
+    assert contract.limits["row_length"] == (1, capacity)
+    assert contract.grid[0] == grid
+    assert contract.cluster == (cluster, 1, 1)
+    # The grid's x extent is an int of 31 bits.
+    assert contract.limits["rows"][1] * cluster <= 2**31 - 1

@@ -1,0 +1,322 @@
+"""Evidence: the format, what follows from it, and the committed records recomputed on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from router_runtime import evidence, inputs, suite
+from router_runtime.errors import ArtifactError
+from router_runtime.examine import examine
+from router_runtime.judge import clear_ids_sha256, expected_ids
+from router_runtime.manifest import (
+    Contract,
+    Entry,
+    GridAxis,
+    Manifest,
+    ManifestError,
+    Parameter,
+    Resources,
+    Toolchain,
+)
+
+COMMITTED = Path(__file__).parents[2] / "artifacts" / "evidence"
+#: Cases recomputed of each committed record.
+SAMPLE = 12
+
+LIMITS = {"row_length": (1, 64), "top_k": (1, 4)}
+TOOLCHAIN = Toolchain({"nvrtc": "13.5"}, {"cuda": ("--std=c++20",)})
+
+
+def mismatches(record: evidence.Record, cases) -> list[str]:
+    """What recomputing these cases on this machine finds wrong with a record."""
+    recorded = {case.name: case for case in record.cases}
+    wrong = []
+    for case in cases:
+        given = inputs.make_inputs(case)
+        ids, clear = expected_ids(case, given)
+        expected = {
+            "seed": case.seed,
+            "inputs_sha256": inputs.digest(given),
+            "rows": ids.shape[0],
+            "clear": int(clear.sum()),
+            "ids_sha256": clear_ids_sha256(ids, clear),
+        }
+        for name, value in expected.items():
+            found = getattr(recorded[case.name], name)
+            if found != value:
+                wrong.append(f"{case.name}: {name}: expected {value}, found {found}")
+        if any(error > 1 for name, error in recorded[case.name].worst.items() if name == "weight"):
+            wrong.append(f"{case.name}: its worst error is beyond the bound")
+    return wrong
+
+
+def committed() -> list[Path]:
+    return sorted(COMMITTED.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    committed()
+    or [pytest.param(None, marks=pytest.mark.skip(reason="no evidence is committed yet"))],
+    ids=lambda path: path.stem if path else "none",
+)
+def test_committed_evidence_recomputes(path):
+    record = evidence.loads(path.read_bytes())
+    assert path.name == record.file_name
+    if not record.current:
+        pytest.skip(
+            "stale: recorded with another oracle suite, so it proves nothing; "
+            "run on a GPU: router-runtime verify --record"
+        )
+    cases = suite.cases(record.kernel, record.constants, record.limits)
+    sample = random.Random(record.sha256).sample(cases, min(SAMPLE, len(cases)))
+    assert mismatches(record, sample) == []
+
+
+# --- a record of the oracle itself ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record(outputs):
+    found = []
+    for case in suite.cases("topk_select", {}, LIMITS):
+        given = inputs.make_inputs(case)
+
+        def run(on_device, values, ids, case=case):
+            found_values, found_ids = outputs(case, on_device)
+            values.copy_(found_values)
+            ids.copy_(found_ids)
+
+        verdict = examine(case, given, run, "cpu", 64)
+        assert not verdict.problems
+        found.append(
+            evidence.CaseRecord(
+                name=case.name,
+                seed=case.seed,
+                inputs_sha256=inputs.digest(given),
+                rows=verdict.rows,
+                clear=verdict.clear,
+                reordered=verdict.reordered,
+                ids_sha256=verdict.ids_sha256,
+                worst=verdict.worst,
+            )
+        )
+    return evidence.Record(
+        entry="topk_select/any/sm_90a/row64",
+        kernel="topk_select",
+        constants={},
+        limits=LIMITS,
+        target="sm_90a",
+        file="topk_select-any-sm_90a-row64-0011223344556677.cubin",
+        sha256="ab" * 32,
+        source_sha256="cd" * 32,
+        toolchain_sha256=evidence.toolchain_sha256(TOOLCHAIN),
+        suite_sha256=suite.suite_sha256(),
+        device="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        driver=13000,
+        torch="2.13.0",
+        cases=tuple(found),
+    )
+
+
+def entry_of(record, **changes):
+    contract = Contract(
+        parameters=(Parameter("scores", "ptr:f32"),),
+        grid=(GridAxis("constant"), GridAxis("constant"), GridAxis("constant")),
+        block=(32, 1, 1),
+        limits=record.limits,
+    )
+    entry = Entry(
+        kernel=record.kernel,
+        model=None,
+        target=record.target,
+        variant="row64",
+        constants=record.constants,
+        file=record.file,
+        sha256=record.sha256,
+        size=1,
+        symbol="topk_select",
+        contract=contract,
+        source_sha256=record.source_sha256,
+        numerics=None,
+        resources=Resources(32, 0, 0, 0, 0),
+    )
+    return dataclasses.replace(entry, **changes)
+
+
+def status(entry, *records, toolchain=TOOLCHAIN):
+    manifest = Manifest("ef" * 32, toolchain, (entry,))
+    return evidence.status(entry, manifest, evidence.Evidence(tuple(records)))
+
+
+def test_a_record_recomputes(record):
+    assert mismatches(record, suite.cases("topk_select", {}, LIMITS)) == []
+
+
+def test_round_trip_is_canonical(record, tmp_path):
+    data = evidence.dumps(record)
+    assert evidence.dumps(evidence.loads(data)) == data
+    path = evidence.write_record(record, tmp_path)
+    assert path.name == "topk_select-any-sm_90a-row64-0011223344556677.nvidia-h100-80gb-hbm3.json"
+    assert path.read_bytes() == data
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert evidence.load_evidence(tmp_path).records == (evidence.loads(data),)
+
+
+def test_no_evidence(tmp_path):
+    assert evidence.load_evidence(tmp_path / "absent") == evidence.Evidence()
+
+
+def test_status(record):
+    entry = entry_of(record)
+    assert status(entry) == "unproven"
+    assert status(entry, record) == "verified"
+    altered = dataclasses.replace(entry, sha256="99" * 32)
+    assert status(altered, record) == "unproven"  # same target: other bytes prove nothing
+    other_target = dataclasses.replace(altered, target="sm_100a")
+    assert status(other_target, record) == "source-verified"
+    assert status(dataclasses.replace(other_target, source_sha256="98" * 32), record) == "unproven"
+    newer = dataclasses.replace(TOOLCHAIN, packages={"nvrtc": "13.6"})
+    assert status(other_target, record, toolchain=newer) == "unproven"
+    # Bytes are what a device runs: evidence for them holds, whatever compiled them.
+    assert status(entry, record, toolchain=newer) == "verified"
+
+
+def test_evidence_over_other_limits_does_not_verify(record):
+    wider = dataclasses.replace(entry_of(record).contract, limits={"row_length": (1, 128)})
+    assert status(entry_of(record, contract=wider), record) == "unproven"
+
+
+def test_stale_evidence_proves_nothing(record):
+    stale = dataclasses.replace(record, suite_sha256="77" * 32)
+    assert not stale.current
+    assert status(entry_of(record), stale) == "unproven"
+    other_target = entry_of(record, sha256="99" * 32, target="sm_100a")
+    assert status(other_target, stale) == "unproven"
+    evidence.loads(evidence.dumps(stale))  # still readable
+
+
+def test_recording_replaces_what_it_supersedes(record, tmp_path):
+    old = dataclasses.replace(
+        record, sha256="12" * 32, file="topk_select-any-sm_90a-row64-1212121212121212.cubin"
+    )
+    elsewhere = dataclasses.replace(record, device="NVIDIA H200")
+    for each in (old, elsewhere, record):
+        evidence.write_record(each, tmp_path)
+    found = {(each.sha256, each.device) for each in evidence.load_evidence(tmp_path).records}
+    assert found == {(record.sha256, record.device), (record.sha256, "NVIDIA H200")}
+
+
+def flip(text: str) -> str:
+    return ("1" if text[0] == "0" else "0") + text[1:]
+
+
+CASE_TAMPERING = {
+    "inputs": {"inputs_sha256": flip},
+    "ids": {"ids_sha256": flip},
+    "rows": {"rows": lambda n: n + 1},
+    "clear": {"clear": lambda n: n - 1},
+}
+
+
+@pytest.mark.parametrize("change", CASE_TAMPERING)
+def test_tampering_with_a_case_is_caught(record, change):
+    """What the schema cannot see, recomputation does."""
+    document = json.loads(evidence.dumps(record))
+    for index in range(0, len(document["cases"]), 10):
+        case = document["cases"][index]
+        for name, alter in CASE_TAMPERING[change].items():
+            case[name] = alter(case[name])
+        tampered = evidence.loads(json.dumps(document).encode())
+        cases = suite.cases("topk_select", {}, LIMITS)
+        assert any(case["name"] in line for line in mismatches(tampered, cases))
+        document = json.loads(evidence.dumps(record))
+
+
+def drop_last_case(document):
+    document["cases"].pop()
+
+
+def reseed(document):
+    document["cases"][3]["seed"] += 1
+
+
+def rename_a_case(document):
+    document["cases"][3]["name"] += "x"
+
+
+def exchange_cases(document):
+    document["cases"].reverse()
+
+
+def foreign_device(document):
+    document["compute_capability"] = [10, 0]
+
+
+def unknown_key(document):
+    document["comment"] = "trust me"
+
+
+def missing_key(document):
+    del document["torch"]
+
+
+def newer_format(document):
+    document["format_version"] += 1
+
+
+def upper_case_digest(document):
+    document["sha256"] = document["sha256"].upper()
+
+
+def more_clear_than_rows(document):
+    document["cases"][0]["clear"] += 10**6
+
+
+def widen_the_limits(document):
+    document["limits"]["row_length"] = [1, 65536]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(drop_last_case, reseed, rename_a_case, exchange_cases, foreign_device, unknown_key),
+        *(missing_key, newer_format, upper_case_digest, more_clear_than_rows, widen_the_limits),
+    ],
+)
+def test_malformed_evidence_is_refused(record, change, tmp_path):
+    document = json.loads(evidence.dumps(record))
+    change(document)
+    data = json.dumps(document).encode()
+    with pytest.raises(ManifestError, match="expected"):
+        evidence.loads(data)
+    (tmp_path / record.file_name).write_bytes(data)
+    with pytest.raises(ArtifactError, match="verify --record"):
+        evidence.load_evidence(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 2}', b"\xff"])
+def test_rubbish_is_refused(data):
+    with pytest.raises(ManifestError):
+        evidence.loads(data)
+
+
+def test_a_renamed_record_is_refused(record, tmp_path):
+    (tmp_path / "topk_select.json").write_bytes(evidence.dumps(record))
+    with pytest.raises(ArtifactError, match="the name"):
+        evidence.load_evidence(tmp_path)
+
+
+def test_committed_records_name_their_entries():
+    """A record's own copies of what its entry says agree with each other."""
+    for path in committed():
+        record = evidence.loads(path.read_bytes())
+        kernel, _, target, _ = record.entry.split("/")
+        assert (kernel, target) == (record.kernel, record.target)
+        assert record.file.endswith(f"-{record.sha256[:16]}.cubin")

@@ -1,0 +1,243 @@
+"""spec.py against the definition evaluated by other means: exact fractions, 130-digit decimals,
+Python's own sort. Nothing here calls torch to compute an expected value.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+from decimal import Context, Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from router_runtime import spec
+
+INF, NAN = math.inf, math.nan
+FLT_MAX = struct.unpack("f", struct.pack("I", 0x7F7FFFFF))[0]
+EPSILON = 1e-20
+
+
+def fl32(number: float) -> float:
+    """The nearest fp32 number, ties to even."""
+    if math.isnan(number) or math.isinf(number):
+        return number
+    try:
+        return struct.unpack("f", struct.pack("f", number))[0]
+    except OverflowError:
+        return math.copysign(INF, number)
+
+
+def fl32_exact(number: Fraction) -> float:
+    """The fp32 number nearest to an exact one: any error of float() would be far below half an
+    ulp.
+    """
+    return fl32(float(number))
+
+
+def score_by_definition(z: float) -> float:
+    """sqrt(ln(1 + e^z)) with enough digits that 1 + e^z loses nothing."""
+    if math.isnan(z):
+        return 0.0
+    z = min(max(z, -FLT_MAX), FLT_MAX)
+    if z < -1000:
+        return 0.0
+    if z > 1000:
+        return fl32(math.sqrt(z))
+    context = Context(prec=130 + int(abs(z)))
+    one_plus = context.add(Decimal(1), context.exp(Decimal(z)))
+    return fl32(float(context.sqrt(context.ln(one_plus))))
+
+
+def route_by_definition(logits, bias, k, scale, renormalize):
+    """One token, in Python floats rounded to fp32 after every operation."""
+    scores = [score_by_definition(z) for z in logits]
+    keys = []
+    for z, s, b in zip(logits, scores, bias, strict=True):
+        key = fl32(s + b)
+        keys.append(-INF if math.isnan(z) or math.isnan(key) else key)
+    # Python's sort is stable and takes -0.0 == 0.0: equal keys keep the order of their ids.
+    ids = sorted(range(len(keys)), key=lambda e: -keys[e])[:k]
+    r, chosen = fl32(scale), [scores[e] for e in ids]
+    if not renormalize:
+        return [fl32(s * r) for s in chosen], ids
+    total = chosen[0]
+    for s in chosen[1:]:
+        total = fl32(total + s)
+    total = fl32(total + fl32(EPSILON))
+    return [fl32(fl32(s / total) * r) for s in chosen], ids
+
+
+def number(rng: random.Random) -> float:
+    kind = rng.randrange(8)
+    if kind == 0:
+        return rng.choice([INF, -INF, NAN, 0.0, -0.0, FLT_MAX, -FLT_MAX, 2.0**-149, -(2.0**-149)])
+    if kind == 1:
+        return struct.unpack("f", struct.pack("I", rng.getrandbits(32)))[0]
+    if kind == 2:
+        return float(rng.randrange(-3, 3))
+    return fl32(rng.gauss(0, 1) * rng.choice([0.5, 4.0, 40.0]))
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_activation_topk(renormalize):
+    rng = random.Random(20)
+    for _ in range(60):
+        experts = rng.randrange(1, 24)
+        k, scale = rng.randrange(1, experts + 1), rng.choice([1.0, 1.5, 2.5, 0.0, 1e18])
+        rows = [[number(rng) for _ in range(experts)] for _ in range(4)]
+        bias = [number(rng) for _ in range(experts)]
+        weights, ids = spec.activation_topk(
+            torch.tensor(rows), torch.tensor(bias), k, scale, renormalize
+        )
+        for row, found_weights, found_ids in zip(rows, weights.tolist(), ids.tolist(), strict=True):
+            expected_weights, expected_ids = route_by_definition(row, bias, k, scale, renormalize)
+            assert found_ids == expected_ids
+            assert found_weights == expected_weights
+
+
+def test_scores_are_rounded_once():
+    rng = random.Random(21)
+    z = [fl32(rng.uniform(-100, 100)) for _ in range(400)]
+    z += [-16.0, -16.6, -17.0, 16.6, 80.0, -80.0, -104.0, 0.0, -0.0, 2.0**-149, 88.8, -88.8, -200.0]
+    z += [INF, -INF, NAN, FLT_MAX, -FLT_MAX, 1e30, -1e30]
+    z = [fl32(v) for v in z]
+    assert spec.sqrt_softplus(torch.tensor(z)).tolist() == [score_by_definition(v) for v in z]
+
+
+def test_subnormal_scores_are_not_flushed():
+    z = torch.tensor([-180.0, -190.0, -200.0])
+    scores = spec.sqrt_softplus(z)
+    assert 0 < scores[2] < 2.0**-126
+    assert scores.tolist() == [score_by_definition(v) for v in z.tolist()]
+
+
+def test_all_zero_scores_give_zero_weights():
+    weights, ids = spec.activation_topk(torch.full((1, 8), -INF), torch.zeros(8), 3, 2.5)
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+    assert ids.tolist() == [[0, 1, 2]]
+
+
+def test_bias_selects_and_does_not_weigh():
+    logits = torch.tensor([[0.0, 0.0, 5.0]])
+    weights, ids = spec.activation_topk(logits, torch.tensor([9.0, 8.0, 0.0]), 2, 1.0)
+    assert ids.tolist() == [[0, 1]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+def test_nan_logit_ranks_last_whatever_its_bias():
+    logits = torch.tensor([[NAN, -50.0, -60.0]])
+    weights, ids = spec.activation_topk(logits, torch.tensor([INF, 0.0, 0.0]), 3, 1.0)
+    assert ids.tolist() == [[1, 2, 0]]
+    assert weights[0, 2] == 0
+
+
+@pytest.mark.parametrize("k_chunk", [None, 16, 48, 64])
+def test_dense_logits(k_chunk):
+    rng = random.Random(22)
+    tokens, hidden, experts = 3, 64, 5
+    draw = lambda rows: torch.tensor(  # noqa: E731
+        [
+            [rng.gauss(0, 1) * 2.0 ** rng.randrange(-8, 8) for _ in range(hidden)]
+            for _ in range(rows)
+        ]
+    ).bfloat16()
+    x, weight = draw(tokens), draw(experts)
+    logits = spec.dense_logits(x, weight, k_chunk).tolist()
+    step = k_chunk or hidden
+    for n in range(tokens):
+        for e in range(experts):
+            products = [
+                Fraction(a) * Fraction(b)
+                for a, b in zip(x[n].tolist(), weight[e].tolist(), strict=True)
+            ]
+            parts = [
+                fl32_exact(sum(products[start : start + step], Fraction(0)))
+                for start in range(0, hidden, step)
+            ]
+            total = parts[0]
+            for part in parts[1:]:
+                total = fl32(total + part)
+            assert logits[n][e] == total
+
+
+def test_chunks_are_added_in_ascending_order():
+    x = torch.ones(1, 6).bfloat16()
+    weight = torch.tensor([[2.0**24, 0, 1, 0, -(2.0**24), 0]]).bfloat16()
+    assert spec.dense_logits(x, weight).item() == 1
+    assert spec.dense_logits(x, weight, 2).item() == 0  # (2^24 + 1) - 2^24, rounded in between
+
+
+def test_a_nan_logit_has_one_bit_pattern():
+    x = torch.full((1, 64), NAN).bfloat16()
+    stored = spec.dense_logits(x, torch.ones(2, 64).bfloat16(), 32)
+    assert stored.view(torch.int32).tolist() == [[0x7FFFFFFF, 0x7FFFFFFF]]
+
+
+@pytest.mark.parametrize("width", [1, 5, 33])
+def test_topk_select(width):
+    rng = random.Random(23)
+    for _ in range(50):
+        row, k = [number(rng) for _ in range(width)], rng.randrange(1, width + 1)
+        values, ids = spec.topk_select(torch.tensor([row]), k)
+        expected = sorted(range(width), key=lambda e: INF if math.isnan(row[e]) else -row[e])[:k]
+        assert ids[0].tolist() == expected
+        bits = torch.tensor([row]).view(torch.int32)[0, expected]
+        assert values.view(torch.int32)[0].tolist() == bits.tolist()
+
+
+def test_topk_select_edge_rules():
+    row = torch.tensor([[NAN, -0.0, 0.0, -INF, -0.0]])
+    values, ids = spec.topk_select(row, 5)
+    assert ids.tolist() == [[1, 2, 4, 0, 3]]  # zeros tie, NaN and -inf tie: the lower id first
+    assert torch.equal(values.view(torch.int32), row[:, [1, 2, 4, 0, 3]].view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_hash_router(dtype):
+    table = torch.tensor([[3, 1], [2, 2], [0, 3]], dtype=torch.int32)
+    token_ids = torch.tensor([2, -1, 3, 0, 2**31 - 1, -(2**31), 1], dtype=dtype)
+    weights, ids = spec.hash_router(token_ids, table, 2, sentinel=-7)
+    assert ids.tolist() == [[0, 3], [-7, -7], [-7, -7], [3, 1], [-7, -7], [-7, -7], [2, 2]]
+    assert weights.tolist() == [[0.5, 0.5], [0, 0], [0, 0], [0.5, 0.5], [0, 0], [0, 0], [0.5, 0.5]]
+
+
+def test_hash_router_does_not_truncate_ids():
+    weights, ids = spec.hash_router(torch.tensor([2**32, 2**63 - 1]), torch.zeros(4, 6).int(), 6)
+    assert (ids == -1).all()
+    assert (weights == 0).all()
+
+
+def test_hash_weights_are_fl32_of_one_over_k():
+    for k in range(1, 33):
+        weights, _ = spec.hash_router(torch.tensor([0]), torch.zeros(1, k).int(), k)
+        assert weights.tolist() == [[fl32(1 / k)] * k]
+
+
+def test_dtypes_and_empty_batches():
+    empty = torch.empty(0, 64).bfloat16(), torch.ones(8, 64).bfloat16(), torch.zeros(8)
+    for weights, ids in (
+        spec.dense_router(*empty, 6, 1.5),
+        spec.activation_topk(torch.empty(0, 8), torch.zeros(8), 6, 1.5),
+        spec.topk_select(torch.empty(0, 8), 6),
+        spec.hash_router(torch.empty(0, dtype=torch.int64), torch.zeros(4, 6).int(), 6),
+    ):
+        assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+        assert weights.shape == ids.shape == (0, 6)
+
+
+def test_spec_imports_nothing_of_this_package():
+    source = Path(spec.__file__).read_text(encoding="utf-8")
+    assert "router_runtime" not in source
+    assert "build_kernels" not in source
+
+
+def test_kernels_and_oracle_share_their_constants():
+    """build_kernels/numerics.py hands these to every kernel as compile-time constants."""
+    numerics = pytest.importorskip("build_kernels.numerics", reason="the builder is not here")
+    assert fl32(numerics.CONSTANTS["RENORM_EPSILON"]) == fl32(spec.RENORM_EPSILON)
+    assert numerics.CONSTANTS["LOGIT_MAX"] == spec.LOGIT_MAX == FLT_MAX
+    assert numerics.CONSTANTS["NAN_LOGIT_BITS"] == spec.NAN_LOGIT_BITS

@@ -1,0 +1,381 @@
+"""The suite passes the oracle as a kernel, and fails every way of being wrong that we could think
+of: a suite that cannot fail proves nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from router_runtime import inputs, spec, suite
+from router_runtime.examine import examine
+from router_runtime.judge import TOLERANCES, expected_ids
+
+DENSE = "dense_router_decode"
+SHAPES = {
+    "hash_router": ({}, {"top_k": (1, 8)}),
+    "topk_select": ({}, {"row_length": (1, 300), "top_k": (1, 8)}),
+    "activation_topk": ({}, {"experts": (1, 64), "top_k": (1, 8)}),
+    DENSE: ({"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}, {"tokens": (1, 64)}),
+}
+
+
+def largest(limits):
+    return limits.get("tokens", (1, 300))[1]
+
+
+def runner(outputs):
+    """A Run that writes what ``outputs(case, inputs)`` returns."""
+
+    def for_case(case):
+        def run(given, values, ids):
+            found = outputs(case, given)
+            values.copy_(found[0])
+            ids.copy_(found[1])
+
+        return run
+
+    return for_case
+
+
+def problems(subject, for_case):
+    """Every problem that the suite finds, until the first case that has some."""
+    for case in suite.cases(*subject):
+        given = inputs.make_inputs(case)
+        found = examine(case, given, for_case(case), "cpu", largest(subject[2])).problems
+        if found:
+            return [f"{case.name}: {problem}" for problem in found]
+    return []
+
+
+def test_the_oracle_passes(subject, outputs):
+    clear = rows = 0
+    for case in suite.cases(*subject):
+        given = inputs.make_inputs(case)
+        verdict = examine(case, given, runner(outputs)(case), "cpu", min(largest(subject[2]), 130))
+        assert verdict.problems == ()
+        assert all(error <= 1 for error in verdict.worst.values())
+        clear, rows = clear + verdict.clear, rows + verdict.rows
+        # What evidence is recomputed from agrees with what was judged.
+        ids, is_clear = expected_ids(case, given)
+        assert int(is_clear.sum()) == verdict.clear
+        assert torch.equal(ids[is_clear], outputs(case, given)[1][is_clear])
+    # A suite of ambiguous rows would check nothing.
+    assert clear > 0.9 * rows
+
+
+def test_the_sizes_asked_for_are_there():
+    cases = suite.cases("activation_topk", {}, {"experts": (1, 1024), "top_k": (1, 32)})
+    assert {1, 2, 63, 64, 65, 1000} <= {case.sizes["tokens"] for case in cases}
+    cases = suite.cases(DENSE, {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}, {"tokens": (1, 64)})
+    assert {1, 2, 63, 64} <= {case.sizes["tokens"] for case in cases}
+    assert max(case.sizes["tokens"] for case in cases) == 64
+    cases = suite.cases("topk_select", {}, {"row_length": (1, 65536), "top_k": (1, 32)})
+    assert {1, 1024, 65535, 65536} <= {case.sizes["row_length"] for case in cases}
+    assert {1, 32} <= {case.sizes["top_k"] for case in cases}
+    assert all(case.sizes["top_k"] <= case.sizes["row_length"] for case in cases)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="add its cases"):
+        suite.cases("topk_selct", {}, {})
+
+
+def test_tolerances_are_those_of_the_design():
+    assert TOLERANCES["LOGIT"] == 2.0**-20
+    assert TOLERANCES["SCORE"] == 4e-7
+    assert TOLERANCES["SCORE_UNDERFLOW"] == 4e-23
+
+
+# --- wrong kernels -----------------------------------------------------------------------------
+
+
+def swapped(ids):
+    """A copy with ranks 0 and 1 exchanged."""
+    order = [1, 0, *range(2, ids.shape[1])]
+    return ids[:, order] if ids.shape[1] > 1 else ids
+
+
+def higher_id_first(case, given):
+    """Ties to the higher id."""
+    if case.kernel == "topk_select":
+        scores = given["scores"].flip(1)
+        values, ids = spec.topk_select(scores, given["top_k"])
+        return values, scores.shape[1] - 1 - ids
+    if case.kernel == "activation_topk":
+        logits, bias = given["logits"].flip(1), given["bias"].flip(0)
+    else:
+        logits = spec.dense_logits(given["hidden_states"], given["weight"].flip(0))
+        bias = given["bias"].flip(0)
+    k = case.sizes["top_k"]
+    weights, ids = spec.activation_topk(logits, bias, k, given["scale"], bool(given["renormalize"]))
+    return weights, logits.shape[1] - 1 - ids
+
+
+def routed(change_logits=None, *, scores=None, ids=None, weights=None, report=lambda ids: ids):
+    """The oracle for scoring kernels with some of its steps replaced."""
+
+    def outputs(case, given):
+        if case.kernel == "activation_topk":
+            logits = given["logits"]
+        else:
+            logits = spec.dense_logits(given["hidden_states"], given["weight"])
+        bias = given["bias"]
+        if change_logits is not None:
+            logits = change_logits(logits)
+        s = (scores or spec.sqrt_softplus)(logits)
+        keys = spec.selection_keys(s, bias, logits)
+        chosen = spec.topk_select(keys, case.sizes["top_k"])[1]
+        if ids is not None:
+            chosen = ids(chosen)
+        picked = s.gather(1, chosen.long())
+        if weights is not None:
+            step = SimpleNamespace(keys=keys.gather(1, chosen.long()), picked=picked, given=given)
+            return weights(step), chosen
+        found = spec.routing_weights(picked, given["scale"], bool(given["renormalize"]))
+        return found, report(chosen)
+
+    return outputs
+
+
+def naive_softplus(logits):
+    """log(1 + exp(z)) in fp32: wrong by 3e-2 at -16."""
+    z = logits.nan_to_num(nan=-torch.inf, posinf=spec.LOGIT_MAX, neginf=-spec.LOGIT_MAX)
+    return torch.where(z > 20, z, (1 + z.clamp(max=20).exp()).log()).sqrt()
+
+
+def flushed(logits):
+    """Scores flushed to zero with the softplus, as under -ftz."""
+    scores = spec.sqrt_softplus(logits)
+    return torch.where(scores * scores < 2.0**-126, torch.zeros_like(scores), scores)
+
+
+SCORING_MUTANTS = {
+    "naive softplus": routed(scores=naive_softplus),
+    "no renormalisation": routed(
+        weights=lambda s: spec.routing_weights(s.picked, s.given["scale"], False)
+    ),
+    "always renormalised": routed(
+        weights=lambda s: spec.routing_weights(s.picked, s.given["scale"], True)
+    ),
+    "scale forgotten": routed(
+        weights=lambda s: spec.routing_weights(s.picked, 1.0, bool(s.given["renormalize"]))
+    ),
+    "bias in the weights": routed(
+        weights=lambda s: spec.routing_weights(s.keys.nan_to_num().abs(), s.given["scale"], True)
+    ),
+    "ids in another order": routed(ids=swapped),
+    "weights in another order": routed(
+        weights=lambda s: spec.routing_weights(
+            s.picked, s.given["scale"], bool(s.given["renormalize"])
+        ).flip(1)
+    ),
+    "NaN as a large logit": routed(lambda z: z.nan_to_num(nan=100.0, posinf=1e38, neginf=-1e38)),
+    "infinities not clamped": routed(scores=lambda z: torch.nn.functional.softplus(z).sqrt()),
+    "ids shifted by one": routed(report=lambda ids: ids + 1),
+    "negative ids": routed(report=lambda ids: -1 - ids),
+    "one expert k times": routed(ids=lambda ids: ids[:, :1].expand_as(ids)),
+}
+
+
+@pytest.mark.parametrize("kernel", ["activation_topk", DENSE])
+@pytest.mark.parametrize("mutant", SCORING_MUTANTS)
+def test_wrong_scoring_is_caught(kernel, mutant):
+    assert problems((kernel, *SHAPES[kernel]), runner(SCORING_MUTANTS[mutant]))
+
+
+def test_a_small_error_of_given_logits_is_caught():
+    """Only for kernels that are given logits: an accumulation over the hidden dimension may be off
+    by 2^-20 of its sum of magnitudes.
+    """
+    subject = ("activation_topk", *SHAPES["activation_topk"])
+    assert problems(subject, runner(routed(lambda z: z * (1 + 2e-6))))
+
+
+def test_flushed_subnormals_are_caught():
+    """Only for kernels that are given logits: dense ones cannot reach -88 in this small shape."""
+    subject = ("activation_topk", *SHAPES["activation_topk"])
+    assert problems(subject, runner(routed(scores=flushed)))
+
+
+def test_a_missing_epsilon_is_caught():
+    def weights(step):
+        total = step.picked.sum(dim=1, keepdim=True)
+        share = step.picked / total if step.given["renormalize"] else step.picked
+        return share * torch.tensor(step.given["scale"], dtype=torch.float32)
+
+    subject = ("activation_topk", *SHAPES["activation_topk"])
+    assert problems(subject, runner(routed(weights=weights)))
+
+
+def test_a_flushed_operand_is_caught():
+    """The tensor core must not flush bf16 subnormals."""
+
+    def outputs(case, given):
+        x = given["hidden_states"]
+        x = torch.where(x.float().abs() < 2.0**-126, torch.zeros_like(x), x)
+        return routed()(case, {**given, "hidden_states": x})
+
+    assert problems((DENSE, *SHAPES[DENSE]), runner(outputs))
+
+
+def test_bf16_logits_are_caught():
+    assert problems((DENSE, *SHAPES[DENSE]), runner(routed(lambda z: z.bfloat16().float())))
+
+
+@pytest.mark.parametrize("kernel", ["topk_select", "activation_topk", DENSE])
+def test_wrong_tie_rule_is_caught(kernel):
+    assert problems((kernel, *SHAPES[kernel]), runner(higher_id_first))
+
+
+def select(key):
+    def outputs(case, given):
+        scores = given["scores"]
+        order = key(scores).sort(dim=1, descending=True, stable=True).indices[:, : given["top_k"]]
+        return scores.gather(1, order), order.int()
+
+    return outputs
+
+
+def bits_as_signed(scores):
+    """A ranking by bits, in which +0 beats -0."""
+    bits = torch.where(scores.isnan(), torch.full_like(scores, -torch.inf), scores)
+    bits = bits.view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [bits_as_signed, lambda s: s, lambda s: s.nan_to_num(nan=0.0, posinf=9e38, neginf=-9e38)],
+    ids=["+0 beats -0", "NaN first", "NaN as zero"],
+)
+def test_wrong_selection_is_caught(key):
+    assert problems(("topk_select", *SHAPES["topk_select"]), runner(select(key)))
+
+
+def test_changed_values_are_caught(outputs):
+    def canonical_nan(case, given):
+        values, ids = outputs(case, given)
+        return torch.where(values.isnan(), torch.full_like(values, torch.nan), values), ids
+
+    assert problems(("topk_select", *SHAPES["topk_select"]), runner(canonical_nan))
+
+
+def test_ignored_stride_is_caught(outputs):
+    def packed(name):
+        def wrong(case, given):
+            rows = given[name]
+            read = rows.as_strided(rows.shape, (rows.shape[1], 1))
+            return outputs(case, {**given, name: read})
+
+        return wrong
+
+    for kernel, name in (
+        ("topk_select", "scores"),
+        ("activation_topk", "logits"),
+        (DENSE, "hidden_states"),
+    ):
+        assert problems((kernel, *SHAPES[kernel]), runner(packed(name)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: {"token_ids": given["token_ids"].int()},
+        lambda given: {"token_ids": given["token_ids"].clamp(0, len(given["table"]) - 1)},
+        lambda given: {"token_ids": given["token_ids"].abs()},
+        lambda given: {"sentinel": -1},
+        lambda given: {"table": given["table"].sort(dim=1).values},
+    ],
+    ids=["truncated", "clamped", "sign ignored", "sentinel ignored", "row not verbatim"],
+)
+def test_wrong_lookup_is_caught(change, outputs):
+    def wrong(case, given):
+        return outputs(case, {**given, **change(given)})
+
+    assert problems(("hash_router", *SHAPES["hash_router"]), runner(wrong))
+
+
+# --- wrong behaviour around a right result ------------------------------------------------------
+
+
+def element_after(tensor):
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel())
+
+
+def misbehave(outputs, action):
+    calls = itertools.count()
+
+    def for_case(case):
+        def run(given, values, ids):
+            found = outputs(case, given)
+            values.copy_(found[0])
+            ids.copy_(found[1])
+            action(given, values, ids, next(calls))
+
+        return run
+
+    return for_case
+
+
+def leave_last_row(_, values, ids, __):
+    # What an unwritten element holds: whatever was there before.
+    values[-1] = element_after(values)
+    ids[-1] = element_after(ids)
+
+
+def flip_a_bit_at_times(_, values, __, call):
+    if call % 2:
+        values.view(torch.int32)[0, 0] ^= 1
+
+
+def depend_on_batch_size(_, values, __, ___):
+    if values.shape[0] > 32:
+        values.view(torch.int32)[:, 0] += 1
+
+
+def depend_on_position(_, values, __, ___):
+    if values.shape[0] > 8:
+        values.view(torch.int32)[8, 0] ^= 1
+
+
+def depend_on_neighbours(given, values, _, __):
+    if given["hidden_states"].isnan().any():
+        values.view(torch.int32)[:, 0] ^= 1
+
+
+def write_past_values(_, values, __, ___):
+    element_after(values).fill_(0)
+
+
+def write_past_ids(_, __, ids, ___):
+    element_after(ids).fill_(0)
+
+
+def clear_an_input(given, *_):
+    next(value for value in given.values() if isinstance(value, torch.Tensor)).zero_()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (leave_last_row, "not written"),
+        (flip_a_bit_at_times, "not deterministic"),
+        (write_past_values, "outside its output values"),
+        (write_past_ids, "outside its output ids"),
+        (clear_an_input, "changed its input"),
+    ],
+)
+@pytest.mark.parametrize("kernel", SHAPES)
+def test_misbehaviour_is_caught(kernel, action, message, outputs):
+    found = problems((kernel, *SHAPES[kernel]), misbehave(outputs, action))
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize("action", [depend_on_batch_size, depend_on_position, depend_on_neighbours])
+def test_batch_dependence_is_caught(action, outputs):
+    found = problems((DENSE, *SHAPES[DENSE]), misbehave(outputs, action))
+    assert any("depend on its batch" in problem for problem in found), found

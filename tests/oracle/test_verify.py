@@ -1,0 +1,239 @@
+"""``router-runtime verify`` with the oracle in place of the kernels: its table, its exit, what it
+records and what it removes; and that it has a value for every argument of every contract.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from router_runtime import evidence, suite, verify
+from router_runtime.examine import examine
+from router_runtime.inputs import make_inputs
+from router_runtime.manifest import (
+    Contract,
+    Entry,
+    GridAxis,
+    Manifest,
+    Parameter,
+    Resources,
+    Toolchain,
+    artifact_name,
+)
+from router_runtime.manifest import (
+    dumps as dump_manifest,
+)
+from router_runtime.resolve import DeviceFacts
+
+AXIS = GridAxis("constant")
+#: What the kernels are launched with; repacked weights stand under the name of their matrix.
+PARAMETERS = {
+    "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k "
+    "sentinel",
+    "topk_select": "scores values_out ids_out rows row_length row_stride top_k",
+    "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
+    "renormalize",
+    "dense_router_decode": "hidden_states weight bias weights_out ids_out workspace tokens "
+    "row_stride scale renormalize",
+}
+
+
+def entry(kernel, target="sm_90a", constants=None, limits=None, digest="a"):
+    return Entry(
+        kernel=kernel,
+        model=None,
+        target=target,
+        variant="portable",
+        constants=constants or {},
+        file=artifact_name(kernel, None, target, "portable", digest * 64),
+        sha256=digest * 64,
+        size=1,
+        symbol=kernel,
+        contract=Contract((), (AXIS, AXIS, AXIS), (32, 1, 1), limits=limits or {}),
+        source_sha256="5" * 64,
+        numerics=None,
+        resources=Resources(32, 0, 0, 0, 0),
+    )
+
+
+ENTRIES = (
+    entry("hash_router", limits={"top_k": (1, 8)}, digest="1"),
+    entry("topk_select", limits={"row_length": (1, 64), "top_k": (1, 4)}, digest="2"),
+    entry(
+        "dense_router_decode",
+        constants={"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4},
+        limits={"tokens": (1, 16)},
+        digest="3",
+    ),
+    entry("hash_router", target="sm_100a", limits={"top_k": (1, 8)}, digest="4"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    manifest = Manifest("0" * 64, Toolchain({}, {}), ENTRIES)
+    (tmp_path / "manifest.json").write_bytes(dump_manifest(manifest))
+    return tmp_path
+
+
+@pytest.fixture
+def machine(monkeypatch, outputs):
+    """A machine of compute capability 9.0 whose kernels are the oracle; ``broken`` breaks some."""
+    broken = set()
+
+    class Kernel:
+        def __init__(self, loaded, device):
+            self.entry = loaded
+
+        def __call__(self, given, values, ids):
+            case = self.case
+            found_values, found_ids = outputs(case, given)
+            values.copy_(found_values)
+            ids.copy_(found_ids)
+            if self.entry.kernel in broken:
+                values.zero_()
+
+    def on_cpu(case, given, run, device, largest):
+        assert device == "cuda:0"
+        run.case = case
+        return examine(case, given, run, "cpu", largest)
+
+    monkeypatch.setattr(verify, "load_entry", lambda entry, *_: entry)
+    monkeypatch.setattr(verify, "KernelRun", Kernel)
+    monkeypatch.setattr(verify, "examine", on_cpu)
+    monkeypatch.setattr(
+        verify,
+        "driver",
+        SimpleNamespace(
+            initialise=lambda: None,
+            device_facts=lambda _: DeviceFacts(9, 0, 13000, 132, 232448),
+            device_name=lambda _: "NVIDIA H100 80GB HBM3",
+        ),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return broken
+
+
+def test_all_pass_and_nothing_is_written(folder, machine):
+    lines = []
+    assert verify.run(folder, False, lines.append)
+    text = "\n".join(lines)
+    assert "NVIDIA H100" in text
+    assert text.count("  pass") == 3
+    assert "sm_100a" not in text
+    assert not (folder / "evidence").exists()
+
+
+def test_recorded_evidence_verifies(folder, machine):
+    assert verify.run(folder, True, lambda _: None)
+    found = evidence.load_evidence(folder / "evidence")
+    assert len(found.records) == 3
+    manifest = Manifest("0" * 64, Toolchain({}, {}), ENTRIES)
+    assert [evidence.status(each, manifest, found) for each in ENTRIES] == [
+        *("verified", "verified", "verified"),
+        "source-verified",  # the same source as the one for sm_90a
+    ]
+    first = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
+    assert verify.run(folder, True, lambda _: None)
+    assert {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()} == first
+
+
+def test_a_failure_is_reported_and_removes_its_evidence(folder, machine):
+    assert verify.run(folder, True, lambda _: None)
+    machine.add("dense_router_decode")
+    lines = []
+    assert not verify.run(folder, True, lines.append)
+    text = "\n".join(lines)
+    assert "FAIL" in text
+    assert "weights out of bounds" in text
+    kept = {record.kernel for record in evidence.load_evidence(folder / "evidence").records}
+    assert kept == {"hash_router", "topk_select"}
+
+
+def test_no_entry_for_the_device_is_a_failure(folder, machine, monkeypatch):
+    monkeypatch.setattr(
+        verify.driver, "device_facts", lambda _: DeviceFacts(12, 0, 13000, 100, 100)
+    )
+    lines = []
+    assert not verify.run(folder, False, lines.append)
+    assert "build-kernels build --target sm_120a" in "\n".join(lines)
+
+
+def test_an_entry_without_cases_is_a_failure(folder, machine):
+    unknown = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, entry("hash_gate", digest="9")))
+    (folder / "manifest.json").write_bytes(dump_manifest(unknown))
+    lines = []
+    assert not verify.run(folder, False, lines.append)
+    assert "add its cases to router_runtime/suite.py" in "\n".join(lines)
+
+
+class Recorder:
+    """A loaded kernel that remembers what it was launched with."""
+
+    def __init__(self, listed, arguments):
+        self.entry, self.arguments, self.given = listed, arguments, {}
+
+    def launch(self, stream, /, **arguments):
+        self.given = arguments
+
+
+@pytest.mark.parametrize("kernel", PARAMETERS)
+def test_every_argument_has_a_value(kernel, monkeypatch):
+    constants = {"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4}
+    case = suite.cases(kernel, constants, {"top_k": (1, 4), "row_length": (1, 64)})[0]
+    given = make_inputs(case)
+    recorder = Recorder(entry(kernel), tuple(PARAMETERS[kernel].split()))
+    run = verify.KernelRun(recorder, "cpu")
+    monkeypatch.setattr(run, "_stream", lambda: 0)
+    rows = next(iter(given.values())).shape[0]
+    k = case.sizes["top_k"]
+    run(given, torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32))
+    assert tuple(recorder.given) == recorder.arguments
+    if kernel == "hash_router":
+        assert (recorder.given["token_ids_i32"] is None) != (
+            recorder.given["token_ids_i64"] is None
+        )
+
+
+@pytest.mark.parametrize("kernel", PARAMETERS)
+def test_contracts_ask_for_nothing_else(kernel):
+    """The names above are those of the kernels' own contracts."""
+    try:
+        module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
+        catalog = importlib.import_module("build_kernels.catalog")
+        numerics = importlib.import_module("build_kernels.numerics")
+    except ImportError as error:
+        pytest.skip(f"the builder is not here: {error}")
+    row = next((row for row in catalog.KERNELS if row.name == kernel), None)
+    if row is None:
+        pytest.skip(f"{kernel} is not in the catalog")
+    models = catalog.MODELS if row.per_model else (None,)
+    for model in models:
+        for variant in row.variants:
+            constants = {**numerics.CONSTANTS, **variant.constants}
+            if model is not None:
+                constants |= model.constants() | dict(variant.tuned.get(model.name, {}))
+            contract = module.contract(constants)
+            names = {parameter.name for parameter in contract.parameters}
+            names -= {recipe.parameter for recipe in contract.repacks}
+            allowed = {*PARAMETERS[kernel].split(), "workspace"}
+            assert names <= allowed
+            assert all(axis.argument in {None, *allowed} for axis in contract.grid)
+            suite.cases(kernel, constants, contract.limits)
+
+
+def test_the_workspace_starts_zeroed():
+    listed = entry("dense_router_decode")
+    contract = dataclasses.replace(
+        listed.contract, workspace_bytes=64, parameters=(Parameter("workspace", "ptr:u32"),)
+    )
+    run = verify.KernelRun(
+        Recorder(dataclasses.replace(listed, contract=contract), ("workspace",)), "cpu"
+    )
+    assert run._workspace.numel() == 64
+    assert not run._workspace.any()

@@ -1,0 +1,129 @@
+"""The artifacts folder: found, strict, and never different from its digests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from router_runtime import artifacts
+from router_runtime.errors import ArtifactError
+from router_runtime.manifest import MANIFEST_NAME, ManifestError
+
+
+@pytest.fixture
+def folder(build: SimpleNamespace, tmp_path: Path) -> Path:
+    path: Path = build.artifacts(tmp_path / "artifacts", build.small())
+    return path
+
+
+def test_intact_cubin_is_returned(build: SimpleNamespace, folder: Path) -> None:
+    for entry in artifacts.read_manifest(folder).entries:
+        assert artifacts.read_cubin(entry, folder) == build.code(entry)
+
+
+def test_missing_cubin(build: SimpleNamespace, folder: Path) -> None:
+    entry = build.small()[0]
+    (folder / entry.file).unlink()
+    with pytest.raises(ArtifactError, match=r"expected .*, found no such file; run: make build"):
+        artifacts.read_cubin(entry, folder)
+
+
+def test_truncated_cubin(build: SimpleNamespace, folder: Path) -> None:
+    entry = build.small()[0]
+    (folder / entry.file).write_bytes(build.code(entry)[:-1])
+    with pytest.raises(ArtifactError, match=rf"expected {entry.size} bytes .*\(truncated\)"):
+        artifacts.read_cubin(entry, folder)
+
+
+def test_longer_cubin(build: SimpleNamespace, folder: Path) -> None:
+    entry = build.small()[0]
+    (folder / entry.file).write_bytes(build.code(entry) + b"x")
+    with pytest.raises(ArtifactError, match="a longer file"):
+        artifacts.read_cubin(entry, folder)
+
+
+def test_altered_cubin(build: SimpleNamespace, folder: Path) -> None:
+    entry = build.small()[0]
+    (folder / entry.file).write_bytes(b"X" + build.code(entry)[1:])
+    with pytest.raises(ArtifactError, match=rf"expected sha256 {entry.sha256}.*altered"):
+        artifacts.read_cubin(entry, folder)
+
+
+def test_link_that_leads_outside(build: SimpleNamespace, folder: Path) -> None:
+    entry = build.small()[0]
+    outside = folder.parent / "elsewhere.cubin"
+    outside.write_bytes(build.code(entry))
+    (folder / entry.file).unlink()
+    (folder / entry.file).symlink_to(outside)
+    with pytest.raises(ArtifactError, match=r"a file inside .*elsewhere\.cubin"):
+        artifacts.read_cubin(entry, folder)
+
+
+def test_linked_folder_is_fine(build: SimpleNamespace, folder: Path) -> None:
+    link = folder.parent / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    assert artifacts.read_cubin(build.small()[0], link)
+
+
+@pytest.mark.parametrize("name", ["../a.cubin", "/a.cubin", "x/a.cubin", "..cubin", "a.bin"])
+def test_path_outside_the_folder(folder: Path, name: str) -> None:
+    document = json.loads((folder / MANIFEST_NAME).read_bytes())
+    document["entries"][0]["file"] = name
+    (folder / MANIFEST_NAME).write_text(json.dumps(document))
+    with pytest.raises(ManifestError, match=r"plain \.cubin file name"):
+        artifacts.read_manifest(folder)
+
+
+def test_unknown_key(folder: Path) -> None:
+    document = json.loads((folder / MANIFEST_NAME).read_bytes())
+    document["entries"][0]["fallback"] = "ptx"
+    (folder / MANIFEST_NAME).write_text(json.dumps(document))
+    with pytest.raises(ManifestError, match=r"entries\[0\].*unknown \['fallback'\]"):
+        artifacts.read_manifest(folder)
+
+
+def test_newer_version(folder: Path) -> None:
+    document = json.loads((folder / MANIFEST_NAME).read_bytes())
+    document["format_version"] += 1
+    (folder / MANIFEST_NAME).write_text(json.dumps(document))
+    with pytest.raises(ManifestError, match=r"expected manifest format version 1, found 2"):
+        artifacts.read_manifest(folder)
+
+
+def test_unreadable_manifest(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    with pytest.raises(ArtifactError, match="make build-cubins"):
+        artifacts.read_manifest(folder)
+
+
+def test_argument_before_environment_before_default(
+    build: SimpleNamespace, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build.artifacts(tmp_path / "other", [])
+    monkeypatch.setenv(artifacts.ENVIRONMENT_VARIABLE, str(other))
+    assert artifacts.find_artifacts() == other
+    assert artifacts.find_artifacts(folder) == folder
+
+
+def test_named_folder_is_used_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArtifactError, match="named by the argument"):
+        artifacts.find_artifacts(tmp_path)
+    monkeypatch.setenv(artifacts.ENVIRONMENT_VARIABLE, str(tmp_path))
+    with pytest.raises(ArtifactError, match=f"named by {artifacts.ENVIRONMENT_VARIABLE}"):
+        artifacts.find_artifacts()
+
+
+def test_default_places(
+    build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(artifacts.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "package" / "artifacts.py"))
+    with pytest.raises(ArtifactError, match=artifacts.ENVIRONMENT_VARIABLE):
+        artifacts.find_artifacts()
+    checkout = build.artifacts(tmp_path / "artifacts", [])
+    assert artifacts.find_artifacts() == checkout
+    installed = build.artifacts(tmp_path / "package" / "artifacts", [])
+    assert artifacts.find_artifacts() == installed

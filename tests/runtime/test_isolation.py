@@ -1,0 +1,123 @@
+"""What importing and serving needs, and what it must not need. Each test is a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BLOCK = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        for prefix in {prefixes!r}:
+            if name == prefix or name.startswith(prefix + "."):
+                raise ImportError(f"{{name}} is blocked")
+        return None
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+COMPILERS = (
+    *("build_kernels", "cutlass", "triton", "cuda.core", "cuda.nvrtc", "cuda.bindings.nvrtc"),
+    *("cuda.bindings.nvjitlink", "cuda.bindings.runtime", "cuda.tile", "numba"),
+)
+
+
+def run(
+    code: str, block: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK.format(prefixes=block) + code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_import_needs_no_torch_and_no_driver() -> None:
+    done = run(
+        "import router_runtime, router_runtime.manifest\n"
+        "print(router_runtime.InputError.__name__, sorted(router_runtime.__all__) "
+        "== router_runtime.__all__, set(router_runtime.__all__) <= set(dir(router_runtime)))",
+        block=("torch", "cuda", "click", *COMPILERS),
+    )
+    assert done.stdout.split() == ["InputError", "True", "True"], done.stderr
+
+
+def test_every_public_name_resolves() -> None:
+    done = run(
+        "import router_runtime\n"
+        "for name in router_runtime.__all__: getattr(router_runtime, name)\n"
+        "try: router_runtime.nothing\n"
+        "except AttributeError as error: print(error)"
+    )
+    assert "has no attribute 'nothing'" in done.stdout, done.stderr
+
+
+def test_serves_without_any_compiler(tmp_path: Path) -> None:
+    """Both routers and all four ops, with the builder and every compiler package absent, no
+    artifacts, and a working folder that must stay empty.
+    """
+    done = run(
+        f"""
+import os
+os.chdir({str(tmp_path)!r})
+import torch, router_runtime as r
+config = r.RouterConfig(64, 16, 4, 1.5)
+dense = r.Router(config, weight=torch.randn(16, 64).bfloat16(), bias=torch.zeros(16), device="cpu")
+config = r.RouterConfig(64, 16, 4, 1.5, mode="hash", vocab_size=9)
+hashed = r.Router(config, table=torch.zeros(9, 4, dtype=torch.int64), device="cpu")
+first, second = r.register_router(dense), r.register_router(hashed)
+x = torch.randn(3, 64).bfloat16()
+for result in (
+    dense(x),
+    r.dense_router(x, first, 16, 4),
+    torch.ops.dsv4.hash_router(torch.arange(3), second, 4),
+    r.topk_select(torch.randn(3, 9), 4),
+    r.activation_topk(torch.randn(3, 16), torch.zeros(16), 4, 1.5, True),
+):
+    assert result[0].shape == result[1].shape == (3, 4)
+r.warmup_router_compilation(dense)
+from router_runtime import doctor, driver, kernels, launch, loader, verify
+assert not [name for name in sys.modules if name.split(".")[0] in ("build_kernels", "cutlass")]
+assert not os.listdir()
+print("served")
+""",
+        block=COMPILERS,
+    )
+    assert done.stdout == "served\n", done.stderr
+
+
+def test_driver_module_is_the_only_binding_used() -> None:
+    """What the CUDA path imports, with a driver or without."""
+    done = run(
+        """
+from router_runtime import driver
+try:
+    driver.initialise()
+except driver.DriverError:
+    pass
+extra = {"nvrtc", "nvjitlink", "runtime", "nvvm", "core"}
+print(sorted(n for n in sys.modules if n.startswith("cuda.") and set(n.split(".")) & extra))
+"""
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_missing_bindings_are_named() -> None:
+    done = run(
+        "from router_runtime import driver\n"
+        "try: driver.bindings()\n"
+        "except driver.DriverError as error: print(error)",
+        block=("cuda.bindings",),
+    )
+    assert "expected the package cuda-bindings" in done.stdout, done.stderr
+    assert "pip install cuda-bindings" in done.stdout

@@ -1,0 +1,214 @@
+"""The custom ops on CPU tensors: schema, opcheck, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from router_runtime import ops, spec
+from router_runtime.errors import InputError
+from router_runtime.router import Router, RouterConfig
+
+H, E, K, V = 64, 16, 4, 30
+
+
+@pytest.fixture
+def dense() -> Iterator[Router]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(E, H, generator=generator).bfloat16()
+    bias = torch.randn(E, generator=generator)
+    router = Router(RouterConfig(H, E, K, 1.5), weight=weight, bias=bias, device="cpu")
+    router_id = ops.register_router(router)
+    yield router
+    ops.unregister_router(router_id)
+
+
+@pytest.fixture
+def hashed() -> Iterator[Router]:
+    config = RouterConfig(H, E, K, 1.5, mode="hash", vocab_size=V)
+    router = Router(config, table=torch.arange(V * K).view(V, K) % E, device="cpu")
+    router_id = ops.register_router(router)
+    yield router
+    ops.unregister_router(router_id)
+
+
+def hidden(tokens: int) -> Tensor:
+    return torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+
+
+def test_schemas_are_exact() -> None:
+    expected = {
+        "dense_router": "(Tensor hidden_states, SymInt router_id, int num_experts, int top_k)",
+        "hash_router": "(Tensor token_ids, SymInt router_id, int top_k)",
+        "topk_select": "(Tensor scores, int k)",
+        "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize)",
+    }
+    for name, arguments in expected.items():
+        op = getattr(torch.ops.dsv4, name).default
+        assert str(op._schema) == f"dsv4::{name}{arguments} -> (Tensor, Tensor)"
+        assert torch.Tag.pt2_compliant_tag in op.tags
+        assert torch.Tag.needs_fixed_stride_order in op.tags
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.dense_router, (hidden(tokens), dense.router_id, E, K)),
+        (ops.hash_router, (torch.arange(tokens), hashed.router_id, K)),
+        (ops.hash_router, (torch.arange(tokens).int(), hashed.router_id, K)),
+        (ops.topk_select, (torch.randn(tokens, 40), 7)),
+        (ops.topk_select, (torch.randn(40, tokens + 7).T, 7)),
+        (ops.activation_topk, (torch.randn(tokens, E), torch.randn(E), K, 2.5, True)),
+        (ops.activation_topk, (torch.randn(tokens, E), torch.randn(E), K, 2.5, False)),
+    ]
+    if tokens:  # opcheck itself cannot copy an empty tensor with a stride
+        calls.append((ops.dense_router, (hidden(2 * tokens)[::2], dense.router_id, E, K)))
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
+
+
+def test_results_are_the_oracles(dense: Router, hashed: Router) -> None:
+    found = ops.dense_router(hidden(5), dense.router_id, E, K)
+    assert all(torch.equal(a, b) for a, b in zip(found, dense(hidden(5)), strict=True))
+    found = ops.hash_router(torch.arange(5), hashed.router_id, K)
+    assert all(torch.equal(a, b) for a, b in zip(found, hashed(torch.arange(5)), strict=True))
+    scores = torch.randn(3, 50)
+    found = ops.topk_select(scores, 8)
+    expected = spec.topk_select(scores, 8)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_calls_that_disagree_with_the_router(dense: Router, hashed: Router) -> None:
+    for action, message in (
+        (lambda: ops.dense_router(hidden(1), dense.router_id, E + 1, K), "'num_experts': 17"),
+        (lambda: ops.dense_router(hidden(1), dense.router_id, E, K - 1), "'top_k': 3"),
+        (lambda: ops.dense_router(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
+        (lambda: ops.hash_router(torch.arange(1), dense.router_id, K), "'mode': 'dense'"),
+        (lambda: ops.hash_router(torch.arange(1), hashed.router_id, K + 1), "'top_k': 5"),
+        (lambda: ops.dense_router(hidden(1), 10**9, E, K), "found 1000000000"),
+        (lambda: ops.hash_router(torch.arange(1), -1, K), "found -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            action()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 8).double(), 2), "scores: expected torch.float32"),
+        ((torch.zeros(8), 2), "scores: expected torch.float32"),
+        ((torch.zeros(2, 8), 0), "k: expected an integer from 1 to 8"),
+        ((torch.zeros(2, 8), 9), "k: expected an integer from 1 to 8"),
+        ((torch.zeros(2, 80), 33), "k: expected an integer from 1 to 32"),
+        ((torch.zeros(2, 65537), 3), "columns of scores: expected an integer from 1 to 65536"),
+        ((torch.zeros(2, 0), 1), "columns of scores"),
+        ((torch.zeros(2, 8).requires_grad_(), 2), "needs no gradient"),
+    ],
+)
+def test_refused_selections(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ops.topk_select(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 8).half(), torch.zeros(8), 2, 1.0, True), "logits: expected"),
+        ((torch.zeros(2, 8), torch.zeros(7), 2, 1.0, True), r"bias: expected .*\[8\] on cpu"),
+        ((torch.zeros(2, 8), torch.zeros(8).double(), 2, 1.0, True), "bias: expected"),
+        ((torch.zeros(2, 1025), torch.zeros(1025), 2, 1.0, True), "experts: expected"),
+        ((torch.zeros(2, 8), torch.zeros(8), 9, 1.0, True), "k: expected"),
+        ((torch.zeros(2, 8), torch.zeros(8), 2, float("inf"), True), "scale: expected"),
+        ((torch.zeros(2, 8), torch.zeros(8), 2, -1.0, True), "scale: expected"),
+        ((torch.zeros(2, 8), torch.zeros(8).requires_grad_(), 2, 1.0, True), "no gradient"),
+    ],
+)
+def test_refused_activations(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ops.activation_topk(*arguments)
+
+
+class Counter:
+    """A backend that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def routers() -> Iterator[list[Router]]:
+    config = RouterConfig(H, E, K, 1.5)
+    made = []
+    for seed in range(61):
+        weight = torch.randn(E, H, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        made.append(Router(config, weight=weight, bias=torch.zeros(E), device="cpu"))
+        ops.register_router(made[-1])
+    yield made
+    for router in made:
+        ops.unregister_router(router.router_id)
+
+
+@pytest.mark.parametrize("call", ["op", "router"])
+def test_61_routers_share_two_graphs(routers: list[Router], call: str) -> None:
+    torch._dynamo.reset()
+    counter = Counter()
+
+    def by_op(x: Tensor, router_id: int) -> Tensor:
+        weights, ids = torch.ops.dsv4.dense_router(x, router_id, E, K)
+        return weights * 2 + ids
+
+    def by_router(x: Tensor, router: Router) -> Tensor:
+        weights, ids = router(x)
+        return weights * 2 + ids
+
+    layer = torch.compile(by_op if call == "op" else by_router, backend=counter, fullgraph=True)
+    x = hidden(5)
+    for router in routers:
+        found = layer(x, router.router_id if call == "op" else router)
+        weights, ids = router(x)
+        assert torch.equal(found, weights * 2 + ids)
+    assert counter.graphs <= 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_every_op_compiles_whole(dense: Router, hashed: Router, backend: str) -> None:
+    torch._dynamo.reset()
+    router_id, hash_id = dense.router_id, hashed.router_id
+
+    def layer(x: Tensor, token_ids: Tensor, logits: Tensor) -> list[Tensor]:
+        outputs = [*torch.ops.dsv4.dense_router(x, router_id, E, K)]
+        outputs += torch.ops.dsv4.hash_router(token_ids, hash_id, K)
+        outputs += torch.ops.dsv4.topk_select(logits, 3)
+        outputs += torch.ops.dsv4.activation_topk(logits, logits[0] * 0, 3, 1.5, True)
+        return outputs
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (3, 4, 9):
+        arguments = hidden(tokens), torch.arange(tokens), torch.randn(tokens, E)
+        for found, expected in zip(compiled(*arguments), layer(*arguments), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_gradients_are_refused_while_tracing(dense: Router) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: ops.dense_router(x, dense.router_id, E, K), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="needs no gradient"):
+        compiled(hidden(3).requires_grad_())
+
+
+def test_fake_results_have_the_right_form(dense: Router) -> None:
+    meta = torch.empty(7, H, dtype=torch.bfloat16, device="meta")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        weights, ids = ops.dense_router(torch.empty_like(meta, device="cpu"), 10**9, E, K)
+    assert (weights.shape, weights.dtype) == ((7, K), torch.float32)
+    assert (ids.shape, ids.dtype) == ((7, K), torch.int32)
