@@ -45,7 +45,9 @@ Progress = Callable[[str], None]
 def build(jobs: Sequence[Job], out: Path, processes: int, progress: Progress) -> Manifest:
     """Build ``jobs`` into the folder ``out`` and return the manifest that was published."""
     if not jobs:
-        raise BuildError("expected something to build, found an empty plan; next: build-kernels list")
+        raise BuildError(
+            "expected a plan with entries, found an empty plan; next: build-kernels list"
+        )
     tools = toolchain.check()
     before = plan.tree_digest()
     with publish.locked(out):
@@ -66,7 +68,8 @@ def build(jobs: Sequence[Job], out: Path, processes: int, progress: Progress) ->
 
 def inspect(job: Job, data: bytes) -> Entry:
     """The manifest entry of a compiled job. Raises BuildError if the cubin is not what was asked
-    for or does not fit its contract."""
+    for or does not fit its contract.
+    """
     facts = cubin.read(data, job.key)
     if facts.target != job.target:
         raise BuildError(f"{job.key}: expected a cubin for {job.target}, found {facts.target}")
@@ -111,9 +114,7 @@ def declared(job: Job) -> tuple[Contract, str | None]:
     return contract, tag
 
 
-def check_contract(
-    contract: Contract, facts: Cubin, counts: Mapping[str, int], where: str
-) -> None:
+def check_contract(contract: Contract, facts: Cubin, counts: Mapping[str, int], where: str) -> None:
     """Raise BuildError naming everything in which a cubin differs from its contract."""
     try:
         validate_contract(contract, where)
@@ -144,10 +145,16 @@ def _mismatches(contract: Contract, facts: Cubin, counts: Mapping[str, int]) -> 
     integers = {p.name for p in contract.parameters if p.type in ("i32", "i64")}
     for axis in contract.grid:
         if axis.argument is not None and axis.argument not in integers:
-            yield f"grid argument {axis.argument!r}: expected an integer parameter of {sorted(integers)}"
+            yield (
+                f"grid argument {axis.argument!r}: expected an integer parameter of "
+                f"{sorted(integers)}"
+            )
     threads = contract.block[0] * contract.block[1] * contract.block[2]
     if facts.required_block not in (None, contract.block):
-        yield f"block: expected {contract.block}, found that the cubin requires {facts.required_block}"
+        yield (
+            f"block: expected {contract.block}, found that the cubin requires "
+            f"{facts.required_block}"
+        )
     if facts.max_threads is not None and threads > facts.max_threads:
         yield f"block: expected {threads} threads to be allowed, found at most {facts.max_threads}"
     if facts.required_cluster not in (None, contract.cluster):
@@ -189,7 +196,8 @@ class _Previous:
 
 class _Queue:
     """Jobs by the kind of worker they need. A worker is kept busy with its own kind first; a new
-    one starts on the kind with the most jobs left."""
+    one starts on the kind with the most jobs left.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._lock = threading.Lock()
@@ -226,20 +234,20 @@ def _make(
     def work(workers: _Workers) -> None:
         while job := queue.take(workers.kind):
             started = time.monotonic()
-            failure = None
             data = previous.cubin(job)
             how = "reused" if data is not None else "compiled"
+            outcome: tuple[Entry, bytes] | BuildError
             try:
                 if data is None:
                     data = workers.of_kind(_kind(job)).compile(job)
-                entry = inspect(job, data)
+                outcome = inspect(job, data), data
             except BuildError as error:
-                failure, how = str(error), "FAILED"
+                outcome, how = error, "FAILED"
             with finished:
-                if failure is None:
-                    made.append((entry, data))
+                if isinstance(outcome, BuildError):
+                    failures.append(str(outcome))
                 else:
-                    failures.append(failure)
+                    made.append(outcome)
                 progress(
                     f"[{len(made) + len(failures):3}/{len(jobs)}] {job.key}  {how}  "
                     f"{time.monotonic() - started:.2f} s"
@@ -292,7 +300,8 @@ class _Workers:
 @contextmanager
 def _pool(queue: _Queue, size: int) -> Iterator[tuple[ThreadPoolExecutor, list[_Workers]]]:
     """Threads that drive worker processes. Leaving, by whatever way, ends the processes first, so
-    that no thread waits for an answer or begins another job."""
+    that no thread waits for an answer or begins another job.
+    """
     workers = [_Workers() for _ in range(size)]
     executor = ThreadPoolExecutor(size)
     try:

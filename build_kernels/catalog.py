@@ -15,7 +15,7 @@ Language = Literal["cuda", "cutedsl"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A router's shape. ``scale`` is the routed scaling factor, a launch argument of the kernels."""
+    """A router's shape. ``scale`` is the routed scaling factor, a launch argument of kernels."""
 
     name: str
     hidden: int
@@ -33,7 +33,8 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
-    for the models it names."""
+    for the models it names.
+    """
 
     name: str
     constants: Mapping[str, int | float] = field(default_factory=dict)
@@ -43,7 +44,8 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A folder of ``kernels/``. ``scores`` kernels get the constants of ``numerics.py``;
-    ``per_model`` kernels are compiled once a model, with the model's own constants."""
+    ``per_model`` kernels are compiled once a model, with the model's own constants.
+    """
 
     name: str
     language: Language

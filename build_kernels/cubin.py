@@ -4,9 +4,9 @@ A cubin is an ELF file for machine 190. The facts come from its symbol table, fr
 records in ``.nv.info`` and ``.nv.info.<symbol>``, and from ``.note.nv.tkinfo``, the only place that
 tells ``sm_100a`` from ``sm_100f``. Instructions come from ``nvdisasm``.
 
-Spills are read off the instructions, so that both compilers are measured alike: the bytes per thread
-of all ``STL`` (stores) and all ``LDL`` (loads), each counted once however often it runs. Accesses to
-an array that the compiler had to keep in local memory count too: they cost the same.
+Spills are read off the instructions, so that both compilers are measured alike: the bytes per
+thread of all ``STL`` (stores) and all ``LDL`` (loads), each counted once however often it runs.
+Accesses to an array that the compiler had to keep in local memory count too: they cost the same.
 """
 
 from __future__ import annotations
@@ -76,11 +76,14 @@ class _Section:
 
 def read(data: bytes, where: str) -> Cubin:
     """Parse a cubin. Raises BuildError, starting with ``where``, if it is not one this project
-    ships: one entry function, machine code only, for a named target."""
+    ships: one entry function, machine code only, for a named target.
+    """
     try:
         return _read(data, where)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise BuildError(f"{where}: expected a whole cubin, found a damaged one ({error})") from error
+        raise BuildError(
+            f"{where}: expected a whole cubin, found a damaged one ({error})"
+        ) from error
 
 
 def sass(data: bytes, nvdisasm: Path) -> str:

@@ -19,7 +19,8 @@ FLAGS = ("OptLevel(3)",)
 
 def compile_cubin(module: str, constants: Mapping[str, int | float], target: str) -> bytes:
     """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the
-    arguments to trace it with."""
+    arguments to trace it with.
+    """
     if os.environ.get("CUTE_DSL_ARCH") != target:
         raise BuildError(
             f"expected a process with CUTE_DSL_ARCH={target}, "

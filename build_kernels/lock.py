@@ -101,5 +101,6 @@ def _shown(line: Line | None) -> str:
 
 def _unreadable(path: Path, found: str) -> BuildError:
     return BuildError(
-        f"{path.name}: expected a lock written by this builder, found {found}; next: make lock-cubins"
+        f"{path.name}: expected a lock written by this builder, found {found}; "
+        "next: make lock-cubins"
     )

@@ -36,7 +36,8 @@ def compile_cubin(
     include_directories: Sequence[Path],
 ) -> bytes:
     """Compile ``source``, the program called ``name``, for a real architecture such as sm_90a.
-    ``headers`` maps what an ``#include`` says to the text it gets."""
+    ``headers`` maps what an ``#include`` says to the text it gets.
+    """
     from cuda.bindings import nvrtc
 
     options = [f"--gpu-architecture={target}", *FLAGS]
@@ -73,7 +74,7 @@ def compile_cubin(
 
 
 def literal(value: int | float) -> str:
-    """A C++ literal of exactly this value: an int in decimal, a float as single precision in hex."""
+    """A C++ literal of this value: an int in decimal, a float in hex, rounded to fp32."""
     if isinstance(value, int):
         return str(value) if value < 2**31 else f"{value}u" if value < 2**32 else f"{value}ull"
     (single,) = struct.unpack("<f", struct.pack("<f", value))

@@ -67,7 +67,8 @@ def plan(
 ) -> list[Job]:
     """The jobs of a build in order of their keys. An empty selection means all of its kind, and the
     default targets. ``models`` narrows the kernels that depend on a model; the others always stay:
-    a folder that serves one model needs them."""
+    a folder that serves one model needs them.
+    """
     known_models = {model.name: model for model in (*catalog.MODELS, *extra_models)}
     known_kernels = {kernel.name: kernel for kernel in catalog.KERNELS}
     for found in targets:
@@ -142,15 +143,14 @@ def read_model(path: Path) -> Model:
     return model
 
 
-def _constants(
-    kernel: Kernel, model: Model | None, variant: Variant
-) -> dict[str, int | float]:
+def _constants(kernel: Kernel, model: Model | None, variant: Variant) -> dict[str, int | float]:
     """All compile-time constants of one cubin; a more specific source replaces a general one. What
-    nobody stated the kernel's contract may derive, by ``derive(constants)``."""
+    nobody stated the kernel's contract may derive, by ``derive(constants)``.
+    """
     merged: dict[str, int | float] = dict(CONSTANTS) if kernel.scores else {}
     merged |= variant.constants
     if model is not None:
-        merged |= model.constants() | variant.tuned.get(model.name, {})
+        merged |= {**model.constants(), **variant.tuned.get(model.name, {})}
     contract = _contract(kernel)
     if hasattr(contract, "derive"):
         try:
@@ -175,8 +175,8 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
     for path in (source, contract):
         if not path.is_file():
             raise BuildError(
-                f"kernel {kernel}: expected the file {path.relative_to(PACKAGE.parent)}, found none; "
-                "next: add it, or remove the kernel's row from build_kernels/catalog.py"
+                f"kernel {kernel}: expected the file {path.relative_to(PACKAGE.parent)}, "
+                "found none; next: add it, or remove the kernel's row from build_kernels/catalog.py"
             )
     # contract.py and what it imports are Python for either language.
     paths = [p for p in folder.iterdir() if p.suffix in (".py", *SUFFIXES[language])]
@@ -208,4 +208,6 @@ def _check_model(where: str, model: Model) -> None:
     )
     for name, holds, expected in rules:
         if not holds:
-            raise BuildError(f"{where}: {name}: expected {expected}, found {getattr(model, name)!r}")
+            raise BuildError(
+                f"{where}: {name}: expected {expected}, found {getattr(model, name)!r}"
+            )

@@ -28,7 +28,8 @@ _TEMPORARY = re.compile(r"\.publish-.*\.tmp")
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if need be and keep other builds out of it. A folder that was made for a
-    build that published nothing is removed again."""
+    build that published nothing is removed again.
+    """
     made = _make(folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -67,7 +68,7 @@ def verified(folder: Path, file: str, sha256: str) -> bytes | None:
 
 
 def publish(folder: Path, manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
-    """Write a build into its folder (which the caller has locked). ``cubins``: file name -> bytes."""
+    """Write a build into its folder, which the caller locked. ``cubins``: file name -> bytes."""
     text = dumps(manifest)
     _prune(folder, _TEMPORARY, ())
     for name, data in sorted(cubins.items()):

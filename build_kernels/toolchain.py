@@ -39,7 +39,8 @@ def locked(text: str) -> dict[str, str]:
 
 def check() -> Toolchain:
     """The installed toolchain as the manifest records it. Raises BuildError if it is not exactly
-    the locked one."""
+    the locked one.
+    """
     expected = locked(LOCK.read_text(encoding="ascii"))
     installed = _installed()
     wrong = [
@@ -59,9 +60,7 @@ def check() -> Toolchain:
             + "\n".join(wrong)
             + f"\n{_REMEDY}"
         )
-    return Toolchain(
-        packages=expected, flags={"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS}
-    )
+    return Toolchain(packages=expected, flags={"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS})
 
 
 def nvdisasm() -> Path:

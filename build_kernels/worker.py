@@ -17,7 +17,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from build_kernels import cutedsl, nvrtc, toolchain
@@ -28,13 +27,14 @@ from build_kernels.plan import KERNELS, PACKAGE, SUFFIXES, Job
 
 class Worker:
     """The parent's side. ``target`` is what the CuTe DSL of this process compiles for; None makes a
-    worker for CUDA C++, which takes every target."""
+    worker for CUDA C++, which takes every target.
+    """
 
     def __init__(self, target: str | None) -> None:
         self.target = target
         self._folder = tempfile.mkdtemp(prefix="build-kernels-")
         # A file, not a pipe: nobody has to read it while the compiler prints.
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         environment = {
             "PATH": os.defpath,
             "HOME": self._folder,
@@ -70,7 +70,8 @@ class Worker:
             "target": job.target,
             "constants": dict(job.constants),
         }
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -143,7 +144,8 @@ def _compile(
 
 def _headers(kernel: str) -> dict[str, str]:
     """The headers that a source can include: ``"<name>.cuh"`` of its own folder,
-    ``"common/<name>.cuh"`` of the shared one."""
+    ``"common/<name>.cuh"`` of the shared one.
+    """
     headers = {}
     for prefix, folder in (("", KERNELS / kernel), ("common/", KERNELS / "common")):
         for path in sorted(folder.glob(f"*{SUFFIXES['cuda'][1]}")):

@@ -1,4 +1,4 @@
-"""A small project to build: a copy of the builder with two tiny kernels instead of the real ones."""
+"""A small project to build: a copy of the builder with two tiny kernels instead of the real."""
 
 from __future__ import annotations
 

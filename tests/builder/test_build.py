@@ -1,4 +1,4 @@
-"""Builds as a user runs them: same bytes anywhere, reuse only of what is the same, no half builds."""
+"""Builds as a user runs them: same bytes anywhere, no reuse of what changed, no half builds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import publish
+from build_kernels import build, publish
+from build_kernels.errors import BuildError
 from router_runtime.manifest import Manifest, loads
 from tests.builder.conftest import KEYS, Project, snapshot
 
@@ -39,6 +40,8 @@ def test_a_full_build(project: Project) -> None:
     assert tuple(entry.key for entry in manifest.entries) == KEYS
     files = {path.name for path in project.artifacts.iterdir()}
     assert files == {"manifest.json", "artifacts.lock", *(e.file for e in manifest.entries)}
+    for path in project.artifacts.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
     for entry in manifest.entries:
         assert entry.size == (project.artifacts / entry.file).stat().st_size
         assert entry.resources.registers > 0
@@ -203,7 +206,7 @@ main(["build"])
     [
         ("build.inspect", 0),
         ("build.inspect", 3),
-        *((("os.replace", step) for step in range(7))),
+        *(("os.replace", step) for step in range(7)),
         ("publish._prune", 1),
     ],
 )
@@ -245,6 +248,13 @@ def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     assert "Aborted!" in result.stderr
     assert not any(temporary.iterdir())
     assert not fresh.artifacts.exists()
+
+
+def test_an_ended_pool_starts_no_other_worker() -> None:
+    workers = build._Workers()
+    workers.end()
+    with pytest.raises(BuildError, match="interrupted"):
+        workers.of_kind(None)
 
 
 def test_one_build_at_a_time_in_a_folder(project: Project, tmp_path: Path) -> None:

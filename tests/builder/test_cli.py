@@ -50,7 +50,10 @@ def test_inspect_another_folder(project: Project) -> None:
         (("inspect", "scale/any/sm_90a/on"), "did you mean 'scale/any/sm_90a/one'"),
         (("build", "--target", "sm_90", "--out", "o"), "unknown target 'sm_90': did you mean"),
         (("build", "--model", "dsv4", "--out", "o"), "unknown model 'dsv4': did you mean"),
-        (("build", "--kernel", "shif", "--out", "o"), "unknown kernel 'shif': did you mean 'shift'"),
+        (
+            ("build", "--kernel", "shif", "--out", "o"),
+            "unknown kernel 'shif': did you mean 'shift'",
+        ),
         (("build", "--model-file", "none", "--out", "o"), "none: expected a readable TOML file"),
     ],
 )

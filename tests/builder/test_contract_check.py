@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -32,10 +34,13 @@ CUBIN = Cubin(
     required_cluster=None,
 )
 WAIT = {"ACQBULK": 1}
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def _check(
-    contract: dict[str, Any] = {}, cubin: dict[str, Any] = {}, counts: dict[str, int] = {}
+    contract: Mapping[str, Any] = NOTHING,
+    cubin: Mapping[str, Any] = NOTHING,
+    counts: Mapping[str, int] = NOTHING,
 ) -> None:
     check_contract(
         dataclasses.replace(CONTRACT, **contract), dataclasses.replace(CUBIN, **cubin), counts, "k"
@@ -93,7 +98,12 @@ def test_what_fits_is_accepted(
             {},
             "shared memory: expected at most 232448 bytes a block, found 232464",
         ),
-        ({"programmatic_dependent_launch": True}, {}, {}, "expected a griddepcontrol.wait, found none"),
+        (
+            {"programmatic_dependent_launch": True},
+            {},
+            {},
+            "expected a griddepcontrol.wait, found none",
+        ),
         ({}, {}, WAIT, "expected no griddepcontrol.wait, found one"),
         ({"parameters": (Parameter("x", "ptr:f99"),)}, {}, {}, "expected a type of"),
         ({"block": (2048, 1, 1)}, {}, {}, "expected at most 1024 threads"),

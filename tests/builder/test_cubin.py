@@ -67,7 +67,9 @@ def test_facts(compile_cuda: Compile, target: str) -> None:
     assert facts.local_memory == 0
     assert facts.required_block is None
     assert facts.required_cluster is None
-    assert facts.tool == "ptxas V" + toolchain.locked(toolchain.LOCK.read_text())["nvidia-cuda-nvrtc"]
+    assert (
+        facts.tool == "ptxas V" + toolchain.locked(toolchain.LOCK.read_text())["nvidia-cuda-nvrtc"]
+    )
 
 
 def test_required_cluster(compile_cuda: Compile) -> None:

@@ -39,7 +39,9 @@ def test_a_cubin_for_another_target_is_refused(compile_cuda: Compile) -> None:
     """The ELF flags do not tell sm_100a from sm_100f; the builder does."""
     data = compile_cuda('extern "C" __global__ void f() {}', "sm_100f")
     job = Job("f", "cuda", None, "sm_100a", "a", {}, "0" * 64)
-    with pytest.raises(BuildError, match="f/any/sm_100a/a: expected a cubin for sm_100a, found sm_100f"):
+    with pytest.raises(
+        BuildError, match="f/any/sm_100a/a: expected a cubin for sm_100a, found sm_100f"
+    ):
         inspect(job, data)
 
 

@@ -101,9 +101,7 @@ def test_differences() -> None:
         f"added    here: {B[:16]} registers 9 spills 4 B",
         f"changed  other: {A[:16]} registers 8 spills 0 B -> {B[:16]} registers 10 spills 16 B",
     ]
-    assert lock.differences(old, Lock(B, old.entries)) == [
-        f"changed  source: {A[:16]} -> {B[:16]}"
-    ]
+    assert lock.differences(old, Lock(B, old.entries)) == [f"changed  source: {A[:16]} -> {B[:16]}"]
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,14 @@ def test_cuda_and_cccl_headers_are_found(compile_cuda: Compile) -> None:
     compile_cuda("#include <cuda_bf16.h>\n#include <cuda/std/cstdint>\n" + EMPTY)
 
 
-def test_a_warning_is_an_error_that_shows_it(compile_cuda: Compile) -> None:
-    source = 'extern "C" __global__ void f(int* x) { int unused; *x = 1; }'
-    with pytest.raises(BuildError, match=r'(?s)test\.cu .*sm_90a.*variable "unused"'):
-        compile_cuda(source)
+@pytest.mark.parametrize(
+    ("line", "word"), [("#warning careful", "careful"), ('#pragma message("hello")', "hello")]
+)
+def test_any_word_of_the_compiler_is_an_error_that_shows_it(
+    compile_cuda: Compile, line: str, word: str
+) -> None:
+    with pytest.raises(BuildError, match=rf"(?s)test\.cu .*sm_90a.*{word}"):
+        compile_cuda(f"{line}\n{EMPTY}")
 
 
 def test_an_error_names_the_line(compile_cuda: Compile) -> None:

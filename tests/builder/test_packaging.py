@@ -44,7 +44,9 @@ def test_the_wheel_holds_both_packages_and_every_source(source: Path, tmp_path: 
     with zipfile.ZipFile(_wheel(source, tmp_path / "one", 0o022)) as wheel:
         packed = set(wheel.namelist())
     for name in ("build_kernels", "router_runtime"):
-        files = {p.relative_to(source).as_posix() for p in (source / name).rglob("*") if p.is_file()}
+        files = {
+            p.relative_to(source).as_posix() for p in (source / name).rglob("*") if p.is_file()
+        }
         assert files
         assert files <= packed
     assert not any(name.startswith("tests/") for name in packed)

@@ -30,7 +30,14 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for name in ("numerics.py", "nvrtc.py", "cutedsl.py", "catalog.py", "plan.py", "toolchain.lock"):
+    for name in (
+        "numerics.py",
+        "nvrtc.py",
+        "cutedsl.py",
+        "catalog.py",
+        "plan.py",
+        "toolchain.lock",
+    ):
         (tmp_path / name).write_bytes((plan.PACKAGE / name).read_bytes())
     rows = (
         Kernel("scale", "cuda", False, False, (Variant("one", {"FACTOR": 2.0}),)),
@@ -112,7 +119,9 @@ def test_a_contract_derives_what_nobody_stated(
     jobs = {job.key: job for job in plan.plan(models=("dsv4-flash",))}
     constants = jobs["shift/dsv4-flash/sm_90a/b"].constants
     assert (constants["TILE"], constants["GROUPS"]) == (1, 6)
-    with pytest.raises(BuildError, match="kernel shift, model dsv4-pro: expected something smaller"):
+    with pytest.raises(
+        BuildError, match="kernel shift, model dsv4-pro: expected something smaller"
+    ):
         plan.plan(models=("dsv4-pro",))
 
 

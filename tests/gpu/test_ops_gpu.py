@@ -112,12 +112,14 @@ def test_no_tokens(make_router):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65, 200])
-def test_layouts_of_hidden_states(tokens, make_router, draw, same):
+def test_layouts_of_hidden_states(tokens, make_router, draw, same, nearly):
     """A row stride, rows out of order, columns first, an odd address: handled, never wrong."""
     router = make_router()
     hidden = router.config.hidden_size
     x = draw(tokens, hidden)
     expected = router(x)
+    if tokens > router._backend.decode_limit:
+        same = nearly  # cuBLAS may take another kernel, of another order, for another layout
     wide = torch.full((tokens, hidden + 24), math.nan, dtype=x.dtype, device="cuda")
     wide[:, 8 : hidden + 8] = x
     odd = torch.full((tokens * hidden + 1,), math.nan, dtype=x.dtype, device="cuda")

@@ -39,8 +39,10 @@ def horner(prefix: str, x: Singles) -> Singles:
 
 def score(logits: Singles) -> Singles:
     """sqrt(softplus(logits)) as the kernels compute it, bit for bit."""
-    positive = np.fmin(np.fmax(logits, np.float32(0)), constant("LOGIT_MAX"))
-    magnitude = np.fmin(np.abs(logits), constant("EXP_CLAMP"))
+    # By comparison, since a NaN has to lose: numpy's fmin and fmax are not sure of signalling ones.
+    positive = np.where(logits > 0, np.minimum(logits, constant("LOGIT_MAX")), np.float32(0))
+    near = np.abs(logits) < constant("EXP_CLAMP")
+    magnitude = np.where(near, np.abs(logits), constant("EXP_CLAMP"))
     shifted = fma(magnitude, constant("EXP_NEG_LOG2E"), constant("EXP_SHIFT"))
     n = shifted - constant("EXP_SHIFT")
     r = fma(n, constant("EXP_NEG_LN2_HI"), -magnitude)

@@ -63,17 +63,26 @@ activation_topk(const float* logits, const float* bias, float* weights_out, int*
         }
     }
 
+    // Two loops: a square root branches, for the sake of subnormals, and would keep the long chains
+    // of operations before it from overlapping.
+    float squares[VALUES];
+#pragma unroll
+    for (unsigned v = 0; v < VALUES; ++v) {
+        squares[v] = softplus(values[v]);
+        biases[v] = selection_bias(values[v], biases[v]);
+        compute_here(squares[v]);
+        compute_here(biases[v]);
+    }
     unsigned keys[VALUES];
 #pragma unroll
     for (unsigned v = 0; v < VALUES; ++v) {
-        const unsigned id = first_index(lane, v / 4) + v % 4;
-        const unsigned key = selection_key(values[v], sqrt_softplus(values[v]), biases[v]);
-        keys[v] = id < count ? key : 0;
+        const unsigned key = ordered(__fadd_rn(__fsqrt_rn(squares[v]), biases[v]));
+        keys[v] = first_index(lane, v / 4) + v % 4 < count ? key : 0;
     }
 
     const unsigned k = static_cast<unsigned>(top_k);
     const unsigned id = index_of(warp_top_k(keys, lane, k, scratch[warp]));
-    const float score = lane < k ? sqrt_softplus(row[id]) : 0.0f;
+    const float score = lane < k ? __fsqrt_rn(softplus(row[id])) : 0.0f;
     const float weight = routing_weight(score, k, scale, renormalize != 0);
     if (lane < k) {
         weights_out[token * top_k + lane] = weight;

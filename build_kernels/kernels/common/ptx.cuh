@@ -1,4 +1,4 @@
-// The few instructions that CUDA C++ has no name for, and a test of alignment.
+// What CUDA C++ has no name for: a few instructions, an ordering, a test of alignment.
 #pragma once
 
 // Programmatic dependent launch. The wait returns when every grid that this one depends on has
@@ -30,6 +30,11 @@ __device__ __forceinline__ void store_to_block(unsigned long long* shared, unsig
     unsigned there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
+}
+
+// Computes the value here: the compiler may not move its computation down to where it is used.
+__device__ __forceinline__ void compute_here(float& value) {
+    asm volatile("" : "+f"(value));
 }
 
 __device__ __forceinline__ bool is_aligned(const void* pointer, unsigned bytes) {

@@ -7,8 +7,9 @@
 
 #include "common/selection.cuh"
 
-// sqrt(softplus(logit)). A NaN logit gives +0; logits beyond the finite range count as its ends.
-__device__ __forceinline__ float sqrt_softplus(float logit) {
+// The score is the square root of this. A NaN logit gives +0; logits beyond the finite range count
+// as its ends.
+__device__ __forceinline__ float softplus(float logit) {
     const float positive = fminf(fmaxf(logit, 0.0f), LOGIT_MAX);
     const float magnitude = fminf(fabsf(logit), EXP_CLAMP);
 
@@ -37,13 +38,12 @@ __device__ __forceinline__ float sqrt_softplus(float logit) {
     q = __fmaf_rn(q, u, LOG1P_C2);
     q = __fmaf_rn(q, u, LOG1P_C1);
     q = __fmaf_rn(q, u, LOG1P_C0);
-    return __fsqrt_rn(__fmaf_rn(u, q, positive));
+    return __fmaf_rn(u, q, positive);
 }
 
-// The key by which an expert is selected: fl32(score + bias), -inf if that or the logit is NaN.
-__device__ __forceinline__ unsigned selection_key(float logit, float score, float bias) {
-    const float key = __fadd_rn(score, bias);
-    return ordered(logit != logit ? __int_as_float(0xff800000) : key);
+// The bias to select by: that of a NaN logit is -inf, which makes its key -inf.
+__device__ __forceinline__ float selection_bias(float logit, float bias) {
+    return logit != logit ? __int_as_float(0xff800000) : bias;
 }
 
 // The weight of the expert whose score this lane holds. Lanes 0 to k - 1 hold the scores in rank

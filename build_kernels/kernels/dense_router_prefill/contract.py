@@ -51,7 +51,7 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
                 order=(2, 0, 3, 1, 4),
             ),
         ),
-        limits={"tokens": (1, 1 << 24)},
+        limits={"tokens": (1, 1 << 22)},
     )
 
 

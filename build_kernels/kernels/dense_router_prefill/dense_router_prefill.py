@@ -192,8 +192,8 @@ class DenseRouterPrefill:
                         part_e,
                         part_t,
                     )
-            self.cluster_barrier()
-            self.cluster_barrier()
+            self.meet()
+            self.part()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             totals = self.multiply(
@@ -204,10 +204,11 @@ class DenseRouterPrefill:
                 barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP
             )
             self.screen(totals, shared, biases + part_e * (g.block_experts * 4), thread)
-            cute.arch.barrier(
-                barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP
-            )
-            self.cluster_barrier()
+            self.meet()
+            if cutlass.const_expr(g.cluster_e == 1):
+                cute.arch.barrier(
+                    barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP
+                )
             cute.arch.griddepcontrol_wait()
             self.select(
                 shared,
@@ -222,12 +223,21 @@ class DenseRouterPrefill:
                 renormalize,
                 thread,
             )
-            # No block leaves while another may read its logits.
-            self.cluster_barrier()
+            self.part()
 
-    def cluster_barrier(self) -> None:
-        if self.g.cluster > 1:
+    def meet(self) -> None:
+        """Every block of the cluster has multiplied, and its logits and masks can be read."""
+        if self.g.cluster_e > 1:
             cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        elif self.g.cluster > 1:
+            cute.arch.cluster_arrive_relaxed()
+
+    def part(self) -> None:
+        """Leave only after the others have read this block's logits, and have released its stages."""
+        if self.g.cluster_e > 1:
+            cute.arch.cluster_arrive_relaxed()
+        if self.g.cluster > 1:
             cute.arch.cluster_wait()
 
     # --- producers ------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ class DenseRouterPrefill:
         peers = Int32((1 << g.cluster_e) - 1) << (part_t * g.cluster_e)
         row = first_token + part_e * g.owned_tokens
         stage, parity = Int32(0), Int32(1)
-        for block in range(g.blocks):
+        for block in cutlass.range(g.blocks, unroll=1):
             bulk.wait(empty + 8 * stage, parity)
             ptx.barrier_expect(full + 8 * stage, Int32(g.hidden_stage_bytes))
             place = ring + stage * g.hidden_stage_bytes + part_e * share
@@ -279,7 +289,7 @@ class DenseRouterPrefill:
         peers = Int32(sum(1 << (i * g.cluster_e) for i in range(g.cluster_t))) << part_e
         first = weight + Int64(part_e * (g.block_experts * K_BLOCK * 2) + part_t * share)
         stage, parity = Int32(0), Int32(1)
-        for item in range(g.blocks * g.passes):
+        for item in cutlass.range(g.blocks * g.passes, unroll=1):
             # The last chunk may be short; the others have chunk_blocks blocks a pass.
             chunk = ptx.quotient(item, g.chunk_blocks * g.passes)
             within = item - chunk * (g.chunk_blocks * g.passes)
