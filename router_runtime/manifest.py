@@ -41,6 +41,11 @@ PARAMETER_TYPES: Mapping[str, tuple[int, int]] = types.MappingProxyType(
     }
 )
 
+#: Major compute capability -> where a kernel's parameters start in its constant bank. A parameter's
+#: alignment is that of its address there, not of its offset from the start: 0x210 is a multiple of
+#: 16 only, so a leading ``tensormap`` is at offset 0x30 for sm_90a, and at 0 for sm_100a.
+_PARAMETER_SPACE: Mapping[int, int] = types.MappingProxyType({9: 0x210, 10: 0x380})
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"sm_([1-9][0-9]*)([0-9])([af]?)")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.cubin")
@@ -70,9 +75,7 @@ class Target:
             raise ManifestError(
                 f"expected a target such as sm_90a, sm_100a or sm_100f, found {text!r}"
             )
-        return cls(
-            int(match[1]), int(match[2]), typing.cast(Literal["", "a", "f"], match[3])
-        )
+        return cls(int(match[1]), int(match[2]), typing.cast(Literal["", "a", "f"], match[3]))
 
     def __str__(self) -> str:
         return f"sm_{self.major}{self.minor}{self.suffix}"
@@ -98,7 +101,8 @@ class GridAxis:
 
     ``constant``            ``value``
     ``ceil``                ``ceil(argument / divisor) * value``
-    ``ceil_capped_at_sms``  ``min(ceil(argument / divisor) * value, multiprocessors)``, rounded down to
+    ``ceil_capped_at_sms``  ``min(ceil(argument / divisor) * value, multiprocessors)``, rounded down
+    to
                             a multiple of the cluster's extent on this axis, at least one cluster
 
     ``argument`` names an integer argument of the launch, such as ``tokens``.
@@ -114,8 +118,8 @@ class GridAxis:
 class TensorMap:
     """How the launcher encodes one ``tensormap`` parameter.
 
-    ``argument`` names the row-major 2-D tensor that the map describes (outer, inner); ``box`` is the
-    tile in elements, innermost first; elements outside the tensor read as zero.
+    ``argument`` names the row-major 2-D tensor that the map describes (outer, inner); ``box`` is
+    the tile in elements, innermost first; elements outside the tensor read as zero.
     """
 
     parameter: str
@@ -130,8 +134,8 @@ class Repack:
     """The order in which a kernel reads a weight matrix, as data.
 
     The runtime builds the buffer of ``parameter`` from the row-major matrix ``argument`` once, when
-    the weight is loaded or updated: pad it with zero rows to ``rows``, view it as ``shape``, permute
-    the axes to ``order``, store contiguously. ``shape`` splits rows first, then columns.
+    the weight is loaded or updated: pad it with zero rows to ``rows``, view it as ``shape``,
+    permute the axes to ``order``, store contiguously. ``shape`` splits rows first, then columns.
     """
 
     parameter: str
@@ -143,13 +147,14 @@ class Repack:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """How a kernel is launched. Declared beside the kernel, checked by the builder against the cubin
-    and by the loader against the loaded function.
+    """How a kernel is launched. Declared beside the kernel, checked by the builder against the
+    cubin and by the loader against the loaded function.
 
     ``dynamic_shared_memory`` is in bytes. ``workspace_bytes`` is the size of the buffer behind the
-    parameter ``workspace``: zeroed once when it is made, left zeroed where it matters by every launch,
-    never shared by launches that can overlap. ``limits`` gives, for a named quantity of a request
-    (``tokens``, ``experts``, ``top_k``, ``row_length``), the inclusive range that the kernel serves.
+    parameter ``workspace``: zeroed once when it is made, left zeroed where it matters by every
+    launch, never shared by launches that can overlap. ``limits`` gives, for a named quantity of a
+    request (``tokens``, ``experts``, ``top_k``, ``row_length``), the inclusive range that the
+    kernel serves.
     """
 
     parameters: tuple[Parameter, ...]
@@ -172,22 +177,29 @@ class Contract:
         """Clusters of more than 8 blocks need an opt-in attribute on the function."""
         return self.cluster_size > 8
 
-    def parameter_layout(self) -> tuple[tuple[int, int], ...]:
-        """(offset, size) in bytes of each parameter, as the CUDA ABI lays them out."""
+    def parameter_layout(self, target: Target) -> tuple[tuple[int, int], ...]:
+        """(offset, size) in bytes of each parameter on the device, as the compilers lay them out
+        for ``target``, cubins record them and the driver reports them. It concerns who checks, not
+        who launches: a launch gives the driver one address a parameter.
+        """
+        if target.major not in _PARAMETER_SPACE:
+            raise ManifestError(
+                f"expected a target of major version {sorted(_PARAMETER_SPACE)}, found {target}"
+            )
+        start = end = _PARAMETER_SPACE[target.major]
         layout: list[tuple[int, int]] = []
-        end = 0
         for parameter in self.parameters:
             size, alignment = PARAMETER_TYPES[parameter.type]
-            offset = -(-end // alignment) * alignment
-            layout.append((offset, size))
-            end = offset + size
+            address = -(-end // alignment) * alignment
+            layout.append((address - start, size))
+            end = address + size
         return tuple(layout)
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the cubin says it uses. Spills and local memory are in bytes per thread, shared memory in
-    bytes per block (static part only; the dynamic part is the contract's)."""
+    """What the cubin says it uses. Spills and local memory are in bytes per thread, shared memory
+    in bytes per block (static part only; the dynamic part is the contract's)."""
 
     registers: int
     spill_stores: int
@@ -198,8 +210,8 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cubin. ``model`` is None where the kernel does not depend on a model; ``numerics`` is None
-    where the kernel accumulates nothing over the hidden dimension."""
+    """One cubin. ``model`` is None where the kernel does not depend on a model; ``numerics`` is
+    None where the kernel accumulates nothing over the hidden dimension."""
 
     kernel: str
     model: str | None
@@ -253,7 +265,8 @@ def dumps(manifest: Manifest) -> bytes:
 
 
 def loads(data: bytes) -> Manifest:
-    """Parse manifest bytes. Raises ManifestError naming the JSON path, the expected and the found."""
+    """Parse manifest bytes. Raises ManifestError naming the JSON path, the expected and the
+    found."""
     try:
         document = json.loads(data, object_pairs_hook=refuse_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -268,7 +281,8 @@ def loads(data: bytes) -> Manifest:
     if found != FORMAT_VERSION or isinstance(found, bool):
         raise ManifestError(
             f"expected manifest format version {FORMAT_VERSION}, found {found!r}; "
-            "use the router_runtime that was released with these artifacts, or run: make build-cubins"
+            "use the router_runtime that was released with these artifacts, "
+            "or run: make build-cubins"
         )
     manifest: Manifest = decode(Manifest, document, "manifest")
     validate(manifest)

@@ -1,8 +1,8 @@
 """PTX instructions that the CuTe DSL kernels need one by one, as functions on scalars.
 
 Addresses are integers: 64-bit for global memory, 32-bit for the shared window. The arithmetic
-functions fix the rounding (``.rn``, subnormals kept): the DSL would otherwise contract ``a * b + c``
-on its own, and section 3 of the design forbids that.
+functions fix the rounding (``.rn``, subnormals kept): the DSL would otherwise contract ``a * b +
+c`` on its own, and section 3 of the design forbids that.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def select(condition: Boolean, if_true: Number, if_false: Number) -> Number:
 def mma_m16n8k16(acc: list[Float32], a: Sequence[Int32], b: Sequence[Int32]) -> list[Float32]:
     """D = A B + C for bf16 A (16 x 16), B (16 x 8) and fp32 C: one k16 step.
 
-    Issued where it stands: taken for pure arithmetic, it would be hoisted out of branches not taken.
+    Issued where it stands: taken for pure arithmetic, it would be hoisted out of branches not
+    taken.
     """
     result = _asm(
         _struct(T.f32(), 4),
@@ -169,7 +170,8 @@ def mma_m16n8k16(acc: list[Float32], a: Sequence[Int32], b: Sequence[Int32]) -> 
 
 
 def ldmatrix_x4(address: Int32) -> list[Int32]:
-    """Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
+    """Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
+    8."""
     result = _asm(
         _struct(T.i32(), 4),
         [address],
@@ -222,7 +224,8 @@ def copy_bulk_to_peer(remote: Int32, shared: Int32, size: Int32, barrier: Int32)
     _asm(
         None,
         [remote, shared, size, barrier],
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        "[$0], [$1], $2, [$3];",
         "r,r,r,r,~{memory}",
     )
 
@@ -243,6 +246,29 @@ def load_shared_v2(address: Int32) -> list[Int32]:
     return _unpack(result, Int32, T.i32(), 2)
 
 
+def load_shared_v4(address: Int32) -> list[Int32]:
+    result = _asm(
+        _struct(T.i32(), 4),
+        [address],
+        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r,~{memory}",
+    )
+    return _unpack(result, Int32, T.i32(), 4)
+
+
+def store_shared_b32(address: Int32, value: Int32) -> None:
+    _asm(None, [address, value], "st.shared.b32 [$0], $1;", "r,r,~{memory}")
+
+
+def store_shared_v4(address: Int32, values: Sequence[Int32]) -> None:
+    _asm(
+        None,
+        [address, *values],
+        "st.shared.v4.b32 [$0], {$1,$2,$3,$4};",
+        "r,r,r,r,r,~{memory}",
+    )
+
+
 def store_shared_f32(address: Int32, value: Float32) -> None:
     _asm(None, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
 
@@ -253,9 +279,7 @@ def store_shared_v2(address: Int32, a: Int32, b: Int32) -> None:
 
 def map_shared(address: Int32, rank: Int32) -> Int32:
     """The address of the same shared-memory location in block ``rank`` of the cluster."""
-    return Int32(
-        _pure(T.i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
-    )
+    return Int32(_pure(T.i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
 
 
 def store_remote_v2(address: Int32, barrier: Int32, a: Int32, b: Int32) -> None:
@@ -356,16 +380,8 @@ def lower_lanes() -> Int32:
     return Int32(_pure(T.i32(), [], "mov.u32 $0, %lanemask_lt;", "=r"))
 
 
-def lowest_lane(mask: Int32) -> Int32:
-    """Index of the lowest set bit; mask is not zero."""
-    text = "{ .reg .b32 t; brev.b32 t, $1; bfind.shiftamt.u32 $0, t; }"
-    return Int32(_pure(T.i32(), [mask], text, "=r,r"))
-
-
 def redux_max_u32(value: Int32) -> Int32:
-    return Int32(
-        _asm(T.i32(), [value], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r")
-    )
+    return Int32(_asm(T.i32(), [value], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r"))
 
 
 def broadcast(value: Int32, lane: Int32) -> Int32:

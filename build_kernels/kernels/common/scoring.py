@@ -29,12 +29,18 @@ def score(logit: Float32) -> Float32:
 def ordered_key(logit: Float32, score_of_logit: Float32, bias: Float32) -> Int32:
     """fl32(score + bias), or -inf for a NaN, as an unsigned pattern that orders like the number.
 
-    The smallest pattern of a number is that of -inf, 0x007fffff: 0 is left for "no candidate". A score
-    is never -0, so the key never is.
+    The smallest pattern of a number is that of -inf, 0x007fffff: 0 is left for "no candidate". A
+    score is never -0, so the key never is.
     """
     key = ptx.add_rn(score_of_logit, bias)
     pattern = ptx.select(ptx.unordered(logit, key), Int32(-0x00800000), ptx.bits(key))
     return pattern ^ ((pattern >> 31) | Int32(-0x80000000))
+
+
+def stored_logit(logit: Float32) -> Int32:
+    """The bits of a logit in a result: one NaN for all of them."""
+    nan = Int32(int(CONSTANTS["NAN_LOGIT_BITS"]))
+    return ptx.select(ptx.unordered(logit, logit), nan, ptx.bits(logit))
 
 
 def _horner(prefix: str, x: Float32) -> Float32:

@@ -24,6 +24,7 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
             Parameter("bias", "ptr:f32"),
             Parameter("weights_out", "ptr:f32"),
             Parameter("ids_out", "ptr:i32"),
+            Parameter("logits_out", "ptr:f32"),
             Parameter("workspace", "ptr:u32"),
             Parameter("tokens", "i32"),
             Parameter("row_stride", "i64"),

@@ -16,13 +16,14 @@ bytes a lane, before the wait on the previous kernel. Then
 4. keys and scores of a token go to its owner, one block of the cluster, where one warp selects;
 5. with several clusters, each leaves its k candidates in the workspace, then takes a ticket for the
    token; the last one merges. It may see its ticket before the others' candidates, which are under
-   way by then: it reads until none is missing. Candidates and ticket are zero before and after every
-   launch. No block waits for one that may not have started, so launches can overlap in any way.
+   way by then: it reads until none is missing. Candidates and ticket are zero before and after
+   every launch. No block waits for one that may not have started, so launches can overlap in any
+   way.
 
-Steps 3 and 4 cross blocks asynchronously; an mbarrier of the receiver counts the bytes. A few tokens'
-partial sums go as they are (8-byte stores, least latency), those of many as one bulk copy a token
-(such stores leave a multiprocessor at about one a cycle). A block leaves only after everything sent
-to it has arrived and everything it sent has been read.
+Steps 3 and 4 cross blocks asynchronously; an mbarrier of the receiver counts the bytes. A few
+tokens' partial sums go as they are (8-byte stores, least latency), those of many as one bulk copy a
+token (such stores leave a multiprocessor at about one a cycle). A block leaves only after
+everything sent to it has arrived and everything it sent has been read.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class DenseRouterDecode:
         bias: cute.Pointer,
         weights_out: cute.Pointer,
         ids_out: cute.Pointer,
+        logits_out: cute.Pointer,
         workspace: cute.Pointer,
         tokens: Int32,
         row_stride: Int64,
@@ -72,6 +74,7 @@ class DenseRouterDecode:
             bias,
             weights_out,
             ids_out,
+            logits_out,
             workspace,
             tokens,
             row_stride,
@@ -94,6 +97,7 @@ class DenseRouterDecode:
         bias: cute.Pointer,
         weights_out: cute.Pointer,
         ids_out: cute.Pointer,
+        logits_out: cute.Pointer,
         workspace: cute.Pointer,
         tokens: Int32,
         row_stride: Int64,
@@ -118,7 +122,8 @@ class DenseRouterDecode:
         rows = Int32(shared)
         partials = rows + g.hidden_bytes
         key_rows = partials + g.partial_bytes
-        biases = key_rows + g.key_bytes
+        scratch = key_rows + g.key_bytes + warp * (g.top_k * selection.RECORD_BYTES)
+        biases = key_rows + g.key_bytes + g.scratch_bytes
         partials_full = biases + g.bias_bytes
         keys_full = partials_full + 8
         rows_full = keys_full + 8
@@ -165,7 +170,9 @@ class DenseRouterDecode:
 
         # --- 1. hidden states -> shared memory ---
         if lane == 0:
-            self.request_rows(hidden_states, rows, rows_full, part_k, part_e, tokens, row_stride, warp)
+            self.request_rows(
+                hidden_states, rows, rows_full, part_k, part_e, tokens, row_stride, warp
+            )
 
         # --- 2. multiply, and 3. hand the partial sums to the block that adds them ---
         slab_rows = rows + own_slab * (g.slab * 2)
@@ -211,6 +218,7 @@ class DenseRouterDecode:
                 biases,
                 key_rows,
                 keys_full,
+                logits_out.toint(),
                 first_expert,
                 part_k,
                 part_e,
@@ -229,21 +237,19 @@ class DenseRouterDecode:
                 ptx.load_shared_v2(row + position * (LANES * 8)) for position in range(g.lane_keys)
             ]
             first = group * g.group_experts + lane * g.lane_keys
-            ranks = selection.top_of_warp(
+            selection.top_of_warp(
                 [pair[0] for pair in pairs],
-                [
-                    [pair[1] for pair in pairs],
-                    [first + position for position in range(g.lane_keys)],
-                ],
+                [pair[1] for pair in pairs],
+                [first + position for position in range(g.lane_keys)],
                 g.top_k,
+                scratch,
                 lane,
             )
-            if cutlass.const_expr(g.groups == 1):
-                self.store(ranks, weights_out, ids_out, token, scale, renormalize, lane)
+            if cutlass.const_expr(g.groups > 1):
+                if self.merge(workspace, scratch, token, group, lane) != 0:
+                    self.store(weights_out, ids_out, scratch, token, scale, renormalize, lane)
             else:
-                self.merge(
-                    ranks, workspace, weights_out, ids_out, token, group, scale, renormalize, lane
-                )
+                self.store(weights_out, ids_out, scratch, token, scale, renormalize, lane)
         cute.arch.cluster_wait()
 
     def request_weights(
@@ -251,8 +257,8 @@ class DenseRouterDecode:
     ) -> list[list[list[Int32]]]:
         """Start loading this warp's A fragments, [m-tile][step][register].
 
-        The recipe in contract.py lays them out as the lanes read them: a k16 step of an m-tile is 32
-        lanes x 16 bytes, the steps follow each other.
+        The recipe in contract.py lays them out as the lanes read them: a k16 step of an m-tile is
+        32 lanes x 16 bytes, the steps follow each other.
         """
         g = self.g
         step = slab * g.slab_steps
@@ -270,7 +276,8 @@ class DenseRouterDecode:
         return fragments
 
     def key_place(self, column: Int32) -> Int32:
-        """Offset of a column in a key row: a lane's keys are 32 apart, so that lanes never collide."""
+        """Offset of a column in a key row: a lane's keys are 32 apart, so that lanes never
+        collide."""
         g = self.g
         lane = ptx.quotient(column, g.lane_keys)
         return (ptx.remainder(column, g.lane_keys) * LANES + lane) * 8
@@ -328,8 +335,8 @@ class DenseRouterDecode:
     ) -> None:
         """Store one token tile's accumulators where the chunks are added.
 
-        A lane holds the experts lane / 4 and lane / 4 + 8 of two neighbouring tokens; the two experts
-        of a token become neighbours in memory.
+        A lane holds the experts lane / 4 and lane / 4 + 8 of two neighbouring tokens; the two
+        experts of a token become neighbours in memory.
         """
         g = self.g
         place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
@@ -421,11 +428,15 @@ class DenseRouterDecode:
         biases: Int32,
         key_rows: Int32,
         keys_full: Int32,
+        logits_out: Int64,
         first_expert: Int32,
         part_k: Int32,
         part_e: Int32,
     ) -> None:
-        """Add the chunks of a few (slot, expert) items, score them, hand key and score over."""
+        """Add the chunks of a few (slot, expert) items, score them, hand key and score over.
+
+        ``logits_out`` is 0 where nobody asked for the logits.
+        """
         g = self.g
         slots, experts, logits = [], [], []
         for item in chosen:
@@ -454,10 +465,18 @@ class DenseRouterDecode:
             key = ptx.select(real, scoring.ordered_key(logit, score, bias), Int32(0))
             column = part_e * g.block_experts + expert
             target = (
-                key_rows + ptx.quotient(slot, g.cluster_e) * g.key_row_bytes + self.key_place(column)
+                key_rows
+                + ptx.quotient(slot, g.cluster_e) * g.key_row_bytes
+                + self.key_place(column)
             )
             owner = part_k * g.cluster_e + ptx.remainder(slot, g.cluster_e)
             if item < items:
+                if logits_out != 0 and real:
+                    token = Int64(slot * g.cluster_k + part_k)
+                    ptx.store_global_b32(
+                        logits_out + (token * g.experts + first_expert + expert) * 4,
+                        scoring.stored_logit(logit),
+                    )
                 if cutlass.const_expr(g.cluster_e > 1):
                     ptx.store_remote_v2(
                         ptx.map_shared(target, owner),
@@ -483,7 +502,8 @@ class DenseRouterDecode:
             [[[Float32(0.0)] * 4 for _ in range(n_tiles)] for _ in range(g.slab_chunks)]
             for _ in range(g.warp_m)
         ]
-        # ldmatrix: lanes 0-7 address the tokens' first 8 elements of two steps, 8-15 the next 8, ...
+        # ldmatrix: lanes 0-7 address the tokens' first 8 elements of two steps, 8-15 the next 8,
+        # ...
         row = rows + (first_token + (lane & 7)) * g.row_bytes + ptx.quotient(lane, 8) * 16
 
         def request(step: int) -> list[list[Int32]]:
@@ -518,19 +538,16 @@ class DenseRouterDecode:
     @cute.jit
     def store(
         self,
-        ranks: list[list[Int32]],
         weights_out: cute.Pointer,
         ids_out: cute.Pointer,
+        scratch: Int32,
         token: Int32,
         scale: Float32,
         renormalize: Int32,
         lane: Int32,
     ) -> None:
         g = self.g
-        scores = [ptx.from_bits(rank[1]) for rank in ranks]
-        own = ptx.from_bits(selection.own_rank([rank[1] for rank in ranks], lane))
-        weight = selection.weight(scores, own, scale, renormalize)
-        expert = selection.own_rank([rank[2] for rank in ranks], lane)
+        weight, expert = selection.weight(g.top_k, scratch, lane, scale, renormalize)
         if lane < g.top_k:
             place = (Int64(token) * g.top_k + lane) * 4
             ptx.store_global_b32(weights_out.toint() + place, ptx.bits(weight))
@@ -538,30 +555,20 @@ class DenseRouterDecode:
 
     @cute.jit
     def merge(
-        self,
-        ranks: list[list[Int32]],
-        workspace: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
-        token: Int32,
-        group: Int32,
-        scale: Float32,
-        renormalize: Int32,
-        lane: Int32,
-    ) -> None:
-        """Leave this group's candidates; the group that comes last merges all of them.
+        self, workspace: cute.Pointer, scratch: Int32, token: Int32, group: Int32, lane: Int32
+    ) -> Int32:
+        """Leave this group's candidates; the group that comes last merges all of them: not 0 there,
+        with the merged ones in ``scratch``.
 
-        A record is two 64-bit words, (id, key) and (1, score): neither is ever zero, so a record that
-        has arrived shows it.
+        A record is two 64-bit words, (id, key) and (1, score): neither is ever zero, so a record
+        that has arrived shows it.
         """
         g = self.g
         count = g.groups * g.top_k
         ticket = workspace.toint() + Int64(token) * 4
         records = workspace.toint() + g.ticket_bytes + Int64(token) * (count * 16)
         if lane < g.top_k:
-            key, score, expert = (
-                selection.own_rank([rank[i] for rank in ranks], lane) for i in range(3)
-            )
+            key, score, expert, _ = ptx.load_shared_v4(scratch + lane * selection.RECORD_BYTES)
             ptx.store_record(
                 records + Int64(group * g.top_k + lane) * 16, [expert, key, Int32(1), score]
             )
@@ -569,9 +576,11 @@ class DenseRouterDecode:
         arrived = Int32(0)
         if lane == 0:
             arrived = ptx.atomic_add_relaxed(ticket, Int32(1))
-        arrived = ptx.broadcast(arrived, Int32(0))
-        if arrived == g.groups - 1:
-            # Candidate number = group * top_k + rank: for equal keys that is the order of the ids.
+        last = ptx.select(
+            ptx.equal(ptx.broadcast(arrived, Int32(0)), Int32(g.groups - 1)), Int32(1), Int32(0)
+        )
+        if last != 0:
+            # In order of group and rank: for equal keys that is the order of the ids.
             keys, scores, experts = [], [], []
             for position in cutlass.range_constexpr(-(-count // LANES)):
                 number = lane * -(-count // LANES) + position
@@ -587,9 +596,8 @@ class DenseRouterDecode:
                 experts.append(expert)
             if lane == 0:
                 ptx.store_global_b32(ticket, Int32(0))
-            cute.arch.sync_warp()
-            merged = selection.top_of_warp(keys, [scores, experts], g.top_k, lane)
-            self.store(merged, weights_out, ids_out, token, scale, renormalize, lane)
+            selection.top_of_warp(keys, scores, experts, g.top_k, scratch, lane)
+        return last
 
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
@@ -601,6 +609,7 @@ def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], 
         make_ptr(Float32, 0, gmem, assumed_align=4),
         make_ptr(Float32, 0, gmem, assumed_align=4),
         make_ptr(Int32, 0, gmem, assumed_align=4),
+        make_ptr(Float32, 0, gmem, assumed_align=4),
         make_ptr(Int32, 0, gmem, assumed_align=16),
         Int32(1),
         Int64(1),

@@ -30,7 +30,8 @@ class Geometry:
     """One launch is ``groups`` clusters; a cluster is ``cluster_e`` x ``cluster_k`` blocks.
 
     Each block holds 16 * ``m_tiles`` experts over a slice of the hidden dimension. A warp keeps
-    ``warp_m`` of these m-tiles over one slab of the hidden dimension (one or two chunks) in registers.
+    ``warp_m`` of these m-tiles over one slab of the hidden dimension (one or two chunks) in
+    registers.
     """
 
     hidden: int
@@ -63,7 +64,8 @@ class Geometry:
     ) -> Geometry:
         """A geometry for a model that nobody has tuned: the fewest blocks that hold its weights.
 
-        Raises ValueError where no cluster of at most 16 blocks fits the registers and shared memory.
+        Raises ValueError where no cluster of at most 16 blocks fits the registers and shared
+        memory.
         """
         candidates = (
             cls(hidden, experts, top_k, k_chunk, max_tokens, groups, cluster_e, cluster_k, warp_m)
@@ -75,8 +77,8 @@ class Geometry:
         fitting = [candidate for candidate in candidates if candidate.fits]
         if not fitting:
             raise ValueError(
-                f"expected a router whose weights fit 16 clusters of 16 blocks, found hidden {hidden}, "
-                f"experts {experts}"
+                "expected a router whose weights fit 16 clusters of 16 blocks, "
+                f"found hidden {hidden}, experts {experts}"
             )
         return min(fitting, key=lambda g: (g.groups, g.blocks, g.padded_experts, g.warp_m))
 
@@ -181,7 +183,7 @@ class Geometry:
 
     @property
     def slots_k(self) -> int:
-        """Tokens of which one block receives all partial sums: token t goes to block t % cluster_k."""
+        """Tokens whose partial sums one block receives: token t goes to block t % cluster_k."""
         return ceil_div(self.max_tokens, self.cluster_k)
 
     @property
@@ -196,7 +198,7 @@ class Geometry:
     # --- shared memory, in bytes ---
     @property
     def row_bytes(self) -> int:
-        """A token's slice, padded by 16 bytes so that 8 neighbouring rows start in 8 bank groups."""
+        """A token's slice, padded by 16 bytes: 8 neighbouring rows start in 8 bank groups."""
         return self.block_hidden * 2 + 16
 
     @property
@@ -222,13 +224,19 @@ class Geometry:
         return self.slots * self.key_row_bytes
 
     @property
+    def scratch_bytes(self) -> int:
+        """A warp's selected candidates, 16 bytes each (selection.RECORD_BYTES)."""
+        return self.warps * self.top_k * 16
+
+    @property
     def bias_bytes(self) -> int:
         return self.block_experts * 4
 
     @property
     def shared_bytes(self) -> int:
         barriers = 16 + 8 * self.passes
-        total = self.hidden_bytes + self.partial_bytes + self.key_bytes + self.bias_bytes + barriers
+        total = self.hidden_bytes + self.partial_bytes + self.key_bytes + self.scratch_bytes
+        total += self.bias_bytes + barriers
         return ceil_div(total, 16) * 16
 
     # --- the merge across groups ---
