@@ -33,6 +33,10 @@ test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
 
+.PHONY: bench
+bench: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Time the routers on a GPU; options: BENCH="--help"
+	$(PYTHON_GPU) -m tests.bench $(BENCH)
+
 lint: .venv/.dev .venv-test/.torch ## Check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -26,6 +26,7 @@ from router_runtime.manifest import (
     Entry,
     Manifest,
     ManifestError,
+    Target,
     Toolchain,
     artifact_name,
     validate_contract,
@@ -95,6 +96,7 @@ def inspect(job: Job, data: bytes) -> Entry:
         source_sha256=job.source_sha256,
         numerics=numerics,
         resources=cubin.resources(facts, counts),
+        latency=job.latency,
     )
 
 
@@ -130,7 +132,7 @@ def check_contract(contract: Contract, facts: Cubin, counts: Mapping[str, int], 
 
 
 def _mismatches(contract: Contract, facts: Cubin, counts: Mapping[str, int]) -> Iterator[str]:
-    layout = contract.parameter_layout()
+    layout = contract.parameter_layout(Target.parse(facts.target))
     if len(layout) != len(facts.parameters):
         names = [parameter.name for parameter in contract.parameters]
         yield f"expected {len(layout)} parameters {names}, found {len(facts.parameters)}"

@@ -33,12 +33,13 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
-    for the models it names.
+    for the models it names. ``targets`` are those that its instructions exist on; empty means all.
     """
 
     name: str
     constants: Mapping[str, int | float] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,40 @@ KERNELS = (
                     "dsv4-pro": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2},
                     "dsv41-flash": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 5, "WARP_M": 2},
                 },
+            ),
+        ),
+    ),
+    Kernel(
+        name="dense_router_prefill",
+        language="cutedsl",
+        per_model=True,
+        scores=True,
+        variants=(
+            # Tiles of 128 tokens, each divided among 4, 2 or as few blocks as hold its sums.
+            Variant(
+                "wgmma_narrow",
+                tuned={
+                    name: {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1}
+                    for name in ("dsv4-flash", "dsv4-pro", "dsv41-flash")
+                },
+                targets=("sm_90a",),
+            ),
+            Variant(
+                "wgmma_middle",
+                tuned={
+                    name: {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1}
+                    for name in ("dsv4-flash", "dsv4-pro", "dsv41-flash")
+                },
+                targets=("sm_90a",),
+            ),
+            Variant(
+                "wgmma_wide",
+                tuned={
+                    "dsv4-flash": {"CLUSTER_E": 1, "CLUSTER_T": 2, "PASSES": 2},
+                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
+                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
+                },
+                targets=("sm_90a",),
             ),
         ),
     ),

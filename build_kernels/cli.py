@@ -15,7 +15,7 @@ from build_kernels import catalog, cubin, lock, publish, toolchain
 from build_kernels.build import build
 from build_kernels.errors import BuildError, unknown
 from build_kernels.plan import PACKAGE, plan, read_model
-from router_runtime.manifest import MANIFEST_NAME, Entry, Manifest
+from router_runtime.manifest import MANIFEST_NAME, Entry, Manifest, Target
 
 _ROOT = PACKAGE.parent
 #: The checkout's artifacts folder; an installed package has none.
@@ -197,6 +197,8 @@ def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:
         "cluster": contract.cluster,
         "dependent launch": "yes" if contract.programmatic_dependent_launch else "no",
         "limits": ", ".join(f"{k} {low}..{high}" for k, (low, high) in contract.limits.items()),
+        "microseconds": ", ".join(f"{tokens}: {found:g}" for tokens, found in entry.latency)
+        or "not measured",
         "registers": used.registers,
         "spills": f"{used.spill_stores} B stored, {used.spill_loads} B loaded",
         "local memory": f"{used.local_memory} B a thread",
@@ -206,7 +208,7 @@ def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:
     lines = [f"{name + ':':18}{value}" for name, value in rows.items()]
     lines.append("parameters")
     for parameter, (offset, size) in zip(
-        contract.parameters, contract.parameter_layout(), strict=True
+        contract.parameters, contract.parameter_layout(Target.parse(entry.target)), strict=True
     ):
         lines.append(f"  {offset:4} {size:4} {parameter.type:10} {parameter.name}")
     return "\n".join(lines)

@@ -42,6 +42,13 @@ from collections.abc import Mapping
 #: The version of everything after the logits: change it when any result of steps 2 to 6 changes.
 EPILOGUE_VERSION = 1
 
+
+def dense_tag(constants: Mapping[str, int | float]) -> str:
+    """What decides the bits of a dense result: MMA family, chunk, epilogue. Entries that share it
+    give the same bits."""
+    return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+
+
 _EXP = (
     "0x1.000000p+0",
     "0x1.000000p+0",

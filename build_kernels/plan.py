@@ -18,6 +18,7 @@ from typing import Any
 
 from build_kernels import catalog, cutedsl, nvrtc
 from build_kernels.catalog import Kernel, Language, Model, Variant
+from build_kernels.crossover import Crossover, Latency
 from build_kernels.errors import BuildError, unknown
 from build_kernels.numerics import CONSTANTS
 from router_runtime.manifest import source_digest
@@ -51,6 +52,7 @@ class Job:
     variant: str
     constants: Mapping[str, int | float]
     source_sha256: str
+    latency: Latency = ()
 
     @property
     def key(self) -> str:
@@ -81,6 +83,7 @@ def plan(
         if found not in known_kernels:
             raise unknown("kernel", found, known_kernels, "next: build-kernels list")
     jobs = []
+    crossover = Crossover(KERNELS / "crossover.toml")
     for kernel in catalog.KERNELS:
         if kernels and kernel.name not in kernels:
             continue
@@ -97,29 +100,33 @@ def plan(
                     json.dumps(FLAGS[kernel.language]),
                 )
                 for target in dict.fromkeys(targets or catalog.DEFAULT_TARGETS):
+                    if variant.targets and target not in variant.targets:
+                        continue
+                    name = model.name if model else None
                     jobs.append(
                         Job(
                             kernel=kernel.name,
                             language=kernel.language,
-                            model=model.name if model else None,
+                            model=name,
                             target=target,
                             variant=variant.name,
                             constants=constants,
                             source_sha256=digest,
+                            latency=crossover.latency(kernel.name, variant.name, name, target),
                         )
                     )
     return sorted(jobs, key=lambda job: job.key)
 
 
 def tree_digest() -> str:
-    """The digest of every file that can change a cubin or a contract, for the whole commit."""
+    """The digest of every file that can change a manifest entry, for the whole commit."""
     files = {
         path.relative_to(PACKAGE).as_posix(): path.read_bytes()
         for path in KERNELS.rglob("*")
-        if path.suffix in (".py", ".cu", ".cuh")
+        if path.suffix in (".py", ".cu", ".cuh", ".toml")
     }
-    recipes = sorted(_RECIPES.values())
-    for name in ("catalog.py", "numerics.py", "plan.py", "toolchain.lock", *recipes):
+    data = ("catalog.py", "crossover.py", "numerics.py", "plan.py", "toolchain.lock")
+    for name in (*data, *sorted(_RECIPES.values())):
         files[name] = (PACKAGE / name).read_bytes()
     return source_digest(files)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from router_runtime.ops import (
         activation_topk,
         dense_router,
+        dense_router_logits,
         get_router,
         hash_router,
         register_router,
@@ -38,6 +39,7 @@ _HOME = {
     "RouterRuntimeError": "errors",
     "activation_topk": "ops",
     "dense_router": "ops",
+    "dense_router_logits": "ops",
     "get_router": "ops",
     "hash_router": "ops",
     "register_router": "ops",
@@ -56,6 +58,7 @@ __all__ = [
     "RouterRuntimeError",
     "activation_topk",
     "dense_router",
+    "dense_router_logits",
     "get_router",
     "hash_router",
     "register_router",

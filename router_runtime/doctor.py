@@ -17,7 +17,15 @@ from router_runtime.artifacts import EVIDENCE_NAME, find_artifacts, read_cubin, 
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence import load_evidence, status
 from router_runtime.manifest import Entry, Manifest, ManifestError, Target
-from router_runtime.resolve import MINIMUM_DRIVER, DeviceFacts, Request, resolve
+from router_runtime.resolve import (
+    DENSE,
+    MINIMUM_DRIVER,
+    DeviceFacts,
+    Dispatch,
+    Request,
+    dispatch,
+    resolve,
+)
 
 #: What the present targets allow a block, for decisions about devices that are not here.
 _SHARED_MEMORY_PER_BLOCK = 227 * 1024
@@ -67,28 +75,48 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
             else:
                 echo(f" {request}: {resolution.choice.key}")
             echo(resolution.trace())
+        for asked in routers(manifest):
+            found = dispatch(asked, facts, manifest, standing)
+            constants = ", ".join(f"{name}={n}" for name, n in asked[0].constants.items())
+            echo(f" dense router, {constants}: {_division(found)}")
+            served = served and (bool(found.spans) or not devices)
+            for resolution in found.resolutions:
+                echo(resolution.trace() or f"  no entry of {resolution.request.kernel}")
     return intact and served
 
 
 def requests(manifest: Manifest) -> Iterator[Request]:
-    """One request for each kernel and model of the manifest, and for each range that only some
-    variants of it serve.
+    """One request for each kernel of the manifest that serves alone, and for each range that only
+    some variants of it serve.
     """
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in manifest.entries:
-        groups.setdefault((entry.kernel, entry.model or ""), []).append(entry)
-    for (kernel, model), entries in sorted(groups.items()):
-        constants = {
-            name: entries[0].constants[name]
-            for name in ("HIDDEN", "EXPERTS", "TOP_K")
-            if model and name in entries[0].constants
-        }
+        if entry.kernel not in DENSE:
+            groups.setdefault(entry.kernel, []).append(entry)
+    for kernel, entries in sorted(groups.items()):
         ranges = {
             tuple(sorted((name, high) for name, (_, high) in entry.contract.limits.items()))
             for entry in entries
         }
         for quantities in sorted(ranges):
-            yield Request(kernel, constants, dict(quantities))
+            yield Request(kernel, quantities=dict(quantities))
+
+
+def routers(manifest: Manifest) -> Iterator[list[Request]]:
+    """The requests of each dense router that the manifest has kernels for."""
+    names = ("HIDDEN", "EXPERTS", "TOP_K")
+    shapes = {
+        tuple(entry.constants[name] for name in names)
+        for entry in manifest.entries
+        if entry.kernel in DENSE
+    }
+    for shape in sorted(shapes):
+        yield [Request(kernel, dict(zip(names, shape, strict=True))) for kernel in DENSE]
+
+
+def _division(found: Dispatch) -> str:
+    spans = [f"{span.low} to {span.high} tokens by {span.entry.key}" for span in found.spans]
+    return "; ".join(spans) or "nothing serves it"
 
 
 def _devices(echo: Echo) -> Iterator[tuple[str, DeviceFacts]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -31,13 +31,22 @@ ROWS = {
     "dense_router_decode": "hidden_states",
     "dense_router_prefill": "hidden_states",
 }
-_BATCHES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 127, 128, 129, 130, 257)
+BATCHES = (
+    *(1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 127, 128, 129, 130, 255, 256),
+    257,
+)
 
 
 class Run(Protocol):
-    """Launches a kernel: device inputs in, the two outputs written."""
+    """Launches a kernel: device inputs in, the outputs written. Logits only where the kernel can
+    store them, and if it is asked to.
+    """
 
-    def __call__(self, inputs: Inputs, values: Tensor, ids: Tensor, /) -> None: ...
+    def __call__(self, inputs: Inputs, *outputs: Tensor) -> None: ...
+
+
+#: What a kernel wrote: values and ids, and the logits if they were asked for.
+Outputs = tuple[Tensor, ...]
 
 
 class _Guarded:
@@ -57,13 +66,21 @@ class _Guarded:
         return bool((bands == self._poison).all())
 
 
-def examine(case: Case, inputs: Inputs, run: Run, device: str, largest_batch: int) -> Verdict:
+def examine(
+    case: Case, inputs: Inputs, run: Run, device: str, largest_batch: int, logits: bool = False
+) -> Verdict:
     """Everything that the suite asks of one case with its inputs.
 
-    ``largest_batch`` is the kernel's limit of rows.
+    ``largest_batch`` is the kernel's limit of rows. With ``logits`` the kernel can store them, and
+    is asked to; storing them must change nothing else.
     """
     on_device = _transfer(inputs, device)
-    values, ids, problems = _twice(case, run, on_device)
+    found, problems = _twice(case, run, on_device, logits)
+    if logits:
+        without, more = _twice(case, run, on_device, False)
+        problems += more
+        if not _same_bits(without, found[:2]):
+            problems.append("storing logits changes the other outputs")
     before, after = _words(inputs), _words(on_device)
     problems += [
         f"changed its input {name}"
@@ -71,30 +88,34 @@ def examine(case: Case, inputs: Inputs, run: Run, device: str, largest_batch: in
         if not torch.equal(words, after[name].cpu())
     ]
     if case.variations:
-        problems += _vary(case, run, (inputs, on_device), device, largest_batch, (values, ids))
-    verdict = judge(case, inputs, values, ids)
+        problems += _vary(case, run, (inputs, on_device), device, largest_batch, found)
+    verdict = judge(case, inputs, *found)
     return dataclasses.replace(verdict, problems=(*verdict.problems, *problems))
 
 
-def _twice(case: Case, run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, list[str]]:
+def _twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outputs, list[str]]:
     """Outputs of the second of two runs, on the CPU, and what was wrong with either."""
     problems = []
-    results = []
+    results: list[Outputs] = []
     for poison in _POISONS:
         rows = inputs[ROWS[case.kernel]]
         assert isinstance(rows, Tensor)
-        shape = rows.shape[0], case.sizes["top_k"]
-        values = _Guarded(*shape, torch.float32, rows.device, poison)
-        ids = _Guarded(*shape, torch.int32, rows.device, poison)
-        run(inputs, values.tensor, ids.tensor)
-        for name, output in (("values", values), ("ids", ids)):
+        count, k = rows.shape[0], case.sizes["top_k"]
+        guarded = {
+            "values": _Guarded(count, k, torch.float32, rows.device, poison),
+            "ids": _Guarded(count, k, torch.int32, rows.device, poison),
+        }
+        if logits:
+            experts = case.sizes["experts"]
+            guarded["logits"] = _Guarded(count, experts, torch.float32, rows.device, poison)
+        run(inputs, *(output.tensor for output in guarded.values()))
+        for name, output in guarded.items():
             if not output.bands_intact():
                 problems.append(f"wrote outside its output {name}")
-        results.append((values.tensor.cpu(), ids.tensor.cpu()))
-    (first_values, first_ids), (values_found, ids_found) = results
-    if not (_same_bits(first_values, values_found) and _same_bits(first_ids, ids_found)):
+        results.append(tuple(output.tensor.cpu() for output in guarded.values()))
+    if not _same_bits(*results):
         problems.append("two runs differ: not deterministic, or an output element was not written")
-    return values_found, ids_found, problems
+    return results[1], problems
 
 
 def _vary(
@@ -103,7 +124,7 @@ def _vary(
     both: tuple[Inputs, Inputs],
     device: str,
     largest_batch: int,
-    expected: tuple[Tensor, Tensor],
+    expected: Outputs,
 ) -> list[str]:
     """Batch invariance: rows of rearranged batches against the same rows of the first batch.
 
@@ -120,9 +141,9 @@ def _vary(
         kept = torch.ones(len(order), dtype=torch.bool)
         kept[strangers] = False
         moved = {**on_device, name: batch.to(device)}
-        values, ids, problems = _twice(case, run, moved)
+        found, problems = _twice(case, run, moved, len(expected) > 2)
         wanted = [output[order[kept]] for output in expected]
-        if not (_same_bits(values[kept], wanted[0]) and _same_bits(ids[kept], wanted[1])):
+        if not _same_bits([output[kept] for output in found], wanted):
             problems.append("bits of a token depend on its batch")
         if problems:
             return [f"{problem} ({what})" for problem in problems]
@@ -135,7 +156,7 @@ def _arrangements(rows: int, largest: int) -> Iterator[tuple[str, Tensor, Tensor
     for row in sorted({0, rows // 2, rows - 1}):
         yield f"row {row} alone", torch.tensor([row]), nobody
     yield f"{rows} rows reversed", torch.arange(rows).flip(0), nobody
-    for size in _BATCHES:
+    for size in BATCHES:
         if size <= largest:
             # Five is coprime to every batch size that matters: all rows come up, none in place.
             order = (torch.arange(size) * 5 + 3) % rows
@@ -167,5 +188,8 @@ def _words(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+def _same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(
+        torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+        for a, b in zip(found, expected, strict=True)
+    )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from router_runtime import spec
-from router_runtime.inputs import Inputs
+from router_runtime.inputs import Inputs, digest
 from router_runtime.suite import Case
 
 TOLERANCES: Mapping[str, float] = MappingProxyType(
@@ -73,10 +73,11 @@ class Reference:
 class Verdict:
     """``problems`` is empty for correct outputs.
 
-    ``worst`` has the worst errors: ``weight`` as a fraction of the allowed one, ``weight_relative``
-    relative to the float64 weight; for kernels that round nothing, ``value_bits``, the number of
-    values with a wrong bit. ``reordered`` counts rows whose ids differ from the oracle's
-    where the bound allows it.
+    ``worst`` has the worst errors: ``weight`` and, where they were stored, ``logit`` as fractions
+    of the allowed one, ``weight_relative`` relative to the float64 weight; for kernels that round
+    nothing, ``value_bits``, the number of values with a wrong bit. ``reordered`` counts rows whose
+    ids differ from the oracle's where the bound allows it. ``bits_sha256`` is over every bit of
+    weights and ids.
     """
 
     problems: tuple[str, ...]
@@ -84,11 +85,16 @@ class Verdict:
     clear: int
     reordered: int
     ids_sha256: str
+    bits_sha256: str
     worst: Mapping[str, float]
 
 
-def judge(case: Case, inputs: Inputs, values: Tensor, ids: Tensor) -> Verdict:
-    """Judge the two outputs of a kernel: weights (or selected values) and ids, on the CPU."""
+def judge(
+    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None = None
+) -> Verdict:
+    """Judge the outputs of a kernel, on the CPU: weights (or selected values) and ids, and the
+    logits of a dense one if it stored them.
+    """
     if case.kernel == "hash_router":
         return _judge_exact(*_hash_reference(inputs), values, ids)
     if case.kernel == "topk_select":
@@ -101,12 +107,15 @@ def judge(case: Case, inputs: Inputs, values: Tensor, ids: Tensor) -> Verdict:
     if not problems:
         found, worst = _check_weights(reference, inputs, values, ids)
         problems += found
+    if logits is not None:
+        problems += _check_logits(inputs, logits, worst)
     return Verdict(
         problems=tuple(problems),
         rows=ids.shape[0],
         clear=int(reference.clear.sum()),
         reordered=reordered,
         ids_sha256=clear_ids_sha256(ids, reference.clear),
+        bits_sha256=digest({"values": values, "ids": ids}),
         worst=worst,
     )
 
@@ -291,6 +300,22 @@ def _check_weights(
     return problems, worst
 
 
+def _check_logits(inputs: Inputs, logits: Tensor, worst: dict[str, float]) -> list[str]:
+    """Stored logits: within the bound of the exact ones, infinite where those are, and every NaN
+    under its one pattern of bits. Adds to ``worst``.
+    """
+    x, weight = _tensor(inputs, "hidden_states"), _tensor(inputs, "weight")
+    exact = spec.dense_logits64(x, weight)
+    allowed = TOLERANCES["LOGIT"] * spec.dense_logits64(x.abs(), weight.abs())
+    error = (logits.double() - exact).abs()
+    within = torch.where(exact.isfinite(), error <= allowed, logits.double() == exact)
+    nan = logits.view(torch.int32) == spec.NAN_LOGIT_BITS
+    wrong = ~torch.where(exact.isnan(), nan, within).all(dim=1)
+    finite = exact.isfinite() & (allowed > 0)
+    worst["logit"] = _largest((error / allowed)[finite])
+    return [_report(wrong, "logits out of bounds", logits, exact)] if wrong.any() else []
+
+
 def _judge_exact(
     expected_values: Tensor, expected_ids: Tensor, values: Tensor, ids: Tensor
 ) -> Verdict:
@@ -310,6 +335,7 @@ def _judge_exact(
         clear=ids.shape[0],
         reordered=0,
         ids_sha256=clear_ids_sha256(ids, clear),
+        bits_sha256=digest({"values": values, "ids": ids}),
         worst={"value_bits": float(differs.sum())},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from router_runtime import driver
@@ -12,7 +13,7 @@ from router_runtime.evidence import load_evidence, status
 from router_runtime.launch import LoadedKernel
 from router_runtime.loader import load_entry
 from router_runtime.manifest import MANIFEST_NAME, Entry
-from router_runtime.resolve import Request, Resolution, resolve
+from router_runtime.resolve import Dispatch, Request, Resolution, dispatch, resolve
 
 
 class Kernels:
@@ -35,6 +36,9 @@ class Kernels:
 
     def resolve(self, request: Request) -> Resolution:
         return resolve(request, self.facts, self.manifest, self.status)
+
+    def dispatch(self, requests: Sequence[Request]) -> Dispatch:
+        return dispatch(requests, self.facts, self.manifest, self.status)
 
     def load(self, request: Request) -> LoadedKernel:
         """The loaded kernel that serves ``request``. Raises ResolutionError if none does."""

@@ -140,7 +140,7 @@ def _checked_function(api: Any, library: Any, entry: Entry, device: int) -> Any:
 
 def _check_parameters(api: Any, kernel: Any, entry: Entry) -> None:
     """Compare offset, size and number of the kernel's parameters with the contract's layout."""
-    expected = entry.contract.parameter_layout()
+    expected = entry.contract.parameter_layout(Target.parse(entry.target))
     found: list[tuple[int, int]] = []
     # One more than expected: a kernel with more parameters would read beyond the arguments.
     for index in range(len(expected) + 1):

@@ -211,7 +211,9 @@ class Resources:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One cubin. ``model`` is None where the kernel does not depend on a model; ``numerics`` is
-    None where the kernel accumulates nothing over the hidden dimension."""
+    None where the kernel accumulates nothing over the hidden dimension. ``latency`` holds what one
+    call was measured to take, as (tokens, microseconds) with ascending tokens: it chooses among
+    variants that may all serve, and is empty where nothing was measured."""
 
     kernel: str
     model: str | None
@@ -226,6 +228,7 @@ class Entry:
     source_sha256: str
     numerics: str | None
     resources: Resources
+    latency: tuple[tuple[int, float], ...] = ()
 
     @property
     def key(self) -> str:
@@ -312,6 +315,14 @@ def validate(manifest: Manifest) -> None:
         if entry.key in seen:
             raise ManifestError(f"{where}: expected one entry of this name, found two")
         seen.add(entry.key)
+        counts = [tokens for tokens, _ in entry.latency]
+        if sorted({0, *counts}) != [0, *counts] or not all(
+            0 < microseconds < float("inf") for _, microseconds in entry.latency
+        ):
+            raise ManifestError(
+                f"{where}: latency: expected ascending token counts and positive microseconds, "
+                f"found {entry.latency}"
+            )
         validate_contract(entry.contract, where)
 
 

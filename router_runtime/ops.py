@@ -6,6 +6,7 @@ named by an integer because an op's schema can carry nothing else; it is a ``Sym
 layer compiled once serves every router (a plain int would compile again for each).
 
 dense_router(hidden_states, router_id, num_experts, top_k)   bf16 [tokens, hidden]
+dense_router_logits(...)                                     the same, and the fp32 logits
 hash_router(token_ids, router_id, top_k)                     int32 or int64 [tokens]
 topk_select(scores, k)                                       fp32 [rows, columns]
 activation_topk(logits, bias, k, scale, renormalize)         fp32 [tokens, experts], fp32 [experts]
@@ -79,11 +80,22 @@ def unregister_router(router_id: int) -> None:
 def _dense_router(
     hidden_states: Tensor, router_id: int, num_experts: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
+    return _dense(router_id, num_experts, top_k)._backend.route(hidden_states)
+
+
+def _dense_router_logits(
+    hidden_states: Tensor, router_id: int, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense(router_id, num_experts, top_k).forward_with_logits(hidden_states)
+
+
+def _dense(router_id: int, num_experts: int, top_k: int) -> Router:
+    """The dense router of that id, if it has those numbers."""
     router = _routers.get(router_id) or get_router(router_id)
     config = router.config
     if config.num_experts != num_experts or config.top_k != top_k or config.mode != "dense":
         raise _disagreement(router, {"mode": "dense", "num_experts": num_experts, "top_k": top_k})
-    return router._backend.route(hidden_states)
+    return router
 
 
 def _hash_router(token_ids: Tensor, router_id: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -113,6 +125,14 @@ def _dense_router_fake(
         raise wrong_tensor("hidden_states", "torch.bfloat16 [tokens, hidden_size]", hidden_states)
     refuse_grad("hidden_states", hidden_states)
     return _outputs_like(hidden_states, top_k)
+
+
+def _dense_router_logits_fake(
+    hidden_states: Tensor, router_id: int, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _dense_router_fake(hidden_states, router_id, num_experts, top_k)
+    logits = hidden_states.new_empty((hidden_states.shape[0], num_experts), dtype=torch.float32)
+    return *outputs, logits
 
 
 def _hash_router_fake(token_ids: Tensor, router_id: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -150,6 +170,13 @@ for _schema, _cpu, _cuda, _fake in (
         _dense_router_fake,
     ),
     (
+        "dense_router_logits(Tensor hidden_states, SymInt router_id, int num_experts, int top_k)"
+        " -> (Tensor, Tensor, Tensor)",
+        _dense_router_logits,
+        _dense_router_logits,
+        _dense_router_logits_fake,
+    ),
+    (
         "hash_router(Tensor token_ids, SymInt router_id, int top_k) -> (Tensor, Tensor)",
         _hash_router,
         _hash_router,
@@ -182,6 +209,8 @@ for _schema, _cpu, _cuda, _fake in (
 _Op = Callable[..., tuple[Tensor, Tensor]]
 
 dense_router: _Op = torch.ops.dsv4.dense_router.default
+dense_router_logits: Callable[..., tuple[Tensor, Tensor, Tensor]]
+dense_router_logits = torch.ops.dsv4.dense_router_logits.default
 hash_router: _Op = torch.ops.dsv4.hash_router.default
 topk_select: _Op = torch.ops.dsv4.topk_select.default
 activation_topk: _Op = torch.ops.dsv4.activation_topk.default

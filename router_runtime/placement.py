@@ -27,6 +27,10 @@ class Placement:
         """Uninitialised (fp32, int32) of that shape, from torch's allocator."""
         return self._new_floats(rows, columns), self._new_integers(rows, columns)
 
+    def floats(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised fp32 of that shape, from torch's allocator."""
+        return self._new_floats(rows, columns)
+
     def stored(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """A result of ``spec.py``, whose strides depend on its inputs', in outputs of ours."""
         outputs = self.outputs(*ids.shape)

@@ -1,5 +1,8 @@
 """Which entry of the manifest serves a request on a device, and why the others do not.
 
+``resolve`` answers for one kernel. ``dispatch`` answers for several that compute the same thing, as
+``dense_router_decode`` and ``dense_router_prefill`` do: which of them serves how many tokens.
+
 Pure: no driver, no files, no clock. Everything it weighs is an argument, so every decision can be
 replayed in a test, and ``router-runtime doctor`` explains decisions for devices that are not there.
 
@@ -13,7 +16,9 @@ quantities, the most specific target (``a``, ``f``, none), a specialised variant
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from router_runtime.errors import ResolutionError
@@ -24,6 +29,11 @@ MINIMUM_DRIVER = 13000
 
 PORTABLE = "portable"
 
+#: The kernels that compute the same for a dense router: for few tokens, for many.
+DENSE = ("dense_router_decode", "dense_router_prefill")
+
+_BUILD = "make build-cubins"
+
 _STANDING = {"verified": 0, "source-verified": 1}
 _SPECIFICITY = {"a": 0, "f": 1, "": 2}
 
@@ -33,22 +43,21 @@ class Request:
     """What is to be served.
 
     ``constants`` must equal the entry's constants of those names. ``quantities`` must lie within
-    the entry's limits, where it states any. ``variant`` names the one variant that may serve,
-    proven or not. ``numerics``, if given, is the tag that the entry must carry: two dense kernels
-    serve one Router only if their tags agree, because the tag is what makes their bits agree.
+    the entry's limits, where it states any. ``parameters`` are names of parameters that it must
+    have. ``variant`` names the one variant that may serve, proven or not.
     """
 
     kernel: str
     constants: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
     quantities: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
     variant: str | None = None
-    numerics: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name}={value}" for name, value in sorted(self.constants.items())]
         facts += [f"{name}={value}" for name, value in sorted(self.quantities.items())]
+        facts += self.parameters
         facts += [f"variant={self.variant}"] if self.variant is not None else []
-        facts += [f"numerics={self.numerics}"] if self.numerics is not None else []
         return f"{self.kernel}({', '.join(facts)})"
 
 
@@ -138,6 +147,128 @@ def resolve(
     return Resolution(request, device, choice, tuple(candidates))
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Batches of ``low`` to ``high`` tokens go to ``entry``."""
+
+    low: int
+    high: int
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Who serves how many tokens, in ascending order, and what was weighed for it.
+
+    The spans start at one token and leave no gap, or there are none. More tokens than the last span
+    has are for the caller to split: the kernels agree bit for bit, so no result depends on where.
+    """
+
+    spans: tuple[Span, ...]
+    resolutions: tuple[Resolution, ...]
+
+    def require(self) -> tuple[Span, ...]:
+        """The spans. Raises ResolutionError with the trace of every kernel if there are none, or if
+        a kernel whose variant was named cannot serve.
+        """
+        for resolution in self.resolutions:
+            if resolution.request.variant is not None:
+                resolution.require()
+        if not self.spans:
+            first, *others = self.resolutions
+            traces = "".join(f"{other.request}:\n{other.trace()}\n" for other in others)
+            first.require()
+            raise ResolutionError(
+                f"{first.request} on {first.device}: expected entries that together serve batches "
+                f"from 1 token up, found a gap:\n{first.trace()}\n{traces}"
+                f"build every variant: {_BUILD}"
+            )
+        return self.spans
+
+
+def dispatch(
+    requests: Sequence[Request],
+    device: DeviceFacts,
+    manifest: Manifest,
+    status: Callable[[Entry], str],
+) -> Dispatch:
+    """Divide batches among the entries that serve ``requests``, by their limits of tokens and by
+    the latencies that were measured.
+
+    What serves one token fixes the ``numerics`` tag of all: an entry with another tag, or with none
+    to compare, would make a token's bits depend on the size of its batch, and is refused.
+    """
+    found = [resolve(request, device, manifest, status) for request in requests]
+    alone = _cheapest(found, 1, 1)
+    if alone is None:
+        return Dispatch((), tuple(found))
+    found = [_agreeing(resolution, alone) for resolution in found]
+    starts = {1}
+    for entry in _accepted(found):
+        low, high = _token_limits(entry)
+        starts |= {low, high + 1, *(tokens + 1 for tokens, _ in entry.latency if tokens < high)}
+    spans: list[Span] = []
+    for low, end in itertools.pairwise(sorted(starts)):
+        best = _cheapest(found, low, end - 1)
+        if best is None:
+            return Dispatch((), tuple(found))
+        if spans and spans[-1].entry is best:
+            low = spans.pop().low
+        spans.append(Span(low, end - 1, best))
+    return Dispatch(tuple(spans), tuple(found))
+
+
+def _token_limits(entry: Entry) -> tuple[int, int]:
+    return entry.contract.limits.get("tokens", (1, 2**31 - 1))
+
+
+def _accepted(resolutions: Sequence[Resolution]) -> Iterator[Entry]:
+    for resolution in resolutions:
+        yield from (found.entry for found in resolution.candidates if found.accepted)
+
+
+def _agreeing(resolution: Resolution, first: Entry) -> Resolution:
+    """The resolution without the candidates whose bits need not be those of ``first``."""
+    candidates = []
+    for found in resolution.candidates:
+        tag = found.entry.numerics
+        if found.entry is not first and (tag is None or tag != first.numerics):
+            reason = f"its numerics are {tag}, those of {first.key} are {first.numerics}"
+            found = dataclasses.replace(found, reasons=(*found.reasons, reason))
+        candidates.append(found)
+    choice = next((found.entry for found in candidates if found.accepted), None)
+    return dataclasses.replace(resolution, choice=choice, candidates=tuple(candidates))
+
+
+def _cheapest(resolutions: Sequence[Resolution], low: int, high: int) -> Entry | None:
+    """The entry for batches of ``low`` to ``high`` tokens: of the best standing, then the fastest
+    as measured for ``high``, then the closest fit.
+    """
+    ranked = []
+    for resolution in resolutions:
+        for found in resolution.candidates:
+            limits = _token_limits(found.entry)
+            if found.accepted and limits[0] <= low and high <= limits[1]:
+                _, standing, *fit = _preference(found, resolution.request)
+                ranked.append((standing, _microseconds(found.entry, high), limits[1], fit, found))
+    if not ranked:
+        return None
+    return min(ranked, key=lambda item: item[:-1])[-1].entry
+
+
+def _microseconds(entry: Entry, tokens: int) -> float:
+    """The figure of the next number of tokens that was measured: a tile costs the same until it is
+    full. Beyond the last one, the last one's figure a token.
+    """
+    for measured, microseconds in entry.latency:
+        if tokens <= measured:
+            return microseconds
+    if not entry.latency:
+        return math.inf
+    measured, microseconds = entry.latency[-1]
+    return microseconds * tokens / measured
+
+
 def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -> tuple[str, ...]:
     """Why ``entry`` may not serve: every reason, so that one look is enough."""
     reasons: list[str] = []
@@ -165,8 +296,8 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
             f"needs {shared} bytes of shared memory a block, "
             f"the device has {device.shared_memory_per_block_optin}"
         )
-    if request.numerics is not None and entry.numerics != request.numerics:
-        reasons.append(f"its numerics are {entry.numerics}, not {request.numerics}")
+    present = {parameter.name for parameter in entry.contract.parameters}
+    reasons += [f"has no parameter {name}" for name in request.parameters if name not in present]
     if request.variant is not None:
         if entry.variant != request.variant:
             reasons.append(f"the caller asked for variant {request.variant}")
@@ -181,7 +312,8 @@ def _preference(candidate: Candidate, request: Request) -> tuple[object, ...]:
     fit = tuple(limits[name][1] if name in limits else 2**63 for name in sorted(request.quantities))
     return (
         not candidate.accepted,
-        _STANDING.get(candidate.status, len(_STANDING)),
+        # Naming a variant vouches for it.
+        0 if request.variant is not None else _STANDING.get(candidate.status, len(_STANDING)),
         fit,
         _SPECIFICITY[Target.parse(entry.target).suffix],
         entry.variant == PORTABLE,
@@ -195,7 +327,7 @@ def _remedy(resolution: Resolution) -> str:
     if device.driver < MINIMUM_DRIVER:
         return "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
     if not resolution.candidates:
-        return "run: make build-cubins"
+        return f"run: {_BUILD}"
     relaxed = dataclasses.replace(request, variant=None)
     here = [
         candidate
@@ -207,6 +339,11 @@ def _remedy(resolution: Resolution) -> str:
             f"run: build-kernels build --target sm_{device.major}{device.minor}a --out DIR "
             "if that target is supported, or use device='cpu' (see: router-runtime doctor)"
         )
+    bare = dataclasses.replace(relaxed, parameters=())
+    if all(_reasons(c.entry, "verified", relaxed, device) for c in here) and not all(
+        _reasons(c.entry, "verified", bare, device) for c in here
+    ):
+        return f"rebuild the artifacts for kernels with {list(request.parameters)}: {_BUILD}"
     if any(not _reasons(c.entry, "verified", relaxed, device) for c in here):
         if request.variant is not None:
             names = sorted({candidate.entry.variant for candidate in here})

@@ -10,9 +10,11 @@ On a CPU device the router is ``spec.py`` itself and needs neither artifacts nor
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import os
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -32,16 +34,16 @@ from router_runtime.checks import (
 )
 from router_runtime.errors import InputError, explain
 from router_runtime.kernels import Kernels, kernels_on
+from router_runtime.launch import LoadedKernel, Matrix, selector
 from router_runtime.manifest import Repack
 from router_runtime.placement import CPU, Placement, refuse_capture
 from router_runtime.repack import packed_shape, repack
-from router_runtime.resolve import Request
+from router_runtime.resolve import DENSE, Request, Span
 from router_runtime.workspace import Workspaces
 
 HIDDEN_MULTIPLE = 64
 
-#: A Router's kernels: dense uses the first two, hash the third.
-DECODE, ACTIVATION, HASH = "dense_router_decode", "activation_topk", "hash_router"
+HASH = "hash_router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,12 @@ class _Backend(Protocol):
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class _DenseBackend(_Backend, Protocol):
+    """A dense one can also return the logits that it routed by."""
+
+    def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class Router:
     """A gate with its weights. Call it with hidden states (dense) or token ids (hash).
 
@@ -97,10 +105,9 @@ class Router:
 
     Results are ``(weights fp32 [tokens, top_k], ids int32 [tokens, top_k])``.
 
-    Batches up to the decode kernel's limit take one fused launch. Larger ones take ``torch.mm``
-    with FP32 output and ``activation_topk``; that path carries no ``numerics`` tag: its logits are
-    accurate, but its order of accumulation is cuBLAS's, so a token's bits may differ between the
-    two paths.
+    A dense batch is one launch, of the decode or of the prefill kernel: ``spans`` says of which.
+    All of them carry one ``numerics`` tag, so a token's bits depend on no batch size. A batch
+    larger than the last span is split.
     """
 
     def __init__(
@@ -118,8 +125,8 @@ class Router:
         self.device = _resolved_device(device)
         self._router_id: int | None = None
         self._weights: _Weights | None = None
-        self._backend: _Backend
-        used = (DECODE, ACTIVATION) if config.mode == "dense" else (HASH,)
+        self._backend: _Backend | _DenseBackend
+        used = DENSE if config.mode == "dense" else (HASH,)
         variants = dict(variants or {})
         unknown = sorted(set(variants) - set(used))
         if unknown:
@@ -155,9 +162,9 @@ class Router:
 
     def _dense(
         self, weight: Tensor, bias: Tensor, kernels: Kernels | None, variants: Mapping[str, str]
-    ) -> _Backend:
+    ) -> _DenseBackend:
         self._weights = _Weights(self.config, self.device)
-        backend: _Backend = (
+        backend: _DenseBackend = (
             _CpuDense(self.config, self._weights)
             if kernels is None
             else _CudaDense(self.config, self._weights, kernels, variants)
@@ -199,6 +206,23 @@ class Router:
 
     __call__ = forward
 
+    def forward_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``forward`` of a dense router, and the logits that it routed by: canonical, FP32
+        ``[tokens, num_experts]``, a NaN stored as 0x7fffffff. Weights and ids are those of
+        ``forward``, bit for bit.
+        """
+        config = self.config
+        if config.mode != "dense":
+            raise wrong_value("forward_with_logits", "a dense router", f"mode {config.mode!r}")
+        if torch.compiler.is_compiling():
+            return ops.dense_router_logits(tensor, self.router_id, config.num_experts, config.top_k)
+        return typing.cast(_DenseBackend, self._backend).route_with_logits(tensor)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Which entry serves how many tokens. Empty for a hash router and on a CPU."""
+        return self._backend.spans if isinstance(self._backend, _CudaDense) else ()
+
     def update_weights(self, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Replace the weight, the bias or both, in place: addresses stay, captured graphs stay
         valid.
@@ -224,14 +248,11 @@ class Router:
         torch.cuda.synchronize(self.device)
 
     def warmup(self) -> None:
-        """One dummy call on every path, so that what loads lazily (cuBLAS) has loaded."""
+        """One dummy call of every kernel, so that torch's allocator and the driver are warm."""
         if self.config.mode == "hash":
             self._backend.route(torch.zeros(1, dtype=torch.int64, device=self.device))
             return
-        sizes = {1}
-        if isinstance(self._backend, _CudaDense):
-            sizes.add(self._backend.decode_limit + 1)
-        for tokens in sorted(sizes):
+        for tokens in [span.low for span in self.spans] or [1]:
             shape = (tokens, self.config.hidden_size)
             self._backend.route(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
         if self.device.type == "cuda":
@@ -286,18 +307,16 @@ class _CpuDense:
         self._config, self._weights = config, weights
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        return self.route_with_logits(tensor)[:2]
+
+    def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config, weights = self._config, self._weights
         check_activations(tensor, config.hidden_size, CPU.device)
-        return CPU.stored(
-            *spec.dense_router(
-                tensor,
-                weights.weight,
-                weights.bias,
-                config.top_k,
-                config.routed_scaling_factor,
-                config.renormalize,
-            )
+        logits = spec.dense_logits(tensor, weights.weight)
+        result = spec.activation_topk(
+            logits, weights.bias, config.top_k, config.routed_scaling_factor, config.renormalize
         )
+        return *CPU.stored(*result), logits
 
 
 class _CpuHash:
@@ -310,8 +329,61 @@ class _CpuHash:
         return CPU.stored(*spec.hash_router(tensor, self._table, config.top_k, config.sentinel))
 
 
+#: What a launch of a dense kernel may be given. A contract takes those that it names.
+_VARYING = (
+    *("hidden_states", "weights_out", "ids_out", "logits_out", "tokens", "row_stride"),
+    "workspace",
+)
+
+
+class _DenseLauncher:
+    """One dense kernel, bound to one router's weights."""
+
+    def __init__(
+        self, kernel: LoadedKernel, config: RouterConfig, weights: _Weights, placement: Placement
+    ) -> None:
+        contract = kernel.entry.contract
+        # The kernel's rows come through a tensor map.
+        self.mapped = any(recipe.argument == "hidden_states" for recipe in contract.tensor_maps)
+        self._hidden_size = config.hidden_size
+        self._workspaces = Workspaces(contract.workspace_bytes, placement)
+        fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
+        fixed["renormalize"] = int(config.renormalize)
+        fixed |= {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
+        given = [index for index, name in enumerate(_VARYING) if name in kernel.arguments]
+        self._select = selector(given)
+        self._launch = kernel.bind(tuple(_VARYING[index] for index in given), **fixed)
+
+    def __call__(
+        self,
+        stream: int,
+        address: int,
+        row_stride: int,
+        tokens: int,
+        weights: int,
+        ids: int,
+        logits: int,
+    ) -> None:
+        rows: int | Matrix = address
+        if self.mapped:
+            rows = Matrix(address, tokens, self._hidden_size, row_stride)
+        workspace = self._workspaces.address(stream)
+        self._launch(
+            stream,
+            *self._select((rows, weights, ids, logits, tokens, row_stride, workspace)),
+        )
+
+
+class _Plan:
+    """Launchers by the most tokens that each serves, in ascending order."""
+
+    def __init__(self, spans: Sequence[Span], launchers: Mapping[str, _DenseLauncher]) -> None:
+        self.highs = [span.high for span in spans]
+        self.launchers = [launchers[span.entry.key] for span in spans]
+
+
 class _CudaDense:
-    """The decode kernel up to its limit of tokens, ``torch.mm`` and ``activation_topk`` beyond."""
+    """The kernels that the resolver divided the batches among."""
 
     def __init__(
         self,
@@ -323,41 +395,30 @@ class _CudaDense:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
         self._placement = Placement(weights.weight.device)
-        decode = kernels.load(
+        requests = [
             Request(
-                DECODE,
+                kernel,
                 constants={
                     "HIDDEN": config.hidden_size,
                     "EXPERTS": config.num_experts,
                     "TOP_K": config.top_k,
                 },
-                quantities={"tokens": 1},
-                variant=variants.get(DECODE),
+                variant=variants.get(kernel),
             )
+            for kernel in DENSE
+        ]
+        self.spans = kernels.dispatch(requests).require()
+        self._recording = kernels.dispatch(
+            [dataclasses.replace(request, parameters=("logits_out",)) for request in requests]
         )
-        activation = kernels.load(
-            Request(
-                ACTIVATION,
-                quantities={"experts": config.num_experts, "top_k": config.top_k},
-                variant=variants.get(ACTIVATION),
-            )
-        )
-        contract = decode.entry.contract
-        self.decode_limit = contract.limits.get("tokens", (1, 2**31 - 1))[1]
-        fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
-        fixed["renormalize"] = int(config.renormalize)
-        packed = {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
-        varying = ("hidden_states", "weights_out", "ids_out", "tokens", "row_stride", "workspace")
-        self._decode = decode.bind(varying, **fixed, **packed)
-        self._workspaces = Workspaces(contract.workspace_bytes, self._placement)
-        self._activation = activation.bind(
-            ("logits", "weights_out", "ids_out", "tokens"),
-            **fixed,
-            experts=config.num_experts,
-            top_k=config.top_k,
-            row_stride=config.num_experts,
-        )
-        self._weight_columns = weights.weight.T
+        launchers = {
+            entry.key: _DenseLauncher(kernels.load_entry(entry), config, weights, self._placement)
+            for entry in {
+                span.entry.key: span.entry for span in (*self.spans, *self._recording.spans)
+            }.values()
+        }
+        self._plan = _Plan(self.spans, launchers)
+        self._recording_plan = _Plan(self._recording.spans, launchers)
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         placement = self._placement
@@ -366,27 +427,74 @@ class _CudaDense:
             with placement.current():
                 return self.route(tensor)
         weights, ids = placement.outputs(tokens, self._top_k)
-        if tokens == 0:
-            return weights, ids
-        if tokens <= self.decode_limit:
-            # The copy, if it is one, has to live until the launch.
-            _copy, address, row_stride = readable_rows(tensor)
-            stream = placement.stream()
-            self._decode(
-                stream,
-                address,
-                weights.data_ptr(),
-                ids.data_ptr(),
-                tokens,
-                row_stride,
-                self._workspaces.address(stream),
-            )
-            return weights, ids
-        logits = torch.mm(tensor, self._weight_columns, out_dtype=torch.float32)
-        self._activation(
-            placement.stream(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr(), tokens
-        )
+        if tokens:
+            self._launch(self._plan, tensor, tokens, weights, ids, None)
         return weights, ids
+
+    def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._recording.require()
+        placement = self._placement
+        tokens = check_activations(tensor, self._hidden_size, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.route_with_logits(tensor)
+        weights, ids = placement.outputs(tokens, self._top_k)
+        logits = placement.floats(tokens, self._experts)
+        if tokens:
+            self._launch(self._recording_plan, tensor, tokens, weights, ids, logits)
+        return weights, ids, logits
+
+    def _launch(
+        self,
+        plan: _Plan,
+        tensor: Tensor,
+        tokens: int,
+        weights: Tensor,
+        ids: Tensor,
+        logits: Tensor | None,
+    ) -> None:
+        place = bisect.bisect_left(plan.highs, tokens)
+        if place == len(plan.highs):
+            self._split(plan, tensor, tokens, weights, ids, logits)
+            return
+        launcher = plan.launchers[place]
+        # ``tensor`` becomes the copy, if there is one: it has to live until the launch.
+        tensor, address, row_stride = readable_rows(tensor)
+        if row_stride < self._hidden_size and launcher.mapped:
+            # A tensor map takes no rows that overlap; one row may bear any stride.
+            tensor = tensor.contiguous()
+            address, row_stride = tensor.data_ptr(), self._hidden_size
+        launcher(
+            self._placement.stream(),
+            address,
+            row_stride,
+            tokens,
+            weights.data_ptr(),
+            ids.data_ptr(),
+            0 if logits is None else logits.data_ptr(),
+        )
+
+    def _split(
+        self,
+        plan: _Plan,
+        tensor: Tensor,
+        tokens: int,
+        weights: Tensor,
+        ids: Tensor,
+        logits: Tensor | None,
+    ) -> None:
+        """Launch by parts. No bit depends on where a batch is cut."""
+        most = plan.highs[-1]
+        for start in range(0, tokens, most):
+            part = slice(start, min(start + most, tokens))
+            self._launch(
+                plan,
+                tensor[part],
+                part.stop - start,
+                weights[part],
+                ids[part],
+                None if logits is None else logits[part],
+            )
 
 
 class _CudaHash:

@@ -19,6 +19,9 @@ Constants = Mapping[str, int | float]
 
 #: Token counts around every block, tile and dispatch boundary that a kernel here may have.
 TOKENS = (1, 2, 63, 64, 65, 1000)
+#: The same for the dense kernels, whose tiles are of 8 to 256 tokens. Their cases also try every
+#: size of ``examine.BATCHES`` on the same rows.
+DENSE_TOKENS = (1, 2, 63, 64, 65, 129, 257, 1000)
 #: Rows of the cases whose point is the pattern of the inputs rather than their number.
 PATTERN_TOKENS = 33
 
@@ -44,9 +47,16 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """Fixed by the case's name, so that every machine and release draws the same inputs."""
-        digest = hashlib.sha256(f"{self.kernel}/{self.name}".encode()).digest()
+        """Fixed by the case's name, so that every machine and release draws the same inputs, and
+        kernels that compute the same get the same.
+        """
+        digest = hashlib.sha256(f"{family(self.kernel)}/{self.name}".encode()).digest()
         return int.from_bytes(digest[:6], "little")
+
+
+def family(kernel: str) -> str:
+    """What kernels that compute the same have in common: the dense ones differ in speed only."""
+    return "dense_router" if kernel.startswith("dense_router_") else kernel
 
 
 @functools.cache
@@ -220,8 +230,8 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
         sizes = shape | {"tokens": tokens, "padding": padding}
         return Case(kernel, name, pattern, sizes, scale, renormalize, variations)
 
-    largest = limits.get("tokens", (1, max(TOKENS)))[1]
-    for tokens in _within(limits, "tokens", TOKENS):
+    largest = limits.get("tokens", (1, max(DENSE_TOKENS)))[1]
+    for tokens in _within(limits, "tokens", DENSE_TOKENS):
         yield case("random", tokens, scale=2.5, variations=True)
     tokens = min(PATTERN_TOKENS, largest)
     for pattern in _DENSE_PATTERNS:
@@ -230,7 +240,8 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
         yield case(pattern, tokens, renormalize=False)
     for scale in (0.0, 1e18):
         yield case("random", tokens, scale=scale)
-    yield case("random", tokens, padding=64)
+    for padding in (8, 64):
+        yield case("random", tokens, padding=padding)
 
 
 _CASES: Mapping[str, Callable[[Constants, Limits], Iterator[Case]]] = {

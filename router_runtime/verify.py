@@ -28,6 +28,9 @@ from router_runtime.resolve import DeviceFacts
 
 Echo = Callable[[str], object]
 
+#: (numerics tag, seed of a case) -> the first entry that ran it, and the digest of its bits.
+_Siblings = dict[tuple[str, int], tuple[str, str]]
+
 _HEADER = ("entry", "cases", "rows", "clear", "reordered", "error/bound", "relative", "s", "result")
 
 
@@ -43,9 +46,11 @@ class KernelRun:
         self._weight: object = None
         self._packed: dict[str, Tensor] = {}
 
-    def __call__(self, inputs: Inputs, values: Tensor, ids: Tensor) -> None:
+    def __call__(self, inputs: Inputs, *outputs: Tensor) -> None:
+        values, ids, *rest = outputs
         arguments = self._arguments(inputs)
         arguments |= {"weights_out": values, "values_out": values, "ids_out": ids}
+        arguments["logits_out"] = rest[0] if rest else None
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
         # An address: a contract may declare the workspace as a pointer to any type.
         arguments["workspace"] = self._workspace.data_ptr()
@@ -125,9 +130,10 @@ def run(artifacts: Path, record: bool, echo: Echo) -> bool:
         return False
     rows: list[tuple[str, ...]] = [_HEADER]
     failures: list[str] = []
+    siblings: _Siblings = {}
     for entry in here:
         started = time.perf_counter()
-        problems, found = _verify_entry(entry, manifest, artifacts, index)
+        problems, found = _verify_entry(entry, manifest, artifacts, index, siblings)
         row = _row(entry, found, time.perf_counter() - started, problems)
         rows.append(row)
         echo(f"{row[-1]:4}  {entry.key}")
@@ -144,9 +150,12 @@ def run(artifacts: Path, record: bool, echo: Echo) -> bool:
 
 
 def _verify_entry(
-    entry: Entry, manifest: Manifest, artifacts: Path, index: int
+    entry: Entry, manifest: Manifest, artifacts: Path, index: int, siblings: _Siblings
 ) -> tuple[list[str], list[CaseRecord]]:
-    """Problems and the record of every case that ran."""
+    """Problems and the record of every case that ran.
+
+    An entry must give the bits of every earlier one with its numerics tag; ``siblings`` has them.
+    """
     device = f"cuda:{index}"
     try:
         cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
@@ -155,16 +164,23 @@ def _verify_entry(
         return [str(error)], []
     limits = entry.contract.limits
     largest = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))[1]
+    logits = any(parameter.name == "logits_out" for parameter in entry.contract.parameters)
     problems: list[str] = []
     found: list[CaseRecord] = []
     for case in cases:
         inputs = make_inputs(case)
         try:
-            verdict = examine(case, inputs, kernel_run, device, largest)
+            verdict = examine(case, inputs, kernel_run, device, largest, logits)
         except RuntimeError as error:
             # A CUDA error may be sticky: whatever ran next on this device would fail with it.
             return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found
         problems += [f"{case.name}: {problem}" for problem in verdict.problems]
+        if entry.numerics is not None:
+            # The seed stands for kernels that compute the same, model, sizes and pattern.
+            name = (entry.numerics, case.seed)
+            sibling, bits = siblings.setdefault(name, (entry.key, verdict.bits_sha256))
+            if bits != verdict.bits_sha256:
+                problems.append(f"{case.name}: other bits than {sibling} with the same numerics")
         found.append(
             CaseRecord(
                 name=case.name,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from build_kernels.build import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
-from build_kernels.cubin import Cubin
+from build_kernels.cubin import Cubin, read
 from build_kernels.errors import BuildError
-from router_runtime.manifest import Contract, GridAxis, Parameter
-from tests.builder.conftest import Project
+from router_runtime.manifest import Contract, GridAxis, ManifestError, Parameter, Target
+from tests.builder.conftest import Compile, Project
 
 CONSTANT = GridAxis("constant")
 CONTRACT = Contract(
@@ -119,6 +119,53 @@ def test_what_does_not_fit_is_named(
 def test_every_mismatch_is_named_at_once() -> None:
     with pytest.raises(BuildError, match=r"(?s)expected 3 parameters.*allowed, found at most 96"):
         _check(cubin={"parameters": (), "max_threads": 96})
+
+
+MAP = "const __grid_constant__ Map"
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_100f", "sm_103a"])
+@pytest.mark.parametrize(
+    "signature",
+    [
+        {"m": "tensormap", "n": "i32", "p": "ptr:f32"},
+        {"n": "i32", "m": "tensormap", "s": "f32", "p": "ptr:f32"},
+        {"a": "i64", "m": "tensormap", "o": "tensormap", "p": "ptr:f32"},
+        {**{f"a{i}": "i64" for i in range(6)}, "m": "tensormap", "p": "ptr:f32"},
+        {**{f"a{i}": "i64" for i in range(7)}, "m": "tensormap", "n": "i32", "p": "ptr:f32"},
+    ],
+    ids=["first", "after an int", "two", "after 48 bytes", "after 56 bytes"],
+)
+def test_tensor_maps_are_where_the_compiler_puts_them(
+    compile_cuda: Compile, target: str, signature: dict[str, str]
+) -> None:
+    """Aligned by address: parameters start at 0x210 on sm_90a and at 0x380 on sm_100a."""
+    kinds = {"tensormap": MAP, "i32": "int", "i64": "long long", "f32": "float"}
+    kinds["ptr:f32"] = "float*"
+    listed = ", ".join(f"{kinds[kind]} {name}" for name, kind in signature.items())
+    used = " + ".join(
+        f"{name}.bytes[threadIdx.x]" if kind == "tensormap" else f"static_cast<float>({name})"
+        for name, kind in signature.items()
+        if name != "p"
+    )
+    source = (
+        "struct alignas(64) Map { unsigned char bytes[128]; };\n"
+        f'extern "C" __global__ void test({listed}) {{ *p = {used}; }}\n'
+    )
+    contract = Contract(
+        parameters=tuple(Parameter(name, kind) for name, kind in signature.items()),
+        grid=(CONSTANT, CONSTANT, CONSTANT),
+        block=(32, 1, 1),
+    )
+    found = read(compile_cuda(source, target), "test").parameters
+    assert contract.parameter_layout(Target.parse(target)) == found
+    if next(iter(signature)) == "m":
+        assert found[0] == ((0x30, 128) if target == "sm_90a" else (0, 128))
+
+
+def test_a_target_without_a_known_parameter_space_is_refused() -> None:
+    with pytest.raises(ManifestError, match=r"major version \[9, 10\], found sm_120a"):
+        CONTRACT.parameter_layout(Target.parse("sm_120a"))
 
 
 @pytest.mark.parametrize(

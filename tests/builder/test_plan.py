@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "nvrtc.py",
         "cutedsl.py",
         "catalog.py",
+        "crossover.py",
         "plan.py",
         "toolchain.lock",
     ):
@@ -103,6 +105,71 @@ def test_tuned_constants_replace_a_variants_own(
     monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, (variant,)),))
     found = {job.model: (job.constants["TILE"], job.constants["STAGES"]) for job in plan.plan()}
     assert found == {"dsv4-flash": (1, 2), "dsv4-pro": (7, 2), "dsv41-flash": (1, 2)}
+
+
+def test_a_variant_may_exist_on_some_targets_only(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = (Variant("a"), Variant("b", targets=("sm_90a",)))
+    monkeypatch.setattr(catalog, "KERNELS", (Kernel("scale", "cuda", False, False, variants),))
+    assert [job.key for job in plan.plan()] == [
+        *("scale/any/sm_100a/a", "scale/any/sm_103a/a", "scale/any/sm_90a/a"),
+        "scale/any/sm_90a/b",
+    ]
+    assert [job.key for job in plan.plan(targets=("sm_100f",))] == ["scale/any/sm_100f/a"]
+
+
+CROSSOVER = """
+tokens = [1, 64]
+[sm_90a.dsv4-pro]
+"shift/a" = [1.5, 2]
+[sm_90a.any]
+"shift/a" = [3.5]
+[any.any]
+"shift/b" = [4.5, 5.5]
+"""
+
+
+def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> None:
+    before = {job.key: job for job in plan.plan()}
+    tree = plan.tree_digest()
+    assert all(job.latency == () for job in before.values())
+    (kernels / "kernels" / "crossover.toml").write_text(CROSSOVER)
+    jobs = {job.key: job for job in plan.plan()}
+    assert {key: job.latency for key, job in jobs.items() if "dsv4-pro" in key} == {
+        "shift/dsv4-pro/sm_100a/a": (),
+        "shift/dsv4-pro/sm_100a/b": ((1, 4.5), (64, 5.5)),
+        "shift/dsv4-pro/sm_103a/a": (),
+        "shift/dsv4-pro/sm_103a/b": ((1, 4.5), (64, 5.5)),
+        "shift/dsv4-pro/sm_90a/a": ((1, 1.5), (64, 2.0)),
+        "shift/dsv4-pro/sm_90a/b": ((1, 4.5), (64, 5.5)),
+    }
+    assert jobs["shift/dsv4-flash/sm_90a/a"].latency == ((1, 3.5),)
+    assert jobs["scale/any/sm_90a/one"].latency == ()
+    # Measuring again recompiles nothing and makes no evidence stale.
+    assert all(jobs[key].source_sha256 == job.source_sha256 for key, job in before.items())
+    assert plan.tree_digest() != tree
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[1, 64]", "[64, 1]", "tokens: expected ascending token counts, found [64, 1]"),
+        ("tokens", "#", "tokens: expected ascending token counts, found None"),
+        ("sm_90a.any", "sm_91a.any", "unknown target in crossover.toml 'sm_91a': did you mean"),
+        ("dsv4-pro", "dsv4-pr", "unknown model in crossover.toml 'dsv4-pr': did you mean"),
+        ("shift/b", "shift/c", "unknown variant in crossover.toml 'shift/c': did you mean"),
+        ("[3.5]", "[3.5, 1, 2]", "expected 1 to 2 positive microseconds, found [3.5, 1, 2]"),
+        ("[3.5]", "[0.0]", "sm_90a.any.shift/a: expected 1 to 2 positive microseconds"),
+        ("[3.5]", "3.5", "expected 1 to 2 positive microseconds, found 3.5"),
+        ("=", "==", "crossover.toml: expected TOML"),
+    ],
+)
+def test_wrong_latencies_are_refused(kernels: Path, old: str, new: str, message: str) -> None:
+    path = kernels / "kernels" / "crossover.toml"
+    path.write_text(CROSSOVER.replace(old, new, 1))
+    with pytest.raises(BuildError, match=re.escape(message)):
+        plan.plan()
 
 
 def test_a_contract_derives_what_nobody_stated(

@@ -57,6 +57,7 @@ def test_opcheck(tokens, registered, draw):
     ops = torch.ops.dsv4
     arguments = (router.router_id, config.num_experts, config.top_k)
     torch.library.opcheck(ops.dense_router.default, (x, *arguments))
+    torch.library.opcheck(ops.dense_router_logits.default, (x, *arguments))
     torch.library.opcheck(ops.hash_router.default, (token_ids, lookup_id, 6))
     torch.library.opcheck(ops.hash_router.default, (token_ids.int(), lookup_id, 6))
     torch.library.opcheck(ops.topk_select.default, (scores, 6))
@@ -125,7 +126,7 @@ def test_graph_of_a_dense_router(tokens, make_router, draw, same):
         same(replayed(graph, outputs), expected)
 
 
-def test_graph_of_the_other_ops(same):
+def test_graph_of_the_other_ops(make_router, draw, same):
     lookup = lookup_router()
     scores, bias = Random(3).normal(33, 256).cuda(), Random(4).normal(256).cuda()
     token_ids = Random(5).integers(-5, 105, 33).cuda()
@@ -136,10 +137,18 @@ def test_graph_of_the_other_ops(same):
     def activate():
         return torch.ops.dsv4.activation_topk(scores, bias, 6, 1.5, True)
 
-    for call in (select, activate, lambda: lookup(token_ids)):
+    router = make_router()
+    x = draw(70, router.config.hidden_size)
+
+    def with_logits():
+        weights, ids, logits = router.forward_with_logits(x)
+        return weights, ids, logits
+
+    for call in (select, activate, lambda: lookup(token_ids), with_logits):
         graph, outputs = captured(call)
         scores.copy_(scores.flip(0))
         token_ids.copy_(token_ids.flip(0))
+        x.copy_(x.flip(0))
         same(replayed(graph, outputs), call())
 
 

@@ -50,7 +50,11 @@ def mismatches(record: evidence.Record, cases) -> list[str]:
             found = getattr(recorded[case.name], name)
             if found != value:
                 wrong.append(f"{case.name}: {name}: expected {value}, found {found}")
-        if any(error > 1 for name, error in recorded[case.name].worst.items() if name == "weight"):
+        if any(
+            error > 1
+            for name, error in recorded[case.name].worst.items()
+            if name in ("weight", "logit")
+        ):
             wrong.append(f"{case.name}: its worst error is beyond the bound")
     return wrong
 

@@ -90,6 +90,77 @@ def test_tolerances_are_those_of_the_design():
     assert TOLERANCES["SCORE_UNDERFLOW"] == 4e-23
 
 
+def test_dense_kernels_get_the_same_inputs():
+    constants = SHAPES[DENSE][0]
+    decode = suite.cases(DENSE, constants, {"tokens": (1, 64)})
+    prefill = {c.name: c for c in suite.cases("dense_router_prefill", constants, {})}
+    assert {65, 129, 257, 1000} <= {case.sizes["tokens"] for case in prefill.values()}
+    for case in decode:
+        assert prefill[case.name].seed == case.seed
+    digests = [
+        inputs.digest(inputs.make_inputs(case)) for case in (decode[0], prefill[decode[0].name])
+    ]
+    assert digests[0] == digests[1]
+
+
+# --- stored logits -----------------------------------------------------------------------------
+
+
+def with_logits(change, *, weights=False):
+    """Problems of a dense kernel that stores logits, changed by ``change``."""
+    for case in suite.cases(DENSE, *SHAPES[DENSE]):
+        given = inputs.make_inputs(case)
+
+        def run(given, values, ids, *logits, case=case):
+            z = spec.dense_logits(given["hidden_states"], given["weight"], 128)
+            k, scale = case.sizes["top_k"], given["scale"]
+            found = spec.activation_topk(z, given["bias"], k, scale, bool(given["renormalize"]))
+            values.copy_(found[0])
+            ids.copy_(found[1])
+            for stored in logits:
+                stored.copy_(z)
+                change(stored)
+                if weights:
+                    values.view(torch.int32)[:, 0] ^= 1
+
+        verdict = examine(case, given, run, "cpu", 64, logits=True)
+        if verdict.problems:
+            return verdict.problems
+        assert verdict.worst["logit"] <= 1
+    return ()
+
+
+def flush_one(logits):
+    logits.view(-1)[-1] = element_after(logits)
+
+
+def change_nan(logits):
+    logits[logits.isnan()] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: z.mul_(1 + 2.0**-12), "logits out of bounds"),
+        (lambda z: z.copy_(z.bfloat16()), "logits out of bounds"),
+        (lambda z: z.copy_(z.roll(1, dims=1)), "logits out of bounds"),
+        (lambda z: z.clamp_(-spec.LOGIT_MAX, spec.LOGIT_MAX), "logits out of bounds"),
+        (change_nan, "logits out of bounds"),
+        (flush_one, "not written"),
+        (lambda z: element_after(z).fill_(0), "outside its output logits"),
+    ],
+    ids=["scaled", "bf16", "rolled", "clamped", "other NaN", "unwritten", "beyond"],
+)
+def test_wrong_logits_are_caught(change, message):
+    assert with_logits(lambda logits: None) == ()
+    found = with_logits(change)
+    assert any(message in problem for problem in found), found
+
+
+def test_logits_that_change_the_weights_are_caught():
+    assert "storing logits changes the other outputs" in with_logits(lambda z: None, weights=True)
+
+
 # --- wrong kernels -----------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from router_runtime import evidence, suite, verify
+from router_runtime import evidence, spec, suite, verify
 from router_runtime.examine import examine
 from router_runtime.inputs import make_inputs
 from router_runtime.manifest import (
@@ -37,12 +37,16 @@ PARAMETERS = {
     "topk_select": "scores values_out ids_out rows row_length row_stride top_k",
     "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
     "renormalize",
-    "dense_router_decode": "hidden_states weight bias weights_out ids_out workspace tokens "
-    "row_stride scale renormalize",
+    "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
+    "tokens row_stride scale renormalize",
+    "dense_router_prefill": "hidden_states weight bias weights_out ids_out tokens scale "
+    "renormalize",
 }
 
 
-def entry(kernel, target="sm_90a", constants=None, limits=None, digest="a"):
+def entry(
+    kernel, target="sm_90a", constants=None, limits=None, digest="a", numerics=None, parameters=()
+):
     return Entry(
         kernel=kernel,
         model=None,
@@ -53,21 +57,23 @@ def entry(kernel, target="sm_90a", constants=None, limits=None, digest="a"):
         sha256=digest * 64,
         size=1,
         symbol=kernel,
-        contract=Contract((), (AXIS, AXIS, AXIS), (32, 1, 1), limits=limits or {}),
+        contract=Contract(parameters, (AXIS, AXIS, AXIS), (32, 1, 1), limits=limits or {}),
         source_sha256="5" * 64,
-        numerics=None,
+        numerics=numerics,
         resources=Resources(32, 0, 0, 0, 0),
     )
 
 
+DENSE = {
+    "constants": {"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4},
+    "limits": {"tokens": (1, 16)},
+    "numerics": "bf16-k16-f32/chunk128/epilogue1",
+}
 ENTRIES = (
     entry("hash_router", limits={"top_k": (1, 8)}, digest="1"),
     entry("topk_select", limits={"row_length": (1, 64), "top_k": (1, 4)}, digest="2"),
     entry(
-        "dense_router_decode",
-        constants={"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4},
-        limits={"tokens": (1, 16)},
-        digest="3",
+        "dense_router_decode", parameters=(Parameter("logits_out", "ptr:f32"),), digest="3", **DENSE
     ),
     entry("hash_router", target="sm_100a", limits={"top_k": (1, 8)}, digest="4"),
 )
@@ -89,18 +95,23 @@ def machine(monkeypatch, outputs):
         def __init__(self, loaded, device):
             self.entry = loaded
 
-        def __call__(self, given, values, ids):
+        def __call__(self, given, values, ids, *logits):
             case = self.case
             found_values, found_ids = outputs(case, given)
             values.copy_(found_values)
             ids.copy_(found_ids)
+            for stored in logits:
+                stored.copy_(spec.dense_logits(given["hidden_states"], given["weight"], 128))
             if self.entry.kernel in broken:
                 values.zero_()
+            if f"{self.entry.kernel} in one bit" in broken:
+                values.view(torch.int32)[:, 0] += (values[:, 0] > 0).int()
 
-    def on_cpu(case, given, run, device, largest):
+    def on_cpu(case, given, run, device, largest, logits):
         assert device == "cuda:0"
+        assert logits == (case.kernel == "dense_router_decode")
         run.case = case
-        return examine(case, given, run, "cpu", largest)
+        return examine(case, given, run, "cpu", largest, logits)
 
     monkeypatch.setattr(verify, "load_entry", lambda entry, *_: entry)
     monkeypatch.setattr(verify, "KernelRun", Kernel)
@@ -155,6 +166,24 @@ def test_a_failure_is_reported_and_removes_its_evidence(folder, machine):
     assert kept == {"hash_router", "topk_select"}
 
 
+def test_kernels_of_one_numerics_tag_must_agree_bit_for_bit(folder, machine):
+    """One bit of the weights is far within every bound, and still a broken promise."""
+    prefill = entry("dense_router_prefill", digest="6", **DENSE)
+    other = entry("dense_router_prefill", digest="7", **(DENSE | {"numerics": "something/else"}))
+    for added, message in (
+        (prefill, "other bits than dense_router_decode/any/sm_90a"),
+        (other, ""),
+    ):
+        manifest = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, added))
+        (folder / "manifest.json").write_bytes(dump_manifest(manifest))
+        machine.clear()
+        assert verify.run(folder, False, lambda _: None)
+        machine.add("dense_router_prefill in one bit")
+        lines = []
+        assert verify.run(folder, False, lines.append) == (not message)
+        assert message in "\n".join(lines)
+
+
 def test_no_entry_for_the_device_is_a_failure(folder, machine, monkeypatch):
     monkeypatch.setattr(
         verify.driver, "device_facts", lambda _: DeviceFacts(12, 0, 13000, 100, 100)
@@ -192,8 +221,13 @@ def test_every_argument_has_a_value(kernel, monkeypatch):
     monkeypatch.setattr(run, "_stream", lambda: 0)
     rows = next(iter(given.values())).shape[0]
     k = case.sizes["top_k"]
-    run(given, torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32))
+    outputs = [torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32)]
+    run(given, *outputs)
     assert tuple(recorder.given) == recorder.arguments
+    if "logits_out" in recorder.arguments:
+        assert recorder.given["logits_out"] is None
+        run(given, *outputs, torch.empty(rows, 16))
+        assert recorder.given["logits_out"].shape == (rows, 16)
     if kernel == "hash_router":
         assert (recorder.given["token_ids_i32"] is None) != (
             recorder.given["token_ids_i64"] is None

@@ -9,7 +9,9 @@ oracle on it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,11 +24,20 @@ import torch
 from cuda.bindings import driver as real
 
 from router_runtime import driver, kernels, loader, manifest, rows, spec
-from router_runtime.manifest import Contract, Entry, GridAxis, Manifest, Parameter, Repack
+from router_runtime.manifest import (
+    Contract,
+    Entry,
+    GridAxis,
+    Manifest,
+    Parameter,
+    Repack,
+    TensorMap,
+)
 
 SUCCESS = real.CUresult.CUDA_SUCCESS
 INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
 ZERO = "0" * 64
+NUMERICS = "bf16-k16-f32/chunk256/epilogue1"
 
 CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
 
@@ -75,12 +86,21 @@ def activation_contract(capacity: int) -> Contract:
     )
 
 
-def dense_contract(hidden: int, experts: int, *, workspace: int = 0) -> Contract:
+def dense_contract(
+    hidden: int,
+    experts: int,
+    *,
+    workspace: int = 0,
+    tokens: tuple[int, int] = (1, 8),
+    logits: bool = True,
+) -> Contract:
     padded = -(-experts // 16) * 16
     return Contract(
         parameters=parameters(
             "hidden_states=ptr:bf16 packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
-            "ids_out=ptr:i32 workspace=ptr:u32 tokens=i32 row_stride=i64 scale=f32 renormalize=i32"
+            + "logits_out=ptr:f32 " * logits
+            + "ids_out=ptr:i32 workspace=ptr:u32 tokens=i32 row_stride=i64 scale=f32 "
+            "renormalize=i32"
         ),
         grid=(GridAxis("constant", 16), ONE, ONE),
         block=(256, 1, 1),
@@ -89,7 +109,21 @@ def dense_contract(hidden: int, experts: int, *, workspace: int = 0) -> Contract
         programmatic_dependent_launch=True,
         workspace_bytes=workspace,
         repacks=(Repack("packed_weight", "weight", padded, (padded // 16, 16, hidden), (0, 2, 1)),),
-        limits={"tokens": (1, 8)},
+        limits={"tokens": tokens},
+    )
+
+
+def prefill_contract(hidden: int, experts: int, tokens: tuple[int, int] = (1, 32)) -> Contract:
+    """As the decode kernel's, but the rows come through a tensor map and no logits go out."""
+    return dataclasses.replace(
+        dense_contract(hidden, experts, tokens=tokens),
+        parameters=parameters(
+            "hidden_states=tensormap packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
+            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32"
+        ),
+        grid=(GridAxis("ceil", 2, "tokens", 16), ONE, ONE),
+        cluster=(2, 1, 1),
+        tensor_maps=(TensorMap("hidden_states", "hidden_states", "bf16", (64, 8), "128B"),),
     )
 
 
@@ -103,6 +137,7 @@ def make_entry(
     constants: Mapping[str, int | float] | None = None,
     numerics: str | None = None,
     shared: int = 0,
+    latency: tuple[tuple[int, float], ...] = (),
 ) -> Entry:
     code = f"{kernel} {model} {target} {variant}".encode() * 8
     digest = hashlib.sha256(code).hexdigest()
@@ -120,6 +155,7 @@ def make_entry(
         source_sha256=ZERO,
         numerics=numerics,
         resources=manifest.Resources(32, 0, 0, 0, shared),
+        latency=latency,
     )
 
 
@@ -143,7 +179,12 @@ def write_artifacts(folder: Path, entries: list[Entry]) -> Path:
 
 def small_entries(target: str = "sm_90a", workspace: int = 0) -> list[Entry]:
     """Every kernel, for a model with H 128, E 24 and k 4."""
-    constants = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
+    small: dict[str, Any] = {
+        "model": "small",
+        "target": target,
+        "constants": {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4},
+        "numerics": NUMERICS,
+    }
     dense = dense_contract(128, 24, workspace=workspace)
     return [
         make_entry("hash_router", hash_contract(), target=target),
@@ -151,7 +192,8 @@ def small_entries(target: str = "sm_90a", workspace: int = 0) -> list[Entry]:
         make_entry("topk_select", select_contract(65536), target=target, variant="row65536"),
         make_entry("activation_topk", activation_contract(16), target=target, variant="e16"),
         make_entry("activation_topk", activation_contract(256), target=target, variant="e256"),
-        make_entry("dense_router_decode", dense, model="small", target=target, constants=constants),
+        make_entry("dense_router_prefill", prefill_contract(128, 24), **small),
+        make_entry("dense_router_decode", dense, **small),
     ]
 
 
@@ -190,6 +232,7 @@ class FakeDriver:
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
     encoded: list[dict[str, Any]] = field(default_factory=list)
+    encode_status: int = 0
     during_launch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -270,7 +313,10 @@ class FakeDriver:
         return SUCCESS, library
 
     def cuKernelGetParamInfo(self, kernel: Any, index: int) -> tuple[Any, int, int]:
-        layout = self.layouts.get(kernel.entry.symbol, kernel.entry.contract.parameter_layout())
+        target = manifest.Target.parse(kernel.entry.target)
+        layout = self.layouts.get(
+            kernel.entry.symbol, kernel.entry.contract.parameter_layout(target)
+        )
         return (SUCCESS, *layout[index]) if index < len(layout) else (INVALID, 0, 0)
 
     def cuKernelGetAttribute(self, kind: Any, kernel: Any, device: int) -> tuple[Any, int]:
@@ -306,9 +352,10 @@ class FakeDriver:
             *(("box", narrow, 2), ("steps", narrow, 2)),
         ):
             call[name] = tuple((kind * count).from_address(call[name]))
-        ctypes.memset(call["map"], 0xA5, 128)
+        facts = struct.pack("<4Q", call["address"], *call["extents"], *call["strides"])
+        ctypes.memmove(call["map"], facts.ljust(128, b"\xa5"), 128)
         self.encoded.append(call)
-        return 0
+        return self.encode_status
 
     def cuLaunchKernelEx(self, config: Any, function: Any, pointers: int, extra: int) -> tuple[Any]:
         if self.during_launch is not None:
@@ -344,7 +391,7 @@ class FakeDriver:
         )
         self.launches.append(launch)
         if self.execute:
-            EXECUTE[entry.symbol](SimpleNamespace(**arguments), entry)
+            EXECUTE[entry.symbol](SimpleNamespace(raw=raw, **arguments), entry)
         return (self.launch_status,)
 
 
@@ -382,6 +429,11 @@ def _run_dense(a: Any, entry: Entry) -> None:
     sizes = entry.constants
     hidden, experts = int(sizes["HIDDEN"]), int(sizes["EXPERTS"])
     a.top_k = int(sizes["TOP_K"])
+    if entry.contract.tensor_maps:
+        a.hidden_states, columns, count, stride = struct.unpack("<4Q", a.raw["hidden_states"][:32])
+        assert (columns, count) == (hidden, a.tokens)
+        assert stride >= 2 * columns  # the hardware takes no rows that overlap
+        a.row_stride = stride // 2
     assert a.hidden_states % 16 == 0
     assert a.row_stride % 8 == 0
     x = view(a.hidden_states, torch.bfloat16, a.tokens, hidden, stride=a.row_stride)
@@ -390,9 +442,11 @@ def _run_dense(a: Any, entry: Entry) -> None:
     weight = packed.view(recipe.rows // 16, hidden, 16).permute(0, 2, 1).reshape(-1, hidden)
     assert not weight[experts:].any()
     bias = view(a.bias, torch.float32, experts)
-    renormalize = bool(a.renormalize)
-    result = spec.dense_router(x, weight[:experts], bias, a.top_k, a.scale, renormalize)
+    logits = spec.dense_logits(x, weight[:experts])
+    result = spec.activation_topk(logits, bias, a.top_k, a.scale, bool(a.renormalize))
     _store(a, a.tokens, result)
+    if getattr(a, "logits_out", 0):
+        view(a.logits_out, torch.float32, a.tokens, experts).copy_(logits)
 
 
 def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -405,6 +459,7 @@ EXECUTE: dict[str, Callable[[Any, Entry], None]] = {
     "topk_select": _run_select,
     "activation_topk": _run_activation,
     "dense_router_decode": _run_dense,
+    "dense_router_prefill": _run_dense,
 }
 
 
@@ -418,6 +473,8 @@ def build() -> SimpleNamespace:
         dense=dense_contract,
         entry=make_entry,
         hash=hash_contract,
+        numerics=NUMERICS,
+        prefill=prefill_contract,
         manifest=make_manifest,
         parameters=parameters,
         select=select_contract,
@@ -444,7 +501,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
 def gpu(fake: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """The fake driver with a small model's artifacts, all verified, serving CPU memory.
 
-    torch on a CPU has no streams and no FP32-output ``mm``; both are given the plainest stand-in.
+    torch on a CPU has no streams; they are given the plainest stand-in.
     """
     fake.execute = True
     fake.entries = small_entries()
@@ -462,11 +519,7 @@ def serve_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels_on(index: int | None, artifacts: Any = None) -> kernels.Kernels:
         return kernels.kernels_on(0, artifacts)
 
-    def mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        return spec.dense_logits(a, b.T)
-
     monkeypatch.setattr(rows, "kernels_on", kernels_on)
     monkeypatch.setattr(rows, "refuse_capture", lambda what: None)
     monkeypatch.setattr(placement.Placement, "stream", lambda self: 7)
     monkeypatch.setattr(LoadedKernel, "_check_tensor", lambda *_: None)
-    monkeypatch.setattr(torch, "mm", mm)

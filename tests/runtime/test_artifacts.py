@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from router_runtime import artifacts
 from router_runtime.errors import ArtifactError
-from router_runtime.manifest import MANIFEST_NAME, ManifestError
+from router_runtime.manifest import MANIFEST_NAME, ManifestError, dumps, loads
 
 
 @pytest.fixture
@@ -127,3 +128,18 @@ def test_default_places(
     assert artifacts.find_artifacts() == checkout
     installed = build.artifacts(tmp_path / "package" / "artifacts", [])
     assert artifacts.find_artifacts() == installed
+
+
+@pytest.mark.parametrize(
+    "latency", [((8, 1.0), (4, 2.0)), ((8, 1.0), (8, 2.0)), ((0, 1.0),), ((1, 0.0),), ((1, -2.0),)]
+)
+def test_latencies_that_make_no_sense(build: SimpleNamespace, latency: Any) -> None:
+    entry = build.entry("hash_router", build.hash(), latency=latency)
+    with pytest.raises(ManifestError, match="latency: expected ascending token counts"):
+        dumps(build.manifest([entry]))
+
+
+def test_latencies_survive_the_manifest(build: SimpleNamespace) -> None:
+    entry = build.entry("hash_router", build.hash(), latency=((1, 2.0), (64, 3.5)))
+    (found,) = loads(dumps(build.manifest([entry]))).entries
+    assert found.latency == ((1, 2.0), (64, 3.5))

@@ -29,11 +29,14 @@ def test_doctor_with_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     done = run(folder, "doctor")
     assert done.exit_code == 0, done.output
     for line in (
-        "12 entries",
-        "12 match their digest, 0 do not",
-        "12 verified, 0 source-verified, 0 unproven",
+        "14 entries",
+        "14 match their digest, 0 do not",
+        "14 verified, 0 source-verified, 0 unproven",
         "cuda:0 Fake GPU: compute capability 9.0, driver for CUDA 13.0, 132 multiprocessors",
         "dense_router_decode/small/sm_90a/portable [verified]: chosen",
+        "dense router, HIDDEN=128, EXPERTS=24, TOP_K=4: "
+        "1 to 8 tokens by dense_router_decode/small/sm_90a/portable; "
+        "9 to 32 tokens by dense_router_prefill/small/sm_90a/portable",
         "built for sm_100a, the device has compute capability 9.0",
         "topk_select(row_length=65536, top_k=32): topk_select/any/sm_90a/row65536",
         "topk_select(row_length=1024, top_k=32): topk_select/any/sm_90a/row1024",
@@ -56,10 +59,23 @@ def test_doctor_without_a_gpu(folder: Path, fake: Any, monkeypatch: pytest.Monke
         assert line in done.output
 
 
+def test_doctor_without_a_prefill_kernel(
+    build: SimpleNamespace, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode kernel serves every batch: nothing is amiss."""
+    fake.entries = [entry for entry in build.small() if "prefill" not in entry.kernel]
+    folder = build.artifacts(tmp_path / "artifacts", fake.entries)
+    monkeypatch.setattr(doctor, "status", lambda *_: "verified")
+    done = run(folder, "doctor")
+    assert done.exit_code == 0, done.output
+    assert "TOP_K=4: 1 to 8 tokens by dense_router_decode/small/sm_90a/portable" in done.output
+    assert "no entry of dense_router_prefill" in done.output
+
+
 def test_doctor_with_nothing_proven(folder: Path) -> None:
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "0 verified, 0 source-verified, 12 unproven" in done.output
+    assert "0 verified, 0 source-verified, 14 unproven" in done.output
     assert "nothing serves it" in done.output
     assert "no evidence that this digest" in done.output
 
@@ -82,7 +98,7 @@ def test_doctor_with_an_altered_cubin(
     path.write_bytes(b"\0" * path.stat().st_size)
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "11 match their digest, 1 do not" in done.output
+    assert "13 match their digest, 1 do not" in done.output
     assert "(altered)" in done.output
 
 

@@ -14,11 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from build_kernels.catalog import KERNELS, MODELS
+from build_kernels.catalog import DEFAULT_TARGETS, MODELS
 from build_kernels.numerics import CONSTANTS
+from build_kernels.plan import plan
 from router_runtime import rows, spec
 from router_runtime.kernels import kernels_on
+from router_runtime.resolve import DENSE
 from router_runtime.router import RouterConfig, _CudaDense, _CudaHash, _Weights
+
+DECODE, PREFILL = DENSE
+
+
+def contract_module(kernel: str) -> Any:
+    return importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
 
 
 def test_constants_are_the_oracles() -> None:
@@ -32,25 +40,19 @@ def catalog(gpu: Any, build: SimpleNamespace, tmp_path: Path) -> Any:
     """Every row of the catalog for sm_90a as an entry with its own contract and no code."""
     gpu.execute = False
     gpu.entries = []
-    for kernel in KERNELS:
-        module = importlib.import_module(f"build_kernels.kernels.{kernel.name}.contract")
-        for model in MODELS if kernel.per_model else (None,):
-            for variant in kernel.variants:
-                constants = {
-                    **(CONSTANTS if kernel.scores else {}),
-                    **(model.constants() if model else {}),
-                    **variant.constants,
-                    **(variant.tuned.get(model.name, {}) if model else {}),
-                }
-                gpu.entries.append(
-                    build.entry(
-                        kernel.name,
-                        module.contract(constants),
-                        model=model.name if model else None,
-                        variant=variant.name,
-                        constants=constants,
-                    )
-                )
+    for job in plan(targets=["sm_90a"]):
+        module = contract_module(job.kernel)
+        gpu.entries.append(
+            build.entry(
+                job.kernel,
+                module.contract(job.constants),
+                model=job.model,
+                variant=job.variant,
+                constants=job.constants,
+                numerics=module.numerics(job.constants) if hasattr(module, "numerics") else None,
+                latency=job.latency,
+            )
+        )
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     return gpu
 
@@ -64,14 +66,32 @@ def test_dense_router_binds(catalog: Any, model: Any, monkeypatch: pytest.Monkey
     weights.write(
         torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16), torch.zeros(model.experts)
     )
-    for tokens in (1, path.decode_limit, path.decode_limit + 1):
-        path.route(torch.zeros(tokens, model.hidden, dtype=torch.bfloat16))
+    # Both kernels serve, as the figures say, and either can serve alone.
+    assert {span.entry.kernel for span in path.spans} == {DECODE, PREFILL}
+    assert path.spans[0].entry.kernel == DECODE
+    for span in path.spans:
+        path.route(torch.zeros(span.low, model.hidden, dtype=torch.bfloat16))
+    path.route_with_logits(torch.zeros(3, model.hidden, dtype=torch.bfloat16))
     symbols = [launch.symbol for launch in catalog.launches]
-    assert symbols == ["dense_router_decode"] * 2 + ["activation_topk"]
+    assert symbols == [*(span.entry.symbol for span in path.spans), DECODE]
     for launch in catalog.launches:
         assert launch.arguments["scale"] == model.scale
         assert launch.arguments["renormalize"] == 1
     assert catalog.launches[0].arguments["row_stride"] == model.hidden
+
+
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_dense_variants_agree_and_are_measured(target: str) -> None:
+    """One numerics tag for all variants of a model, and figures to choose among them."""
+    dense = [job for job in plan(targets=[target]) if job.kernel in (DECODE, PREFILL)]
+    assert {job.model for job in dense} == {model.name for model in MODELS}
+    for model in MODELS:
+        jobs = [job for job in dense if job.model == model.name]
+        tags = {contract_module(job.kernel).numerics(job.constants) for job in jobs}
+        assert len(tags) == 1
+        assert all(job.latency for job in jobs)
+        # The portable variant serves any number of tokens, whatever else a device can run.
+        assert f"{DECODE}/{model.name}/{target}/portable" in {job.key for job in jobs}
 
 
 def test_hash_router_binds(catalog: Any) -> None:

@@ -237,7 +237,8 @@ def test_tensor_map_is_encoded_as_the_recipe_says(mapped: Any, fake: Any) -> Non
         "swizzle": int(swizzles.CU_TENSOR_MAP_SWIZZLE_NONE),
     }
     (seen,) = fake.launches
-    assert seen.raw["map"] == seen.raw["other"] == b"\xa5" * 128
+    assert seen.raw["map"] == struct.pack("<4Q", 0x1000, 4096, 50, 4160 * 2).ljust(128, b"\xa5")
+    assert seen.raw["other"] == struct.pack("<4Q", 0x2000, 384, 16, 384 * 4).ljust(128, b"\xa5")
     assert seen.arguments == {"n": 50, "p": 0x40}
 
 
@@ -247,6 +248,19 @@ def test_tensor_map_is_encoded_again_only_for_another_matrix(mapped: Any, fake: 
     for x in (Matrix(0x1000, 5, 64, 64), Matrix(0x1000, 5, 64, 64), Matrix(0x1000, 6, 64, 64)):
         bound(0, x, 5)
     assert [call["extents"] for call in fake.encoded] == [(64, 5), (384, 16), (64, 6)]
+
+
+def test_a_matrix_that_cannot_be_mapped(mapped: Any, fake: Any) -> None:
+    """The error names it, nothing is launched, and nothing of it is remembered."""
+    x, y = Matrix(0x1008, 5, 64, 64), Matrix(0x2000, 16, 384, 384)
+    fake.encode_status = 1
+    for _ in range(2):
+        with pytest.raises(DriverError, match=r"tensor map of map: .*multiples of 16.*CUresult 1"):
+            mapped.launch(0, n=50, p=0, x=x, y=y)
+    assert not fake.launches
+    fake.encode_status = 0
+    mapped.launch(0, n=50, p=0, x=x, y=y)
+    assert [call["address"] for call in fake.encoded] == [0x1008, 0x1008, 0x1008, 0x2000]
 
 
 def test_swizzle_numbers_are_the_drivers() -> None:

@@ -15,6 +15,7 @@ from cuda.bindings import driver as real
 from router_runtime import driver
 from router_runtime.errors import ArtifactError, DriverError
 from router_runtime.loader import load_entry
+from router_runtime.manifest import Target
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_code_that_the_driver_refuses(load: Any, fake: Any, dense: Any) -> None:
 
 @pytest.mark.parametrize("change", ["offset", "fewer", "more"])
 def test_parameters_that_differ(load: Any, fake: Any, dense: Any, change: str) -> None:
-    layout = list(dense.contract.parameter_layout())
+    layout = list(dense.contract.parameter_layout(Target.parse(dense.target)))
     if change == "offset":
         layout[1] = (16, 8)
     elif change == "fewer":
@@ -109,6 +110,20 @@ def test_parameters_that_differ(load: Any, fake: Any, dense: Any, change: str) -
     with pytest.raises(ArtifactError, match=r"\(offset, size\) .* by its contract, found"):
         load(dense)
     assert fake.calls[-2:] == ["cuLibraryUnload", "pop"]
+
+
+def test_a_tensor_map_is_aligned_by_its_address(
+    load: Any, fake: Any, build: SimpleNamespace
+) -> None:
+    """A driver reports offsets from 0x210 on sm_90a, and 0x240 is the first multiple of 64."""
+    prefill = next(entry for entry in fake.entries if entry.contract.tensor_maps)
+    layout = ((0x30, 128), (0xB0, 8), (0xB8, 8), (0xC0, 8), (0xC8, 8), (0xD0, 4), (0xD4, 4))
+    layout = (*layout, (0xD8, 4))
+    fake.layouts[prefill.symbol] = tuple((offset - 0x30, size) for offset, size in layout)
+    with pytest.raises(ArtifactError, match=r"\[\(48, 128\), \(176, 8\).* its contract, found"):
+        load(prefill)
+    fake.layouts[prefill.symbol] = layout
+    load(prefill)
 
 
 def test_block_too_large(load: Any, fake: Any, dense: Any) -> None:

@@ -41,15 +41,18 @@ def hidden(tokens: int) -> Tensor:
 
 
 def test_schemas_are_exact() -> None:
+    dense = "(Tensor hidden_states, SymInt router_id, int num_experts, int top_k)"
     expected = {
-        "dense_router": "(Tensor hidden_states, SymInt router_id, int num_experts, int top_k)",
+        "dense_router": dense,
+        "dense_router_logits": dense,
         "hash_router": "(Tensor token_ids, SymInt router_id, int top_k)",
         "topk_select": "(Tensor scores, int k)",
         "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize)",
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default
-        assert str(op._schema) == f"dsv4::{name}{arguments} -> (Tensor, Tensor)"
+        results = "Tensor, Tensor, Tensor" if name == "dense_router_logits" else "Tensor, Tensor"
+        assert str(op._schema) == f"dsv4::{name}{arguments} -> ({results})"
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert torch.Tag.needs_fixed_stride_order in op.tags
 
@@ -58,6 +61,7 @@ def test_schemas_are_exact() -> None:
 def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.dense_router, (hidden(tokens), dense.router_id, E, K)),
+        (ops.dense_router_logits, (hidden(tokens), dense.router_id, E, K)),
         (ops.hash_router, (torch.arange(tokens), hashed.router_id, K)),
         (ops.hash_router, (torch.arange(tokens).int(), hashed.router_id, K)),
         (ops.topk_select, (torch.randn(tokens, 40), 7)),
@@ -74,6 +78,9 @@ def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
 def test_results_are_the_oracles(dense: Router, hashed: Router) -> None:
     found = ops.dense_router(hidden(5), dense.router_id, E, K)
     assert all(torch.equal(a, b) for a, b in zip(found, dense(hidden(5)), strict=True))
+    found = ops.dense_router_logits(hidden(5), dense.router_id, E, K)
+    expected = dense.forward_with_logits(hidden(5))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     found = ops.hash_router(torch.arange(5), hashed.router_id, K)
     assert all(torch.equal(a, b) for a, b in zip(found, hashed(torch.arange(5)), strict=True))
     scores = torch.randn(3, 50)
@@ -87,6 +94,11 @@ def test_calls_that_disagree_with_the_router(dense: Router, hashed: Router) -> N
         (lambda: ops.dense_router(hidden(1), dense.router_id, E + 1, K), "'num_experts': 17"),
         (lambda: ops.dense_router(hidden(1), dense.router_id, E, K - 1), "'top_k': 3"),
         (lambda: ops.dense_router(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
+        (
+            lambda: ops.dense_router_logits(hidden(1), dense.router_id, E - 1, K),
+            "'num_experts': 15",
+        ),
+        (lambda: ops.dense_router_logits(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
         (lambda: ops.hash_router(torch.arange(1), dense.router_id, K), "'mode': 'dense'"),
         (lambda: ops.hash_router(torch.arange(1), hashed.router_id, K + 1), "'top_k': 5"),
         (lambda: ops.dense_router(hidden(1), 10**9, E, K), "found 1000000000"),
@@ -185,6 +197,7 @@ def test_every_op_compiles_whole(dense: Router, hashed: Router, backend: str) ->
 
     def layer(x: Tensor, token_ids: Tensor, logits: Tensor) -> list[Tensor]:
         outputs = [*torch.ops.dsv4.dense_router(x, router_id, E, K)]
+        outputs += dense.forward_with_logits(x)
         outputs += torch.ops.dsv4.hash_router(token_ids, hash_id, K)
         outputs += torch.ops.dsv4.topk_select(logits, 3)
         outputs += torch.ops.dsv4.activation_topk(logits, logits[0] * 0, 3, 1.5, True)
@@ -209,6 +222,9 @@ def test_gradients_are_refused_while_tracing(dense: Router) -> None:
 def test_fake_results_have_the_right_form(dense: Router) -> None:
     meta = torch.empty(7, H, dtype=torch.bfloat16, device="meta")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        weights, ids = ops.dense_router(torch.empty_like(meta, device="cpu"), 10**9, E, K)
+        x = torch.empty_like(meta, device="cpu")
+        weights, ids = ops.dense_router(x, 10**9, E, K)
+        logits = ops.dense_router_logits(x, 10**9, E, K)[2]
     assert (weights.shape, weights.dtype) == ((7, K), torch.float32)
     assert (ids.shape, ids.dtype) == ((7, K), torch.int32)
+    assert (logits.shape, logits.dtype) == ((7, E), torch.float32)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from router_runtime.errors import ResolutionError
-from router_runtime.resolve import MINIMUM_DRIVER, DeviceFacts, Request, resolve
+from router_runtime.resolve import MINIMUM_DRIVER, DeviceFacts, Request, dispatch, resolve
 
 H100 = DeviceFacts(9, 0, MINIMUM_DRIVER, 132, 227 * 1024)
 B200 = dataclasses.replace(H100, major=10)
 SHAPE = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
+PHASES = ("decode", "prefill")
 
 
 def dense(build: SimpleNamespace, **fields: Any) -> Any:
@@ -130,16 +131,135 @@ def test_unknown_variant_lists_those_there_are(build: SimpleNamespace) -> None:
 
 
 def test_missing_kernel(build: SimpleNamespace) -> None:
-    with pytest.raises(ResolutionError, match="no entry of this kernel .*make build-cubins"):
+    with pytest.raises(ResolutionError, match=r"no entry of this kernel .*make build-cubins"):
         decide(build, [], "verified").require()
 
 
-def test_numerics_tag_must_agree(build: SimpleNamespace) -> None:
-    entry = dense(build, numerics="bf16-k16-f32/chunk512/epilogue1")
-    assert decide(build, [entry], "verified", numerics=entry.numerics).choice is entry
-    found = decide(build, [entry], "verified", numerics="bf16-k16-f32/chunk256/epilogue1")
-    assert "its numerics are bf16-k16-f32/chunk512/epilogue1" in found.trace()
-    assert found.choice is None
+# --- which of several kernels serves how many tokens ---
+
+TAG = "bf16-k16-f32/chunk512/epilogue1"
+REQUESTS = [Request(f"dense_router_{phase}", constants=SHAPE, quantities={}) for phase in PHASES]
+FIGURES = {
+    # The decode kernel is faster up to 64 tokens, and from 1024 on slower by far.
+    "decode": ((1, 4.0), (64, 8.0), (1024, 90.0)),
+    "prefill": ((1, 12.0), (64, 12.0), (1024, 20.0)),
+}
+
+
+def phase(build: SimpleNamespace, name: str, high: int = 2**20, **fields: Any) -> Any:
+    contract = getattr(build, "dense" if name == "decode" else "prefill")
+    fields = {"latency": FIGURES[name], "numerics": TAG} | fields
+    limits = (fields.pop("low", 1), high)
+    return build.entry(
+        f"dense_router_{name}",
+        contract(128, 24, tokens=limits),
+        **({"model": "small", "constants": SHAPE} | fields),
+    )
+
+
+def divide(
+    build: SimpleNamespace, entries: list[Any], standing: Any = "verified", device: Any = H100
+) -> Any:
+    status = standing if callable(standing) else lambda entry: standing
+    return dispatch(REQUESTS, device, build.manifest(entries), status)
+
+
+def spans_of(found: Any) -> list[tuple[int, int, str, str]]:
+    return [
+        (span.low, span.high, span.entry.kernel.rpartition("_")[2], span.entry.variant)
+        for span in found.require()
+    ]
+
+
+def test_the_measured_crossover_decides(build: SimpleNamespace) -> None:
+    decode, prefill = phase(build, "decode"), phase(build, "prefill", 2**22)
+    found = spans_of(divide(build, [prefill, decode]))
+    assert found == [(1, 64, "decode", "portable"), (65, 2**22, "prefill", "portable")]
+    slow = dataclasses.replace(decode, latency=((1, 4.0), (64, 12.5), (1024, 90.0)))
+    assert spans_of(divide(build, [prefill, slow]))[0] == (1, 1, "decode", "portable")
+    # Beyond the last figure a token costs what it costs there: 12 / 64 us, more than 90 / 1024.
+    short = dataclasses.replace(prefill, latency=FIGURES["prefill"][:2])
+    found = spans_of(divide(build, [decode, short]))
+    assert found == [(1, 2**20, "decode", "portable"), (2**20 + 1, 2**22, "prefill", "portable")]
+
+
+def test_several_variants_within_their_limits(build: SimpleNamespace) -> None:
+    few = phase(build, "decode", 16, variant="few", latency=((1, 3.0), (64, 9.0)))
+    decode = phase(build, "decode", 64)
+    wide = phase(build, "prefill", low=33, variant="wide", latency=((1, 9.0), (1024, 15.0)))
+    found = spans_of(divide(build, [wide, decode, few]))
+    assert found == [
+        (1, 1, "decode", "few"),
+        (2, 64, "decode", "portable"),
+        (65, 2**20, "prefill", "wide"),
+    ]
+
+
+def test_without_figures_the_closest_fit_serves(build: SimpleNamespace) -> None:
+    decode, prefill = (
+        phase(build, name, high, latency=()) for name, high in (("decode", 64), ("prefill", 4096))
+    )
+    found = spans_of(divide(build, [decode, prefill]))
+    assert found == [(1, 64, "decode", "portable"), (65, 4096, "prefill", "portable")]
+    measured = dataclasses.replace(prefill, latency=FIGURES["prefill"])
+    assert spans_of(divide(build, [decode, measured])) == [(1, 4096, "prefill", "portable")]
+
+
+def test_standing_comes_before_speed(build: SimpleNamespace) -> None:
+    """Blackwell today: a source-verified decode kernel alone, any prefill kernel being unproven."""
+    decode = phase(build, "decode", target="sm_100a")
+    prefill = phase(build, "prefill", target="sm_100a", variant="tcgen05")
+    hopper = phase(build, "prefill", variant="wgmma")
+    standing = {decode.key: "source-verified", prefill.key: "unproven", hopper.key: "verified"}
+    entries = [decode, prefill, hopper]
+    found = divide(build, entries, lambda entry: standing[entry.key], B200)
+    assert spans_of(found) == [(1, 2**20, "decode", "portable")]
+    # Naming the variant vouches for it: from there on the figures decide.
+    requests = [REQUESTS[0], dataclasses.replace(REQUESTS[1], variant="tcgen05")]
+    standing[decode.key] = "verified"
+    named = dispatch(requests, B200, build.manifest(entries), lambda e: standing[e.key])
+    assert [span[2:] for span in spans_of(named)] == [
+        ("decode", "portable"),
+        ("prefill", "tcgen05"),
+    ]
+
+
+@pytest.mark.parametrize("tag", ["bf16-k16-f32/chunk256/epilogue1", None])
+def test_numerics_must_agree(build: SimpleNamespace, tag: str | None) -> None:
+    """A prefill kernel of other bits is refused, with the reason, and the decode kernel serves."""
+    decode, prefill = phase(build, "decode"), phase(build, "prefill", numerics=tag)
+    found = divide(build, [decode, prefill])
+    assert spans_of(found) == [(1, 2**20, "decode", "portable")]
+    assert (
+        f"its numerics are {tag}, those of {decode.key} are {TAG}" in found.resolutions[1].trace()
+    )
+    requests = [REQUESTS[0], dataclasses.replace(REQUESTS[1], variant="portable")]
+    named = dispatch(requests, H100, build.manifest([decode, prefill]), lambda entry: "verified")
+    with pytest.raises(ResolutionError, match=f"its numerics are {tag}, those of"):
+        named.require()
+
+
+def test_entries_without_a_tag_do_not_mix(build: SimpleNamespace) -> None:
+    decode, prefill = (phase(build, name, numerics=None) for name in PHASES)
+    assert spans_of(divide(build, [decode, prefill])) == [(1, 2**20, "decode", "portable")]
+
+
+def test_a_gap_is_refused(build: SimpleNamespace) -> None:
+    decode, prefill = phase(build, "decode", 64), phase(build, "prefill", low=128)
+    with pytest.raises(ResolutionError, match=r"from 1 token up, found a gap[\s\S]*prefill"):
+        divide(build, [decode, prefill]).require()
+    with pytest.raises(ResolutionError, match="verify --record"):
+        divide(build, [decode, prefill], "unproven").require()
+
+
+def test_a_missing_parameter_is_a_reason(build: SimpleNamespace) -> None:
+    entry = dense(build, contract=build.dense(128, 24, logits=False))
+    found = decide(build, [entry], "verified", parameters=("logits_out",))
+    with pytest.raises(
+        ResolutionError, match=r"has no parameter logits_out\nrebuild .* make build-cubins"
+    ):
+        found.require()
+    assert decide(build, [dense(build)], "verified", parameters=("logits_out",)).choice
 
 
 @pytest.mark.parametrize(

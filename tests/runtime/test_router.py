@@ -7,6 +7,7 @@ wrong addresses, strides, order of arguments or repacking would show as wrong re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import threading
@@ -204,18 +205,67 @@ def test_cuda_without_a_gpu() -> None:
 # --- calls, on both paths ---
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 40])
+D, P = "dense_router_decode", "dense_router_prefill"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "launched"),
+    # Beyond what any kernel takes, 32 tokens, a batch is split.
+    [(0, ""), (1, "D"), (7, "D"), (8, "D"), (9, "P"), (32, "P"), (33, "PD"), (100, "PPPD")],
+)
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_dense_decode_and_prefill(gpu: Any, tokens: int, renormalize: bool) -> None:
+def test_dense_decode_and_prefill(gpu: Any, tokens: int, launched: str, renormalize: bool) -> None:
     config = RouterConfig(H, E, K, 2.5, renormalize=renormalize)
     weight, bias = weights_of()
     expected = spec.dense_router(hidden(tokens), weight, bias, K, 2.5, renormalize)
     same(Router(config, weight=weight, bias=bias, device="cpu")(hidden(tokens)), expected)
     path, _ = cuda_dense(config)
     same(path.route(hidden(tokens)), expected)
-    kernel = "dense_router_decode" if tokens <= 8 else "activation_topk"
-    assert [launch.symbol for launch in gpu.launches] == ([kernel] if tokens else [])
+    assert [launch.symbol for launch in gpu.launches] == [{"D": D, "P": P}[it] for it in launched]
     assert all(launch.stream == 7 for launch in gpu.launches)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 20])
+def test_logits(gpu: Any, cpu_dense: Router, tokens: int) -> None:
+    """Only the decode kernel here stores logits, so larger batches are split for it."""
+    x = hidden(tokens)
+    x[tokens // 2 :, 3] = math.nan
+    path, weights = cuda_dense()
+    logits = spec.dense_logits(x, weights.weight)
+    for found in (cpu_dense.forward_with_logits(x), path.route_with_logits(x)):
+        same(found[:2], spec.dense_router(x, weights.weight, weights.bias, K, 1.5))
+        assert torch.equal(found[2].view(torch.int32), logits.view(torch.int32))
+        assert (found[2][tokens // 2 :].view(torch.int32) == spec.NAN_LOGIT_BITS).all()
+    assert [launch.symbol for launch in gpu.launches] == [D] * -(-tokens // 8)
+    path.route(x[:8])
+    if tokens:
+        assert gpu.launches[-1].arguments["logits_out"] == 0
+
+
+def test_logits_of_kernels_that_store_none(
+    gpu: Any, build: SimpleNamespace, tmp_path: Path
+) -> None:
+    for index, entry in enumerate(gpu.entries):
+        if entry.kernel == D:
+            contract = build.dense(H, E, logits=False)
+            gpu.entries[index] = dataclasses.replace(entry, contract=contract)
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    path, weights = cuda_dense()
+    same(path.route(hidden(3)), spec.dense_router(hidden(3), weights.weight, weights.bias, K, 1.5))
+    with pytest.raises(ResolutionError, match=r"has no parameter logits_out[\s\S]*rebuild"):
+        path.route_with_logits(hidden(3))
+
+
+def test_hash_routers_have_no_logits() -> None:
+    with pytest.raises(InputError, match="a dense router, found \"mode 'hash'\""):
+        Router(HASH, table=table_of(), device="cpu").forward_with_logits(torch.arange(3))
+
+
+def test_spans(gpu: Any, cpu_dense: Router) -> None:
+    assert cpu_dense.spans == ()
+    cpu_dense._backend = cuda_dense()[0]
+    found = [(span.low, span.high, span.entry.kernel) for span in cpu_dense.spans]
+    assert found == [(1, 8, D), (9, 32, P)]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 200])
@@ -231,24 +281,24 @@ def test_hash(gpu: Any, tokens: int, dtype: torch.dtype) -> None:
     same(path.route(strided), expected)
 
 
-def activations(kind: str) -> Tensor:
-    """The same five rows, laid out in memory in different ways."""
-    x = hidden(5)
+def activations(kind: str, tokens: int = 5) -> Tensor:
+    """The same rows, laid out in memory in different ways."""
+    x = hidden(tokens)
     match kind:
         case "row stride":
-            buffer = torch.full((5, H + 64), math.nan, dtype=torch.bfloat16)
+            buffer = torch.full((tokens, H + 64), math.nan, dtype=torch.bfloat16)
             view = buffer[:, :H]
         case "unaligned row stride":
-            buffer = torch.full((5, H + 3), math.nan, dtype=torch.bfloat16)
+            buffer = torch.full((tokens, H + 3), math.nan, dtype=torch.bfloat16)
             view = buffer[:, :H]
         case "unaligned start":
-            view = torch.empty(5 * H + 1, dtype=torch.bfloat16)[1:].view(5, H)
+            view = torch.empty(tokens * H + 1, dtype=torch.bfloat16)[1:].view(tokens, H)
         case "transposed":
-            view = torch.empty(H, 5, dtype=torch.bfloat16).T
+            view = torch.empty(H, tokens, dtype=torch.bfloat16).T
         case "every other element":
-            view = torch.empty(5, 2 * H, dtype=torch.bfloat16)[:, ::2]
+            view = torch.empty(tokens, 2 * H, dtype=torch.bfloat16)[:, ::2]
         case "repeated row":
-            return x[:1].expand(5, H)
+            return x[:1].expand(tokens, H)
         case _:
             return x
     view.copy_(x)
@@ -272,6 +322,11 @@ def test_layouts_of_activations(gpu: Any, kind: str, copied: bool) -> None:
     assert (launch.arguments["hidden_states"] != x.data_ptr()) == copied
     if not copied:
         assert launch.arguments["row_stride"] == x.stride(0)
+    # Through a tensor map, which takes no rows that overlap.
+    x = activations(kind, 20)
+    same(path.route(x), spec.dense_router(x, weights.weight, weights.bias, K, 1.5))
+    (encoded,) = gpu.encoded
+    assert (encoded["address"] != x.data_ptr()) == (copied or kind == "repeated row")
 
 
 @pytest.mark.parametrize(
@@ -350,13 +405,25 @@ def test_everything_is_loaded_at_construction(gpu: Any) -> None:
     assert gpu.calls == [*loaded, "set 1000", "set 1000"]
 
 
+def test_one_row_of_any_stride(gpu: Any) -> None:
+    """torch lets a dimension of one element have any stride; a tensor map does not."""
+    path, weights = cuda_dense(dense_router_prefill="portable")
+    x = hidden(1).expand(1, H).as_strided((1, H), (0, 1))
+    launcher = path._plan.launchers[-1]
+    assert launcher.mapped
+    path._plan.launchers[0] = launcher
+    same(path.route(x), spec.dense_router(x, weights.weight, weights.bias, K, 1.5))
+    assert gpu.encoded[0]["strides"] == (2 * H,)
+
+
 def test_unproven_kernels_need_their_name(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "status", lambda *_: "unproven")
     with pytest.raises(ResolutionError, match="verify --record"):
         cuda_dense()
-    path, weights = cuda_dense(dense_router_decode="portable", activation_topk="e256")
-    expected = spec.dense_router(hidden(3), weights.weight, weights.bias, K, 1.5)
-    same(path.route(hidden(3)), expected)
+    path, weights = cuda_dense(dense_router_decode="portable")
+    assert {span.entry.kernel for span in path.spans} == {D}
+    expected = spec.dense_router(hidden(20), weights.weight, weights.bias, K, 1.5)
+    same(path.route(hidden(20)), expected)
 
 
 def test_new_evidence_is_seen(gpu: Any, tmp_path: Path) -> None:
@@ -434,8 +501,6 @@ def test_hash_routers_have_no_weights() -> None:
 
 
 def test_equal_recipes_share_a_buffer(build: SimpleNamespace) -> None:
-    import dataclasses
-
     recipe = build.dense(H, E).repacks[0]
     weights = _Weights(CONFIG, torch.device("cpu"))
     buffer = weights.packed(recipe)
@@ -638,4 +703,4 @@ def test_warmup(cpu_dense: Router, gpu: Any) -> None:
     path, _ = cuda_dense()
     cpu_dense._backend = path
     warmup_router_compilation(cpu_dense)
-    assert [launch.symbol for launch in gpu.launches] == ["dense_router_decode", "activation_topk"]
+    assert [launch.symbol for launch in gpu.launches] == [D, P]

@@ -356,13 +356,17 @@ def barrier_expect(address: Int32, transaction_bytes: Int32) -> None:
 
 
 def barrier_wait(address: Int32) -> None:
-    """Wait for phase 0, acquiring at cluster scope what the peers stored."""
+    """Wait for phase 0 and see what its bytes brought, from copies and from peers.
+
+    At block scope: shared memory has no cache to invalidate, and an acquire at cluster scope would
+    invalidate L1 for nothing.
+    """
     _asm(
         None,
         [address],
         "{ .reg .pred p;\n"
         "WAIT_${:uid}:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], 0;\n"
         "@!p bra WAIT_${:uid};\n"
         "}",
         "r,~{memory}",

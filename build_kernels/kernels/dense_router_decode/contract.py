@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
-from build_kernels.numerics import EPILOGUE_VERSION
+from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
 
 
@@ -52,6 +52,4 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
     )
 
 
-def numerics(constants: Mapping[str, int | float]) -> str:
-    """What decides the bits of a logit, and of what follows: MMA family, chunk, epilogue."""
-    return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+numerics = dense_tag

@@ -177,20 +177,15 @@ class DenseRouterDecode:
         # --- 2. multiply, and 3. hand the partial sums to the block that adds them ---
         slab_rows = rows + own_slab * (g.slab * 2)
         steps_left = g.hidden_steps - slab * g.slab_steps
-        if tokens <= MMA_N:
+        if tokens <= 2 * MMA_N:
             ptx.barrier_wait(rows_full)
             if slab < g.slabs:
-                sums = self.multiply(weights, slab_rows, Int32(0), 1, steps_left, lane)
-                self.send(sums, partials, partials_full, slab, m_tile, part_e, tokens, lane)
-        elif tokens <= 2 * MMA_N:
-            ptx.barrier_wait(rows_full)
-            sums = self.multiply(weights, slab_rows, Int32(0), 2, steps_left, lane)
-            # A barrier: the staged sums of a token take the place of its hidden states.
-            cute.arch.sync_threads()
-            self.stage(sums, rows, own_slab, m_tile, Int32(0), lane)
-            self.send_staged(
-                rows, partials, partials_full, part_k, part_e, Int32(0), tokens, warp, lane
-            )
+                for n_tiles in cutlass.range_constexpr(1, 3):
+                    if ptx.quotient(tokens + (MMA_N - 1), MMA_N) == n_tiles:
+                        sums = self.multiply(
+                            weights, slab_rows, Int32(0), n_tiles, steps_left, lane
+                        )
+                        self.send(sums, partials, partials_full, slab, m_tile, part_e, tokens, lane)
         else:
             for turn in range(ptx.quotient(tokens + (PASS_TOKENS - 1), PASS_TOKENS)):
                 first_token = turn * PASS_TOKENS
@@ -198,6 +193,7 @@ class DenseRouterDecode:
                 sums = self.multiply(
                     weights, slab_rows, first_token, PASS_TOKENS // MMA_N, steps_left, lane
                 )
+                # The staged sums of a token take the place of its hidden states.
                 cute.arch.sync_threads()
                 self.stage(sums, rows, own_slab, m_tile, first_token, lane)
                 self.send_staged(
@@ -333,30 +329,31 @@ class DenseRouterDecode:
         tokens: Int32,
         lane: Int32,
     ) -> None:
-        """Store one token tile's accumulators where the chunks are added.
+        """Store accumulators where the chunks are added.
 
         A lane holds the experts lane / 4 and lane / 4 + 8 of two neighbouring tokens; the two
         experts of a token become neighbours in memory.
         """
         g = self.g
         place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
-        for column in cutlass.range_constexpr(2):
-            token = (lane & 3) * 2 + column
-            slot = ptx.quotient(token, g.cluster_k)
-            owner = ptx.remainder(token, g.cluster_k) * g.cluster_e + part_e
-            barrier = ptx.map_shared(partials_full, owner)
-            for part in cutlass.range_constexpr(g.slab_chunks):
-                chunk = slab * g.slab_chunks + part
-                target = partials + ((slot * g.chunks + chunk) * g.block_experts + place) * 4
-                remote = ptx.map_shared(target, owner)
-                if token < tokens and chunk < g.chunks:
-                    for m in cutlass.range_constexpr(g.warp_m):
-                        ptx.store_remote_v2(
-                            remote + m * (MMA_M * 4),
-                            barrier,
-                            ptx.bits(sums[m][part][0][column]),
-                            ptx.bits(sums[m][part][0][column + 2]),
-                        )
+        for tile in cutlass.range_constexpr(len(sums[0][0])):
+            for column in cutlass.range_constexpr(2):
+                token = tile * MMA_N + (lane & 3) * 2 + column
+                slot = ptx.quotient(token, g.cluster_k)
+                owner = ptx.remainder(token, g.cluster_k) * g.cluster_e + part_e
+                barrier = ptx.map_shared(partials_full, owner)
+                for part in cutlass.range_constexpr(g.slab_chunks):
+                    chunk = slab * g.slab_chunks + part
+                    target = partials + ((slot * g.chunks + chunk) * g.block_experts + place) * 4
+                    remote = ptx.map_shared(target, owner)
+                    if token < tokens and chunk < g.chunks:
+                        for m in cutlass.range_constexpr(g.warp_m):
+                            ptx.store_remote_v2(
+                                remote + m * (MMA_M * 4),
+                                barrier,
+                                ptx.bits(sums[m][part][tile][column]),
+                                ptx.bits(sums[m][part][tile][column + 2]),
+                            )
 
     @cute.jit
     def stage(

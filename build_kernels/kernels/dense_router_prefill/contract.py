@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry
-from build_kernels.numerics import EPILOGUE_VERSION
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
+from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
+
+
+def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
+    """A division for a model that the catalog does not tune: a block's partial sums and totals of
+    192 experts fill the registers."""
+    cluster_e = next(e for e in (1, 2, 4, 8) if ceil_div(int(constants["EXPERTS"]), e) <= 192)
+    return {"CLUSTER_E": cluster_e, "CLUSTER_T": 1, "PASSES": 1}
 
 
 def contract(constants: Mapping[str, int | float]) -> Contract:
@@ -55,6 +62,4 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
     )
 
 
-def numerics(constants: Mapping[str, int | float]) -> str:
-    """What decides the bits of a logit, and of what follows: MMA family, chunk, epilogue."""
-    return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+numerics = dense_tag

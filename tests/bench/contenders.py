@@ -1,0 +1,279 @@
+"""Who is timed. Each is built from a chain's layers and routes hidden states by a layer's index."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from build_kernels.catalog import Model
+from router_runtime import Router, RouterConfig
+from router_runtime.kernels import kernels_on
+from router_runtime.ops import activation_topk
+from router_runtime.resolve import Request, resolve
+from tests.bench.artifacts import DENSE
+from tests.bench.chain import Layers, Output, Route
+
+#: With programmatic dependent launch, or without.
+Mode = Literal["pdl", "plain"]
+MODES: tuple[Mode, ...] = ("pdl", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``folders`` holds the artifacts for each mode (none on a CPU). ``variants`` maps a kernel to
+    the one variant to use for it. ``alone``: a dense kernel by itself, timed for no more tokens
+    than one launch of it serves.
+    """
+
+    folders: Mapping[Mode, Path]
+    variants: Mapping[str, str]
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """``make`` gives the route through a chain's layers. ``launches_dependent`` is True if its own
+    launches differ between the modes; else only the links do.
+    """
+
+    name: str
+    make: Callable[[Layers, Mode, Settings], Route]
+    launches_dependent: bool = False
+    settings: Settings = Settings({}, {})
+
+
+def mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits: bf16 in, FP32 out. A CPU has no such product and only dry runs come here with one."""
+    if not x.is_cuda:
+        return x.float() @ weight.t().float()
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def mathematics(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The router as one writes it in torch: one line, and one or more kernels, for each step."""
+    scores = torch.nn.functional.softplus(mm(x, weight)).sqrt()
+    ids = (scores + bias).topk(k, dim=-1).indices
+    chosen = scores.gather(1, ids)
+    return chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20) * scale, ids
+
+
+def make_router(
+    model: Model, weight: Tensor, bias: Tensor, mode: Mode, settings: Settings
+) -> Router:
+    """A router of the product, by its public constructor. Variants of kernels that it has no use
+    for are left out.
+    """
+    config = RouterConfig(model.hidden, model.experts, model.top_k, model.scale)
+    return Router(
+        config,
+        weight=weight,
+        bias=bias,
+        device=weight.device,
+        artifacts=settings.folders.get(mode),
+        variants={
+            kernel: variant
+            for kernel, variant in settings.variants.items()
+            if kernel.startswith(DENSE)
+        },
+    )
+
+
+class DenseRouters:
+    """The product: one Router a layer, called as a user calls it."""
+
+    def __init__(self, layers: Layers, mode: Mode, settings: Settings) -> None:
+        self._routers = [
+            make_router(layers.model, weight, bias, mode, settings)
+            for weight, bias in zip(layers.weights, layers.biases, strict=True)
+        ]
+        self._alone = settings.alone
+
+    def __call__(self, layer: int, x: Tensor) -> Output:
+        return Output(*self._routers[layer](x))
+
+    def served_by(self, tokens: int) -> str | None:
+        """The entry that serves batches of that size; None on a CPU."""
+        spans = self._routers[0].spans
+        fitting = [span.entry.key for span in spans if tokens <= span.high]
+        if fitting or not spans:
+            return next(iter(fitting), None)
+        return f"{spans[-1].entry.key}, by parts"
+
+    def declines(self, tokens: int) -> bool:
+        """True for a kernel alone that would need several launches."""
+        spans = self._routers[0].spans
+        return self._alone and bool(spans) and tokens > spans[-1].high
+
+
+def _mm(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    return lambda layer, x: Output(mm(x, layers.weights[layer]), None)
+
+
+def _mm_activation_topk(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    """The product's epilogue kernel, of the mode's folder. The op itself finds its own artifacts,
+    and wants evidence for them.
+    """
+    model = layers.model
+    if layers.device.type == "cpu":
+
+        def on_cpu(layer: int, x: Tensor) -> Output:
+            logits = mm(x, layers.weights[layer])
+            bias = layers.biases[layer]
+            return Output(*activation_topk(logits, bias, model.top_k, model.scale, True))
+
+        return on_cpu
+    index = layers.device.index
+    kernels = kernels_on(index, settings.folders[mode])
+    request = Request(
+        "activation_topk",
+        quantities={"experts": model.experts, "top_k": model.top_k},
+        variant=settings.variants.get("activation_topk"),
+    )
+    # A peer needs no evidence: every result is checked.
+    entry = resolve(request, kernels.facts, kernels.manifest, lambda _: "verified").require()
+    launch = kernels.load_entry(entry).bind(
+        ("logits", "bias", "weights_out", "ids_out", "tokens"),
+        experts=model.experts,
+        row_stride=model.experts,
+        top_k=model.top_k,
+        scale=model.scale,
+        renormalize=1,
+    )
+
+    def route(layer: int, x: Tensor) -> Output:
+        logits = mm(x, layers.weights[layer])
+        tokens = logits.shape[0]
+        weights = logits.new_empty(tokens, model.top_k)
+        ids = logits.new_empty(tokens, model.top_k, dtype=torch.int32)
+        launch(
+            torch.cuda.current_stream(layers.device).cuda_stream,
+            logits.data_ptr(),
+            layers.biases[layer].data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            tokens,
+        )
+        return Output(weights, ids)
+
+    return route
+
+
+def _mm_triton(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    from tests.bench.triton_topk import topk
+
+    model = layers.model
+
+    def route(layer: int, x: Tensor) -> Output:
+        logits = mm(x, layers.weights[layer])
+        return Output(*topk(logits, layers.biases[layer], model.top_k, model.scale))
+
+    return route
+
+
+def _eager(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    model = layers.model
+
+    def route(layer: int, x: Tensor) -> Output:
+        weight, bias = layers.weights[layer], layers.biases[layer]
+        return Output(*mathematics(x, weight, bias, model.top_k, model.scale))
+
+    return route
+
+
+class _Compiled:
+    """``torch.compile`` of the mathematics, compiled anew for every number of tokens."""
+
+    def __init__(self, layers: Layers, mode: Mode, settings: Settings) -> None:
+        self._layers = layers
+        self._shape: tuple[int, ...] = ()
+        self._function: Callable[..., tuple[Tensor, Tensor]] = mathematics
+
+    def __call__(self, layer: int, x: Tensor) -> Output:
+        layers, model = self._layers, self._layers.model
+        if x.shape != self._shape:
+            # Forget the other shapes: torch stops compiling a function after a few of them.
+            torch._dynamo.reset()
+            self._shape = tuple(x.shape)
+            # A dry run has no C++ compiler to count on.
+            backend = "inductor" if x.is_cuda else "eager"
+            self._function = torch.compile(
+                mathematics, backend=backend, dynamic=False, fullgraph=True
+            )
+        weight, bias = layers.weights[layer], layers.biases[layer]
+        return Output(*self._function(x, weight, bias, model.top_k, model.scale))
+
+
+OURS = "dense_router"
+MM = "torch.mm"
+
+CONTENDERS: Mapping[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender(OURS, DenseRouters, launches_dependent=True),
+        Contender(MM, _mm),
+        Contender("mm+activation_topk", _mm_activation_topk, launches_dependent=True),
+        Contender("mm+triton", _mm_triton),
+        Contender("eager", _eager),
+        Contender("compile", _Compiled),
+    )
+}
+
+
+def field(
+    names: Sequence[str], folders: Mapping[Mode, Path], variants: Mapping[str, Sequence[str]]
+) -> list[Contender]:
+    """The contenders of those names. A kernel with several variants makes one ``dense_router`` of
+    each; with variants for several kernels, one of each combination.
+    """
+    combinations = [
+        dict(zip(variants, combination, strict=True))
+        for combination in itertools.product(*variants.values())
+    ]
+    # Those of kernels that no Router has are for the other contenders.
+    dense = [
+        {kernel: variant for kernel, variant in combination.items() if kernel.startswith(DENSE)}
+        for combination in combinations
+    ]
+    dense = [chosen for index, chosen in enumerate(dense) if chosen not in dense[:index]]
+    chosen = []
+    for name in names:
+        contender = CONTENDERS[name]
+        if name != OURS:
+            settings = Settings(folders, combinations[0])
+            chosen.append(dataclasses.replace(contender, settings=settings))
+            continue
+        for each in dense:
+            label = f"{name}[{','.join(each.values())}]" if len(dense) > 1 else name
+            settings = Settings(folders, each)
+            chosen.append(dataclasses.replace(contender, name=label, settings=settings))
+    return chosen
+
+
+def alone(folders: Mapping[Mode, Path], kernel: str, variant: str) -> Contender:
+    """One dense kernel by itself. ``folders`` hold editions with no other."""
+    settings = Settings(folders, {kernel: variant}, alone=True)
+    return dataclasses.replace(CONTENDERS[OURS], name=f"{kernel}/{variant}", settings=settings)
+
+
+def is_ours(name: str) -> bool:
+    """True for ``dense_router``, with or without variants, and for dense kernels alone."""
+    return name.startswith(DENSE)
+
+
+def triton_version() -> str | None:
+    """None if there is no Triton."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    version: Any = triton.__version__
+    return str(version)

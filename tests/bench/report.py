@@ -1,0 +1,270 @@
+"""From measured cells to the comparison with the peers, the tables and the JSON document. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from build_kernels.catalog import Model
+from tests.bench.contenders import MM, is_ours
+from tests.bench.host import OURS as HOST_OURS
+from tests.bench.host import PEER as HOST_PEER
+from tests.bench.host import HostCell
+from tests.bench.latency import Cell
+from tests.bench.peers import Peers
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Ours against the best peer, at one model and number of tokens, with dependent launch.
+
+    ``scaled_peer_us`` is the peer's figure on this device; ``ratio`` is ours over that.
+    """
+
+    model: str
+    tokens: int
+    contender: str
+    ours_us: float
+    torch_mm_us: float
+    best_peer_us: float
+    scaled_peer_us: float
+    ratio: float
+    bar: float | None
+    met: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostComparison:
+    """Host time of an eager call of ours over the peer's in the same run."""
+
+    model: str
+    tokens: int
+    contender: str
+    ratio: float
+    bar: float
+    met: bool
+
+
+def compare(cells: Iterable[Cell], peers: Peers) -> list[Comparison]:
+    """Every cell of ours for which this run has a ``torch.mm`` and the peers have a figure."""
+    cells = [cell for cell in cells if cell.mode == "pdl"]
+    mm = {(cell.model, cell.tokens): cell.median_us for cell in cells if cell.contender == MM}
+    found = []
+    for cell in cells:
+        run = mm.get((cell.model, cell.tokens))
+        scaled = peers.scaled(cell.model, cell.tokens, run)
+        usable = is_ours(cell.contender) and cell.error is None
+        if not usable or cell.median_us is None or run is None or scaled is None or scaled <= 0:
+            continue
+        ratio, bar = cell.median_us / scaled, peers.bar(cell.tokens)
+        found.append(
+            Comparison(
+                cell.model,
+                cell.tokens,
+                cell.contender,
+                cell.median_us,
+                run,
+                peers.models[cell.model].best_peer[cell.tokens],
+                scaled,
+                ratio,
+                bar,
+                None if bar is None else ratio <= bar,
+            )
+        )
+    return found
+
+
+def compare_host(cells: Iterable[HostCell], bar: float) -> list[HostComparison]:
+    cells = list(cells)
+    peer = {(c.model, c.tokens): c.median_us for c in cells if c.contender == HOST_PEER}
+    found = []
+    for cell in cells:
+        other = peer.get((cell.model, cell.tokens))
+        if cell.contender in HOST_OURS and cell.median_us is not None and other is not None:
+            ratio = cell.median_us / other
+            found.append(
+                HostComparison(cell.model, cell.tokens, cell.contender, ratio, bar, ratio <= bar)
+            )
+    return found
+
+
+def document(
+    facts: Mapping[str, Any],
+    cells: Sequence[Cell],
+    host: Sequence[HostCell],
+    peers: Peers,
+) -> dict[str, Any]:
+    """Everything there is to know about a run, as JSON. ``facts``: device, software, artifacts,
+    method.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        **facts,
+        "peers": peers.source,
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "comparisons": [dataclasses.asdict(found) for found in compare(cells, peers)],
+        "host": [dataclasses.asdict(cell) for cell in host],
+        "host_comparisons": [
+            dataclasses.asdict(found) for found in compare_host(host, peers.host_bar)
+        ],
+    }
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of right-aligned columns; the first column is left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if index else text.ljust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def latency_table(cells: Sequence[Cell], model: Model, peers: Peers) -> list[str]:
+    """Microseconds by tokens and contender: with dependent launch / without."""
+    cells = [cell for cell in cells if cell.model == model.name]
+    names = list(dict.fromkeys(cell.contender for cell in cells))
+    by_key = {(cell.tokens, cell.contender, cell.mode): cell for cell in cells}
+    modes = sorted({cell.mode for cell in cells})  # "pdl" before "plain"
+    rows = [["tokens", "link", *names, "floor"]]
+    for tokens in sorted({cell.tokens for cell in cells}):
+
+        def both(name: str, field: str, tokens: int = tokens) -> str:
+            found = [by_key.get((tokens, name, mode)) for mode in modes]
+            bad = any(cell is not None and cell.error is not None for cell in found)
+            text = "/".join("-" if c is None else _us(getattr(c, field)) for c in found)
+            return text + ("!" if bad else "")
+
+        link = "/".join(
+            _us(next((c.link_us for c in cells if (c.tokens, c.mode) == (tokens, mode)), None))
+            for mode in modes
+        )
+        columns = [both(name, "median_us") for name in names]
+        rows.append([str(tokens), link, *columns, _us(peers.floor.of(model, tokens))])
+    head = f"{model.name}: microseconds a router, links taken off; {' / '.join(modes)}"
+    return [head, *aligned(rows)]
+
+
+def comparison_table(comparisons: Sequence[Comparison], model: Model) -> list[str]:
+    comparisons = [found for found in comparisons if found.model == model.name]
+    if not comparisons:
+        return []
+    rows = [["tokens", "contender", "ours", "best peer", "scaled", "ratio", "bar", "met"]]
+    for found in comparisons:
+        rows.append(
+            [
+                str(found.tokens),
+                found.contender,
+                _us(found.ours_us),
+                _us(found.best_peer_us),
+                _us(found.scaled_peer_us),
+                f"{found.ratio:.3f}",
+                "-" if found.bar is None else f"{found.bar:.2f}",
+                {True: "yes", False: "NO", None: "-"}[found.met],
+            ]
+        )
+    return [f"{model.name}: against the best peer, scaled by this run's {MM}", *aligned(rows)]
+
+
+def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:
+    if not cells:
+        return []
+    ratios = {(c.model, c.tokens, c.contender): c for c in compare_host(cells, bar)}
+    rows = [["host", "tokens", "model", "median", "p10", "p90", "first", "100th", "ratio", "met"]]
+    for cell in cells:
+        found = ratios.get((cell.model, cell.tokens, cell.contender))
+        rows.append(
+            [
+                cell.contender,
+                str(cell.tokens),
+                cell.model,
+                _us(cell.median_us),
+                _us(cell.low_us),
+                _us(cell.high_us),
+                _us(cell.first_us),
+                _us(cell.hundredth_us),
+                "-" if found is None else f"{found.ratio:.3f}",
+                "-" if found is None else "yes" if found.met else "NO",
+            ]
+        )
+    return [
+        f"microseconds of the host for an eager call; bar: {bar} of {HOST_PEER}",
+        "first and 100th: one whole call, waited for",
+        *aligned(rows),
+    ]
+
+
+def problems(cells: Sequence[Cell], host: Sequence[HostCell]) -> list[str]:
+    """One line for each distinct error, with where it first happened and how often."""
+    counted: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell.error is not None:
+            where = f"{cell.model} {cell.tokens} {cell.mode}"
+            counted.setdefault((cell.contender, cell.error), []).append(where)
+    for other in host:
+        if other.error is not None:
+            where = f"{other.model} {other.tokens} host"
+            counted.setdefault((other.contender, other.error), []).append(where)
+    return [
+        f"{contender}: {error} ({places[0]}"
+        + (f" and {len(places) - 1} more)" if len(places) > 1 else ")")
+        for (contender, error), places in counted.items()
+    ]
+
+
+def summary(comparisons: Sequence[Comparison], host: Sequence[HostComparison]) -> list[str]:
+    """How many bars were met, and the farthest from its bar."""
+    lines = []
+    judged = [found for found in comparisons if found.bar is not None]
+    for name in dict.fromkeys(found.contender for found in judged):
+        own = [found for found in judged if found.contender == name]
+        worst = max(own, key=lambda found: found.ratio / (found.bar or math.inf))
+        lines.append(
+            f"{name}: {sum(bool(found.met) for found in own)} of {len(own)} bars met; farthest: "
+            f"{worst.model} at {worst.tokens} tokens, ratio {worst.ratio:.3f}, bar {worst.bar}"
+        )
+    if host:
+        farthest = max(host, key=lambda found: found.ratio)
+        lines.append(
+            f"host time: {sum(found.met for found in host)} of {len(host)} bars met; farthest: "
+            f"{farthest.contender} at {farthest.tokens} tokens, ratio {farthest.ratio:.3f}, "
+            f"bar {farthest.bar}"
+        )
+    return lines
+
+
+def crossover(cells: Sequence[Cell], target: str, tokens: Sequence[int]) -> list[str]:
+    """The rows of ``crossover.toml`` for dense kernels timed alone: each as far as it was timed."""
+    cells = [
+        cell
+        for cell in cells
+        if cell.mode == "pdl" and "/" in cell.contender and cell.median_us is not None
+    ]
+    lines = [f"tokens = {list(tokens)}"]
+    for model in dict.fromkeys(cell.model for cell in cells):
+        lines += ["", f"[{target}.{model}]"]
+        for name in dict.fromkeys(cell.contender for cell in cells if cell.model == model):
+            by_tokens = {
+                cell.tokens: cell.median_us
+                for cell in cells
+                if (cell.model, cell.contender) == (model, name)
+            }
+            figures = []
+            for count in tokens:
+                found = by_tokens.get(count)
+                if found is None:
+                    break
+                figures.append(f"{found:.2f}")
+            lines.append(f'"{name}" = [{", ".join(figures)}]')
+    return lines

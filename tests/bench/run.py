@@ -1,0 +1,224 @@
+"""A run from settings to files: host times first, while the process is fresh, then latencies.
+
+Results are written after every row, so a run that is cut short leaves what it had.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from build_kernels.catalog import Model
+from router_runtime.artifacts import find_artifacts, read_manifest
+from tests.bench import peers as peers_
+from tests.bench import plot, report
+from tests.bench.artifacts import dense_variants, edition, entries_here
+from tests.bench.contenders import (
+    Contender,
+    Mode,
+    Settings,
+    alone,
+    field,
+    is_ours,
+    triton_version,
+)
+from tests.bench.host import HostCell, measure
+from tests.bench.latency import Cell, Latencies
+from tests.bench.machine import Broken, Machine
+
+#: Host time hardly depends on the tokens: one each for decode, its largest batch, and prefill.
+HOST_TOKENS = (1, 64, 256)
+
+Echo = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    models: Sequence[Model]
+    tokens: Sequence[int]
+    contenders: Sequence[str]
+    modes: Sequence[Mode]
+    replays: int
+    parts: Sequence[str]
+    artifacts: Path | None
+    variants: Mapping[str, Sequence[str]]
+    alone: bool
+    out: Path
+
+
+class Run:
+    """One run: what it measured so far, and where that goes."""
+
+    def __init__(self, options: Options, machine: Machine, scratch: Path, echo: Echo) -> None:
+        self._options, self._machine, self._scratch, self._echo = options, machine, scratch, echo
+        self._peers = peers_.load()
+        self._cells: list[Cell] = []
+        self._host: list[HostCell] = []
+        self._routers: dict[str, int] = {}
+        self._folder: Path | None = None
+        if machine.device.type == "cuda":
+            self._folder = find_artifacts(options.artifacts).resolve()
+        facts = machine.facts()
+        self._capability: tuple[int, int] = tuple(facts["compute_capability"])
+        self._here = entries_here(self._folder, self._capability) if self._folder else []
+        self._facts = {
+            "device": facts,
+            "software": {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "triton": triton_version(),
+                "cuda-bindings": importlib.metadata.version("cuda-bindings"),
+                "python": platform.python_version(),
+            },
+            "artifacts": self._artifacts(),
+        }
+
+    def _artifacts(self) -> dict[str, Any]:
+        if self._folder is None:
+            return {"source_sha256": None, "entries": {}}
+        return {
+            "source_sha256": read_manifest(self._folder).source_sha256,
+            "entries": {entry.key: entry.sha256 for entry in self._here},
+        }
+
+    def run(self) -> bool:
+        """True if every cell that was asked for was measured and right."""
+        options, device = self._options, self._machine.device
+        complete = True
+        options.out.mkdir(parents=True, exist_ok=True)
+        self._echo(f"{self._facts['device']}")
+        self._echo(f"{self._facts['software']}, {len(self._here)} entries that run here")
+        try:
+            if "host" in options.parts:
+                self._measure_host()
+            if "latency" in options.parts:
+                self._measure_latency()
+        except Broken as error:
+            complete = False
+            self._echo(f"stopped: {device}: {error}; next: run again without that contender")
+        document = self._write()
+        comparisons = report.compare(self._cells, self._peers)
+        for model in options.models:
+            self._say(report.comparison_table(comparisons, model))
+        host = report.compare_host(self._host, self._peers.host_bar)
+        self._say(report.summary(comparisons, host))
+        if options.alone and self._cells:
+            target = f"sm_{self._capability[0]}{self._capability[1]}a"
+            lines = report.crossover(self._cells, target, options.tokens)
+            (options.out / "crossover.toml").write_text("\n".join(lines) + "\n")
+            self._say(["for build_kernels/kernels/crossover.toml:", *lines])
+        found = report.problems(self._cells, self._host)
+        self._say(found)
+        self._draw(document)
+        return complete and all(": skipped: " in problem for problem in found)
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in ([""] if lines else []) + list(lines):
+            self._echo(line)
+
+    def _contenders(self) -> list[Contender]:
+        options = self._options
+        folders = self._editions("product", None)
+        contenders = field(options.contenders, folders, options.variants)
+        if not options.alone:
+            return contenders
+        # In place of the product: each of the dense kernels that it could choose from.
+        others = [contender for contender in contenders if not is_ours(contender.name)]
+        wanted = options.variants
+        by_itself = [
+            alone(self._editions(f"{kernel}-{variant}", (kernel, variant)), kernel, variant)
+            for kernel, variant in dense_variants(self._here)
+            if kernel not in wanted or variant in wanted[kernel]
+        ]
+        return by_itself + others
+
+    def _editions(self, name: str, only: tuple[str, str] | None) -> dict[Mode, Path]:
+        folder = self._folder
+        if folder is None:
+            return {}
+        folders: dict[Mode, Path] = {}
+        for mode in self._options.modes:
+            if mode == "pdl" and only is None:
+                folders[mode] = folder
+                continue
+            into = self._scratch / f"{name}-{mode}"
+            folders[mode] = edition(folder, into, dependent=mode == "pdl", only=only)
+        return folders
+
+    def _measure_host(self) -> None:
+        options = self._options
+        variants = {kernel: names[0] for kernel, names in options.variants.items()}
+        settings = Settings({} if self._folder is None else {"pdl": self._folder}, variants)
+        batches = max(options.replays * 2 // 3, 1)
+        for model in options.models:
+            for tokens in HOST_TOKENS:
+                self._host += measure(self._machine, model, tokens, settings, batches)
+        self._say(report.host_table(self._host, self._peers.host_bar))
+        self._write()
+
+    def _measure_latency(self) -> None:
+        options = self._options
+        contenders = self._contenders()
+        for model in options.models:
+            figures = self._peers.models.get(model.name)
+            least = figures.routers if figures else 2
+            latencies = Latencies(
+                self._machine, model, contenders, options.modes, options.replays, least
+            )
+            self._routers[model.name] = latencies.routers
+            for tokens in options.tokens:
+                try:
+                    for cell in latencies.cells(tokens):
+                        self._cells.append(cell)
+                finally:
+                    self._write()
+                self._progress(model, tokens)
+            self._say(report.latency_table(self._cells, model, self._peers))
+
+    def _progress(self, model: Model, tokens: int) -> None:
+        here = [
+            f"{cell.contender} {'-' if cell.median_us is None else format(cell.median_us, '.2f')}"
+            for cell in self._cells
+            if (cell.model, cell.tokens, cell.mode) == (model.name, tokens, self._options.modes[0])
+        ]
+        self._echo(f"{model.name} {tokens}: {', '.join(here)}")
+
+    def _write(self) -> dict[str, Any]:
+        options = self._options
+        method = {
+            "replays": options.replays,
+            "routers": dict(self._routers),
+            "modes": list(options.modes),
+            "variants": {name: list(found) for name, found in options.variants.items()},
+        }
+        facts = {**self._facts, "method": method}
+        document = report.document(facts, self._cells, self._host, self._peers)
+        path = options.out / "bench.json"
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, path)
+        return document
+
+    def _draw(self, document: Mapping[str, Any]) -> None:
+        out = self._options.out
+        written = [out / "bench.json"]
+        if self._cells:
+            try:
+                written += plot.draw(document, self._options.models, self._peers, out)
+            except ImportError as error:
+                self._echo(f"no plot: {error}; next: pip install matplotlib")
+        self._echo(f"wrote {', '.join(map(str, written))}")
+
+
+def run(options: Options, machine: Machine, echo: Echo) -> bool:
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        return Run(options, machine, Path(scratch), echo).run()
