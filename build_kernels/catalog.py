@@ -33,13 +33,18 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
-    for the models it names. ``targets`` are those that its instructions exist on; empty means all.
+    for the models it names, and with ``tuned_only`` no other model has the variant. ``targets`` are
+    those that its instructions exist on; empty means all.
     """
 
     name: str
     constants: Mapping[str, int | float] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    tuned_only: bool = False
+
+    def suits(self, model: Model | None) -> bool:
+        return not self.tuned_only or (model is not None and model.name in self.tuned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +130,102 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            # Tiles of 128 tokens, each divided among 4, 2 or as few blocks as hold its sums.
+            # Small batches: the hidden dimension is split over the blocks of a cluster.
+            Variant(
+                "wgmma_64",
+                tuned={
+                    "dsv4-flash": {
+                        "TOKENS_TILE": 16,
+                        "GROUPS": 1,
+                        "CLUSTER_K": 16,
+                        "MAX_TOKENS": 64,
+                    },
+                    "dsv4-pro": {"TOKENS_TILE": 32, "GROUPS": 3, "CLUSTER_K": 14, "MAX_TOKENS": 64},
+                    "dsv41-flash": {
+                        "TOKENS_TILE": 32,
+                        "GROUPS": 3,
+                        "CLUSTER_K": 10,
+                        "MAX_TOKENS": 64,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
+            Variant(
+                "wgmma_128",
+                tuned={
+                    "dsv4-flash": {
+                        "TOKENS_TILE": 24,
+                        "GROUPS": 1,
+                        "CLUSTER_K": 16,
+                        "MAX_TOKENS": 128,
+                    },
+                    "dsv4-pro": {
+                        "TOKENS_TILE": 64,
+                        "GROUPS": 3,
+                        "CLUSTER_K": 14,
+                        "MAX_TOKENS": 128,
+                    },
+                    "dsv41-flash": {
+                        "TOKENS_TILE": 48,
+                        "GROUPS": 6,
+                        "CLUSTER_K": 5,
+                        "MAX_TOKENS": 128,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
+            Variant(
+                "wgmma_256",
+                tuned={
+                    "dsv4-flash": {
+                        "TOKENS_TILE": 40,
+                        "GROUPS": 1,
+                        "CLUSTER_K": 16,
+                        "MAX_TOKENS": 256,
+                    },
+                    "dsv4-pro": {
+                        "TOKENS_TILE": 128,
+                        "GROUPS": 3,
+                        "CLUSTER_K": 14,
+                        "MAX_TOKENS": 256,
+                    },
+                    "dsv41-flash": {
+                        "TOKENS_TILE": 128,
+                        "GROUPS": 3,
+                        "CLUSTER_K": 10,
+                        "MAX_TOKENS": 256,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
+            # Large batches: tiles of 128 tokens, each divided among ever fewer blocks.
             Variant(
                 "wgmma_narrow",
                 tuned={
-                    name: {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1}
-                    for name in ("dsv4-flash", "dsv4-pro", "dsv41-flash")
+                    "dsv4-flash": {
+                        "TOKENS_TILE": 160,
+                        "GROUPS": 1,
+                        "CLUSTER_K": 16,
+                        "MAX_TOKENS": 1024,
+                    },
+                    "dsv4-pro": {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1},
+                    "dsv41-flash": {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1},
                 },
                 targets=("sm_90a",),
+                tuned_only=True,
             ),
             Variant(
                 "wgmma_middle",
                 tuned={
-                    name: {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1}
-                    for name in ("dsv4-flash", "dsv4-pro", "dsv41-flash")
+                    "dsv4-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
+                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
+                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
                 },
                 targets=("sm_90a",),
+                tuned_only=True,
             ),
             Variant(
                 "wgmma_wide",

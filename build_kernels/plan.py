@@ -93,6 +93,8 @@ def plan(
         files = _source_files(kernel.name, kernel.language)
         for model in chosen:
             for variant in kernel.variants:
+                if not variant.suits(model):
+                    continue
                 constants = _constants(kernel, model, variant)
                 digest = source_digest(
                     files,

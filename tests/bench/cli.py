@@ -160,6 +160,6 @@ def main(
     )
     try:
         right = run(options, Cpu() if dry_run else Gpu(), click.echo)
-    except (RouterRuntimeError, ManifestError, RuntimeError) as error:
+    except (RouterRuntimeError, ManifestError) as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0 if right else 1)

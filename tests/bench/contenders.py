@@ -168,6 +168,8 @@ def _mm_activation_topk(layers: Layers, mode: Mode, settings: Settings) -> Route
 
 
 def _mm_triton(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    if layers.device.type == "cpu":
+        raise ImportError("Triton needs a GPU")
     from tests.bench.triton_topk import topk
 
     model = layers.model

@@ -10,6 +10,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from router_runtime.driver import check
+from router_runtime.errors import DriverError, explain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +46,13 @@ def compile_link(major: int, minor: int) -> bytes:
     if status:
         log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         check(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
-        raise RuntimeError(
-            f"chain_link: expected NVRTC to compile for sm_{major}{minor} (sm_90 or newer), "
-            f"found {status.name}: {log.decode(errors='replace').strip()}; use a newer GPU"
+        raise DriverError(
+            explain(
+                "chain_link",
+                expected=f"NVRTC to compile for sm_{major}{minor} (sm_90 or newer)",
+                found=f"{status.name}: {log.decode(errors='replace').strip()}",
+                remedy="use a newer GPU",
+            )
         )
     code = b" " * check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
     check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")

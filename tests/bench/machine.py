@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from router_runtime import driver
+from router_runtime.errors import DriverError, explain
 from tests.bench.link import Link, compile_link
 
 #: A GPU that idled through a compilation needs this long at work to be back at its clocks.
@@ -44,9 +45,14 @@ class Gpu:
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise RuntimeError(
-                f"benchmark: expected a GPU that torch {torch.__version__} can use, found none; "
-                "run it on a machine with one (make bench PYTHON_GPU=python3), or try --dry-run"
+            raise DriverError(
+                explain(
+                    "benchmark",
+                    expected=f"a GPU that torch {torch.__version__} can use",
+                    found="none",
+                    remedy="run it where there is one (make bench PYTHON_GPU=python3), or try "
+                    "--dry-run",
+                )
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._properties = torch.cuda.get_device_properties(self.device)

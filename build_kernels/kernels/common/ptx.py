@@ -8,87 +8,56 @@ c`` on its own, and section 3 of the design forbids that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cutlass import Boolean, Float32, Int32, Int64
-from cutlass._mlir.dialects import arith, llvm
+from cutlass._mlir.dialects import arith
 from cutlass.cutlass_dsl import T
 
+from build_kernels.kernels.common.inline import asm, pure, struct, unpack
+
 Number = TypeVar("Number", Int32, Float32)
-
-
-def _asm(result: Any, operands: Sequence[Any], text: str, constraints: str) -> Any:
-    return llvm.inline_asm(
-        result,
-        [operand.ir_value() for operand in operands],
-        text,
-        constraints,
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-
-
-def _pure(result: Any, operands: Sequence[Any], text: str, constraints: str) -> Any:
-    """Arithmetic without side effects, which the compiler may move or drop."""
-    return llvm.inline_asm(
-        result,
-        [operand.ir_value() for operand in operands],
-        text,
-        constraints,
-        has_side_effects=False,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-
-
-def _unpack(value: Any, kind: Any, element: Any, count: int) -> list[Any]:
-    return [kind(llvm.extractvalue(element, value, [i])) for i in range(count)]
-
-
-def _struct(element: Any, count: int) -> Any:
-    return llvm.StructType.get_literal([element] * count)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
 def add_rn(a: Float32, b: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a, b], "add.rn.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(pure(T.f32(), [a, b], "add.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def mul_rn(a: Float32, b: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(pure(T.f32(), [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def fma_rn(a: Float32, b: Float32, c: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"))
+    return Float32(pure(T.f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"))
 
 
 def div_rn(a: Float32, b: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(pure(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def sqrt_rn(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "sqrt.rn.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "sqrt.rn.f32 $0, $1;", "=f,f"))
 
 
 def max_f32(a: Float32, b: Float32) -> Float32:
     """max.f32: a NaN operand loses."""
-    return Float32(_pure(T.f32(), [a, b], "max.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(pure(T.f32(), [a, b], "max.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def min_f32(a: Float32, b: Float32) -> Float32:
     """min.f32: a NaN operand loses."""
-    return Float32(_pure(T.f32(), [a, b], "min.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(pure(T.f32(), [a, b], "min.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def abs_f32(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "abs.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "abs.f32 $0, $1;", "=f,f"))
 
 
 def neg_f32(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "neg.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "neg.f32 $0, $1;", "=f,f"))
 
 
 def unordered(a: Float32, b: Float32) -> Boolean:
@@ -97,15 +66,15 @@ def unordered(a: Float32, b: Float32) -> Boolean:
 
 
 def bits(a: Float32) -> Int32:
-    return Int32(_pure(T.i32(), [a], "mov.b32 $0, $1;", "=r,f"))
+    return Int32(pure(T.i32(), [a], "mov.b32 $0, $1;", "=r,f"))
 
 
 def from_bits(a: Int32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "mov.b32 $0, $1;", "=f,r"))
+    return Float32(pure(T.f32(), [a], "mov.b32 $0, $1;", "=f,r"))
 
 
 def max_u32(a: Int32, b: Int32) -> Int32:
-    return Int32(_pure(T.i32(), [a, b], "max.u32 $0, $1, $2;", "=r,r,r"))
+    return Int32(pure(T.i32(), [a, b], "max.u32 $0, $1, $2;", "=r,r,r"))
 
 
 def max_of(values: Sequence[Int32]) -> Int32:
@@ -118,7 +87,7 @@ def max_of(values: Sequence[Int32]) -> Int32:
 
 
 def min_s32(a: Int32, b: Int32) -> Int32:
-    return Int32(_pure(T.i32(), [a, b], "min.s32 $0, $1, $2;", "=r,r,r"))
+    return Int32(pure(T.i32(), [a, b], "min.s32 $0, $1, $2;", "=r,r,r"))
 
 
 def quotient(a: Int32, b: int) -> Int32:
@@ -159,26 +128,26 @@ def mma_m16n8k16(acc: list[Float32], a: Sequence[Int32], b: Sequence[Int32]) -> 
     Issued where it stands: taken for pure arithmetic, it would be hoisted out of branches not
     taken.
     """
-    result = _asm(
-        _struct(T.f32(), 4),
+    result = asm(
+        struct(T.f32(), 4),
         [*a, *b, *acc],
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
     )
-    return _unpack(result, Float32, T.f32(), 4)
+    return unpack(result, Float32, T.f32(), 4)
 
 
 def ldmatrix_x4(address: Int32) -> list[Int32]:
     """Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
     8."""
-    result = _asm(
-        _struct(T.i32(), 4),
+    result = asm(
+        struct(T.i32(), 4),
         [address],
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
         "=r,=r,=r,=r,r",
     )
-    return _unpack(result, Int32, T.i32(), 4)
+    return unpack(result, Int32, T.i32(), 4)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -186,18 +155,18 @@ def ldmatrix_x4(address: Int32) -> list[Int32]:
 
 def load_weight_v4(address: Int64) -> list[Int32]:
     """16 bytes of a buffer that no launch writes while kernels may read it."""
-    result = _asm(
-        _struct(T.i32(), 4),
+    result = asm(
+        struct(T.i32(), 4),
         [address],
         "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];",
         "=r,=r,=r,=r,l",
     )
-    return _unpack(result, Int32, T.i32(), 4)
+    return unpack(result, Int32, T.i32(), 4)
 
 
 def copy_bulk(shared: Int32, address: Int64, size: Int32, barrier: Int32) -> None:
     """Copy ``size`` bytes (a multiple of 16) from global memory; the mbarrier counts them."""
-    _asm(
+    asm(
         None,
         [shared, address, size, barrier],
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
@@ -209,7 +178,7 @@ def copy_bulk_multicast(
     shared: Int32, address: Int64, size: Int32, barrier: Int32, blocks: Int32
 ) -> None:
     """copy_bulk into every block of the cluster whose bit is set, each at the same offsets."""
-    _asm(
+    asm(
         None,
         [shared, address, size, barrier, blocks],
         "{ .reg .b16 mask; cvt.u16.u32 mask, $4;\n"
@@ -221,7 +190,7 @@ def copy_bulk_multicast(
 
 def copy_bulk_to_peer(remote: Int32, shared: Int32, size: Int32, barrier: Int32) -> None:
     """Copy own shared memory into a peer's; the peer's mbarrier counts the bytes."""
-    _asm(
+    asm(
         None,
         [remote, shared, size, barrier],
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
@@ -232,36 +201,36 @@ def copy_bulk_to_peer(remote: Int32, shared: Int32, size: Int32, barrier: Int32)
 
 def fence_async_shared() -> None:
     """Order this thread's shared-memory stores before bulk copies that read them."""
-    _asm(None, [], "fence.proxy.async.shared::cta;", "~{memory}")
+    asm(None, [], "fence.proxy.async.shared::cta;", "~{memory}")
 
 
 def load_shared_f32(address: Int32) -> Float32:
-    return Float32(_asm(T.f32(), [address], "ld.shared.f32 $0, [$1];", "=f,r,~{memory}"))
+    return Float32(asm(T.f32(), [address], "ld.shared.f32 $0, [$1];", "=f,r,~{memory}"))
 
 
 def load_shared_v2(address: Int32) -> list[Int32]:
-    result = _asm(
-        _struct(T.i32(), 2), [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r,~{memory}"
+    result = asm(
+        struct(T.i32(), 2), [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r,~{memory}"
     )
-    return _unpack(result, Int32, T.i32(), 2)
+    return unpack(result, Int32, T.i32(), 2)
 
 
 def load_shared_v4(address: Int32) -> list[Int32]:
-    result = _asm(
-        _struct(T.i32(), 4),
+    result = asm(
+        struct(T.i32(), 4),
         [address],
         "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
         "=r,=r,=r,=r,r,~{memory}",
     )
-    return _unpack(result, Int32, T.i32(), 4)
+    return unpack(result, Int32, T.i32(), 4)
 
 
 def store_shared_b32(address: Int32, value: Int32) -> None:
-    _asm(None, [address, value], "st.shared.b32 [$0], $1;", "r,r,~{memory}")
+    asm(None, [address, value], "st.shared.b32 [$0], $1;", "r,r,~{memory}")
 
 
 def store_shared_v4(address: Int32, values: Sequence[Int32]) -> None:
-    _asm(
+    asm(
         None,
         [address, *values],
         "st.shared.v4.b32 [$0], {$1,$2,$3,$4};",
@@ -270,21 +239,21 @@ def store_shared_v4(address: Int32, values: Sequence[Int32]) -> None:
 
 
 def store_shared_f32(address: Int32, value: Float32) -> None:
-    _asm(None, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
+    asm(None, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
 
 
 def store_shared_v2(address: Int32, a: Int32, b: Int32) -> None:
-    _asm(None, [address, a, b], "st.shared.v2.b32 [$0], {$1,$2};", "r,r,r,~{memory}")
+    asm(None, [address, a, b], "st.shared.v2.b32 [$0], {$1,$2};", "r,r,r,~{memory}")
 
 
 def map_shared(address: Int32, rank: Int32) -> Int32:
     """The address of the same shared-memory location in block ``rank`` of the cluster."""
-    return Int32(_pure(T.i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
+    return Int32(pure(T.i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
 
 
 def store_remote_v2(address: Int32, barrier: Int32, a: Int32, b: Int32) -> None:
     """Store 8 bytes into a peer's shared memory and count them on the peer's mbarrier."""
-    _asm(
+    asm(
         None,
         [address, a, b, barrier],
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [$0], {$1,$2}, [$3];",
@@ -293,16 +262,16 @@ def store_remote_v2(address: Int32, barrier: Int32, a: Int32, b: Int32) -> None:
 
 
 def load_global_f32(address: Int64) -> Float32:
-    return Float32(_asm(T.f32(), [address], "ld.global.f32 $0, [$1];", "=f,l"))
+    return Float32(asm(T.f32(), [address], "ld.global.f32 $0, [$1];", "=f,l"))
 
 
 def store_global_b32(address: Int64, value: Int32) -> None:
-    _asm(None, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
+    asm(None, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
 
 
 def store_record(address: Int64, words: Sequence[Int32]) -> None:
     """Publish 16 bytes to other blocks: two 64-bit words, each of which arrives whole."""
-    _asm(
+    asm(
         None,
         [address, *words],
         "{ .reg .b64 a, b; mov.b64 a, {$1,$2}; mov.b64 b, {$3,$4};\n"
@@ -313,19 +282,19 @@ def store_record(address: Int64, words: Sequence[Int32]) -> None:
 
 def load_record(address: Int64) -> list[Int32]:
     """Read what store_record published: two 64-bit words, each of them old or new."""
-    result = _asm(
-        _struct(T.i32(), 4),
+    result = asm(
+        struct(T.i32(), 4),
         [address],
         "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a,b}, [$4];\n"
         "mov.b64 {$0,$1}, a; mov.b64 {$2,$3}, b; }",
         "=r,=r,=r,=r,l,~{memory}",
     )
-    return _unpack(result, Int32, T.i32(), 4)
+    return unpack(result, Int32, T.i32(), 4)
 
 
 def atomic_add_relaxed(address: Int64, value: Int32) -> Int32:
     return Int32(
-        _asm(
+        asm(
             T.i32(),
             [address, value],
             "atom.relaxed.gpu.global.add.u32 $0, [$1], $2;",
@@ -338,16 +307,16 @@ def atomic_add_relaxed(address: Int64, value: Int32) -> Int32:
 
 
 def barrier_init(address: Int32, arrivals: int) -> None:
-    _asm(None, [address], f"mbarrier.init.shared.b64 [$0], {arrivals};", "r,~{memory}")
+    asm(None, [address], f"mbarrier.init.shared.b64 [$0], {arrivals};", "r,~{memory}")
 
 
 def barrier_init_fence() -> None:
-    _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}")
+    asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}")
 
 
 def barrier_expect(address: Int32, transaction_bytes: Int32) -> None:
     """Arrive once and expect so many bytes of asynchronous stores in this phase."""
-    _asm(
+    asm(
         None,
         [address, transaction_bytes],
         "mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;",
@@ -361,7 +330,7 @@ def barrier_wait(address: Int32) -> None:
     At block scope: shared memory has no cache to invalidate, and an acquire at cluster scope would
     invalidate L1 for nothing.
     """
-    _asm(
+    asm(
         None,
         [address],
         "{ .reg .pred p;\n"
@@ -376,19 +345,19 @@ def barrier_wait(address: Int32) -> None:
 def ballot(condition: Boolean) -> Int32:
     """The lanes of a full warp for which the condition holds."""
     text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-    return Int32(_asm(T.i32(), [select(condition, Int32(1), Int32(0))], text, "=r,r"))
+    return Int32(asm(T.i32(), [select(condition, Int32(1), Int32(0))], text, "=r,r"))
 
 
 def lower_lanes() -> Int32:
     """The mask of the lanes below this one."""
-    return Int32(_pure(T.i32(), [], "mov.u32 $0, %lanemask_lt;", "=r"))
+    return Int32(pure(T.i32(), [], "mov.u32 $0, %lanemask_lt;", "=r"))
 
 
 def redux_max_u32(value: Int32) -> Int32:
-    return Int32(_asm(T.i32(), [value], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r"))
+    return Int32(asm(T.i32(), [value], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r"))
 
 
 def broadcast(value: Int32, lane: Int32) -> Int32:
     return Int32(
-        _asm(T.i32(), [value, lane], "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r")
+        asm(T.i32(), [value, lane], "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r")
     )

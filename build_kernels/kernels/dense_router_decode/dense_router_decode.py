@@ -34,7 +34,7 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.common import ptx, scoring, selection
+from build_kernels.kernels.common import finish, ptx, scoring, selection
 from build_kernels.kernels.dense_router_decode.geometry import (
     LANES,
     MMA_K,
@@ -241,11 +241,29 @@ class DenseRouterDecode:
                 scratch,
                 lane,
             )
+            last = Int32(1)
             if cutlass.const_expr(g.groups > 1):
-                if self.merge(workspace, scratch, token, group, lane) != 0:
-                    self.store(weights_out, ids_out, scratch, token, scale, renormalize, lane)
-            else:
-                self.store(weights_out, ids_out, scratch, token, scale, renormalize, lane)
+                last = finish.merge(
+                    workspace.toint(),
+                    workspace.toint() + g.ticket_bytes,
+                    scratch,
+                    token,
+                    group,
+                    g.groups,
+                    g.top_k,
+                    lane,
+                )
+            if last != 0:
+                finish.store(
+                    weights_out.toint(),
+                    ids_out.toint(),
+                    scratch,
+                    token,
+                    g.top_k,
+                    scale,
+                    renormalize,
+                    lane,
+                )
         cute.arch.cluster_wait()
 
     def request_weights(
@@ -531,70 +549,6 @@ class DenseRouterDecode:
                         ]
                     sums[m][chunk][tile] = after
         return sums
-
-    @cute.jit
-    def store(
-        self,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
-        scratch: Int32,
-        token: Int32,
-        scale: Float32,
-        renormalize: Int32,
-        lane: Int32,
-    ) -> None:
-        g = self.g
-        weight, expert = selection.weight(g.top_k, scratch, lane, scale, renormalize)
-        if lane < g.top_k:
-            place = (Int64(token) * g.top_k + lane) * 4
-            ptx.store_global_b32(weights_out.toint() + place, ptx.bits(weight))
-            ptx.store_global_b32(ids_out.toint() + place, expert)
-
-    @cute.jit
-    def merge(
-        self, workspace: cute.Pointer, scratch: Int32, token: Int32, group: Int32, lane: Int32
-    ) -> Int32:
-        """Leave this group's candidates; the group that comes last merges all of them: not 0 there,
-        with the merged ones in ``scratch``.
-
-        A record is two 64-bit words, (id, key) and (1, score): neither is ever zero, so a record
-        that has arrived shows it.
-        """
-        g = self.g
-        count = g.groups * g.top_k
-        ticket = workspace.toint() + Int64(token) * 4
-        records = workspace.toint() + g.ticket_bytes + Int64(token) * (count * 16)
-        if lane < g.top_k:
-            key, score, expert, _ = ptx.load_shared_v4(scratch + lane * selection.RECORD_BYTES)
-            ptx.store_record(
-                records + Int64(group * g.top_k + lane) * 16, [expert, key, Int32(1), score]
-            )
-        cute.arch.sync_warp()
-        arrived = Int32(0)
-        if lane == 0:
-            arrived = ptx.atomic_add_relaxed(ticket, Int32(1))
-        last = ptx.select(
-            ptx.equal(ptx.broadcast(arrived, Int32(0)), Int32(g.groups - 1)), Int32(1), Int32(0)
-        )
-        if last != 0:
-            # In order of group and rank: for equal keys that is the order of the ids.
-            keys, scores, experts = [], [], []
-            for position in cutlass.range_constexpr(-(-count // LANES)):
-                number = lane * -(-count // LANES) + position
-                key, score, expert = Int32(0), Int32(0), Int32(0)
-                if number < count:
-                    address = records + Int64(number) * 16
-                    expert, key, valid, score = ptx.load_record(address)
-                    while key == 0 or valid == 0:
-                        expert, key, valid, score = ptx.load_record(address)
-                    ptx.store_record(address, [Int32(0)] * 4)
-                keys.append(key)
-                scores.append(score)
-                experts.append(expert)
-            if lane == 0:
-                ptx.store_global_b32(ticket, Int32(0))
-            selection.top_of_warp(keys, scores, experts, g.top_k, scratch, lane)
-        return last
 
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:

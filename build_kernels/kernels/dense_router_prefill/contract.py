@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
+from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
 
@@ -17,6 +18,8 @@ def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
 
 
 def contract(constants: Mapping[str, int | float]) -> Contract:
+    if "TOKENS_TILE" in constants:
+        return split_contract(SplitGeometry.of(constants))
     g = Geometry.of(constants)
     return Contract(
         parameters=(
@@ -38,27 +41,62 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
         cluster=(g.cluster_e, g.cluster_t, 1),
         dynamic_shared_memory=g.shared_bytes,
         programmatic_dependent_launch=True,
-        tensor_maps=(
-            TensorMap(
-                parameter="hidden_states",
-                argument="hidden_states",
-                dtype="bf16",
-                box=(K_BLOCK, g.owned_tokens),
-                swizzle="128B",
-            ),
-        ),
-        repacks=(
-            # The shared-memory image of the stages: for every 64 hidden elements, the 8 x 8 core
-            # matrices of the unswizzled K-major layout, 8 along the hidden dimension, then experts.
-            Repack(
-                parameter="packed_weight",
-                argument="weight",
-                rows=g.padded_experts,
-                shape=(g.padded_experts // 8, 8, g.blocks, 8, 8),
-                order=(2, 0, 3, 1, 4),
-            ),
-        ),
+        tensor_maps=(tensor_map(g.owned_tokens),),
+        repacks=(stage_image(g.padded_experts, g.hidden),),
         limits={"tokens": (1, 1 << 22)},
+    )
+
+
+def split_contract(g: SplitGeometry) -> Contract:
+    return Contract(
+        parameters=(
+            Parameter("hidden_states", "tensormap"),
+            Parameter("packed_weight", "ptr:bf16"),
+            Parameter("bias", "ptr:f32"),
+            Parameter("weights_out", "ptr:f32"),
+            Parameter("ids_out", "ptr:i32"),
+            Parameter("logits_out", "ptr:f32"),
+            Parameter("workspace", "ptr:u32"),
+            Parameter("tokens", "i32"),
+            Parameter("scale", "f32"),
+            Parameter("renormalize", "i32"),
+        ),
+        grid=(
+            GridAxis("constant", g.cluster_k),
+            GridAxis("ceil", 1, "tokens", g.tokens_tile),
+            GridAxis("constant", g.groups),
+        ),
+        block=(g.threads, 1, 1),
+        cluster=(g.cluster_k, 1, 1),
+        dynamic_shared_memory=g.shared_bytes,
+        programmatic_dependent_launch=True,
+        workspace_bytes=g.workspace_bytes,
+        tensor_maps=(tensor_map(g.tokens_tile),),
+        repacks=(stage_image(g.padded_experts, g.hidden),),
+        limits={"tokens": (1, g.max_tokens)},
+    )
+
+
+def tensor_map(rows: int) -> TensorMap:
+    """A box of 64 hidden elements of so many tokens, in the layout that the MMA reads."""
+    return TensorMap(
+        parameter="hidden_states",
+        argument="hidden_states",
+        dtype="bf16",
+        box=(K_BLOCK, rows),
+        swizzle="128B",
+    )
+
+
+def stage_image(padded_experts: int, hidden: int) -> Repack:
+    """The weights as the stages hold them: for every 64 hidden elements, the 8 x 8 core matrices of
+    the unswizzled K-major layout, 8 along the hidden dimension, then experts."""
+    return Repack(
+        parameter="packed_weight",
+        argument="weight",
+        rows=padded_experts,
+        shape=(padded_experts // 8, 8, hidden // K_BLOCK, 8, 8),
+        order=(2, 0, 3, 1, 4),
     )
 
 

@@ -3,18 +3,20 @@
 Mathematics: steps 1 to 7 of the router; the reduction order is the canonical one, so a token's
 result does not depend on its neighbours, its row or their number, and equals the decode kernel's.
 
-How it runs. A block owns 128 tokens and a part of the experts (geometry.py). Two warps feed two rings
-of shared-memory stages, one of hidden states (by a tensor map), one of weights (bulk copies of the
-packed image); blocks of a cluster that need the same stage each fetch a share of it and multicast.
-Two warpgroups, 64 tokens each, multiply: tokens are the rows of the MMA, experts its columns. The MMA
-accumulates one chunk of the hidden dimension from zero; then its partial sums are added to the totals
-while the other warpgroup keeps the tensor cores busy.
+How it runs. A block owns 128 tokens and a part of the experts (geometry.py). Two warps feed two
+rings of shared-memory stages, one of hidden states (by a tensor map), one of weights (bulk copies
+of the packed image); blocks of a cluster that need the same stage each fetch a share of it and
+multicast. Two warpgroups, 64 tokens each, multiply: tokens are the rows of the MMA, experts its
+columns. The MMA accumulates one chunk of the hidden dimension from zero; then its partial sums are
+added to the totals while the other warpgroup keeps the tensor cores busy.
 
-Selection works on few experts. Every thread bounds the keys it holds from above and below, by hardware
-approximations with a rigorous margin; a lower bound of the token's k-th key follows, and whatever may
-reach it becomes a candidate, some ten a token. Only candidates get their exact score and key. The
-blocks of a tile divide its tokens; the owner of a token reads the others' logits and candidates
-through the cluster.
+Selection works on few experts. Every thread bounds the keys it holds from above and below, by
+hardware approximations with a rigorous margin; a lower bound of the token's k-th key follows, and
+whatever may reach it becomes a candidate, some ten a token. Only candidates get their exact score
+and key. The blocks of a tile divide its tokens; the owner of a token reads the others' logits and
+candidates through the cluster.
+
+Small batches take the form of split_k.py: another division of the same work, with the same bits.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.common import ptx, scoring
-from build_kernels.kernels.dense_router_prefill import bulk
+from build_kernels.kernels.common import bulk, ptx, scoring
+from build_kernels.kernels.dense_router_prefill import split_k
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
     LANES,
@@ -55,7 +57,8 @@ SCREEN_ABSOLUTE = 2.0**-10
 
 @dataclass(frozen=True)
 class Rings:
-    """What a consumer needs of the two rings: barriers, operand descriptors, the two forms of MMA."""
+    """What a consumer needs of the two rings: barriers, operand descriptors, the two forms of
+    MMA."""
 
     hidden_full: Int32
     weight_full: Int32
@@ -182,16 +185,15 @@ class DenseRouterPrefill:
                     self.feed_hidden(
                         tensor_map, shared, hidden_full, hidden_empty, first_token, part_e, part_t
                     )
-            elif warp == g.consumer_warps + 1:
-                if lane == 0:
-                    self.feed_weight(
-                        packed_weight.toint(),
-                        shared + g.weight_offset,
-                        weight_full,
-                        weight_empty,
-                        part_e,
-                        part_t,
-                    )
+            elif warp == g.consumer_warps + 1 and lane == 0:
+                self.feed_weight(
+                    packed_weight.toint(),
+                    shared + g.weight_offset,
+                    weight_full,
+                    weight_empty,
+                    part_e,
+                    part_t,
+                )
             self.meet()
             self.part()
         else:
@@ -200,15 +202,11 @@ class DenseRouterPrefill:
                 shared, hidden_full, hidden_empty, weight_full, weight_empty, part_e, part_t, thread
             )
             # The rings become the epilogue's: everything sent to them has arrived and been read.
-            cute.arch.barrier(
-                barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP
-            )
+            cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
             self.screen(totals, shared, biases + part_e * (g.block_experts * 4), thread)
             self.meet()
             if cutlass.const_expr(g.cluster_e == 1):
-                cute.arch.barrier(
-                    barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP
-                )
+                cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
             cute.arch.griddepcontrol_wait()
             self.select(
                 shared,
@@ -234,7 +232,8 @@ class DenseRouterPrefill:
             cute.arch.cluster_arrive_relaxed()
 
     def part(self) -> None:
-        """Leave only after the others have read this block's logits, and have released its stages."""
+        """Leave only after the others have read this block's logits, and have released its
+        stages."""
         if self.g.cluster_e > 1:
             cute.arch.cluster_arrive_relaxed()
         if self.g.cluster > 1:
@@ -253,8 +252,8 @@ class DenseRouterPrefill:
         part_e: Int32,
         part_t: Int32,
     ) -> None:
-        """Fill the ring with 64 hidden elements of the tile's tokens a stage; each block of the tile
-        fetches its share of the rows for all of them."""
+        """Fill the ring with 64 hidden elements of the tile's tokens a stage; each block of the
+        tile fetches its share of the rows for all of them."""
         g = self.g
         share = g.hidden_stage_bytes // g.cluster_e
         peers = Int32((1 << g.cluster_e) - 1) << (part_t * g.cluster_e)
@@ -457,9 +456,8 @@ class DenseRouterPrefill:
         self, rings: Rings, hidden: Int32, weight: Int32, last_pass: cutlass.Constexpr[bool]
     ) -> None:
         g = self.g
-        if cutlass.const_expr(last_pass):
-            if rings.lane < g.cluster_e:
-                bulk.arrive_remote(rings.hidden_release + 8 * hidden)
+        if last_pass and rings.lane < g.cluster_e:
+            bulk.arrive_remote(rings.hidden_release + 8 * hidden)
         if rings.lane < g.cluster_t:
             bulk.arrive_remote(rings.weight_release + 8 * weight)
 
@@ -482,9 +480,13 @@ class DenseRouterPrefill:
         for half in range(2):
             place = shared + (row + 8 * half) * g.logit_row_bytes + quad * 8
             for pair in range(g.block_experts // 8):
-                bulk.store_shared_f32x2(place + pair * 32, logit(half, pair, 0), logit(half, pair, 1))
+                values = [logit(half, pair, i) for i in range(2)]
+                bulk.store_shared_f32x2(place + pair * 32, *values)
         scores = [
-            [[screened(logit(half, pair, i)) for i in range(2)] for pair in range(g.block_experts // 8)]
+            [
+                [screened(logit(half, pair, i)) for i in range(2)]
+                for pair in range(g.block_experts // 8)
+            ]
             for half in range(2)
         ]
         best = [[Float32(float("-inf"))] * g.groups for _ in range(2)]
@@ -522,16 +524,14 @@ class DenseRouterPrefill:
                 + quad * (4 * g.mask_words)
             )
             for word in range(g.mask_words):
-                bulk.store_shared_b32(place + 4 * word, masks[half][word])
+                ptx.store_shared_b32(place + 4 * word, masks[half][word])
 
     def threshold(self, best: Sequence[Float32]) -> Float32:
         """A lower bound of the k-th largest key of a token, given the largest lower bounds of the
         groups of this thread: the k-th largest over the four threads that hold the token."""
         values = list(best)
         for lanes in (1, 2):
-            values += [
-                ptx.from_bits(bulk.shuffle_xor(ptx.bits(value), lanes)) for value in values
-            ]
+            values += [ptx.from_bits(bulk.shuffle_xor(ptx.bits(value), lanes)) for value in values]
         # The (n - k + 1) smallest in ascending order, by insertion.
         smallest: list[Float32] = []
         keep = len(values) - self.g.top_k + 1
@@ -571,10 +571,9 @@ class DenseRouterPrefill:
         own_pair = ptx.remainder(member, 2)
         logits = shared + row * g.logit_row_bytes
         own_logits = self.at_part(logits, own_part, part_t)
-        masks = (
-            self.at_part(shared + g.mask_offset + row * g.mask_row_bytes, own_part, part_t)
-            + own_pair * (8 * g.mask_words)
-        )
+        masks = self.at_part(
+            shared + g.mask_offset + row * g.mask_row_bytes, own_part, part_t
+        ) + own_pair * (8 * g.mask_words)
         words = cute.make_rmem_tensor(2 * g.mask_words, Int32)
         for i in cutlass.range_constexpr(2 * g.mask_words):
             words[i] = ptx.select(valid, bulk.load_cluster_b32(masks + 4 * i), Int32(0))
@@ -603,9 +602,7 @@ class DenseRouterPrefill:
 
         # Member i answers for the ranks i, i + token_threads, ...
         turns = -(-g.top_k // g.token_threads)
-        experts = [
-            ptx.select(valid, ~bulk.halves(rank)[1], Int32(0)) for rank in best
-        ]
+        experts = [ptx.select(valid, ~bulk.halves(rank)[1], Int32(0)) for rank in best]
         own_experts, own_scores = [], []
         for turn in cutlass.range_constexpr(turns):
             expert = own_rank(experts[turn * g.token_threads :][: g.token_threads], member)
@@ -649,7 +646,7 @@ class DenseRouterPrefill:
         for i in reversed(range(len(left))):
             some = ptx.equal(left[i], Int32(0))
             word = ptx.select(some, word, left[i])
-            # Mask i / mask_words of this pair: quad 2 pair + i / mask_words, bits from 32 (i % ...).
+            # Mask i / mask_words of this pair: quad 2 pair + i / mask_words, from bit 32 (i % ...).
             base = (2 * pair + i // g.mask_words) * 2 + (i % g.mask_words) * 128
             column = ptx.select(some, column, base)
         for i in range(len(left)):
@@ -727,6 +724,8 @@ def own_rank(values: Sequence[Int32], member: Int32) -> Int32:
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
+    if "TOKENS_TILE" in constants:
+        return split_k.program(constants)
     gmem = cute.AddressSpace.gmem
     arguments = (
         make_ptr(BFloat16, 0, gmem, assumed_align=16),

@@ -1,4 +1,5 @@
-"""How the prefill kernel divides a batch among clusters, blocks and warps; shared by contract and source."""
+"""How the prefill kernel divides a batch among clusters, blocks and warps; shared by contract and
+source."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ def ceil_div(a: int, b: int) -> int:
 class Geometry:
     """A cluster is ``cluster_e`` x ``cluster_t`` blocks and routes ``cluster_t`` tiles of tokens.
 
-    The ``cluster_e`` blocks of one tile share its hidden states and divide the experts among them; the
-    ``cluster_t`` blocks of one part of the experts share its weights. A block multiplies its part of
-    the experts in ``passes`` passes over each chunk, so that only one pass's partial sums need
-    registers beside the totals.
+    The ``cluster_e`` blocks of one tile share its hidden states and divide the experts among them;
+    the ``cluster_t`` blocks of one part of the experts share its weights. A block multiplies its
+    part of the experts in ``passes`` passes over each chunk, so that only one pass's partial sums
+    need registers beside the totals.
     """
 
     hidden: int
@@ -62,7 +63,8 @@ class Geometry:
 
     @property
     def mma_n(self) -> int:
-        """Experts of one pass: the N of the MMA, divisible among the blocks that share its weights."""
+        """Experts of one pass: the N of the MMA, divisible among the blocks that share its
+        weights."""
         step = 8 * self.cluster_t
         return ceil_div(self.experts, self.cluster_e * self.passes * step) * step
 

@@ -1,4 +1,5 @@
-"""PTX instructions of the prefill pipeline: tensor-map copies, phased and remote mbarriers, screening.
+"""PTX instructions of the prefill pipeline: tensor-map copies, phased and remote mbarriers,
+screening.
 
 The same conventions as kernels/common/ptx.py: scalars in, scalars out, addresses are integers.
 """
@@ -10,7 +11,7 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import arith, cute_nvgpu
 from cutlass.cutlass_dsl import T
 
-from build_kernels.kernels.common.ptx import _asm, _pure, _struct, _unpack
+from build_kernels.kernels.common.inline import asm, pure, struct, unpack
 
 # --- tensor maps ----------------------------------------------------------------------------------
 
@@ -23,12 +24,12 @@ def tensor_map_address(atom: cute.CopyAtom) -> Int64:
 
 
 def prefetch_tensor_map(tensor_map: Int64) -> None:
-    _asm(None, [tensor_map], "prefetch.tensormap [$0];", "l,~{memory}")
+    asm(None, [tensor_map], "prefetch.tensormap [$0];", "l,~{memory}")
 
 
 def copy_tile(shared: Int32, tensor_map: Int64, x: Int32, y: Int32, barrier: Int32) -> None:
     """Copy the map's box at (x, y), innermost first; the mbarrier counts the bytes."""
-    _asm(
+    asm(
         None,
         [shared, tensor_map, x, y, barrier],
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -41,7 +42,7 @@ def copy_tile_multicast(
     shared: Int32, tensor_map: Int64, x: Int32, y: Int32, barrier: Int32, blocks: Int32
 ) -> None:
     """copy_tile into every block of the cluster whose bit is set, each at the same offsets."""
-    _asm(
+    asm(
         None,
         [shared, tensor_map, x, y, barrier, blocks],
         "{ .reg .b16 mask; cvt.u16.u32 mask, $5;\n"
@@ -56,7 +57,7 @@ def copy_tile_multicast(
 
 def wait(barrier: Int32, parity: Int32) -> None:
     """Wait until the phase of that parity has completed."""
-    _asm(
+    asm(
         None,
         [barrier, parity],
         "{ .reg .pred p;\n"
@@ -68,13 +69,18 @@ def wait(barrier: Int32, parity: Int32) -> None:
     )
 
 
+def arrive(barrier: Int32) -> None:
+    """Arrive on a barrier of this block."""
+    asm(None, [barrier], "mbarrier.arrive.shared::cta.b64 _, [$0];", "r,~{memory}")
+
+
 def arrive_remote(barrier: Int32) -> None:
     """Arrive on a barrier of any block of the cluster (an address from map_shared).
 
     Orders only what this thread's block sees: enough for a thread that has merely read, and whose
     reads have completed. A release at cluster scope would flush memory each time.
     """
-    _asm(
+    asm(
         None,
         [barrier],
         "mbarrier.arrive.shared::cluster.b64 _, [$0];",
@@ -86,42 +92,38 @@ def arrive_remote(barrier: Int32) -> None:
 
 
 def load_shared_f32x2(address: Int32) -> list[Float32]:
-    result = _asm(
-        _struct(T.f32(), 2), [address], "ld.shared.v2.f32 {$0,$1}, [$2];", "=f,=f,r,~{memory}"
+    result = asm(
+        struct(T.f32(), 2), [address], "ld.shared.v2.f32 {$0,$1}, [$2];", "=f,=f,r,~{memory}"
     )
-    return _unpack(result, Float32, T.f32(), 2)
+    return unpack(result, Float32, T.f32(), 2)
 
 
 def store_shared_f32x2(address: Int32, a: Float32, b: Float32) -> None:
-    _asm(None, [address, a, b], "st.shared.v2.f32 [$0], {$1,$2};", "r,f,f,~{memory}")
-
-
-def store_shared_b32(address: Int32, value: Int32) -> None:
-    _asm(None, [address, value], "st.shared.b32 [$0], $1;", "r,r,~{memory}")
+    asm(None, [address, a, b], "st.shared.v2.f32 [$0], {$1,$2};", "r,f,f,~{memory}")
 
 
 def load_cluster_f32(address: Int32) -> Float32:
     """Load from the shared memory of any block of the cluster."""
-    return Float32(_asm(T.f32(), [address], "ld.shared::cluster.f32 $0, [$1];", "=f,r,~{memory}"))
+    return Float32(asm(T.f32(), [address], "ld.shared::cluster.f32 $0, [$1];", "=f,r,~{memory}"))
 
 
 def load_cluster_b32(address: Int32) -> Int32:
-    return Int32(_asm(T.i32(), [address], "ld.shared::cluster.b32 $0, [$1];", "=r,r,~{memory}"))
+    return Int32(asm(T.i32(), [address], "ld.shared::cluster.b32 $0, [$1];", "=r,r,~{memory}"))
 
 
 # --- approximate arithmetic, for screening only ---------------------------------------------------
 
 
 def exp2_approx(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def log2_approx(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "lg2.approx.ftz.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "lg2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def sqrt_approx(a: Float32) -> Float32:
-    return Float32(_pure(T.f32(), [a], "sqrt.approx.ftz.f32 $0, $1;", "=f,f"))
+    return Float32(pure(T.f32(), [a], "sqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def not_less(a: Float32, b: Float32) -> Boolean:
@@ -133,13 +135,13 @@ def not_less(a: Float32, b: Float32) -> Boolean:
 
 
 def pack(high: Int32, low: Int32) -> Int64:
-    return Int64(_pure(T.i64(), [low, high], "mov.b64 $0, {$1,$2};", "=l,r,r"))
+    return Int64(pure(T.i64(), [low, high], "mov.b64 $0, {$1,$2};", "=l,r,r"))
 
 
 def halves(value: Int64) -> tuple[Int32, Int32]:
     """(high, low)"""
-    result = _pure(_struct(T.i32(), 2), [value], "mov.b64 {$0,$1}, $2;", "=r,=r,l")
-    low, high = _unpack(result, Int32, T.i32(), 2)
+    result = pure(struct(T.i32(), 2), [value], "mov.b64 {$0,$1}, $2;", "=r,=r,l")
+    low, high = unpack(result, Int32, T.i32(), 2)
     return high, low
 
 
@@ -150,10 +152,10 @@ def above(a: Int64, b: Int64) -> Boolean:
 
 def shuffle_xor(value: Int32, lanes: int) -> Int32:
     text = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
-    return Int32(_asm(T.i32(), [value], text, "=r,r"))
+    return Int32(asm(T.i32(), [value], text, "=r,r"))
 
 
 def lowest_bit(mask: Int32) -> Int32:
     """Index of the lowest set bit of a mask that is not zero."""
     text = "{ .reg .b32 t; brev.b32 t, $1; bfind.shiftamt.u32 $0, t; }"
-    return Int32(_pure(T.i32(), [mask], text, "=r,r"))
+    return Int32(pure(T.i32(), [mask], text, "=r,r"))

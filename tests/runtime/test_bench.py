@@ -1,0 +1,839 @@
+"""The benchmark without a GPU: its arithmetic, its report, its options, and a dry run of all of it.
+
+Nothing here looks at a clock: figures come from a machine that says what it is told to say.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import ctypes
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from cuda.bindings import driver as real
+
+from build_kernels.catalog import MODELS, Model
+from router_runtime.artifacts import read_manifest
+from router_runtime.kernels import kernels_on
+from router_runtime.resolve import Request
+from tests.bench import cli, host, peers, report
+from tests.bench import run as run_
+from tests.bench.artifacts import dense_variants, edition, entries_here
+from tests.bench.chain import CACHES, INPUT_BYTES, Output, make_chain, make_layers, plan
+from tests.bench.contenders import (
+    CONTENDERS,
+    MM,
+    MODES,
+    OURS,
+    Contender,
+    Settings,
+    alone,
+    field,
+    mathematics,
+)
+from tests.bench.host import HostCell
+from tests.bench.latency import Cell, Latencies
+from tests.bench.link import Link
+from tests.bench.machine import Broken, Cpu, Gpu, attempt
+
+FLASH, PRO, FLASH41 = MODELS
+H100_L2 = 50 << 20
+PEERS = peers.load()
+
+
+# --- the peers' figures ---
+
+
+def test_peers_are_the_documents():
+    assert PEERS.tokens == (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+    assert set(PEERS.models) == {model.name for model in MODELS}
+    assert {name: figures.routers for name, figures in PEERS.models.items()} == {
+        "dsv4-flash": 80,
+        "dsv4-pro": 32,
+        "dsv41-flash": 40,
+    }
+    corners = [
+        (PEERS.models[model].best_peer[tokens], PEERS.models[model].torch_mm[tokens])
+        for model in ("dsv4-flash", "dsv4-pro", "dsv41-flash")
+        for tokens in (1, 32, 16384)
+    ]
+    assert corners == [
+        *((4.07, 6.8), (6.71, 7.0), (88.0, 65.9)),
+        *((6.29, 7.2), (11.2, 7.5), (182, 144)),
+        *((6.42, 7.0), (10.35, 7.4), (140, 106)),
+    ]
+
+
+def test_peers_with_a_missing_figure_are_refused():
+    document = json.loads(peers.PATH.read_text())
+    document["models"]["dsv4-pro"]["best_peer"].pop()
+    with pytest.raises(ValueError, match="shorter"):
+        peers.parse(document)
+
+
+def test_bars():
+    assert [PEERS.bar(tokens) for tokens in (1, 64, 65, 128, 16384, 16385)] == [
+        *(0.6, 0.6, None, 0.75, 0.75, None)
+    ]
+    assert PEERS.host_bar == 0.6
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "microseconds"),
+    [
+        (FLASH, 1, 1.0),  # an empty node: the weights take 0.70
+        (FLASH41, 1, 1.31),
+        (PRO, 1, 1.84),
+        (FLASH, 16384, 45),  # memory
+        (FLASH41, 16384, 82),  # tensor cores
+        (PRO, 16384, 114),
+    ],
+)
+def test_floors_are_the_documents(model: Model, tokens: int, microseconds: float):
+    assert PEERS.floor.of(model, tokens) == pytest.approx(microseconds, rel=0.012)
+
+
+def test_peers_scale_with_the_devices_torch_mm():
+    assert PEERS.scaled("dsv4-flash", 64, 7.1) == pytest.approx(9.86)
+    assert PEERS.scaled("dsv4-flash", 64, 2 * 7.1) == pytest.approx(2 * 9.86)
+    assert PEERS.scaled("dsv4-flash", 64, None) is None
+    assert PEERS.scaled("dsv4-flash", 65, 7.1) is None
+    assert PEERS.scaled("another", 64, 7.1) is None
+
+
+# --- the chain ---
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("l2_bytes", [H100_L2, 126 << 20])
+def test_a_chain_outgrows_the_cache_and_fits_the_device(model: Model, l2_bytes: int):
+    least = PEERS.models[model.name].routers
+    for tokens in PEERS.tokens:
+        routers, inputs = plan(model, tokens, l2_bytes, least)
+        weight_bytes = 2 * model.hidden * model.experts * routers
+        input_bytes = 2 * model.hidden * tokens * inputs
+        assert routers >= least
+        assert weight_bytes >= CACHES * l2_bytes
+        assert inputs == routers or input_bytes >= CACHES * l2_bytes
+        assert input_bytes <= max(INPUT_BYTES, 2 * CACHES * l2_bytes)
+        if l2_bytes == H100_L2:
+            assert routers == least
+
+
+@pytest.fixture
+def chain():
+    model = cli.TINY
+    layers = make_layers(model, 3, torch.device("cpu"))
+    return make_chain(Cpu(), layers, 5, 2)
+
+
+def right(chain: Any) -> Callable[[int, torch.Tensor], Output]:
+    layers, model = chain.layers, chain.layers.model
+
+    def route(layer: int, x: torch.Tensor) -> Output:
+        weight, bias = layers.weights[layer], layers.biases[layer]
+        weights, ids = mathematics(x, weight, bias, model.top_k, model.scale)
+        return Output(weights, ids)
+
+    return route
+
+
+def test_every_router_of_a_chain_depends_on_the_one_before(chain):
+    previous, seen = chain.first, []
+
+    def route(layer: int, x: torch.Tensor) -> Output:
+        nonlocal previous
+        assert x is chain.inputs[layer % 2]
+        torch.testing.assert_close(x[:, 0], previous[:, 0].bfloat16(), rtol=0, atol=0)
+        seen.append(layer)
+        output = right(chain)(layer, x)
+        previous = output.values
+        return output
+
+    chain.routed(route, True)
+    assert seen == [0, 1, 2]
+
+
+def test_a_chain_tells_right_results_from_wrong_ones(chain):
+    output = chain.routed(right(chain), True)
+    assert chain.wrong_rows(output) == 0
+    assert output.ids is not None
+    swapped = output._replace(ids=output.ids.flip(1))
+    assert chain.wrong_rows(swapped) == 5
+    values = output.values.clone()
+    values[1] *= 1.01
+    assert chain.wrong_rows(output._replace(values=values)) == 1
+    values[2] = torch.nan
+    assert chain.wrong_rows(output._replace(values=values)) == 2
+
+
+def test_a_chain_checks_bare_logits(chain):
+    route = CONTENDERS[MM].make(chain.layers, "pdl", Settings({}, {}))
+    output = chain.routed(route, True)
+    assert output.ids is None
+    assert chain.wrong_rows(output) == 0
+    assert chain.wrong_rows(output._replace(values=output.values + 0.01)) == 5
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "mm+triton"])
+def test_contenders_agree_with_the_oracle(name: str, chain):
+    route = CONTENDERS[name].make(chain.layers, "pdl", Settings({}, {}))
+    assert chain.wrong_rows(chain.routed(route, True)) == 0
+
+
+# --- the figures ---
+
+
+class Told(Cpu):
+    """Takes as many microseconds for each chain as it is told."""
+
+    def __init__(self, *times: list[float]) -> None:
+        self.times = list(times)
+        self.dead = False
+
+    def timed(self, chain: Callable[[], Any], replays: int) -> tuple[list[float], Any]:
+        times = self.times.pop(0)
+        assert len(times) == replays
+        return times, chain()
+
+    def synchronize(self) -> None:
+        if self.dead:
+            raise RuntimeError("illegal memory access")
+
+
+def latencies(machine: Told, *contenders: Contender, modes: Any = ("pdl",)) -> Latencies:
+    replays = len(machine.times[0])
+    return Latencies(machine, cli.TINY, contenders, modes, replays, 4)
+
+
+def test_a_figure_is_the_replays_over_the_routers_without_the_links():
+    machine = Told([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
+    (cell,) = latencies(machine, CONTENDERS[MM]).cells(3)
+    assert (cell.model, cell.tokens, cell.contender, cell.mode) == ("tiny", 3, MM, "pdl")
+    assert cell.routers == 4
+    assert cell.link_us == 2.0
+    assert (cell.low_us, cell.median_us, cell.high_us) == (9.0, 10.0, 98.0)
+    assert cell.wrong_rows == 0
+    assert cell.error is None
+
+
+def test_each_mode_has_links_of_its_own():
+    machine = Told([4.0], [44.0], [8.0], [44.0])
+    cells = latencies(machine, CONTENDERS[MM], modes=MODES).cells(3)
+    assert [(c.mode, c.link_us, c.median_us) for c in cells] == [
+        ("pdl", 1.0, 10.0),
+        ("plain", 2.0, 9.0),
+    ]
+
+
+def test_a_wrong_contender_is_an_error_with_a_figure():
+    def make(layers: Any, mode: Any, settings: Any) -> Any:
+        return lambda layer, x: Output(torch.zeros(x.shape[0], 24), None)
+
+    (cell,) = latencies(Told([4.0], [44.0]), Contender("broken", make)).cells(5)
+    assert cell.median_us == 10.0
+    assert cell.wrong_rows == 5
+    assert cell.error == "wrong: 5 of the rows checked differ from the oracle"
+
+
+def test_a_failing_contender_does_not_stop_the_others():
+    def make(layers: Any, mode: Any, settings: Any) -> Any:
+        raise ValueError("no such kernel")
+
+    machine = Told([4.0], [44.0])
+    broken, fine = latencies(machine, Contender("broken", make), CONTENDERS[MM]).cells(5)
+    assert broken.error == "failed: ValueError: no such kernel"
+    assert broken.median_us is None
+    assert fine.median_us == 10.0
+
+
+def test_a_dead_device_stops_the_run():
+    machine = Told()
+
+    def die() -> None:
+        machine.dead = True
+        raise RuntimeError("launch failed")
+
+    with pytest.raises(Broken, match=r"launch failed.*illegal memory access"):
+        attempt(die, machine)
+
+
+def test_the_product_says_what_serves_it_and_a_kernel_alone_declines_more(monkeypatch):
+    @dataclasses.dataclass
+    class Entry:
+        key: str
+
+    @dataclasses.dataclass
+    class Span:
+        high: int
+        entry: Entry
+
+    spans = (Span(8, Entry("decode")), Span(64, Entry("prefill")))
+    layers = make_layers(cli.TINY, 1, torch.device("cpu"))
+    monkeypatch.setattr("router_runtime.Router.spans", spans)
+    product = CONTENDERS[OURS].make(layers, "pdl", Settings({}, {}))
+    assert [product.served_by(tokens) for tokens in (8, 9, 65)] == [
+        *("decode", "prefill", "prefill, by parts")
+    ]
+    assert not product.declines(65)
+    by_itself = CONTENDERS[OURS].make(layers, "pdl", Settings({}, {}, alone=True))
+    assert [by_itself.declines(tokens) for tokens in (64, 65)] == [False, True]
+    machine = Told([4.0])
+    assert list(latencies(machine, alone({}, "k", "v")).cells(65)) == []
+
+
+def test_host_times_are_medians_over_batches_that_take_turns():
+    turns: list[str] = []
+    calls = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
+    times = host.submit_times(calls, lambda: turns.append("|"), 2, 3)
+    assert "".join(turns) == "|aaa|bbb" * 2 + "|"
+    assert {name: len(figures) for name, figures in times.items()} == {"a": 2, "b": 2}
+
+
+def test_percentiles():
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert [host.percentile(values, fraction) for fraction in (0, 0.1, 0.5, 0.9, 1)] == [
+        *(1, 1, 3, 5, 5)
+    ]
+
+
+# --- the comparison and the tables ---
+
+
+def cell(contender: str, median: float | None, tokens: int = 64, **changes: Any) -> Cell:
+    blank = Cell("dsv4-flash", tokens, contender, "pdl", 80, 80, 1.0, median, median, median, 0)
+    return dataclasses.replace(blank, **changes)
+
+
+def test_comparison_scales_the_peer():
+    # This device runs torch.mm half as fast as the document's, so the peer gets twice 9.86.
+    cells = [cell(OURS, 11.0), cell(MM, 14.2), cell("eager", 60.0)]
+    (found,) = report.compare(cells, PEERS)
+    assert found.best_peer_us == 9.86
+    assert found.scaled_peer_us == pytest.approx(19.72)
+    assert found.ratio == pytest.approx(11.0 / 19.72)
+    assert (found.bar, found.met) == (0.6, True)
+    (found,) = report.compare([cell(OURS, 12.0), cell(MM, 14.2)], PEERS)
+    assert not found.met
+
+
+def test_comparison_needs_our_right_figure_and_a_torch_mm_of_the_same_cell():
+    mm = cell(MM, 7.1)
+    for cells in (
+        [cell(OURS, 5.0)],
+        [cell(OURS, 5.0), cell(MM, 7.1, tokens=32)],
+        [cell(OURS, 5.0), cell(MM, 7.1, mode="plain")],
+        [cell(OURS, 5.0, mode="plain"), mm],
+        [cell(OURS, 5.0, error="wrong: 9 rows"), mm],
+        [cell(OURS, None, error="failed: x"), mm],
+        [cell(OURS, 5.0, tokens=65), cell(MM, 7.1, tokens=65)],
+    ):
+        assert report.compare(cells, PEERS) == []
+
+
+def test_comparison_takes_every_variant():
+    cells = [cell(f"{OURS}[a]", 5.0), cell("dense_router_decode/b", 6.0), cell(MM, 7.1)]
+    found = [each.contender for each in report.compare(cells, PEERS)]
+    assert found == [f"{OURS}[a]", "dense_router_decode/b"]
+
+
+def host_cell(contender: str, median: float | None, **changes: Any) -> HostCell:
+    blank = HostCell("dsv4-flash", 1, contender, median, median, median, 90.0, 30.0)
+    return dataclasses.replace(blank, **changes)
+
+
+def test_host_comparison():
+    cells = [
+        host_cell(host.ROUTER, 10.0),
+        host_cell(host.OP, 13.0),
+        host_cell(host.PEER, 20.0),
+        host_cell(host.ROUTER, 10.0, tokens=64),
+    ]
+    found = report.compare_host(cells, 0.6)
+    assert [(each.contender, each.ratio, each.met) for each in found] == [
+        (host.ROUTER, 0.5, True),
+        (host.OP, 0.65, False),
+    ]
+    table = report.host_table(cells, 0.6)
+    assert table[3].split() == [
+        *(host.ROUTER, "1", "dsv4-flash", "10.00", "10.00", "10.00"),
+        *("90.00", "30.00", "0.500", "yes"),
+    ]
+    assert table[4].split()[-1] == "NO"
+    assert report.host_table([], 0.6) == []
+
+
+def test_tables():
+    cells = [
+        cell(OURS, 5.0),
+        cell(MM, 7.1),
+        cell(OURS, 6.0, mode="plain", link_us=1.5),
+        cell(MM, 7.2, mode="plain", link_us=1.5),
+        cell(OURS, 4.0, tokens=1),
+        cell(MM, None, tokens=1, error="failed: x"),
+        cell(OURS, 9.0, model="dsv4-pro"),
+    ]
+    head, columns, *rows = report.latency_table(cells, FLASH, PEERS)
+    assert head.startswith("dsv4-flash")
+    assert columns.split() == ["tokens", "link", OURS, MM, "floor"]
+    assert [row.split() for row in rows] == [
+        ["1", "1.00/-", "4.00/-", "-/-!", "1.00"],
+        ["64", "1.00/1.50", "5.00/6.00", "7.10/7.20", "1.00"],
+    ]
+    compared = report.compare(cells, PEERS)
+    lines = report.comparison_table(compared, FLASH)
+    assert lines[-1].split() == ["64", OURS, "5.00", "9.86", "9.86", "0.507", "0.60", "yes"]
+    assert report.comparison_table(compared, PRO) == []
+    (line,) = report.summary(compared, [])
+    assert line == (
+        f"{OURS}: 1 of 1 bars met; farthest: dsv4-flash at 64 tokens, ratio 0.507, bar 0.6"
+    )
+
+
+def test_problems_are_told_once():
+    cells = [
+        cell(MM, None, error="failed: x"),
+        cell(MM, None, tokens=1, error="failed: x"),
+        cell(OURS, 5.0),
+    ]
+    others = [host_cell(host.PEER, None, error="skipped: no triton")]
+    assert report.problems(cells, others) == [
+        f"{MM}: failed: x (dsv4-flash 64 pdl and 1 more)",
+        "mm+triton: skipped: no triton (dsv4-flash 1 host)",
+    ]
+
+
+def test_crossover_figures_end_where_a_kernel_does():
+    decode, prefill = "dense_router_decode/portable", "dense_router_prefill/wgmma"
+    cells = [
+        cell(decode, 3.004, tokens=1),
+        cell(decode, 9.0, tokens=64),
+        cell(prefill, 8.0, tokens=1),
+        cell(prefill, 8.5, tokens=64),
+        cell(prefill, 12.0, tokens=1024),
+        cell(prefill, 13.0, tokens=1024, mode="plain"),
+        cell(MM, 7.0, tokens=1024),
+        cell(prefill, 9.0, tokens=1, model="dsv4-pro"),
+    ]
+    text = "\n".join(report.crossover(cells, "sm_90a", [1, 64, 1024]))
+    assert tomllib.loads(text) == {
+        "tokens": [1, 64, 1024],
+        "sm_90a": {
+            "dsv4-flash": {decode: [3.0, 9.0], prefill: [8.0, 8.5, 12.0]},
+            "dsv4-pro": {prefill: [9.0]},
+        },
+    }
+
+
+# --- editions of the artifacts ---
+
+
+def test_an_edition_launches_the_same_cubins_without_dependent_launch(gpu, build, tmp_path):
+    folder = tmp_path / "artifacts"
+    plain = edition(folder, tmp_path / "plain", dependent=False)
+    before, after = read_manifest(folder), read_manifest(plain)
+    assert any(entry.contract.programmatic_dependent_launch for entry in before.entries)
+    assert not any(entry.contract.programmatic_dependent_launch for entry in after.entries)
+    assert [(entry.key, entry.sha256) for entry in after.entries] == [
+        (entry.key, entry.sha256) for entry in before.entries
+    ]
+    serial = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    gpu.execute = False
+    for which, present in ((folder, True), (plain, False), (folder, True)):
+        kernel = kernels_on(0, which).load(Request("activation_topk", quantities={"experts": 16}))
+        kernel.launch(
+            7, **dict.fromkeys(kernel.arguments, 0) | {"tokens": 1, "scale": 1.0, "top_k": 4}
+        )
+        assert (serial in gpu.launches[-1].attributes) is present
+
+
+def test_an_edition_keeps_the_evidence_and_only_one_dense_kernel(build, tmp_path):
+    entries = [
+        *build.small(),
+        build.entry("dense_router_decode", build.dense(128, 24), model="small", variant="other"),
+    ]
+    folder = build.artifacts(tmp_path / "artifacts", entries)
+    (folder / "evidence").mkdir()
+    (folder / "evidence" / "a.json").write_text("{}")
+    only = ("dense_router_decode", "other")
+    copy = edition(folder, tmp_path / "copy", only=only)
+    assert (copy / "evidence" / "a.json").is_file()
+    kept = read_manifest(copy).entries
+    assert dense_variants(kept) == [only]
+    assert {entry.kernel for entry in kept} == {entry.kernel for entry in entries} - {
+        "dense_router_prefill"
+    }
+    assert all((copy / entry.file).is_file() for entry in kept)
+    assert len(list(copy.glob("*.cubin"))) == len(kept)
+
+
+def test_entries_of_another_target_are_not_timed(build, tmp_path):
+    folder = build.artifacts(tmp_path / "artifacts", [*build.small(), *build.small("sm_100a")])
+    here = entries_here(folder, (9, 0))
+    assert {entry.target for entry in here} == {"sm_90a"}
+    assert "hash_router" not in {entry.kernel for entry in here}
+
+
+# --- options ---
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs the command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(cli.main, arguments)
+
+    return run
+
+
+@pytest.fixture
+def options(bench, monkeypatch):
+    """What the command line asks for, without a run."""
+    seen: list[run_.Options] = []
+    monkeypatch.setattr(cli, "Gpu", Cpu)
+    monkeypatch.setattr(cli, "run", lambda found, machine, echo: seen.append(found) or True)
+
+    def parse(*arguments: str) -> run_.Options:
+        result = bench(*arguments)
+        assert result.exit_code == 0, result.output
+        return seen.pop()
+
+    return parse
+
+
+def test_defaults_are_the_whole_comparison(options):
+    found = options()
+    assert list(found.models) == list(MODELS)
+    assert found.tokens == PEERS.tokens
+    assert found.contenders == tuple(CONTENDERS)
+    assert found.modes == MODES
+    assert found.parts == ("host", "latency")
+    assert found.replays == 60
+    assert found.artifacts is None
+    assert found.variants == {}
+    assert found.alone is False
+    assert found.out == Path("build/bench")
+
+
+def test_every_option_reaches_the_run(options):
+    found = options(
+        *("--models", "dsv4-pro", "--tokens", "64,1,64", "--contenders", f"{MM},{OURS}"),
+        *("--modes", "plain", "--parts", "latency", "--replays", "7", "--artifacts", "there"),
+        *("--variant", "a=1", "--variant", "a=2", "--variant", "b=3", "--alone", "--out", "here"),
+    )
+    assert [model.name for model in found.models] == ["dsv4-pro"]
+    assert found.tokens == (1, 64)
+    assert found.contenders == (MM, OURS)
+    assert found.modes == ("plain",)
+    assert found.parts == ("latency",)
+    assert found.replays == 7
+    assert found.artifacts == Path("there")
+    assert found.variants == {"a": ["1", "2"], "b": ["3"]}
+    assert found.alone is True
+    assert found.out == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "dsv5"], "expected some of dsv4-flash, dsv4-pro, dsv41-flash, found dsv5"),
+        (["--contenders", "mm"], "found mm"),
+        (["--tokens", "0,1"], "expected numbers of tokens such as 1,64,1024, found 0,1"),
+        (["--tokens", "a"], "found a"),
+        (["--variant", "decode"], "expected kernel=variant"),
+        (["--replays", "0"], "0 is not in the range"),
+        (["--dry-run", "--alone"], "expected --dry-run without"),
+        (["--dry-run", "--models", "dsv4-pro"], "expected --dry-run without"),
+        (["--dry-run", "--variant", "a=b"], "expected --dry-run without"),
+        (["--dry-run", "--artifacts", "x"], "expected --dry-run without"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_options_are_refused(bench, arguments, message):
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_no_gpu_is_an_error_with_a_way_on(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = bench()
+    assert result.exit_code == 1
+    assert "expected a GPU" in result.output
+    assert "--dry-run" in result.output
+
+
+def test_variants_make_a_contender_each():
+    names = [contender.name for contender in field([OURS, MM], {}, {})]
+    assert names == [OURS, MM]
+    one = {"dense_router_decode": ["a"], "activation_topk": ["e"]}
+    ours, other = field([OURS, "mm+activation_topk"], {}, one)
+    assert (ours.name, ours.settings.variants) == (OURS, {"dense_router_decode": "a"})
+    assert other.settings.variants == {"dense_router_decode": "a", "activation_topk": "e"}
+    two = {"dense_router_decode": ["a", "b"], "dense_router_prefill": ["c"]}
+    assert [contender.name for contender in field([OURS, MM], {}, two)] == [
+        f"{OURS}[a,c]",
+        f"{OURS}[b,c]",
+        MM,
+    ]
+
+
+def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, monkeypatch):
+    entries = [
+        *build.small(),
+        build.entry("dense_router_decode", build.dense(128, 24), model="small", variant="other"),
+    ]
+    folder = build.artifacts(tmp_path / "artifacts", entries)
+    options = run_.Options(
+        models=[cli.TINY],
+        tokens=(1,),
+        contenders=(OURS, MM),
+        modes=MODES,
+        replays=1,
+        parts=("latency",),
+        artifacts=folder,
+        variants={"dense_router_decode": ["other"]},
+        alone=True,
+        out=tmp_path / "out",
+    )
+
+    class Gpu(Cpu):
+        def facts(self) -> dict[str, Any]:
+            return {**super().facts(), "compute_capability": [9, 0]}
+
+    def names(options: run_.Options, scratch: str) -> dict[str, Contender]:
+        machine = Gpu()
+        machine.device = torch.device("cuda", 0)
+        run = run_.Run(options, machine, tmp_path / scratch, print)
+        return {contender.name: contender for contender in run._contenders()}
+
+    found = names(options, "one")
+    decode = "dense_router_decode/other"
+    assert [name for name in found if "decode" in name or name in (OURS, MM)] == [decode, MM]
+    settings = found[decode].settings
+    assert settings.alone
+    assert settings.variants == {"dense_router_decode": "other"}
+    for mode in MODES:
+        kept = read_manifest(settings.folders[mode]).entries
+        assert dense_variants(kept) == [("dense_router_decode", "other")]
+        dependent = any(entry.contract.programmatic_dependent_launch for entry in kept)
+        assert dependent is (mode == "pdl")
+    everything = names(dataclasses.replace(options, variants={}), "all")
+    assert {"dense_router_decode/portable", decode, MM} <= set(everything)
+    product = names(dataclasses.replace(options, alone=False, variants={}), "product")
+    assert list(product) == [OURS, MM]
+    assert product[OURS].settings.folders["pdl"] == folder
+
+
+# --- a dry run ---
+
+
+def dry(bench: Callable[..., Result], *arguments: str) -> tuple[Result, dict[str, Any]]:
+    result = bench("--dry-run", "--out", "out", *arguments)
+    assert result.exit_code == 0, result.output
+    return result, json.loads(Path("out/bench.json").read_text())
+
+
+def test_dry_run_writes_the_document(bench):
+    result, document = dry(bench, "--tokens", "2", "--replays", "3")
+    assert set(document) == {
+        *("format_version", "device", "software", "artifacts", "method", "peers"),
+        *("cells", "comparisons", "host", "host_comparisons"),
+    }
+    assert document["format_version"] == report.FORMAT_VERSION
+    assert document["device"]["name"] == "dry run on a CPU"
+    assert document["software"]["torch"] == torch.__version__
+    assert document["method"]["replays"] == 3
+    assert document["method"]["routers"] == {"tiny": 2}
+    assert {(c["tokens"], c["contender"], c["mode"]) for c in document["cells"]} == {
+        (2, name, mode) for name in CONTENDERS for mode in MODES
+    }
+    for each in document["cells"]:
+        assert set(each) == {each.name for each in dataclasses.fields(Cell)}
+        if each["contender"] != "mm+triton":
+            assert each["error"] is None
+            assert each["wrong_rows"] == 0
+            assert each["low_us"] <= each["median_us"] <= each["high_us"]
+    assert {(c["tokens"], c["contender"]) for c in document["host"]} == {
+        (tokens, name) for tokens in run_.HOST_TOKENS for name in (host.ROUTER, host.OP, host.PEER)
+    }
+    assert "tiny: microseconds a router" in result.output
+    assert "out/bench.json" in result.output
+
+
+def test_parts_can_be_left_out(bench):
+    _, document = dry(bench, "--parts", "latency", "--contenders", MM, "--modes", "pdl")
+    assert document["host"] == []
+    assert [(c["contender"], c["mode"], c["tokens"]) for c in document["cells"]] == [
+        (MM, "pdl", 1),
+        (MM, "pdl", 3),
+    ]
+    result, document = dry(bench, "--parts", "host")
+    assert document["cells"] == []
+    assert document["host"]
+    assert "tiny: microseconds a router" not in result.output
+
+
+def test_without_matplotlib_the_plot_is_skipped_and_says_so(bench, monkeypatch):
+    original = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **named: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError("No module named 'matplotlib'")
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    result, _ = dry(bench, "--parts", "latency", "--contenders", MM, "--tokens", "1")
+    assert "no plot: No module named 'matplotlib'; next: pip install matplotlib" in result.output
+
+
+def test_an_error_makes_the_run_fail_and_leaves_the_document(bench, monkeypatch):
+    def make(layers: Any, mode: Any, settings: Any) -> Any:
+        raise ValueError("no such kernel")
+
+    broken = {**CONTENDERS, MM: Contender(MM, make)}
+    monkeypatch.setattr("tests.bench.contenders.CONTENDERS", broken)
+    arguments = ("--parts", "latency", "--contenders", f"{MM},eager", "--tokens", "1")
+    result = bench("--dry-run", "--out", "out", *arguments)
+    assert result.exit_code == 1
+    assert f"{MM}: failed: ValueError: no such kernel" in result.output
+    cells = json.loads(Path("out/bench.json").read_text())["cells"]
+    assert [c["contender"] for c in cells if c["error"] is None] == ["eager", "eager"]
+
+
+def test_a_dead_device_leaves_what_was_measured(bench, monkeypatch):
+    def die(self: Cpu) -> None:
+        raise RuntimeError("illegal memory access")
+
+    def make(layers: Any, mode: Any, settings: Any) -> Any:
+        monkeypatch.setattr(Cpu, "synchronize", die)
+        raise ValueError("launch failed")
+
+    broken = {**CONTENDERS, "eager": Contender("eager", make)}
+    monkeypatch.setattr("tests.bench.contenders.CONTENDERS", broken)
+    arguments = ("--parts", "latency", "--contenders", f"{MM},eager", "--tokens", "1,3")
+    result = bench("--dry-run", "--out", "out", *arguments)
+    assert result.exit_code == 1
+    assert "stopped:" in result.output
+    cells = json.loads(Path("out/bench.json").read_text())["cells"]
+    assert [(c["contender"], c["tokens"]) for c in cells] == [(MM, 1)]
+
+
+# --- the GPU's side, as far as it goes without one ---
+
+
+class LinkDriver:
+    """The bindings with a launch that reads the argument memory and does what the link does."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, int, int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real, name)
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, str]:
+        return real.CUresult.CUDA_SUCCESS, "module"
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Any, str]:
+        assert (module, name) == ("module", b"chain_link")
+        return real.CUresult.CUDA_SUCCESS, "function"
+
+    def cuLaunchKernelEx(self, config: Any, function: str, table: int, extra: int) -> tuple[Any]:
+        kinds = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32)
+        addresses = (ctypes.c_void_p * len(kinds)).from_address(table)
+        values = [
+            kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)
+        ]
+        previous, previous_stride, following, next_stride, tokens = values
+        assert config.gridDimX * config.blockDimX >= tokens > (config.gridDimX - 1) * 256
+        for token in range(tokens):
+            source = previous + 4 * token * previous_stride
+            bits = ctypes.c_uint32.from_address(source).value
+            target = following + 2 * token * next_stride
+            ctypes.c_uint16.from_address(target).value = bits >> 16
+        dependent = sum(
+            attribute.value.programmaticStreamSerializationAllowed
+            for attribute in config.attrs[: config.numAttrs]
+        )
+        self.launches.append((config.gridDimX, int(config.hStream), tokens, dependent))
+        return (real.CUresult.CUDA_SUCCESS,)
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 257])
+@pytest.mark.parametrize("dependent", [True, False])
+def test_link_copies_the_first_column(monkeypatch, tokens, dependent):
+    api = LinkDriver()
+    monkeypatch.setattr("cuda.bindings.driver", api)
+    link = Link(b"code")
+    previous = torch.rand(tokens, 6)
+    following = torch.zeros(tokens, 128, dtype=torch.bfloat16)
+    link.launch(previous, following, 7, dependent)
+    assert api.launches == [(-(-tokens // 256), 7, tokens, int(dependent))]
+    truncated = (previous.view(torch.int32) >> 16 << 16).view(torch.float32)
+    torch.testing.assert_close(following[:, 0].float(), truncated[:, 0], rtol=0, atol=0)
+    assert not following[:, 1:].any()
+
+
+def test_gpu_warms_up_captures_and_times_on_one_stream(monkeypatch):
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            log.append(f"record {stream}")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.25
+
+    class Stream:
+        def __str__(self) -> str:
+            return "side"
+
+        def synchronize(self) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def inside(what: str) -> Iterator[None]:
+        log.append(what)
+        yield
+        log.append("end")
+
+    def graph(captured: Graph, *, stream: Stream, capture_error_mode: str) -> Any:
+        return inside(f"capture {stream} {capture_error_mode}")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside(f"on {stream}"))
+    monkeypatch.setattr("tests.bench.machine.WARM_SECONDS", 0)
+    gpu = object.__new__(Gpu)
+    gpu.device, gpu._stream = torch.device("cuda", 0), Stream()  # type: ignore[assignment]
+    chain = iter(["warm", "captured"])
+
+    def run() -> str:
+        log.append("chain")
+        return next(chain)
+
+    assert gpu.timed(run, 2) == ([250.0, 250.0], "captured")
+    assert log == [
+        *("on side", "chain", "end"),
+        *("capture side thread_local", "chain", "end"),
+        *("on side", *(["record side", "replay", "record side"] * 2), "end"),
+    ]
