@@ -14,11 +14,8 @@ bytes a lane, before the wait on the previous kernel. Then
 3. the partial sums of a token go to one block of the cluster, which adds the chunks in ascending
    order, scores the logits and forms the keys;
 4. keys and scores of a token go to its owner, one block of the cluster, where one warp selects;
-5. with several clusters, each leaves its k candidates in the workspace, then takes a ticket for the
-   token; the last one merges. It may see its ticket before the others' candidates, which are under
-   way by then: it reads until none is missing. Candidates and ticket are zero before and after
-   every launch. No block waits for one that may not have started, so launches can overlap in any
-   way.
+5. with several clusters, the last one to leave its candidates of a token merges them (finish.py):
+   no block waits for one that may not have started, so launches can overlap in any way.
 
 Steps 3 and 4 cross blocks asynchronously; an mbarrier of the receiver counts the bytes. A few
 tokens' partial sums go as they are (8-byte stores, least latency), those of many as one bulk copy a
