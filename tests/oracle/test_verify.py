@@ -39,8 +39,8 @@ PARAMETERS = {
     "renormalize",
     "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
     "tokens row_stride scale renormalize",
-    "dense_router_prefill": "hidden_states weight bias weights_out ids_out tokens scale "
-    "renormalize",
+    "dense_router_prefill": "hidden_states weight bias weights_out ids_out logits_out workspace "
+    "tokens scale renormalize",
 }
 
 
