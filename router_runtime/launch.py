@@ -5,11 +5,11 @@ Argument order exists once, in the contract. ``LoadedKernel.launch`` takes every
 for those that vary from call to call, with everything else worked out beforehand: that is the hot
 path.
 
-One launch costs two passes over memory that already exists: ``struct`` packs all arguments at once,
-and the grid and the stream are stored into the launch configuration. The block holding both belongs
-to one thread: the bindings release the interpreter lock inside the launch, so two threads may be in
-it at once. The driver copies arguments and configuration before it returns, so a thread's next
-launch may reuse them.
+One launch costs two passes over memory that already exists: ``struct`` packs the varying arguments
+at once beside those that stay, and the grid and the stream are stored into the launch
+configuration. The block holding all of it belongs to one launcher and one thread: the bindings
+release the interpreter lock inside the launch, so two threads may be in it at once. The driver
+copies arguments and configuration before it returns, so a thread's next launch may reuse them.
 """
 
 from __future__ import annotations
@@ -105,17 +105,16 @@ class _EncodedMap:
 
 
 class _Block:
-    """One thread's launch configuration and argument memory for one kernel."""
+    """One thread's launch configuration and argument memory for one launcher."""
 
     __slots__ = (*("arguments", "config", "keep", "maps", "pointers", "words32", "words64"),)
 
-    def __init__(self, kernel: LoadedKernel) -> None:
-        layout = kernel.layout
-        self.config = launch_config(kernel.entry.contract)
+    def __init__(self, contract: Contract, layout: _Layout, arguments: bytes) -> None:
+        self.config = launch_config(contract)
         raw = (ctypes.c_ubyte * _CONFIG_BYTES).from_address(self.config.getPtr())
         self.words32 = memoryview(raw).cast("B").cast("I")
         self.words64 = memoryview(raw).cast("B").cast("Q")
-        self.arguments = ctypes.create_string_buffer(max(layout.size, 1))
+        self.arguments = ctypes.create_string_buffer(arguments, max(len(arguments), 1))
         self.maps = [_EncodedMap(recipe) for recipe in layout.maps]
         start = ctypes.addressof(self.arguments)
         addresses = [
@@ -127,29 +126,29 @@ class _Block:
 
 
 class _Layout:
-    """Where a contract's parameters lie in a block: scalars packed together, tensor maps apart.
+    """Where a launcher's arguments lie in a block: scalars packed together, those in front that
+    vary from launch to launch, tensor maps apart.
 
     ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
     tensor map i.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, varying: tuple[str, ...]) -> None:
+        types = {parameter.name: parameter.type for parameter in contract.parameters}
         recipes = {recipe.parameter: recipe for recipe in contract.tensor_maps}
-        self.maps: list[TensorMap] = []
-        self.places: list[int] = []
-        self.packed: list[str] = []
+        scalars = [name for name, kind in types.items() if kind != "tensormap"]
+        self.changing = [name for name in scalars if name in varying]
+        self.packed = [*self.changing, *(name for name in scalars if name not in varying)]
+        self.maps = [recipes[name] for name, kind in types.items() if kind == "tensormap"]
+        offsets = {recipe.parameter: -1 - index for index, recipe in enumerate(self.maps)}
         format_ = "@"
-        for parameter in contract.parameters:
-            if parameter.type == "tensormap":
-                self.places.append(-1 - len(self.maps))
-                self.maps.append(recipes[parameter.name])
-                continue
-            code = _FORMATS.get(parameter.type, "Q")
+        for name in self.packed:
+            code = _FORMATS.get(types[name], "Q")
             format_ += code
-            self.places.append(struct.calcsize(format_) - struct.calcsize(code))
-            self.packed.append(parameter.name)
-        self.pack_into = struct.Struct(format_).pack_into
-        self.size = struct.calcsize(format_)
+            offsets[name] = struct.calcsize(format_) - struct.calcsize(code)
+        self.pack = struct.Struct(format_).pack
+        self.pack_into = struct.Struct(format_[: 1 + len(self.changing)]).pack_into
+        self.places = [offsets[name] for name in types]
 
 
 class LoadedKernel:
@@ -160,7 +159,6 @@ class LoadedKernel:
         self.function = function
         self.device = device
         self.multiprocessors = multiprocessors
-        self.layout = _Layout(entry.contract)
         self._types = {parameter.name: parameter.type for parameter in entry.contract.parameters}
         self._grid_names = {
             axis.argument for axis in entry.contract.grid if axis.argument is not None
@@ -179,7 +177,7 @@ class LoadedKernel:
         maps refer to.
         """
         names = dict.fromkeys(name for name, kind in self._types.items() if kind != "tensormap")
-        names.update(dict.fromkeys(recipe.argument for recipe in self.layout.maps))
+        names.update(dict.fromkeys(recipe.argument for recipe in self.entry.contract.tensor_maps))
         names.update(dict.fromkeys(sorted(self._grid_names)))
         return tuple(names)
 
@@ -208,16 +206,15 @@ class LoadedKernel:
             return 0
         if hasattr(value, "data_ptr"):
             self._check_tensor(name, kind, value)
-            if any(recipe.argument == name for recipe in self.layout.maps):
+            if any(recipe.argument == name for recipe in self.entry.contract.tensor_maps):
                 rows, columns = value.shape
                 return Matrix(value.data_ptr(), rows, columns, value.stride(0))
             return value.data_ptr()
         return value
 
     def _check_tensor(self, name: str, kind: str, tensor: Any) -> None:
-        element = kind.partition(":")[2] or next(
-            (recipe.dtype for recipe in self.layout.maps if recipe.argument == name), ""
-        )
+        mapped = {recipe.argument: recipe.dtype for recipe in self.entry.contract.tensor_maps}
+        element = kind.partition(":")[2] or mapped.get(name, "")
         found = (str(tensor.dtype).removeprefix("torch."), tensor.device.type, tensor.device.index)
         expected = (_TORCH_NAMES.get(element), "cuda", self.device)
         if found != expected:
@@ -230,37 +227,44 @@ class LoadedKernel:
                 )
             )
 
-    def block(self) -> _Block:
-        """The calling thread's block; made on the thread's first launch of this kernel."""
-        try:
-            found: _Block = self._local.block
-        except AttributeError:
+    def enter_thread(self) -> None:
+        """What the calling thread needs once before it launches this kernel."""
+        if not hasattr(self._local, "entered"):
             driver.refuse_fork()
             driver.adopt_thread(self.device)
-            found = self._local.block = _Block(self)
-        return found
+            self._local.entered = True
 
-    def forget_blocks(self) -> None:
-        """Make every thread build its block anew."""
+    def forget_threads(self) -> None:
+        """Make every thread enter anew."""
         self._local = threading.local()
 
 
 class BoundLaunch:
     """A kernel with some of its arguments fixed. Call it with a raw stream and the varying ones."""
 
-    __slots__ = ("_axes", "_fixed", "_kernel", "_launch", "_maps", "_order", "_pack_into", "keep")
+    __slots__ = (
+        *("__weakref__", "_axes", "_fixed", "_kernel", "_launch", "_layout", "_local", "_maps"),
+        *("_order", "_pack_into", "_positions", "_template", "keep"),
+    )
 
     def __init__(
         self, kernel: LoadedKernel, varying: tuple[str, ...], fixed: Mapping[str, Any]
     ) -> None:
-        contract, layout = kernel.entry.contract, kernel.layout
+        contract = kernel.entry.contract
+        layout = self._layout = _Layout(contract, varying)
         positions = {name: index for index, name in enumerate((*varying, *fixed))}
-        self._kernel = kernel
+        self._kernel, self._positions = kernel, positions
         self._launch = kernel._launch_kernel
+        self._local = threading.local()
         self._fixed = tuple(kernel.value_of(name, value) for name, value in fixed.items())
         self.keep = tuple(fixed.values())  # the tensors behind the addresses
         self._pack_into = layout.pack_into
-        self._order = selector([positions[name] for name in layout.packed])
+        self._order = selector([positions[name] for name in layout.changing])
+        values = (0,) * len(varying) + self._fixed
+        try:
+            self._template = layout.pack(*(values[positions[name]] for name in layout.packed))
+        except (struct.error, OverflowError, TypeError) as error:
+            raise self._refused(values, error) from error
         self._axes = []
         for index, axis in enumerate(contract.grid):
             if axis.argument is None:
@@ -273,14 +277,15 @@ class BoundLaunch:
         self._maps = [
             (index, positions[recipe.argument]) for index, recipe in enumerate(layout.maps)
         ]
+        _launchers.add(self)
 
     def __call__(self, stream: int, *varying: Any) -> None:
         values = varying + self._fixed
         kernel = self._kernel
         try:
-            block = kernel._local.block
+            block = self._local.block
         except AttributeError:
-            block = kernel.block()
+            block = self._block()
         try:
             self._pack_into(block.arguments, 0, *self._order(values))
         except (struct.error, OverflowError, TypeError) as error:
@@ -295,27 +300,39 @@ class BoundLaunch:
         if status:
             raise self._failed(status, values)
 
+    def _block(self) -> _Block:
+        """The calling thread's block; made on the thread's first launch."""
+        self._kernel.enter_thread()
+        block = _Block(self._kernel.entry.contract, self._layout, self._template)
+        self._local.block = block
+        return block
+
+    def forget_blocks(self) -> None:
+        """Make every thread build its block anew."""
+        self._local = threading.local()
+
+    def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        return {name: values[self._positions[name]] for name in self._layout.packed}
+
     def _refused(self, values: tuple[Any, ...], error: Exception) -> InputError:
         entry = self._kernel.entry
         types = {p.name: p.type for p in entry.contract.parameters}
-        names = self._kernel.layout.packed
         return InputError(
             explain(
                 f"arguments of {entry.key}",
-                expected={name: types[name] for name in names},
-                found=f"{dict(zip(names, self._order(values), strict=True))} ({error})",
+                expected={name: types[name] for name in self._layout.packed},
+                found=f"{self._named(values)} ({error})",
                 remedy="pass values of these types",
             )
         )
 
     def _failed(self, status: Any, values: tuple[Any, ...]) -> DriverError:
-        names = self._kernel.layout.packed
         return DriverError(
             explain(
                 f"launch of {self._kernel.entry.key} on cuda:{self._kernel.device}",
                 expected="CUDA_SUCCESS",
                 found=f"{getattr(status, 'name', status)} ({int(status)}) with "
-                f"{dict(zip(names, self._order(values), strict=True))}",
+                f"{self._named(values)}",
                 remedy="run: router-runtime doctor",
             )
         )
@@ -365,12 +382,15 @@ def selector(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 _kernels: weakref.WeakSet[LoadedKernel] = weakref.WeakSet()
+_launchers: weakref.WeakSet[BoundLaunch] = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
     """A forked child takes the slow path on its first launch, where the fork is refused."""
     for kernel in list(_kernels):
-        kernel.forget_blocks()
+        kernel.forget_threads()
+    for launcher in list(_launchers):
+        launcher.forget_blocks()
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,9 +14,9 @@ import bisect
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ from router_runtime.manifest import Repack
 from router_runtime.placement import CPU, Placement, refuse_capture
 from router_runtime.repack import packed_shape, repack
 from router_runtime.resolve import DENSE, Request, Span
+from router_runtime.serving import (
+    Call,
+    ExpertMap,
+    Inputs,
+    Results,
+    ServingLaunch,
+    check_expert_map,
+    narrow_ids,
+)
 from router_runtime.workspace import Workspaces
 
 HIDDEN_MULTIPLE = 64
@@ -51,7 +60,8 @@ class RouterConfig:
     """What a router computes.
 
     ``routed_scaling_factor`` is the scale r of the weights; ``vocab_size`` is the number of rows
-    of a hash router's table; ``sentinel`` is the id that a token outside the vocabulary gets.
+    of a hash router's table; ``sentinel`` is the id that stands where there is no expert: for
+    padding, for a token outside the vocabulary, for a given id outside [0, num_experts).
     """
 
     hidden_size: int
@@ -84,6 +94,8 @@ class _Backend(Protocol):
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results: ...
+
 
 class _DenseBackend(_Backend, Protocol):
     """A dense one can also return the logits that it routed by."""
@@ -95,15 +107,16 @@ class Router:
     """A gate with its weights. Call it with hidden states (dense) or token ids (hash).
 
     dense: ``weight`` bf16 ``[num_experts, hidden_size]`` and ``bias`` fp32 ``[num_experts]``,
-    finite. hash:  ``table`` int32 or int64 ``[vocab_size, top_k]`` with entries in ``[0,
-    num_experts)``.
+    finite; ``image_bias``, like ``bias``, is what image tokens are selected by. hash:  ``table``
+    int32 or int64 ``[vocab_size, top_k]`` with entries in ``[0, num_experts)``.
 
     The router copies what it is given. ``device`` is a torch device. ``artifacts`` names the
     artifacts folder. ``variants`` maps a kernel's name to the one variant to use for it, proven or
     not: without it only kernels with evidence are used, and the constructor fails if there is
     none.
 
-    Results are ``(weights fp32 [tokens, top_k], ids int32 [tokens, top_k])``.
+    Results are ``(weights fp32 [tokens, top_k], ids int32 [tokens, top_k])``. What else a call can
+    be given stands in ``serving.py``.
 
     A dense batch is one launch, of the decode or of the prefill kernel: ``spans`` says of which.
     All of them carry one ``numerics`` tag, so a token's bits depend on no batch size. A batch
@@ -116,6 +129,7 @@ class Router:
         *,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        image_bias: Tensor | None = None,
         table: Tensor | None = None,
         device: torch.device | str | int,
         artifacts: str | os.PathLike[str] | None = None,
@@ -125,6 +139,7 @@ class Router:
         self.device = _resolved_device(device)
         self._router_id: int | None = None
         self._weights: _Weights | None = None
+        self._expert_map: ExpertMap | None = None
         self._backend: _Backend | _DenseBackend
         used = DENSE if config.mode == "dense" else (HASH,)
         variants = dict(variants or {})
@@ -135,6 +150,8 @@ class Router:
         given = {"weight": weight, "bias": bias, "table": table}
         wanted = ("weight", "bias") if config.mode == "dense" else ("table",)
         named = [name for name, tensor in given.items() if tensor is not None]
+        if image_bias is not None and config.mode != "dense":
+            raise wrong_value("image_bias", "a dense router", f"mode {config.mode!r}")
         if sorted(named) != sorted(wanted):
             raise wrong_value(f"tensors of a {config.mode} router", list(wanted), named)
         kernels = None
@@ -144,8 +161,10 @@ class Router:
         if table is not None:
             self._backend = self._hash(_checked_table(table, config), kernels, variants)
         elif weight is not None and bias is not None:
-            weight, bias = _checked_weight(weight, config), _checked_bias(bias, config)
-            self._backend = self._dense(weight, bias, kernels, variants)
+            weight, bias = _checked_weight(weight, config), _checked_bias("bias", bias, config)
+            if image_bias is not None:
+                image_bias = _checked_bias("image_bias", image_bias, config)
+            self._backend = self._dense((weight, bias, image_bias), kernels, variants)
         if kernels is not None:
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(self.device)
@@ -161,16 +180,19 @@ class Router:
         return _CudaHash(self.config, stored, kernels, variants)
 
     def _dense(
-        self, weight: Tensor, bias: Tensor, kernels: Kernels | None, variants: Mapping[str, str]
+        self,
+        values: tuple[Tensor, Tensor, Tensor | None],
+        kernels: Kernels | None,
+        variants: Mapping[str, str],
     ) -> _DenseBackend:
-        self._weights = _Weights(self.config, self.device)
+        self._weights = _Weights(self.config, self.device, values[2] is not None)
         backend: _DenseBackend = (
             _CpuDense(self.config, self._weights)
             if kernels is None
             else _CudaDense(self.config, self._weights, kernels, variants)
         )
         # Only now: the kernels' contracts say in which orders the weight is stored.
-        self._weights.write(weight, bias)
+        self._weights.write(*values)
         return backend
 
     def __repr__(self) -> str:
@@ -190,7 +212,7 @@ class Router:
             )
         return self._router_id
 
-    def forward(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tensor: Tensor, **inputs: Unpack[Inputs]) -> tuple[Tensor, Tensor]:
         """Route hidden states ``[tokens, hidden_size]`` bf16 (dense) or token ids ``[tokens]``
         (hash).
 
@@ -198,36 +220,150 @@ class Router:
         needs the router to be registered.
         """
         if torch.compiler.is_compiling():
-            config = self.config
-            if config.mode == "dense":
-                return ops.dense_router(tensor, self.router_id, config.num_experts, config.top_k)
-            return ops.hash_router(tensor, self.router_id, config.top_k)
+            return self._op("", "default")(tensor, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+        if inputs:
+            return self._serve(tensor, Call(**inputs))[:2]
         return self._backend.route(tensor)
 
     __call__ = forward
 
-    def forward_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_with_logits(
+        self, tensor: Tensor, **inputs: Unpack[Inputs]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``forward`` of a dense router, and the logits that it routed by: canonical, FP32
         ``[tokens, num_experts]``, a NaN stored as 0x7fffffff. Weights and ids are those of
         ``forward``, bit for bit.
         """
-        config = self.config
-        if config.mode != "dense":
-            raise wrong_value("forward_with_logits", "a dense router", f"mode {config.mode!r}")
+        self._require_dense("forward_with_logits")
         if torch.compiler.is_compiling():
-            return ops.dense_router_logits(tensor, self.router_id, config.num_experts, config.top_k)
+            return self._op("_logits", "default")(tensor, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+        if inputs:
+            weights, ids, logits, _ = self._serve(tensor, Call(**inputs, logits=True))
+            return weights, ids, typing.cast(Tensor, logits)
         return typing.cast(_DenseBackend, self._backend).route_with_logits(tensor)
+
+    def forward_mapped(
+        self, tensor: Tensor, **inputs: Unpack[Inputs]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``forward``, with physical ids by the expert map, and the logical ids:
+        ``(weights, physical ids, logical ids)``.
+        """
+        if torch.compiler.is_compiling():
+            return self._op("", "mapped")(tensor, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+        weights, ids, _, logical = self._serve(tensor, Call(**inputs, mapped=True))
+        return weights, ids, typing.cast(Tensor, logical)
+
+    def replay(
+        self, tensor: Tensor, given_ids: Tensor, **inputs: Unpack[Inputs]
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of given (logical) experts, ``[tokens, top_k]`` int32 or int64, in the given
+        order, and those ids. Given the ids of ``forward`` it returns its weights, bit for bit.
+
+        An id outside [0, num_experts) becomes the sentinel, with weight 0, left out of the sum.
+        """
+        self._require_dense("replay")
+        if torch.compiler.is_compiling():
+            return self._op("_replay", "default")(tensor, given_ids, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+        return self._serve(tensor, Call(**inputs, given_ids=given_ids))[:2]
+
+    def forward_out(
+        self,
+        tensor: Tensor,
+        *,
+        weights_out: Tensor,
+        ids_out: Tensor,
+        logits_out: Tensor | None = None,
+        logical_ids_out: Tensor | None = None,
+        given_ids: Tensor | None = None,
+        **inputs: Unpack[Inputs],
+    ) -> None:
+        """As the other methods, into the caller's tensors, which are contiguous.
+
+        ``ids_out`` and ``logical_ids_out`` are int32 or int64. ``logits_out`` asks for the logits,
+        ``logical_ids_out`` for the expert map, ``given_ids`` for a replay.
+        """
+        if logits_out is not None or given_ids is not None:
+            self._require_dense("forward_out with logits_out or given_ids")
+        outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
+        self._serve(tensor, Call(**inputs, given_ids=given_ids, outputs=outputs))
+
+    def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+        """Give every logical expert its physical ids: row e of ``expert_map`` ``[num_experts,
+        replicas]`` has ``replica_counts[e]`` of them, from 1 to ``replicas``; what follows them in
+        the row is never used. Both int32 or int64. A token in row i of its batch gets the one
+        number i modulo the count.
+
+        The first call fixes the number of replicas; from then on it is ``update_expert_map``.
+        """
+        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        if self._expert_map is None:
+            if self.device.type == "cuda":
+                refuse_capture("set_expert_map")
+            stored = ExpertMap(
+                *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
+            )
+            self._write(lambda: _copy_map(stored, checked))
+            self._expert_map = stored
+            return
+        self.update_expert_map(*checked)
+
+    def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+        """Replace the expert map in place: captured graphs stay valid and use the new one.
+
+        The same shape as before. Everything is checked before anything is written; ordered as
+        ``update_weights`` is.
+        """
+        stored = self._expert_map
+        if stored is None:
+            raise wrong_value("update_expert_map", "a router with an expert map", "one without")
+        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        if checked[0].shape != stored.physical.shape:
+            raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
+        if self.device.type == "cuda":
+            refuse_capture("update_expert_map")
+        self._write(lambda: _copy_map(stored, checked))
+
+    def _serve(self, tensor: Tensor, call: Call) -> Results:
+        """A call with serving inputs, from a method or an op."""
+        outputs = call.outputs
+        if self._expert_map is None and (
+            call.mapped or (outputs is not None and outputs.logical_ids is not None)
+        ):
+            raise wrong_value("a mapped call", "a router with an expert map", "one without")
+        return self._backend.serve(tensor, call, self._expert_map)
+
+    def _op(self, what: str, form: str) -> Any:
+        """The custom op of this router's mode."""
+        name = f"{self.config.mode}_router{what}"
+        return getattr(getattr(getattr(torch.ops, ops.NAMESPACE), name), form)
+
+    def _numbers(self) -> tuple[int, ...]:
+        """What this router's ops are called with after the tensors."""
+        config = self.config
+        if config.mode == "dense":
+            return self.router_id, config.num_experts, config.top_k
+        return self.router_id, config.top_k
+
+    def _require_dense(self, what: str) -> None:
+        if self.config.mode != "dense":
+            raise wrong_value(what, "a dense router", f"mode {self.config.mode!r}")
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """Which entry serves how many tokens. Empty for a hash router and on a CPU."""
         return self._backend.spans if isinstance(self._backend, _CudaDense) else ()
 
-    def update_weights(self, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Replace the weight, the bias or both, in place: addresses stay, captured graphs stay
+    def update_weights(
+        self,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        image_bias: Tensor | None = None,
+    ) -> None:
+        """Replace the weight, the biases or all, in place: addresses stay, captured graphs stay
         valid.
 
-        Both are checked before either is written. Launches made before the call, on any stream, use
+        All are checked before any is written. Launches made before the call, on any stream, use
         the old values; launches and graph replays made after it, on any stream, use the new ones.
         The host waits for both: an event could order neither a replay on another stream nor a
         kernel that reads the weights before its dependency wait (programmatic dependent launch).
@@ -235,17 +371,26 @@ class Router:
         """
         if self._weights is None:
             raise wrong_value("update_weights", "a dense router", f"mode {self.config.mode!r}")
-        if weight is None and bias is None:
+        if weight is None and bias is None and image_bias is None:
             raise wrong_value("update_weights", "a weight, a bias or both", "neither")
         weight = None if weight is None else _checked_weight(weight, self.config)
-        bias = None if bias is None else _checked_bias(bias, self.config)
-        if self.device.type == "cpu":
-            self._weights.write(weight, bias)
-            return
-        refuse_capture("update_weights")
-        torch.cuda.synchronize(self.device)
-        self._weights.write(weight, bias)
-        torch.cuda.synchronize(self.device)
+        bias = None if bias is None else _checked_bias("bias", bias, self.config)
+        if image_bias is not None:
+            if self._weights.image_bias is None:
+                raise wrong_value("image_bias", "a router built with one", "one without")
+            image_bias = _checked_bias("image_bias", image_bias, self.config)
+        weights = self._weights
+        if self.device.type == "cuda":
+            refuse_capture("update_weights")
+        self._write(lambda: weights.write(weight, bias, image_bias))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write buffers that kernels of any stream may be reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        write()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def warmup(self) -> None:
         """One dummy call of every kernel, so that torch's allocator and the driver are warm."""
@@ -273,10 +418,13 @@ class _Weights:
     ``packed`` returns the buffer of a kernel's Repack recipe; equal recipes share one buffer.
     """
 
-    def __init__(self, config: RouterConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: RouterConfig, device: torch.device, image_bias: bool = False
+    ) -> None:
         shape = (config.num_experts, config.hidden_size)
         self.weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.bias = torch.empty(config.num_experts, dtype=torch.float32, device=device)
+        self.image_bias = torch.empty_like(self.bias) if image_bias else None
         self._packed: list[tuple[Repack, Tensor]] = []
 
     def packed(self, recipe: Repack) -> Tensor:
@@ -291,10 +439,14 @@ class _Weights:
         return buffer
 
     @torch.no_grad()
-    def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+    def write(
+        self, weight: Tensor | None, bias: Tensor | None, image_bias: Tensor | None = None
+    ) -> None:
         """Copy checked values into place, on the current stream."""
         if bias is not None:
             self.bias.copy_(bias)
+        if image_bias is not None and self.image_bias is not None:
+            self.image_bias.copy_(image_bias)
         if weight is None:
             return
         self.weight.copy_(weight)
@@ -307,16 +459,32 @@ class _CpuDense:
         self._config, self._weights = config, weights
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        return self.route_with_logits(tensor)[:2]
+        return self.serve(tensor, Call(), None)[:2]
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, ids, logits, _ = self.serve(tensor, Call(logits=True), None)
+        return weights, ids, typing.cast(Tensor, logits)
+
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
         config, weights = self._config, self._weights
-        check_activations(tensor, config.hidden_size, CPU.device)
+        tokens = check_activations(tensor, config.hidden_size, CPU.device)
+        call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
+        results = call.results(CPU, tokens, config.top_k, config.num_experts)
         logits = spec.dense_logits(tensor, weights.weight)
         result = spec.activation_topk(
-            logits, weights.bias, config.top_k, config.routed_scaling_factor, config.renormalize
+            logits,
+            weights.bias,
+            config.top_k,
+            config.routed_scaling_factor,
+            config.renormalize,
+            image_mask=call.image_mask,
+            image_bias=weights.image_bias,
+            given_ids=call.given_ids,
+            padding=call.padding(torch.arange(tokens)),
         )
-        return *CPU.stored(*result), logits
+        if results.logits is not None:
+            results.logits.copy_(logits)
+        return call.store(results, *result, config.sentinel, expert_map)
 
 
 class _CpuHash:
@@ -324,9 +492,16 @@ class _CpuHash:
         self._config, self._table = config, table
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        check_token_ids(tensor, CPU.device)
+        return self.serve(tensor, Call(), None)[:2]
+
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
         config = self._config
-        return CPU.stored(*spec.hash_router(tensor, self._table, config.top_k, config.sentinel))
+        tokens = check_token_ids(tensor, CPU.device)
+        call.check(tokens, config.top_k, CPU.device, image_bias=False)
+        results = call.results(CPU, tokens, config.top_k, config.num_experts)
+        padding = call.padding(torch.arange(tokens))
+        result = spec.hash_router(tensor, self._table, config.top_k, spec.NO_EXPERT, padding)
+        return call.store(results, *result, config.sentinel, expert_map)
 
 
 #: What a launch of a dense kernel may be given. A contract takes those that it names.
@@ -348,11 +523,12 @@ class _DenseLauncher:
         self._hidden_size = config.hidden_size
         self._workspaces = Workspaces(contract.workspace_bytes, placement)
         fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
-        fixed["renormalize"] = int(config.renormalize)
+        fixed |= {"renormalize": int(config.renormalize), "sentinel": config.sentinel}
+        fixed["image_bias"] = weights.image_bias
         fixed |= {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
         given = [index for index, name in enumerate(_VARYING) if name in kernel.arguments]
         self._select = selector(given)
-        self._launch = kernel.bind(tuple(_VARYING[index] for index in given), **fixed)
+        self._launch = ServingLaunch(kernel, tuple(_VARYING[index] for index in given), **fixed)
 
     def __call__(
         self,
@@ -363,15 +539,18 @@ class _DenseLauncher:
         weights: int,
         ids: int,
         logits: int,
+        served: tuple[int, ...] | None = None,
     ) -> None:
+        """``served`` has the values of ``serving.SERVED`` where the call has such inputs."""
         rows: int | Matrix = address
         if self.mapped:
             rows = Matrix(address, tokens, self._hidden_size, row_stride)
         workspace = self._workspaces.address(stream)
-        self._launch(
-            stream,
-            *self._select((rows, weights, ids, logits, tokens, row_stride, workspace)),
-        )
+        given = self._select((rows, weights, ids, logits, tokens, row_stride, workspace))
+        if served is None:
+            self._launch.plain(stream, *given)
+        else:
+            self._launch.serve(stream, given, served)
 
 
 class _Plan:
@@ -394,6 +573,7 @@ class _CudaDense:
     ) -> None:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
+        self._images = weights.image_bias is not None
         self._placement = Placement(weights.weight.device)
         requests = [
             Request(
@@ -431,6 +611,27 @@ class _CudaDense:
             self._launch(self._plan, tensor, tokens, weights, ids, None)
         return weights, ids
 
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        placement = self._placement
+        tokens = check_activations(tensor, self._hidden_size, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.serve(tensor, call, expert_map)
+        call.check(tokens, self._top_k, placement.device, self._images)
+        results = call.results(placement, tokens, self._top_k, self._experts)
+        plan = self._plan
+        if results.logits is not None:
+            self._recording.require()
+            plan = self._recording_plan
+        # No bit depends on where a batch is cut.
+        most = plan.highs[-1]
+        for start in range(0, tokens, most):
+            rows = slice(start, min(start + most, tokens))
+            part = results.part(rows)
+            served = call.arguments(rows, part, expert_map)
+            self._launch(plan, tensor[rows], rows.stop - start, *part[:3], served)
+        return results
+
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._recording.require()
         placement = self._placement
@@ -452,6 +653,7 @@ class _CudaDense:
         weights: Tensor,
         ids: Tensor,
         logits: Tensor | None,
+        served: tuple[int, ...] | None = None,
     ) -> None:
         place = bisect.bisect_left(plan.highs, tokens)
         if place == len(plan.highs):
@@ -470,8 +672,9 @@ class _CudaDense:
             row_stride,
             tokens,
             weights.data_ptr(),
-            ids.data_ptr(),
+            ids.data_ptr() if served is None else narrow_ids(ids),
             0 if logits is None else logits.data_ptr(),
+            served,
         )
 
     def _split(
@@ -510,7 +713,9 @@ class _CudaHash:
         kernel = kernels.load(
             Request(HASH, quantities={"top_k": config.top_k}, variant=variants.get(HASH))
         )
-        self._launch = kernel.bind(
+        self._experts = config.num_experts
+        self._launch = ServingLaunch(
+            kernel,
             ("token_ids_i32", "token_ids_i64", "weights_out", "ids_out", "tokens"),
             table=table,
             vocab=table.shape[0],
@@ -531,8 +736,27 @@ class _CudaHash:
         narrow, wide = words.data_ptr(), 0
         if words.dtype is torch.int64:
             narrow, wide = wide, narrow
-        self._launch(placement.stream(), narrow, wide, weights.data_ptr(), ids.data_ptr(), tokens)
+        launch = self._launch.plain
+        launch(placement.stream(), narrow, wide, weights.data_ptr(), ids.data_ptr(), tokens)
         return weights, ids
+
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        placement = self._placement
+        tokens = check_token_ids(tensor, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.serve(tensor, call, expert_map)
+        call.check(tokens, self._top_k, placement.device, image_bias=False)
+        results = call.results(placement, tokens, self._top_k, self._experts)
+        if tokens:
+            words = tensor.contiguous()
+            narrow, wide = words.data_ptr(), 0
+            if words.dtype is torch.int64:
+                narrow, wide = wide, narrow
+            given = narrow, wide, results.weights.data_ptr(), narrow_ids(results.ids), tokens
+            served = call.arguments(slice(0, tokens), results, expert_map)
+            self._launch.serve(placement.stream(), given, served)
+        return results
 
 
 def _resolved_device(device: torch.device | str | int) -> torch.device:
@@ -559,8 +783,13 @@ def _checked_weight(weight: Tensor, config: RouterConfig) -> Tensor:
     return _checked_values("weight", weight, torch.bfloat16, shape)
 
 
-def _checked_bias(bias: Tensor, config: RouterConfig) -> Tensor:
-    return _checked_values("bias", bias, torch.float32, (config.num_experts,))
+def _checked_bias(name: str, bias: Tensor, config: RouterConfig) -> Tensor:
+    return _checked_values(name, bias, torch.float32, (config.num_experts,))
+
+
+def _copy_map(stored: ExpertMap, checked: tuple[Tensor, Tensor]) -> None:
+    for buffer, values in zip(stored, checked, strict=True):
+        buffer.copy_(values)
 
 
 def _checked_values(

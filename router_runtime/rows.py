@@ -7,6 +7,7 @@ with any row length and inside a graph capture, loads nothing.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from router_runtime.checks import (
     check_logits,
     check_scale,
     check_scores,
+    wrong_tensor,
+    wrong_value,
 )
 from router_runtime.kernels import kernels_on
-from router_runtime.launch import BoundLaunch
 from router_runtime.placement import CPU, Placement, refuse_capture
 from router_runtime.resolve import Request
+from router_runtime.serving import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 
 
 class _RowKernel:
@@ -39,14 +42,14 @@ class _RowKernel:
         resolution = self._kernels.resolve(Request(name))
         resolution.require()
         self._launchers = {
-            candidate.entry.key: self._kernels.load_entry(candidate.entry).bind(varying)
+            candidate.entry.key: ServingLaunch(self._kernels.load_entry(candidate.entry), varying)
             for candidate in resolution.candidates
             if candidate.accepted
         }
-        self._chosen: dict[tuple[int, int], BoundLaunch] = {}
+        self._chosen: dict[tuple[int, int], ServingLaunch] = {}
         self.placement = Placement(device)
 
-    def launcher(self, length: int, k: int) -> BoundLaunch:
+    def launcher(self, length: int, k: int) -> ServingLaunch:
         """The launcher for rows of that length. The choice is remembered."""
         found = self._chosen.get((length, k))
         if found is None:
@@ -111,7 +114,7 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if count:
         if scores.stride()[1] != 1:
             scores = scores.contiguous()
-        kernel.launcher(columns, k)(
+        kernel.launcher(columns, k).plain(
             placement.stream(),
             scores.data_ptr(),
             values.data_ptr(),
@@ -127,24 +130,13 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def activation_topk_cpu(
     logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
-    check_activate(logits, bias, k, scale)
-    return CPU.stored(*spec.activation_topk(logits, bias, k, scale, renormalize))
+    return serve_activation_cpu(logits, bias, k, scale, renormalize, call=Call())[:2]
 
 
 def activation_topk_cuda(
     logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
-    check_activate(logits, bias, k, scale)
-    device = logits.device
-    kernel = _loaded.get(("activation_topk", device)) or _row_kernel(
-        "activation_topk",
-        "experts",
-        (
-            *("logits", "bias", "weights_out", "ids_out", "tokens"),
-            *("experts", "row_stride", "top_k", "scale", "renormalize"),
-        ),
-        device,
-    )
+    kernel = _activation_kernel(logits, bias, k, scale)
     placement = kernel.placement
     if placement.elsewhere():
         with placement.current():
@@ -155,7 +147,7 @@ def activation_topk_cuda(
         if logits.stride()[1] != 1:
             logits = logits.contiguous()
         bias = bias.contiguous()
-        kernel.launcher(experts, k)(
+        kernel.launcher(experts, k).plain(
             placement.stream(),
             logits.data_ptr(),
             bias.data_ptr(),
@@ -167,5 +159,133 @@ def activation_topk_cuda(
             k,
             scale,
             int(renormalize),
+            -1,
+            0,
         )
     return weights, ids
+
+
+def serve_activation_cpu(
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool,
+    *,
+    call: Call,
+    **rules: Any,
+) -> Results:
+    check_activate(logits, bias, k, scale)
+    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    tokens, experts = logits.shape
+    call.check(tokens, k, CPU.device, image_bias is not None)
+    results = call.results(CPU, tokens, k, experts)
+    result = spec.activation_topk(
+        logits,
+        bias,
+        k,
+        scale,
+        renormalize,
+        image_mask=call.image_mask,
+        image_bias=image_bias,
+        padding=call.padding(torch.arange(tokens)),
+    )
+    return call.store(results, *result, sentinel, expert_map)
+
+
+def serve_activation_cuda(
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool,
+    *,
+    call: Call,
+    **rules: Any,
+) -> Results:
+    kernel = _activation_kernel(logits, bias, k, scale)
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return serve_activation_cuda(logits, bias, k, scale, renormalize, call=call, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    tokens, experts = logits.shape
+    call.check(tokens, k, logits.device, image_bias is not None)
+    results = call.results(placement, tokens, k, experts)
+    if tokens:
+        if logits.stride()[1] != 1:
+            logits = logits.contiguous()
+        bias = bias.contiguous()
+        given = (
+            logits.data_ptr(),
+            bias.data_ptr(),
+            results.weights.data_ptr(),
+            narrow_ids(results.ids),
+            tokens,
+            experts,
+            logits.stride()[0],
+            k,
+            scale,
+            int(renormalize),
+            sentinel,
+            0 if image_bias is None else image_bias.data_ptr(),
+        )
+        served = call.arguments(slice(0, tokens), results, expert_map)
+        kernel.launcher(experts, k).serve(placement.stream(), given, served)
+    return results
+
+
+def _check_rules(
+    logits: Tensor,
+    image_bias: Tensor | None = None,
+    sentinel: int = -1,
+    expert_map: Tensor | None = None,
+    replica_counts: Tensor | None = None,
+) -> tuple[Tensor | None, int, ExpertMap | None]:
+    """What a Router owns and this op is given. Refuses what does not fit ``logits``.
+
+    The content of an expert map is not looked at: that would wait for the device. A count outside
+    [1, replicas] is taken for the nearest in it.
+    """
+    experts, device = logits.shape[1], logits.device
+    check_int("sentinel", sentinel, -(2**31), 2**31 - 1)
+    if image_bias is not None:
+        expected = f"torch.float32 [{experts}] on {device}"
+        if (
+            image_bias.dtype is not torch.float32
+            or image_bias.shape != (experts,)
+            or image_bias.device != device
+        ):
+            raise wrong_tensor("image_bias", expected, image_bias)
+        image_bias = image_bias.contiguous()
+    if expert_map is None or replica_counts is None:
+        if expert_map is not None or replica_counts is not None:
+            raise wrong_value("expert_map", "expert_map and replica_counts together", "one of them")
+        return image_bias, sentinel, None
+    for name, tensor, shape in (
+        ("expert_map", expert_map, (experts, expert_map.shape[-1])),
+        ("replica_counts", replica_counts, (experts,)),
+    ):
+        if (
+            tensor.dtype is not torch.int32
+            or tensor.shape != shape
+            or not tensor.numel()
+            or tensor.device != device
+        ):
+            raise wrong_tensor(name, f"torch.int32 {list(shape)} on {device}", tensor)
+    return image_bias, sentinel, ExpertMap(expert_map.contiguous(), replica_counts.contiguous())
+
+
+def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> _RowKernel:
+    """The kernel for arguments that it serves."""
+    check_activate(logits, bias, k, scale)
+    device = logits.device
+    return _loaded.get(("activation_topk", device)) or _row_kernel(
+        "activation_topk",
+        "experts",
+        (
+            *("logits", "bias", "weights_out", "ids_out", "tokens"),
+            *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
+        ),
+        device,
+    )

@@ -14,6 +14,15 @@ Per token, with hidden state ``x`` (bf16, H), gate weight ``W`` (bf16, E x H), s
     weight[j] = (score[ids[j]] / (sum + 1e-20)) * r    sum in rank order
 
 The bias selects and never enters the weights. Results are ``(weights fp32, ids int32)``.
+
+What an engine may pass in beside that, per token:
+
+    image token    selected by another bias
+    given ids      those experts in that order instead of the selected ones; one outside [0, E)
+                   is no expert: its score is 0
+    padding token  k times no expert
+    no expert      weight 0; its id is the sentinel
+    expert map     physical id = map[id, row modulo count[id]]; no expert stays no expert
 """
 
 from __future__ import annotations
@@ -27,6 +36,8 @@ RENORM_EPSILON = 1e-20
 LOGIT_MAX = torch.finfo(torch.float32).max
 #: The bits under which a NaN logit is stored.
 NAN_LOGIT_BITS = 0x7FFFFFFF
+#: The id of no expert, until ``with_sentinel``.
+NO_EXPERT = -1
 
 
 def dense_logits64(hidden_states: Tensor, weight: Tensor) -> Tensor:
@@ -104,12 +115,67 @@ def routing_weights(scores: Tensor, scale: float, renormalize: bool = True) -> T
 
 
 def activation_topk(
-    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool = True
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool = True,
+    *,
+    image_mask: Tensor | None = None,
+    image_bias: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``."""
+    """From fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``.
+
+    ``image_mask`` and ``padding`` are bool ``[N]``; ``image_bias`` fp32 ``[E]``; ``given_ids``
+    integers ``[N, k]``. No expert is ``NO_EXPERT``.
+    """
     scores = sqrt_softplus(logits)
-    _, ids = topk_select(selection_keys(scores, bias, logits), k)
-    return routing_weights(scores.gather(1, ids.long()), scale, renormalize), ids
+    if given_ids is None:
+        ids = topk_select(selection_keys(scores, bias, logits), k)[1]
+        if image_mask is not None and image_bias is not None:
+            of_images = topk_select(selection_keys(scores, image_bias, logits), k)[1]
+            ids = torch.where(image_mask.unsqueeze(1), of_images, ids)
+    else:
+        exists = (given_ids >= 0) & (given_ids < logits.shape[1])
+        ids = torch.where(exists, given_ids, torch.full_like(given_ids, NO_EXPERT)).int()
+    if padding is not None:
+        ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, NO_EXPERT), ids)
+    chosen = scores.gather(1, ids.clamp(min=0).long())
+    chosen = torch.where(ids >= 0, chosen, torch.zeros_like(chosen))
+    return routing_weights(chosen, scale, renormalize), ids
+
+
+def padding_rows(
+    rows: Tensor, is_padding: Tensor | None = None, num_valid_tokens: Tensor | None = None
+) -> Tensor:
+    """Which rows are padding, bool ``[N]``: those marked, and those from ``num_valid_tokens``, a
+    tensor of one integer, on. ``rows`` are their numbers in the batch.
+    """
+    padding = torch.zeros_like(rows, dtype=torch.bool)
+    if is_padding is not None:
+        padding = padding | is_padding
+    if num_valid_tokens is not None:
+        padding = padding | (rows >= num_valid_tokens)
+    return padding
+
+
+def physical_ids(ids: Tensor, rows: Tensor, expert_map: Tensor, replica_counts: Tensor) -> Tensor:
+    """``expert_map[id, row modulo replica_counts[id]]``; ``NO_EXPERT`` stays.
+
+    ``ids`` ``[N, k]``, ``rows`` their numbers in the batch ``[N]``, ``expert_map`` ``[E, R]``,
+    ``replica_counts`` ``[E]``. A count outside [1, R] is taken for the nearest in it.
+    """
+    experts = ids.clamp(min=0).long()
+    counts = replica_counts[experts].clamp(1, expert_map.shape[1])
+    mapped = expert_map[experts, (rows.unsqueeze(1) % counts).long()]
+    return torch.where(ids >= 0, mapped.int(), ids)
+
+
+def with_sentinel(ids: Tensor, sentinel: int) -> Tensor:
+    """Ids in which ``NO_EXPERT`` has become the sentinel."""
+    return torch.where(ids >= 0, ids, torch.full_like(ids, sentinel))
 
 
 def dense_router(
@@ -127,14 +193,16 @@ def dense_router(
 
 
 def hash_router(
-    token_ids: Tensor, table: Tensor, k: int, sentinel: int = -1
+    token_ids: Tensor, table: Tensor, k: int, sentinel: int = -1, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``ids = table[token]``, verbatim, with uniform weights 1/k.
 
-    A token outside [0, vocab) gets the sentinel in every id and zero weights; the table is not read
-    for it.
+    A token outside [0, vocab) and a padding token get the sentinel in every id and zero weights;
+    the table is not read for them.
     """
     known = (token_ids >= 0) & (token_ids < table.shape[0])
+    if padding is not None:
+        known = known & ~padding
     rows = table[torch.where(known, token_ids, torch.zeros_like(token_ids)).long()]
     ids = torch.where(known.unsqueeze(1), rows.int(), torch.full_like(rows, sentinel).int())
     share = torch.full(ids.shape, 1.0 / k, dtype=torch.float32, device=ids.device)

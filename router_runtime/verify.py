@@ -25,6 +25,7 @@ from router_runtime.loader import load_entry
 from router_runtime.manifest import Entry, Manifest, Target
 from router_runtime.repack import repacked
 from router_runtime.resolve import DeviceFacts
+from router_runtime.serving import SERVED
 
 Echo = Callable[[str], object]
 
@@ -51,6 +52,7 @@ class KernelRun:
         arguments = self._arguments(inputs)
         arguments |= {"weights_out": values, "values_out": values, "ids_out": ids}
         arguments["logits_out"] = rest[0] if rest else None
+        arguments = dict.fromkeys(SERVED, 0) | {"sentinel": -1, "image_bias": None} | arguments
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
         # An address: a contract may declare the workspace as a pointer to any type.
         arguments["workspace"] = self._workspace.data_ptr()

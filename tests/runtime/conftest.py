@@ -39,6 +39,14 @@ INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
 ZERO = "0" * 64
 NUMERICS = "bf16-k16-f32/chunk256/epilogue1"
 
+#: How every routing kernel's parameters end.
+SERVED = (
+    " serving=i32 sentinel=i32 first_row=i32 replicas=i32 is_padding=ptr:u8 "
+    "num_valid_tokens=ptr:i32 image_mask=ptr:u8 image_bias=ptr:f32 expert_map=ptr:i32 "
+    "replica_counts=ptr:i32 given_ids_i32=ptr:i32 given_ids_i64=ptr:i64 ids_out_i64=ptr:i64 "
+    "logical_ids_out=ptr:i32 logical_ids_out_i64=ptr:i64"
+)
+
 CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
 
 
@@ -50,7 +58,10 @@ def hash_contract() -> Contract:
     return Contract(
         parameters=parameters(
             "token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 table=ptr:i32 weights_out=ptr:f32 "
-            "ids_out=ptr:i32 tokens=i32 vocab=i32 top_k=i32 sentinel=i32"
+            "ids_out=ptr:i32 tokens=i32 vocab=i32 top_k=i32 serving=i32 sentinel=i32 first_row=i32 "
+            "replicas=i32 is_padding=ptr:u8 num_valid_tokens=ptr:i32 expert_map=ptr:i32 "
+            "replica_counts=ptr:i32 ids_out_i64=ptr:i64 logical_ids_out=ptr:i32 "
+            "logical_ids_out_i64=ptr:i64"
         ),
         grid=(GridAxis("ceil", argument="tokens", divisor=128), GridAxis("constant"), ONE),
         block=(128, 1, 1),
@@ -77,7 +88,7 @@ def activation_contract(capacity: int) -> Contract:
     return Contract(
         parameters=parameters(
             "logits=ptr:f32 bias=ptr:f32 weights_out=ptr:f32 ids_out=ptr:i32 tokens=i32 "
-            "experts=i32 row_stride=i64 top_k=i32 scale=f32 renormalize=i32"
+            "experts=i32 row_stride=i64 top_k=i32 scale=f32 renormalize=i32" + SERVED
         ),
         grid=(GridAxis("ceil_capped_at_sms", argument="tokens", divisor=4), ONE, ONE),
         block=(128, 1, 1),
@@ -100,7 +111,7 @@ def dense_contract(
             "hidden_states=ptr:bf16 packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
             + "logits_out=ptr:f32 " * logits
             + "ids_out=ptr:i32 workspace=ptr:u32 tokens=i32 row_stride=i64 scale=f32 "
-            "renormalize=i32"
+            "renormalize=i32" + SERVED
         ),
         grid=(GridAxis("constant", 16), ONE, ONE),
         block=(256, 1, 1),
@@ -119,7 +130,7 @@ def prefill_contract(hidden: int, experts: int, tokens: tuple[int, int] = (1, 32
         dense_contract(hidden, experts, tokens=tokens),
         parameters=parameters(
             "hidden_states=tensormap packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
-            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32"
+            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
         ),
         grid=(GridAxis("ceil", 2, "tokens", 16), ONE, ONE),
         cluster=(2, 1, 1),
@@ -410,7 +421,8 @@ def _run_hash(a: Any, entry: Entry) -> None:
     dtype = torch.int32 if a.token_ids_i32 else torch.int64
     token_ids = view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens)
     table = view(a.table, torch.int32, a.vocab, a.top_k)
-    _store(a, a.tokens, spec.hash_router(token_ids, table, a.top_k, a.sentinel))
+    result = spec.hash_router(token_ids, table, a.top_k, -1, _served(a).get("padding"))
+    _store(a, a.tokens, result)
 
 
 def _run_select(a: Any, entry: Entry) -> None:
@@ -422,7 +434,10 @@ def _run_select(a: Any, entry: Entry) -> None:
 def _run_activation(a: Any, entry: Entry) -> None:
     logits = view(a.logits, torch.float32, a.tokens, a.experts, stride=a.row_stride)
     bias = view(a.bias, torch.float32, a.experts)
-    _store(a, a.tokens, spec.activation_topk(logits, bias, a.top_k, a.scale, bool(a.renormalize)))
+    result = spec.activation_topk(
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, a.experts)
+    )
+    _store(a, a.tokens, result)
 
 
 def _run_dense(a: Any, entry: Entry) -> None:
@@ -443,15 +458,52 @@ def _run_dense(a: Any, entry: Entry) -> None:
     assert not weight[experts:].any()
     bias = view(a.bias, torch.float32, experts)
     logits = spec.dense_logits(x, weight[:experts])
-    result = spec.activation_topk(logits, bias, a.top_k, a.scale, bool(a.renormalize))
+    result = spec.activation_topk(
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, experts)
+    )
     _store(a, a.tokens, result)
     if getattr(a, "logits_out", 0):
         view(a.logits_out, torch.float32, a.tokens, experts).copy_(logits)
 
 
+def _served(a: Any, experts: int = 0) -> dict[str, Any]:
+    """The serving inputs of a launch as ``spec.activation_topk`` takes them."""
+    if not a.serving:
+        return {}
+    rows_ = torch.arange(a.first_row, a.first_row + a.tokens)
+    marks = view(a.is_padding, torch.bool, a.tokens) if a.is_padding else None
+    count = view(a.num_valid_tokens, torch.int32, 1) if a.num_valid_tokens else None
+    inputs: dict[str, Any] = {"padding": spec.padding_rows(rows_, marks, count)}
+    if getattr(a, "image_mask", 0):
+        inputs["image_mask"] = view(a.image_mask, torch.bool, a.tokens)
+        inputs["image_bias"] = view(a.image_bias, torch.float32, experts)
+    for name, dtype in (("given_ids_i32", torch.int32), ("given_ids_i64", torch.int64)):
+        if address := getattr(a, name, 0):
+            inputs["given_ids"] = view(address, dtype, a.tokens, a.top_k)
+    return inputs
+
+
 def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> None:
-    view(a.weights_out, torch.float32, count, a.top_k).copy_(result[0])
-    view(a.ids_out, torch.int32, count, a.top_k).copy_(result[1])
+    weights, ids = result
+    view(a.weights_out, torch.float32, count, a.top_k).copy_(weights)
+    if not getattr(a, "serving", 0):
+        stored = spec.with_sentinel(ids, getattr(a, "sentinel", -1))
+        view(a.ids_out, torch.int32, count, a.top_k).copy_(stored)
+        return
+    physical = ids
+    if a.expert_map:
+        entries = int(ids.max()) + 1
+        counts = view(a.replica_counts, torch.int32, entries)
+        expert_map = view(a.expert_map, torch.int32, entries, a.replicas)
+        rows_ = torch.arange(a.first_row, a.first_row + count)
+        physical = spec.physical_ids(ids, rows_, expert_map, counts)
+    for kept, narrow, wide in (
+        (physical, a.ids_out, a.ids_out_i64),
+        (ids, a.logical_ids_out, a.logical_ids_out_i64),
+    ):
+        dtype = torch.int64 if wide else torch.int32
+        if address := wide or narrow:
+            view(address, dtype, count, a.top_k).copy_(spec.with_sentinel(kept, a.sentinel))
 
 
 EXECUTE: dict[str, Callable[[Any, Entry], None]] = {

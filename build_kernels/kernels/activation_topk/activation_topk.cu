@@ -7,6 +7,8 @@
 //                                            score * scale if renormalize is 0
 //
 // The ids are always distinct and in [0, experts). All-zero scores give zero weights.
+// With serving inputs (common/parameters.py) padding tokens get the sentinel and zero weights, image
+// tokens are selected by the other bias, given ids are weighed in their order.
 // Preconditions: 1 <= top_k <= 32, top_k <= experts <= EXPERTS_CAPACITY, row_stride >= experts.
 //
 // One warp a token. The keys live in registers; a warp writes nothing but its results. The scores
@@ -16,27 +18,14 @@
 #include "common/ptx.cuh"
 #include "common/scoring.cuh"
 #include "common/selection.cuh"
+#include "common/serving.cuh"
 
 constexpr unsigned VALUES = EXPERTS_CAPACITY / WARP;
 static_assert(EXPERTS_CAPACITY % (4 * WARP) == 0, "every lane loads groups of four logits");
 
-// No pointer is __restrict__: that would let the compiler read through the non-coherent cache,
-// which may not be used for what the previous grid was still writing when this one started.
-extern "C" __global__ void __launch_bounds__(TOKENS_PER_BLOCK * WARP)
-activation_topk(const float* logits, const float* bias, float* weights_out, int* ids_out,
-                int tokens, int experts, long long row_stride, int top_k, float scale,
-                int renormalize) {
-    __shared__ SelectionScratch scratch[TOKENS_PER_BLOCK];
-    const unsigned warp = threadIdx.x / WARP;
-    const unsigned lane = threadIdx.x % WARP;
-
-    allow_next_grid();
-    wait_for_previous_grids();
-    const long long token = static_cast<long long>(blockIdx.x) * TOKENS_PER_BLOCK + warp;
-    if (token >= tokens) return;  // whole warps; nothing below synchronises the block
-
-    const float* row = logits + token * row_stride;
-    const unsigned count = static_cast<unsigned>(experts);
+// The expert of rank `lane` among a row's, for lanes below k.
+__device__ __forceinline__ int select(const float* row, const float* bias, unsigned count,
+                                      unsigned k, unsigned lane, SelectionScratch& scratch) {
     float values[VALUES];
     float biases[VALUES];
     if (count % 4 == 0 && is_aligned(row, 16) && is_aligned(bias, 16)) {
@@ -80,12 +69,58 @@ activation_topk(const float* logits, const float* bias, float* weights_out, int*
         keys[v] = first_index(lane, v / 4) + v % 4 < count ? key : 0;
     }
 
+    return static_cast<int>(index_of(warp_top_k(keys, lane, k, scratch)));
+}
+
+// No pointer is __restrict__: that would let the compiler read through the non-coherent cache,
+// which may not be used for what the previous grid was still writing when this one started.
+extern "C" __global__ void __launch_bounds__(TOKENS_PER_BLOCK * WARP)
+activation_topk(const float* logits, const float* bias, int experts, long long row_stride,
+                int top_k, float* weights_out, int* ids_out, int tokens, float scale,
+                int renormalize, int serving, int sentinel, int first_row, int replicas,
+                const unsigned char* is_padding, const int* num_valid_tokens,
+                const unsigned char* image_mask, const float* image_bias, const int* expert_map,
+                const int* replica_counts, const int* given_ids_i32,
+                const long long* given_ids_i64, long long* ids_out_i64, int* logical_ids_out,
+                long long* logical_ids_out_i64) {
+    __shared__ SelectionScratch scratch[TOKENS_PER_BLOCK];
+    const unsigned warp = threadIdx.x / WARP;
+    const unsigned lane = threadIdx.x % WARP;
+
+    allow_next_grid();
+    wait_for_previous_grids();
+    const long long token = static_cast<long long>(blockIdx.x) * TOKENS_PER_BLOCK + warp;
+    if (token >= tokens) return;  // whole warps; nothing below synchronises the block
+
+    const float* row = logits + token * row_stride;
+    const unsigned count = static_cast<unsigned>(experts);
     const unsigned k = static_cast<unsigned>(top_k);
-    const unsigned id = index_of(warp_top_k(keys, lane, k, scratch[warp]));
-    const float score = lane < k ? __fsqrt_rn(softplus(row[id])) : 0.0f;
+    const long long place = token * top_k + lane;
+    const Serving call = {sentinel,      first_row,      replicas,      is_padding,
+                          num_valid_tokens, image_mask,  expert_map,    replica_counts,
+                          given_ids_i32, given_ids_i64,  ids_out,       ids_out_i64,
+                          logical_ids_out, logical_ids_out_i64};
+    bool selects = true;
+    int expert = -1;  // of rank `lane`
+    if (serving != 0) {
+        if (call.pads(token)) {
+            selects = false;
+        } else if (call.replays()) {
+            selects = false;
+            if (lane < k) expert = call.given(place, count);
+        } else if (call.shows(token)) {
+            bias = image_bias;
+        }
+    }
+    if (selects) expert = select(row, bias, count, k, lane, scratch[warp]);
+    const float score = lane < k && expert >= 0 ? __fsqrt_rn(softplus(row[expert])) : 0.0f;
     const float weight = routing_weight(score, k, scale, renormalize != 0);
     if (lane < k) {
-        weights_out[token * top_k + lane] = weight;
-        ids_out[token * top_k + lane] = static_cast<int>(id);
+        weights_out[place] = weight;
+        if (serving != 0) {
+            call.store_id(token, place, expert);
+        } else {
+            ids_out[place] = expert;
+        }
     }
 }

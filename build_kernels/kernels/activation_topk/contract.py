@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.parameters import ROUTING
 from router_runtime.manifest import Contract, GridAxis, Parameter
 
 WARP = 32
@@ -15,14 +16,10 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
         parameters=(
             Parameter("logits", "ptr:f32"),
             Parameter("bias", "ptr:f32"),
-            Parameter("weights_out", "ptr:f32"),
-            Parameter("ids_out", "ptr:i32"),
-            Parameter("tokens", "i32"),
             Parameter("experts", "i32"),
             Parameter("row_stride", "i64"),
             Parameter("top_k", "i32"),
-            Parameter("scale", "f32"),
-            Parameter("renormalize", "i32"),
+            *ROUTING,
         ),
         grid=(
             GridAxis("ceil", argument="tokens", divisor=tokens_per_block),

@@ -90,6 +90,10 @@ def min_s32(a: Int32, b: Int32) -> Int32:
     return Int32(pure(T.i32(), [a, b], "min.s32 $0, $1, $2;", "=r,r,r"))
 
 
+def max_s32(a: Int32, b: Int32) -> Int32:
+    return Int32(pure(T.i32(), [a, b], "max.s32 $0, $1, $2;", "=r,r,r"))
+
+
 def quotient(a: Int32, b: int) -> Int32:
     """a // b for a that is not negative."""
     return Int32(arith.divui(a.ir_value(), Int32(b).ir_value()))
@@ -98,6 +102,11 @@ def quotient(a: Int32, b: int) -> Int32:
 def remainder(a: Int32, b: int) -> Int32:
     """a % b for a that is not negative."""
     return Int32(arith.remui(a.ir_value(), Int32(b).ir_value()))
+
+
+def modulo(a: Int32, b: Int32) -> Int32:
+    """a % b for a that is not negative and b that is positive."""
+    return Int32(arith.remui(a.ir_value(), b.ir_value()))
 
 
 def equal(a: Int32, b: Int32) -> Boolean:
@@ -265,8 +274,24 @@ def load_global_f32(address: Int64) -> Float32:
     return Float32(asm(T.f32(), [address], "ld.global.f32 $0, [$1];", "=f,l"))
 
 
+def load_global_u8(address: Int64) -> Int32:
+    return Int32(asm(T.i32(), [address], "ld.global.u8 $0, [$1];", "=r,l"))
+
+
+def load_global_b32(address: Int64) -> Int32:
+    return Int32(asm(T.i32(), [address], "ld.global.b32 $0, [$1];", "=r,l"))
+
+
+def load_global_b64(address: Int64) -> Int64:
+    return Int64(asm(T.i64(), [address], "ld.global.b64 $0, [$1];", "=l,l"))
+
+
 def store_global_b32(address: Int64, value: Int32) -> None:
     asm(None, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
+
+
+def store_global_b64(address: Int64, value: Int64) -> None:
+    asm(None, [address, value], "st.global.b64 [$0], $1;", "l,l,~{memory}")
 
 
 def store_record(address: Int64, words: Sequence[Int32]) -> None:

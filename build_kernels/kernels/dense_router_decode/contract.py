@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
 from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
@@ -22,14 +23,10 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
             Parameter("hidden_states", "ptr:bf16"),
             Parameter("packed_weight", "ptr:bf16"),
             Parameter("bias", "ptr:f32"),
-            Parameter("weights_out", "ptr:f32"),
-            Parameter("ids_out", "ptr:i32"),
             Parameter("logits_out", "ptr:f32"),
             Parameter("workspace", "ptr:u32"),
-            Parameter("tokens", "i32"),
             Parameter("row_stride", "i64"),
-            Parameter("scale", "f32"),
-            Parameter("renormalize", "i32"),
+            *ROUTING,
         ),
         grid=(GridAxis("constant", g.blocks), GridAxis("constant"), GridAxis("constant")),
         block=(g.threads, 1, 1),

@@ -28,10 +28,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
-from cutlass.cute.runtime import make_ptr
+from cutlass import Float32, Int32, Int64, cute
 
 from build_kernels.kernels.common import finish, ptx, scoring, selection
+from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.dense_router_decode.geometry import (
     LANES,
     MMA_K,
@@ -48,6 +48,13 @@ ITEMS = 2
 class DenseRouterDecode:
     def __init__(self, geometry: Geometry) -> None:
         self.g = geometry
+        self.division = finish.Division(
+            geometry.groups,
+            geometry.group_experts,
+            geometry.experts,
+            geometry.top_k,
+            geometry.ticket_bytes,
+        )
 
     @cute.jit
     def __call__(
@@ -55,28 +62,20 @@ class DenseRouterDecode:
         hidden_states: cute.Pointer,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
         logits_out: cute.Pointer,
         workspace: cute.Pointer,
-        tokens: Int32,
         row_stride: Int64,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
         self.dense_router_decode(
             hidden_states,
             packed_weight,
             bias,
-            weights_out,
-            ids_out,
             logits_out,
             workspace,
-            tokens,
             row_stride,
-            scale,
-            renormalize,
+            routing,
         ).launch(
             grid=(g.blocks, 1, 1),
             block=(g.threads, 1, 1),
@@ -92,16 +91,13 @@ class DenseRouterDecode:
         hidden_states: cute.Pointer,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
         logits_out: cute.Pointer,
         workspace: cute.Pointer,
-        tokens: Int32,
         row_stride: Int64,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
+        tokens = routing.tokens
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(ptx.quotient(thread, LANES))
         lane = ptx.remainder(thread, LANES)
@@ -225,42 +221,10 @@ class DenseRouterDecode:
         # --- 4. select: one warp a token ---
         for slot in range(warp, slots, g.warps):
             token = (slot * g.cluster_e + part_e) * g.cluster_k + part_k
-            row = key_rows + slot * g.key_row_bytes + lane * 8
-            pairs = [
-                ptx.load_shared_v2(row + position * (LANES * 8)) for position in range(g.lane_keys)
-            ]
-            first = group * g.group_experts + lane * g.lane_keys
-            selection.top_of_warp(
-                [pair[0] for pair in pairs],
-                [pair[1] for pair in pairs],
-                [first + position for position in range(g.lane_keys)],
-                g.top_k,
-                scratch,
-                lane,
+            row = key_rows + slot * g.key_row_bytes
+            finish.route(
+                routing, workspace.toint(), row, scratch, token, group, self.division, lane
             )
-            last = Int32(1)
-            if cutlass.const_expr(g.groups > 1):
-                last = finish.merge(
-                    workspace.toint(),
-                    workspace.toint() + g.ticket_bytes,
-                    scratch,
-                    token,
-                    group,
-                    g.groups,
-                    g.top_k,
-                    lane,
-                )
-            if last != 0:
-                finish.store(
-                    weights_out.toint(),
-                    ids_out.toint(),
-                    scratch,
-                    token,
-                    g.top_k,
-                    scale,
-                    renormalize,
-                    lane,
-                )
         cute.arch.cluster_wait()
 
     def request_weights(
@@ -550,18 +514,5 @@ class DenseRouterDecode:
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
-    gmem = cute.AddressSpace.gmem
-    arguments = (
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Int32, 0, gmem, assumed_align=4),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Int32, 0, gmem, assumed_align=16),
-        Int32(1),
-        Int64(1),
-        Float32(1.0),
-        Int32(1),
-    )
-    return DenseRouterDecode(Geometry.of(constants)), arguments
+    kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "ptr:f32", "ptr:u32", "i64")
+    return DenseRouterDecode(Geometry.of(constants)), finish.arguments(*kinds)

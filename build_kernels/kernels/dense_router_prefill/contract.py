@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.numerics import dense_tag
@@ -26,11 +27,7 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
             Parameter("hidden_states", "tensormap"),
             Parameter("packed_weight", "ptr:bf16"),
             Parameter("bias", "ptr:f32"),
-            Parameter("weights_out", "ptr:f32"),
-            Parameter("ids_out", "ptr:i32"),
-            Parameter("tokens", "i32"),
-            Parameter("scale", "f32"),
-            Parameter("renormalize", "i32"),
+            *ROUTING,
         ),
         grid=(
             GridAxis("constant", g.cluster_e),
@@ -53,13 +50,9 @@ def split_contract(g: SplitGeometry) -> Contract:
             Parameter("hidden_states", "tensormap"),
             Parameter("packed_weight", "ptr:bf16"),
             Parameter("bias", "ptr:f32"),
-            Parameter("weights_out", "ptr:f32"),
-            Parameter("ids_out", "ptr:i32"),
             Parameter("logits_out", "ptr:f32"),
             Parameter("workspace", "ptr:u32"),
-            Parameter("tokens", "i32"),
-            Parameter("scale", "f32"),
-            Parameter("renormalize", "i32"),
+            *ROUTING,
         ),
         grid=(
             GridAxis("constant", g.cluster_k),

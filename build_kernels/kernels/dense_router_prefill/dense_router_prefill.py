@@ -28,9 +28,9 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.common import bulk, ptx, scoring
+from build_kernels.kernels.common import bulk, finish, ptx, scoring
+from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.dense_router_prefill import split_k
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
@@ -81,14 +81,11 @@ class DenseRouterPrefill:
         hidden_states: cute.Pointer,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
-        tokens: Int32,
         row_stride: Int64,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
+        tokens = routing.tokens
         # Only the type of the atom matters: it becomes the tensor-map parameter, which the runtime
         # encodes by the recipe in contract.py.
         matrix = cute.make_tensor(
@@ -109,11 +106,7 @@ class DenseRouterPrefill:
             tensor_map,
             packed_weight,
             bias,
-            weights_out,
-            ids_out,
-            tokens,
-            scale,
-            renormalize,
+            routing,
         ).launch(
             grid=(g.cluster_e, tiles * g.cluster_t, 1),
             block=(g.threads, 1, 1),
@@ -129,11 +122,7 @@ class DenseRouterPrefill:
         hidden_states: cute.CopyAtom,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
-        tokens: Int32,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
         thread = cute.arch.thread_idx()[0]
@@ -203,24 +192,25 @@ class DenseRouterPrefill:
             )
             # The rings become the epilogue's: everything sent to them has arrived and been read.
             cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
-            self.screen(totals, shared, biases + part_e * (g.block_experts * 4), thread)
+            # The hidden states' arrival implies it; it stands here for what is read from here on.
+            cute.arch.griddepcontrol_wait()
+            own = part_e * (g.block_experts * 4)
+            images = Int32(0)
+            if routing.serving != 0 and routing.image_mask.toint() != 0:
+                images = Int32(1)
+            if images == 0:
+                self.screen(totals, shared, [biases + own], thread)
+            else:
+                self.fetch_image_biases(routing.image_bias.toint(), shared, thread)
+                chosen = [
+                    self.biases_of(routing, shared, first_token + row)
+                    for row in self.screened_rows(thread)
+                ]
+                self.screen(totals, shared, [place + own for place in chosen], thread)
             self.meet()
             if cutlass.const_expr(g.cluster_e == 1):
                 cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
-            cute.arch.griddepcontrol_wait()
-            self.select(
-                shared,
-                biases,
-                weights_out,
-                ids_out,
-                first_token,
-                tokens,
-                part_e,
-                part_t,
-                scale,
-                renormalize,
-                thread,
-            )
+            self.select(routing, shared, first_token, part_e, part_t, thread)
             self.part()
 
     def meet(self) -> None:
@@ -463,16 +453,50 @@ class DenseRouterPrefill:
 
     # --- steps 2 to 5: candidates -----------------------------------------------------------------
 
+    @cute.jit
+    def fetch_image_biases(self, image_bias: Int64, shared: Int32, thread: Int32) -> None:
+        """Copy the biases of image tokens behind the masks."""
+        g = self.g
+        threads = g.consumers * WARPGROUP
+        for i in cutlass.range_constexpr(-(-g.padded_experts // threads)):
+            expert = thread + i * threads
+            if expert < g.padded_experts:
+                value = Float32(float("-inf"))
+                if expert < g.experts:
+                    value = ptx.load_global_f32(image_bias + Int64(expert) * 4)
+                ptx.store_shared_f32(shared + g.image_bias_offset + expert * 4, value)
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=threads)
+
+    @cute.jit
+    def biases_of(self, routing: Routing, shared: Int32, token: Int32) -> Int32:
+        """Where the biases lie that a token is selected by."""
+        image = Int32(0)
+        if token < routing.tokens:
+            image = finish.is_image(routing, token)
+        usual = ptx.equal(image, Int32(0))
+        return ptx.select(usual, shared + self.g.bias_offset, shared + self.g.image_bias_offset)
+
+    def screened_rows(self, thread: Int32) -> list[Int32]:
+        """The two rows of the tile whose logits this thread holds."""
+        row = ptx.quotient(thread, LANES) * 16 + ptx.quotient(ptx.remainder(thread, LANES), 4)
+        return [row, row + 8]
+
     def screen(
-        self, totals: list[cute.Tensor], shared: Int32, biases: Int32, thread: Int32
+        self, totals: list[cute.Tensor], shared: Int32, biases: Sequence[Int32], thread: Int32
     ) -> None:
         """Store this thread's logits, and for each of its two tokens the mask of candidates among
-        them: bit p stands for column 8 (p / 2) + 2 quad + p % 2 of the block's experts."""
+        them: bit p stands for column 8 (p / 2) + 2 quad + p % 2 of the block's experts.
+
+        ``biases`` has one address for both tokens, or one each."""
         g = self.g
         lane = ptx.remainder(thread, LANES)
         quad = lane & 3
-        row = ptx.quotient(thread, LANES) * 16 + ptx.quotient(lane, 4)
+        row = self.screened_rows(thread)[0]
         pairs = g.mma_n // 8
+
+        def biases_of_pair(pair: int) -> list[list[Float32]]:
+            loaded = [bulk.load_shared_f32x2(place + quad * 8 + pair * 32) for place in biases]
+            return loaded * (2 // len(loaded))
 
         def logit(half: int, pair: int, i: int) -> Float32:
             return Float32(totals[pair // pairs][i + 2 * half + 4 * (pair % pairs)])
@@ -491,7 +515,7 @@ class DenseRouterPrefill:
         ]
         best = [[Float32(float("-inf"))] * g.groups for _ in range(2)]
         for pair in range(g.block_experts // 8):
-            bias = bulk.load_shared_f32x2(biases + quad * 8 + pair * 32)
+            bias = biases_of_pair(pair)
             for half in range(2):
                 for i in range(2):
                     low = ptx.fma_rn(
@@ -500,11 +524,12 @@ class DenseRouterPrefill:
                         Float32(-SCREEN_ABSOLUTE),
                     )
                     group = pair % g.groups
-                    best[half][group] = ptx.max_f32(best[half][group], ptx.add_rn(low, bias[i]))
+                    key = ptx.add_rn(low, bias[half][i])
+                    best[half][group] = ptx.max_f32(best[half][group], key)
         thresholds = [self.threshold(best[half]) for half in range(2)]
         masks = [[Int32(0) for _ in range(g.mask_words)] for _ in range(2)]
         for pair in range(g.block_experts // 8):
-            bias = bulk.load_shared_f32x2(biases + quad * 8 + pair * 32)
+            bias = biases_of_pair(pair)
             for half in range(2):
                 for i in range(2):
                     high = ptx.fma_rn(
@@ -512,7 +537,7 @@ class DenseRouterPrefill:
                         Float32(1.0 + SCREEN_RELATIVE),
                         Float32(SCREEN_ABSOLUTE),
                     )
-                    near = bulk.not_less(ptx.add_rn(high, bias[i]), thresholds[half])
+                    near = bulk.not_less(ptx.add_rn(high, bias[half][i]), thresholds[half])
                     word, bit = divmod(2 * pair + i, 32)
                     flag = (1 << bit) - (1 << 32 if bit == 31 else 0)
                     masks[half][word] = masks[half][word] | ptx.select(near, Int32(flag), Int32(0))
@@ -549,16 +574,11 @@ class DenseRouterPrefill:
     @cute.jit
     def select(
         self,
+        routing: Routing,
         shared: Int32,
-        biases: Int32,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
         first_token: Int32,
-        tokens: Int32,
         part_e: Int32,
         part_t: Int32,
-        scale: Float32,
-        renormalize: Int32,
         thread: Int32,
     ) -> None:
         """Rank the candidates of this block's tokens, ``token_threads`` threads a token."""
@@ -566,7 +586,15 @@ class DenseRouterPrefill:
         member = ptx.remainder(thread, g.token_threads)
         row = part_e * g.owned_tokens + ptx.quotient(thread, g.token_threads)
         token = first_token + row
-        valid = ptx.less(token, tokens)
+        valid = ptx.less(token, routing.tokens)
+        biases = shared + g.bias_offset
+        # Whether somebody else has chosen the experts: the caller, or nobody for a padding token.
+        given, padding = Int32(0), Int32(0)
+        if routing.serving != 0 and valid:
+            biases = self.biases_of(routing, shared, token)
+            given = finish.replays(routing)
+            padding = finish.is_padding(routing, token)
+        ranked = ptx.both(valid, ptx.equal(given | padding, Int32(0)))
         own_part = ptx.quotient(member, 2)
         own_pair = ptx.remainder(member, 2)
         logits = shared + row * g.logit_row_bytes
@@ -576,7 +604,7 @@ class DenseRouterPrefill:
         ) + own_pair * (8 * g.mask_words)
         words = cute.make_rmem_tensor(2 * g.mask_words, Int32)
         for i in cutlass.range_constexpr(2 * g.mask_words):
-            words[i] = ptx.select(valid, bulk.load_cluster_b32(masks + 4 * i), Int32(0))
+            words[i] = ptx.select(ranked, bulk.load_cluster_b32(masks + 4 * i), Int32(0))
         ranks = cute.make_rmem_tensor(g.top_k, Int64)
         for i in cutlass.range_constexpr(g.top_k):
             ranks[i] = Int64(0)
@@ -602,14 +630,21 @@ class DenseRouterPrefill:
 
         # Member i answers for the ranks i, i + token_threads, ...
         turns = -(-g.top_k // g.token_threads)
-        experts = [ptx.select(valid, ~bulk.halves(rank)[1], Int32(0)) for rank in best]
+        experts = [ptx.select(ranked, ~bulk.halves(rank)[1], Int32(0)) for rank in best]
         own_experts, own_scores = [], []
         for turn in cutlass.range_constexpr(turns):
             expert = own_rank(experts[turn * g.token_threads :][: g.token_threads], member)
-            part = ptx.quotient(expert, g.block_experts)
-            place = self.at_part(logits, part, part_t) + ptx.remainder(expert, g.block_experts) * 4
+            rank = ptx.min_s32(turn * g.token_threads + member, Int32(g.top_k - 1))
+            if given != 0:
+                expert = finish.given_id(routing, token, rank, g.top_k, g.experts)
+            if padding != 0:
+                expert = Int32(-1)
+            column = ptx.max_s32(expert, Int32(0))
+            part = ptx.quotient(column, g.block_experts)
+            place = self.at_part(logits, part, part_t) + ptx.remainder(column, g.block_experts) * 4
+            score = scoring.score(bulk.load_cluster_f32(place))
             own_experts.append(expert)
-            own_scores.append(scoring.score(bulk.load_cluster_f32(place)))
+            own_scores.append(ptx.select(ptx.less(expert, Int32(0)), Float32(0.0), score))
         leader = ptx.remainder(thread, LANES) - member
         total = Float32(0.0)
         for rank in cutlass.range_constexpr(g.top_k):
@@ -624,12 +659,11 @@ class DenseRouterPrefill:
             rank = turn * g.token_threads + member
             share = ptx.div_rn(own_scores[turn], divisor)
             weight = ptx.mul_rn(
-                ptx.select(ptx.equal(renormalize, Int32(0)), own_scores[turn], share), scale
+                ptx.select(ptx.equal(routing.renormalize, Int32(0)), own_scores[turn], share),
+                routing.scale,
             )
             if ptx.both(valid, ptx.less(rank, Int32(g.top_k))):
-                output = (Int64(token) * g.top_k + rank) * 4
-                ptx.store_global_b32(weights_out.toint() + output, ptx.bits(weight))
-                ptx.store_global_b32(ids_out.toint() + output, own_experts[turn])
+                finish.store(routing, token, rank, g.top_k, weight, own_experts[turn])
 
     def at_part(self, address: Int32, part_e: Int32, part_t: Int32) -> Int32:
         """The same shared address in the tile's block that holds this part of the experts."""
@@ -726,16 +760,5 @@ def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], 
     """The host function and placeholder arguments to compile it with."""
     if "TOKENS_TILE" in constants:
         return split_k.program(constants)
-    gmem = cute.AddressSpace.gmem
-    arguments = (
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Int32, 0, gmem, assumed_align=4),
-        Int32(1),
-        Int64(K_BLOCK),
-        Float32(1.0),
-        Int32(1),
-    )
-    return DenseRouterPrefill(Geometry.of(constants)), arguments
+    kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "i64")
+    return DenseRouterPrefill(Geometry.of(constants)), finish.arguments(*kinds)

@@ -190,3 +190,7 @@ class Geometry:
     @property
     def mask_row_bytes(self) -> int:
         return 4 * 4 * self.mask_words
+
+    @property
+    def image_bias_offset(self) -> int:
+        return self.mask_offset + self.tokens_tile * self.mask_row_bytes

@@ -26,9 +26,9 @@ from collections.abc import Callable, Mapping
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.common import bulk, finish, ptx, scoring, selection
+from build_kernels.kernels.common import bulk, finish, ptx, scoring
+from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
     LANES,
@@ -45,6 +45,13 @@ CONSUMERS = 1
 class SplitPrefill:
     def __init__(self, geometry: SplitGeometry) -> None:
         self.g = geometry
+        self.division = finish.Division(
+            geometry.groups,
+            geometry.group_experts,
+            geometry.experts,
+            geometry.top_k,
+            geometry.ticket_bytes,
+        )
 
     @cute.jit
     def __call__(
@@ -52,16 +59,13 @@ class SplitPrefill:
         hidden_states: cute.Pointer,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
         logits_out: cute.Pointer,
         workspace: cute.Pointer,
-        tokens: Int32,
         row_stride: Int64,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
+        tokens = routing.tokens
         # Only the type of the atom matters: it becomes the tensor-map parameter, which the runtime
         # encodes by the recipe in contract.py.
         matrix = cute.make_tensor(
@@ -79,13 +83,9 @@ class SplitPrefill:
             tensor_map,
             packed_weight,
             bias,
-            weights_out,
-            ids_out,
             logits_out,
             workspace,
-            tokens,
-            scale,
-            renormalize,
+            routing,
         ).launch(
             grid=(g.cluster_k, ptx.quotient(tokens + (g.tokens_tile - 1), g.tokens_tile), g.groups),
             block=(g.threads, 1, 1),
@@ -101,15 +101,12 @@ class SplitPrefill:
         hidden_states: cute.CopyAtom,
         packed_weight: cute.Pointer,
         bias: cute.Pointer,
-        weights_out: cute.Pointer,
-        ids_out: cute.Pointer,
         logits_out: cute.Pointer,
         workspace: cute.Pointer,
-        tokens: Int32,
-        scale: Float32,
-        renormalize: Int32,
+        routing: Routing,
     ) -> None:
         g = self.g
+        tokens = routing.tokens
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(ptx.quotient(thread, LANES))
         lane = ptx.remainder(thread, LANES)
@@ -192,43 +189,16 @@ class SplitPrefill:
             for slot in range(warp, slots, g.consumer_warps):
                 token = first_token + slot * g.cluster_k + part_k
                 row = shared + slot * g.slot_bytes
-                pairs = [
-                    ptx.load_shared_v2(row + (position * LANES + lane) * 8)
-                    for position in range(g.lane_keys)
-                ]
-                scratch = row + g.group_experts * 8
-                first = group * g.group_experts + lane * g.lane_keys
-                selection.top_of_warp(
-                    [pair[0] for pair in pairs],
-                    [pair[1] for pair in pairs],
-                    [first + position for position in range(g.lane_keys)],
-                    g.top_k,
-                    scratch,
+                finish.route(
+                    routing,
+                    workspace.toint(),
+                    row,
+                    row + g.group_experts * 8,
+                    token,
+                    group,
+                    self.division,
                     lane,
                 )
-                last = Int32(1)
-                if cutlass.const_expr(g.groups > 1):
-                    last = finish.merge(
-                        workspace.toint(),
-                        workspace.toint() + g.ticket_bytes,
-                        scratch,
-                        token,
-                        group,
-                        g.groups,
-                        g.top_k,
-                        lane,
-                    )
-                if last != 0:
-                    finish.store(
-                        weights_out.toint(),
-                        ids_out.toint(),
-                        scratch,
-                        token,
-                        g.top_k,
-                        scale,
-                        renormalize,
-                        lane,
-                    )
         cute.arch.cluster_wait()
 
     def keep_company(self) -> None:
@@ -517,18 +487,5 @@ class SplitPrefill:
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
-    gmem = cute.AddressSpace.gmem
-    arguments = (
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(BFloat16, 0, gmem, assumed_align=16),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Int32, 0, gmem, assumed_align=4),
-        make_ptr(Float32, 0, gmem, assumed_align=4),
-        make_ptr(Int32, 0, gmem, assumed_align=16),
-        Int32(1),
-        Int64(K_BLOCK),
-        Float32(1.0),
-        Int32(1),
-    )
-    return SplitPrefill(SplitGeometry.of(constants)), arguments
+    kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "ptr:f32", "ptr:u32", "i64")
+    return SplitPrefill(SplitGeometry.of(constants)), finish.arguments(*kinds)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.parameters import ROUTING
 from router_runtime.manifest import Contract, GridAxis, Parameter
+
+#: Nothing is scored, so there is nothing to scale, to select otherwise or to weigh.
+_UNSCORED = (
+    *("scale", "renormalize", "image_mask", "image_bias", "given_ids_i32", "given_ids_i64"),
+)
 
 
 def contract(constants: Mapping[str, int | float]) -> Contract:
@@ -13,12 +19,9 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
             Parameter("token_ids_i32", "ptr:i32"),
             Parameter("token_ids_i64", "ptr:i64"),
             Parameter("table", "ptr:i32"),
-            Parameter("weights_out", "ptr:f32"),
-            Parameter("ids_out", "ptr:i32"),
-            Parameter("tokens", "i32"),
             Parameter("vocab", "i32"),
             Parameter("top_k", "i32"),
-            Parameter("sentinel", "i32"),
+            *(parameter for parameter in ROUTING if parameter.name not in _UNSCORED),
         ),
         grid=(
             GridAxis("ceil", argument="tokens", divisor=int(constants["TOKENS_PER_BLOCK"])),
