@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -37,16 +37,21 @@ BATCHES = (
 )
 
 
+#: Inputs that hold one element or row a token, beside those of ROWS.
+_BESIDE_ROWS = ("is_padding", "image_mask", "given_ids")
+
+
 class Run(Protocol):
     """Launches a kernel: device inputs in, the outputs written. Logits only where the kernel can
-    store them, and if it is asked to.
+    store them, and if it is asked to; ``logical_ids`` only where there is an expert map.
     """
 
-    def __call__(self, inputs: Inputs, *outputs: Tensor) -> None: ...
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None: ...
 
 
-#: What a kernel wrote: values and ids, and the logits if they were asked for.
-Outputs = tuple[Tensor, ...]
+#: What a kernel wrote: values and ids, the logits if they were asked for, the logical ids if there
+#: is an expert map.
+Outputs = Mapping[str, Tensor]
 
 
 class _Guarded:
@@ -56,7 +61,7 @@ class _Guarded:
         self, rows: int, k: int, dtype: torch.dtype, device: torch.device, poison: int
     ) -> None:
         self._poison = poison
-        words = rows * k + 2 * _GUARD_WORDS
+        words = rows * k * (dtype.itemsize // 4) + 2 * _GUARD_WORDS
         self._buffer = torch.full((words,), poison, dtype=torch.int32, device=device)
         inner = self._buffer[_GUARD_WORDS : words - _GUARD_WORDS]
         self.tensor = inner.view(dtype).view(rows, k)
@@ -79,7 +84,7 @@ def examine(
     if logits:
         without, more = _twice(case, run, on_device, False)
         problems += more
-        if not _same_bits(without, found[:2]):
+        if not _same_bits(without, {name: found[name] for name in without}):
             problems.append("storing logits changes the other outputs")
     before, after = _words(inputs), _words(on_device)
     problems += [
@@ -89,7 +94,7 @@ def examine(
     ]
     if case.variations:
         problems += _vary(case, run, (inputs, on_device), device, largest_batch, found)
-    verdict = judge(case, inputs, *found)
+    verdict = judge(case, inputs, **found)
     return dataclasses.replace(verdict, problems=(*verdict.problems, *problems))
 
 
@@ -101,18 +106,24 @@ def _twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outputs,
         rows = inputs[ROWS[case.kernel]]
         assert isinstance(rows, Tensor)
         count, k = rows.shape[0], case.sizes["top_k"]
+        integers = torch.int64 if inputs.get("wide_ids") else torch.int32
         guarded = {
             "values": _Guarded(count, k, torch.float32, rows.device, poison),
-            "ids": _Guarded(count, k, torch.int32, rows.device, poison),
+            "ids": _Guarded(count, k, integers, rows.device, poison),
         }
         if logits:
             experts = case.sizes["experts"]
             guarded["logits"] = _Guarded(count, experts, torch.float32, rows.device, poison)
-        run(inputs, *(output.tensor for output in guarded.values()))
+        written = [output.tensor for output in guarded.values()]
+        if "expert_map" in inputs:
+            logical = guarded["logical_ids"] = _Guarded(count, k, integers, rows.device, poison)
+            run(inputs, *written, logical_ids=logical.tensor)
+        else:
+            run(inputs, *written)
         for name, output in guarded.items():
             if not output.bands_intact():
                 problems.append(f"wrote outside its output {name}")
-        results.append(tuple(output.tensor.cpu() for output in guarded.values()))
+        results.append({name: output.tensor.cpu() for name, output in guarded.items()})
     if not _same_bits(*results):
         problems.append("two runs differ: not deterministic, or an output element was not written")
     return results[1], problems
@@ -141,9 +152,12 @@ def _vary(
         kept = torch.ones(len(order), dtype=torch.bool)
         kept[strangers] = False
         moved = {**on_device, name: batch.to(device)}
-        found, problems = _twice(case, run, moved, len(expected) > 2)
-        wanted = [output[order[kept]] for output in expected]
-        if not _same_bits([output[kept] for output in found], wanted):
+        for beside in _BESIDE_ROWS:
+            if isinstance(value := inputs.get(beside), Tensor):
+                moved[beside] = value[order].to(device)
+        found, problems = _twice(case, run, moved, "logits" in expected)
+        wanted = {name: output[order[kept]] for name, output in expected.items()}
+        if not _same_bits({name: output[kept] for name, output in found.items()}, wanted):
             problems.append("bits of a token depend on its batch")
         if problems:
             return [f"{problem} ({what})" for problem in problems]
@@ -188,8 +202,8 @@ def _words(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(
-        torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
-        for a, b in zip(found, expected, strict=True)
+def _same_bits(found: Outputs, expected: Outputs) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name].contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+        for name, b in expected.items()
     )

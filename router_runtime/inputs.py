@@ -72,7 +72,8 @@ class Random:
 
 def make_inputs(case: Case) -> Inputs:
     """The inputs of a case on the CPU."""
-    return _MAKERS[case.kernel](case, Random(case.seed))
+    inputs = _MAKERS[case.kernel](case, Random(case.seed))
+    return {**inputs, **_serving(case, Random(~case.seed))} if case.serving else inputs
 
 
 def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
@@ -272,6 +273,34 @@ def _dense_router(case: Case, random: Random) -> Inputs:
         "scale": case.scale,
         "renormalize": int(case.renormalize),
     }
+
+
+def _serving(case: Case, random: Random) -> Inputs:
+    """What an engine passes in beside the rows, as ``suite.SERVING`` names it."""
+    tokens, experts, top_k = (case.sizes[name] for name in ("tokens", "experts", "top_k"))
+    wide = "wide" in case.serving
+    marks = random.integers(0, 4, 2, tokens)
+    found: dict[str, Tensor | int | float] = {"sentinel": -7, "wide_ids": int(wide)}
+    if "padding" in case.serving:
+        found["is_padding"] = marks[0] == 0
+    if "count" in case.serving:
+        found["num_valid_tokens"] = torch.tensor([tokens - tokens // 3], dtype=torch.int32)
+    if "images" in case.serving:
+        found["image_mask"] = marks[1] < 2
+        found["image_bias"] = random.normal(experts) * 0.5
+    if "map" in case.serving:
+        found["expert_map"] = random.integers(0, 2**20, experts, 3).int()
+        found["replica_counts"] = random.integers(1, 4, experts).int()
+    if "replay" in case.serving:
+        given = random.integers(0, experts, tokens, top_k)
+        edges = [-1, experts, 2**31 - 1, -(2**31)]
+        if wide:
+            # Their low 32 bits are valid ids.
+            edges += [2**32, 2**32 + experts - 1, -(2**63)]
+        strange = random.choice(torch.tensor(edges), tokens, top_k)
+        given = torch.where(random.integers(0, 16, tokens, top_k) == 0, strange, given)
+        found["given_ids"] = given if wide else given.int()
+    return found
 
 
 _MAKERS: Mapping[str, Callable[[Case, Random], Inputs]] = {

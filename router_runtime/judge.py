@@ -18,6 +18,7 @@ is what evidence records.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,18 +91,42 @@ class Verdict:
 
 
 def judge(
-    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None = None
+    case: Case,
+    inputs: Inputs,
+    values: Tensor,
+    ids: Tensor,
+    logits: Tensor | None = None,
+    logical_ids: Tensor | None = None,
 ) -> Verdict:
-    """Judge the outputs of a kernel, on the CPU: weights (or selected values) and ids, and the
-    logits of a dense one if it stored them.
+    """Judge the outputs of a kernel, on the CPU: weights (or selected values) and ids, the logits
+    of a dense one if it stored them, the logical ids where there is an expert map.
     """
+    if not case.serving:
+        return _judge_plain(case, inputs, values, ids, logits)
+    logical = ids if logical_ids is None else logical_ids
+    verdict = _judge_served(case, inputs, values, logical, logits)
+    problems = verdict.problems
+    if logical_ids is not None:
+        problems += tuple(_check_map(inputs, ids, logical_ids))
+    bits = digest({"values": values, "ids": ids, "logical_ids": logical})
+    return dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
+
+
+def _judge_plain(
+    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None
+) -> Verdict:
     if case.kernel == "hash_router":
         return _judge_exact(*_hash_reference(inputs), values, ids)
     if case.kernel == "topk_select":
         return _judge_exact(
             *spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"])), values, ids
         )
-    reference = refer(case, inputs)
+    return _judge_scored(inputs, refer(case, inputs), values, ids, logits)
+
+
+def _judge_scored(
+    inputs: Inputs, reference: Reference, values: Tensor, ids: Tensor, logits: Tensor | None
+) -> Verdict:
     problems, reordered = _check_ids(reference, ids)
     worst = {"weight": 0.0, "weight_relative": 0.0}
     if not problems:
@@ -122,6 +147,8 @@ def judge(
 
 def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The oracle's ids and which rows are clear: what evidence is recomputed from."""
+    if case.serving:
+        return _served_ids(case, inputs)
     if case.kernel == "hash_router":
         ids = _hash_reference(inputs)[1]
     elif case.kernel == "topk_select":
@@ -144,7 +171,14 @@ def clear_ids_sha256(ids: Tensor, clear: Tensor) -> str:
 
 def refer(case: Case, inputs: Inputs) -> Reference:
     """The intervals and the ids of a case that scores experts."""
-    bias = _tensor(inputs, "bias")
+    reference = _refer(case, inputs, _tensor(inputs, "bias"))
+    if "image_mask" not in inputs:
+        return reference
+    of_images = _refer(case, inputs, _tensor(inputs, "image_bias"))
+    return _either(_tensor(inputs, "image_mask"), of_images, reference)
+
+
+def _refer(case: Case, inputs: Inputs, bias: Tensor) -> Reference:
     if case.kernel == "activation_topk":
         logits = _tensor(inputs, "logits")
         top_k = int(inputs["top_k"])
@@ -182,7 +216,127 @@ def _hash_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
         _tensor(inputs, "table"),
         int(inputs["top_k"]),
         int(inputs["sentinel"]),
+        _padding(inputs, _tensor(inputs, "token_ids").shape[0]),
     )
+
+
+# --- serving inputs -------------------------------------------------------------------------------
+
+
+def _padding(inputs: Inputs, tokens: int) -> Tensor:
+    marks, count = inputs.get("is_padding"), inputs.get("num_valid_tokens")
+    assert not isinstance(marks, int | float)
+    assert not isinstance(count, int | float)
+    return spec.padding_rows(torch.arange(tokens), marks, count)
+
+
+def _either(chosen: Tensor, first: Reference, second: Reference) -> Reference:
+    """Rows of the first where ``chosen``, else of the second."""
+    rows = chosen.unsqueeze(1)
+
+    def between(a: Interval, b: Interval) -> Interval:
+        return Interval(torch.where(rows, a.low, b.low), torch.where(rows, a.high, b.high))
+
+    return Reference(
+        torch.where(rows, first.ids, second.ids),
+        torch.where(chosen, first.clear, second.clear),
+        between(first.keys, second.keys),
+        between(first.scores, second.scores),
+        torch.where(rows, first.exact, second.exact),
+        torch.where(rows, first.same_inputs, second.same_inputs),
+    )
+
+
+def _rows_of(reference: Reference, rows: Tensor) -> Reference:
+    def of(interval: Interval) -> Interval:
+        return Interval(interval.low[rows], interval.high[rows])
+
+    return Reference(
+        reference.ids[rows],
+        reference.clear[rows],
+        of(reference.keys),
+        of(reference.scores),
+        reference.exact[rows],
+        reference.same_inputs[rows],
+    )
+
+
+def _served_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``expected_ids`` of a case with serving inputs: logical ids, the sentinel for no expert."""
+    if case.kernel == "hash_router":
+        ids = _hash_reference(inputs)[1]
+        return ids, torch.ones(ids.shape[0], dtype=torch.bool)
+    padding = _padding(inputs, case.sizes["tokens"])
+    if "given_ids" in inputs:
+        ids = _tensor(inputs, "given_ids")
+        exists = (ids >= 0) & (ids < case.sizes["experts"])
+        ids = torch.where(exists, ids, torch.full_like(ids, spec.NO_EXPERT)).int()
+        clear = torch.ones_like(padding)
+    else:
+        reference = refer(case, inputs)
+        ids, clear = reference.ids, reference.clear | padding
+    ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, spec.NO_EXPERT), ids)
+    return spec.with_sentinel(ids, int(inputs["sentinel"])), clear
+
+
+def _judge_served(
+    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None
+) -> Verdict:
+    """Judge weights and logical ids of a case with serving inputs."""
+    if case.kernel == "hash_router":
+        return _judge_exact(*_hash_reference(inputs), values, ids)
+    expected, clear = _served_ids(case, inputs)
+    padding = _padding(inputs, ids.shape[0])
+    reference = refer(case, inputs)
+    problems: list[str] = []
+    if "given_ids" in inputs:
+        reordered, worst = 0, {"weight": 0.0, "weight_relative": 0.0}
+        wrong = (ids != expected).any(dim=1)
+        if wrong.any():
+            problems.append(_report(wrong, "wrong ids", ids, expected))
+        else:
+            missing = expected == int(inputs["sentinel"])
+            found, worst = _check_weights(reference, inputs, values, expected, missing)
+            problems += found
+    else:
+        # Padding rows are exact; the others are judged as if they were all.
+        wrong = (
+            (ids != expected).any(dim=1) | (values.view(torch.int32) != 0).any(dim=1)
+        ) & padding
+        if wrong.any():
+            problems.append(_report(wrong, "padding is not the sentinel and zeros", ids, expected))
+        others = (~padding).nonzero().flatten()
+        rows = {name: inputs[name] for name in ("scale", "renormalize")}
+        verdict = _judge_scored(
+            rows, _rows_of(reference, others), values[others], ids[others], None
+        )
+        problems += verdict.problems
+        reordered, worst = verdict.reordered, dict(verdict.worst)
+    if logits is not None:
+        problems += _check_logits(inputs, logits, worst)
+    return Verdict(
+        problems=tuple(problems),
+        rows=ids.shape[0],
+        clear=int(clear.sum()),
+        reordered=reordered,
+        ids_sha256=clear_ids_sha256(ids, clear),
+        bits_sha256="",
+        worst=worst,
+    )
+
+
+def _check_map(inputs: Inputs, ids: Tensor, logical_ids: Tensor) -> list[str]:
+    """Physical ids against what the map makes of the logical ones."""
+    sentinel = int(inputs["sentinel"])
+    expert_map, counts = _tensor(inputs, "expert_map"), _tensor(inputs, "replica_counts")
+    none = logical_ids == sentinel
+    known = torch.where(none, torch.full_like(logical_ids, spec.NO_EXPERT), logical_ids).int()
+    if bool((known >= expert_map.shape[0]).any()):
+        return []  # reported as wrong ids
+    rows = torch.arange(len(ids))
+    expected = spec.with_sentinel(spec.physical_ids(known, rows, expert_map, counts), sentinel)
+    wrong = (ids != expected).any(dim=1)
+    return [_report(wrong, "wrong physical ids", ids, expected)] if wrong.any() else []
 
 
 def _score_interval(z: Tensor, slack: Tensor) -> Interval:
@@ -266,12 +420,23 @@ def _check_ids(reference: Reference, ids: Tensor) -> tuple[list[str], int]:
 
 
 def _check_weights(
-    reference: Reference, inputs: Inputs, weights: Tensor, ids: Tensor
+    reference: Reference,
+    inputs: Inputs,
+    weights: Tensor,
+    ids: Tensor,
+    missing: Tensor | None = None,
 ) -> tuple[list[str], dict[str, float]]:
-    """Each weight against the interval of the weight of the expert that the kernel chose."""
-    chosen = ids.long()
-    low, high = reference.scores.low.gather(1, chosen), reference.scores.high.gather(1, chosen)
-    exact = reference.exact.gather(1, chosen)
+    """Each weight against the interval of the weight of the expert that the kernel chose.
+    ``missing`` marks what is no expert, and has score 0.
+    """
+    none = torch.zeros_like(ids, dtype=torch.bool) if missing is None else missing
+    chosen = torch.where(none, torch.zeros_like(ids), ids).long()
+
+    def picked(scores: Tensor) -> Tensor:
+        return scores.gather(1, chosen).masked_fill(none, 0.0)
+
+    low, high = picked(reference.scores.low), picked(reference.scores.high)
+    exact = picked(reference.exact)
     r = float(torch.tensor(inputs["scale"], dtype=torch.float32))
     if inputs["renormalize"]:
         # A weight grows with its own score and shrinks with the others'.
@@ -290,7 +455,8 @@ def _check_weights(
     low, high = low * r / slack - subnormal, high * r * slack + subnormal
     exact = exact * r
     found = weights.double()
-    wrong = ~((found >= low) & (found <= high) & (found >= 0)).all(dim=1)
+    inside = (found >= low) & (found <= high) & (found >= 0)
+    wrong = ~(inside & ((weights.view(torch.int32) == 0) | ~none)).all(dim=1)
     error = (found - exact).abs()
     allowed = torch.where(found < exact, exact - low, high - exact)
     # Below this a weight is noise of the subnormals, and its relative error says nothing.

@@ -8,9 +8,10 @@ completeness anywhere. This module imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,21 @@ DENSE_TOKENS = (1, 2, 63, 64, 65, 129, 257, 1000)
 #: Rows of the cases whose point is the pattern of the inputs rather than their number.
 PATTERN_TOKENS = 33
 
+#: Serving inputs together in one case: ``padding`` by a mask, ``count`` of valid tokens, ``images``
+#: with a bias of their own, an expert ``map``, ``wide`` ids out, ``replay`` of given ids, which are
+#: wide where the ids out are.
+SERVING = (
+    ("padding",),
+    ("count",),
+    ("images",),
+    ("map",),
+    ("wide",),
+    ("replay",),
+    ("padding", "images"),
+    ("padding", "count", "map", "wide", "replay"),
+    ("padding", "count", "images", "map", "wide"),
+)
+
 #: Everything that decides what "passes the suite" means.
 SOURCES = ("spec.py", "suite.py", "inputs.py", "judge.py", "examine.py")
 
@@ -33,6 +49,7 @@ SOURCES = ("spec.py", "suite.py", "inputs.py", "judge.py", "examine.py")
 class Case:
     """One launch. ``sizes`` are the integers that fix its shapes; their names depend on the kernel.
 
+    ``serving`` names the serving inputs that the case has (``SERVING``).
     ``variations`` asks for further launches on rearranged rows, whose results must be bit-identical
     row by row (batch invariance).
     """
@@ -44,6 +61,7 @@ class Case:
     scale: float = 1.5
     renormalize: bool = True
     variations: bool = False
+    serving: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -101,6 +119,18 @@ def _clamped(limits: Limits, quantity: str, wanted: int) -> int:
     return min(max(wanted, low), high)
 
 
+def _served(cases: Iterable[Case], images: bool = True, replay: bool = True) -> Iterator[Case]:
+    """Each case with serving inputs that ``SERVING`` lists, as far as the kernel has them."""
+    absent = {name for name, has in (("images", images), ("replay", replay)) if not has}
+    for case in cases:
+        for inputs in SERVING:
+            if not absent.intersection(inputs):
+                name = f"{case.name}-{'+'.join(inputs)}"
+                # What decides by row would not survive a rearrangement of the rows.
+                moves = case.variations and not {"count", "map"}.intersection(inputs)
+                yield dataclasses.replace(case, name=name, serving=inputs, variations=moves)
+
+
 def _hash_router(_: Constants, limits: Limits) -> Iterator[Case]:
     top_k = _clamped(limits, "top_k", 6)
 
@@ -120,6 +150,11 @@ def _hash_router(_: Constants, limits: Limits) -> Iterator[Case]:
     yield case("sentinel-large", "out_of_range", sentinel=2**31 - 1)
     for k in _within(limits, "top_k", (1, 2, 7, 8, 16, 32)):
         yield case(f"random-k{k}", "random", top_k=k)
+    yield from _served(
+        (case(f"served-i{bits}", "out_of_range", tokens=257, index_bits=bits) for bits in (32, 64)),
+        images=False,
+        replay=False,
+    )
 
 
 #: Row lengths around powers of two, warp and block sizes, and the limits of topk_select.
@@ -205,6 +240,12 @@ def _activation_topk(_: Constants, limits: Limits) -> Iterator[Case]:
         yield case("any_bits", PATTERN_TOKENS, largest, few, scale=scale, renormalize=False)
     for padding in (1, 2, 3, 4, 8):
         yield case("random", 65, largest, few, padding=padding)
+    yield from _served(
+        (
+            case("random", 65, largest, few),
+            case("nan_rows", PATTERN_TOKENS, largest, few, renormalize=False),
+        )
+    )
 
 
 def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator[Case]:
@@ -242,6 +283,13 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
         yield case("random", tokens, scale=scale)
     for padding in (8, 64):
         yield case("random", tokens, padding=padding)
+    # Several tiles of every kernel, the last of them short.
+    yield from _served(
+        (
+            case("random", min(299, largest), variations=True),
+            case("nan_rows", tokens, renormalize=False),
+        )
+    )
 
 
 _CASES: Mapping[str, Callable[[Constants, Limits], Iterator[Case]]] = {

@@ -47,12 +47,21 @@ class KernelRun:
         self._weight: object = None
         self._packed: dict[str, Tensor] = {}
 
-    def __call__(self, inputs: Inputs, *outputs: Tensor) -> None:
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None:
         values, ids, *rest = outputs
         arguments = self._arguments(inputs)
-        arguments |= {"weights_out": values, "values_out": values, "ids_out": ids}
+        arguments |= {"weights_out": values, "values_out": values}
         arguments["logits_out"] = rest[0] if rest else None
+        for name, tensor in (
+            ("ids_out", ids),
+            ("logical_ids_out", logical_ids.get("logical_ids")),
+            ("given_ids_i32", inputs.get("given_ids")),
+        ):
+            wide = isinstance(tensor, Tensor) and tensor.dtype is torch.int64
+            arguments[name] = None if wide else tensor
+            arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
         arguments = dict.fromkeys(SERVED, 0) | {"sentinel": -1, "image_bias": None} | arguments
+        arguments["serving"] = int("wide_ids" in inputs)
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
         # An address: a contract may declare the workspace as a pointer to any type.
         arguments["workspace"] = self._workspace.data_ptr()
@@ -79,6 +88,11 @@ class KernelRun:
             wide = token_ids.dtype == torch.int64
             arguments["token_ids_i64"] = token_ids if wide else None
             arguments["token_ids_i32"] = None if wide else token_ids
+        for name in ("is_padding", "image_mask"):
+            if isinstance(mask := inputs.get(name), Tensor):
+                arguments[name] = mask.view(torch.uint8)
+        if isinstance(expert_map := inputs.get("expert_map"), Tensor):
+            arguments["replicas"] = expert_map.shape[1]
         if isinstance(table := inputs.get("table"), Tensor):
             arguments["vocab"] = table.shape[0]
         for name, columns in (

@@ -17,6 +17,7 @@ CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
 }
 TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
+    "unsigned char*": "ptr:u8",
     "int": "i32",
     "long long": "i64",
     "float": "f32",

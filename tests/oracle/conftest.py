@@ -10,6 +10,8 @@ import pytest
 if importlib.util.find_spec("torch") is None:
     # The builder's environment: the oracle is written in torch.
     collect_ignore_glob = ["test_*.py"]
+else:
+    import torch
 
 
 def oracle_outputs(case, inputs):
@@ -17,6 +19,8 @@ def oracle_outputs(case, inputs):
     from router_runtime import spec
 
     given = SimpleNamespace(**inputs)
+    if case.serving:
+        return served_outputs(case, inputs)
     if case.kernel == "hash_router":
         return spec.hash_router(given.token_ids, given.table, given.top_k, given.sentinel)
     if case.kernel == "topk_select":
@@ -34,6 +38,37 @@ def oracle_outputs(case, inputs):
         bool(given.renormalize),
         k_chunk=128,
     )
+
+
+def served_outputs(case, inputs):
+    """The same for a case with serving inputs; the logical ids too where there is an expert map."""
+    from router_runtime import spec
+    from router_runtime.examine import ROWS
+
+    given = SimpleNamespace(**inputs)
+    rows = torch.arange(len(inputs[ROWS[case.kernel]]))
+    padding = spec.padding_rows(rows, inputs.get("is_padding"), inputs.get("num_valid_tokens"))
+    if case.kernel == "hash_router":
+        values, ids = spec.hash_router(
+            given.token_ids, given.table, given.top_k, spec.NO_EXPERT, padding
+        )
+    else:
+        logits = inputs.get("logits")
+        if logits is None:
+            logits = spec.dense_logits(given.hidden_states, given.weight, 128)
+        values, ids = spec.activation_topk(
+            logits,
+            given.bias,
+            case.sizes["top_k"],
+            given.scale,
+            bool(given.renormalize),
+            padding=padding,
+            **{name: inputs.get(name) for name in ("image_mask", "image_bias", "given_ids")},
+        )
+    if "expert_map" not in inputs:
+        return values, spec.with_sentinel(ids, given.sentinel)
+    physical = spec.physical_ids(ids, rows, given.expert_map, given.replica_counts)
+    return tuple([values, *(spec.with_sentinel(each, given.sentinel) for each in (physical, ids))])
 
 
 @pytest.fixture(scope="session")

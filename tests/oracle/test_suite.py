@@ -31,10 +31,12 @@ def runner(outputs):
     """A Run that writes what ``outputs(case, inputs)`` returns."""
 
     def for_case(case):
-        def run(given, values, ids):
+        def run(given, values, ids, logical_ids=None):
             found = outputs(case, given)
             values.copy_(found[0])
             ids.copy_(found[1])
+            if logical_ids is not None:
+                logical_ids.copy_(found[-1])
 
         return run
 
@@ -59,10 +61,10 @@ def test_the_oracle_passes(subject, outputs):
         assert verdict.problems == ()
         assert all(error <= 1 for error in verdict.worst.values())
         clear, rows = clear + verdict.clear, rows + verdict.rows
-        # What evidence is recomputed from agrees with what was judged.
+        # What evidence is recomputed from agrees with what was judged: logical ids.
         ids, is_clear = expected_ids(case, given)
         assert int(is_clear.sum()) == verdict.clear
-        assert torch.equal(ids[is_clear], outputs(case, given)[1][is_clear])
+        assert torch.equal(ids[is_clear], outputs(case, given)[-1][is_clear])
     # A suite of ambiguous rows would check nothing.
     assert clear > 0.9 * rows
 
@@ -106,17 +108,18 @@ def test_dense_kernels_get_the_same_inputs():
 # --- stored logits -----------------------------------------------------------------------------
 
 
-def with_logits(change, *, weights=False):
+def with_logits(outputs, change, *, weights=False):
     """Problems of a dense kernel that stores logits, changed by ``change``."""
     for case in suite.cases(DENSE, *SHAPES[DENSE]):
         given = inputs.make_inputs(case)
 
-        def run(given, values, ids, *logits, case=case):
+        def run(given, values, ids, *logits, case=case, logical_ids=None):
             z = spec.dense_logits(given["hidden_states"], given["weight"], 128)
-            k, scale = case.sizes["top_k"], given["scale"]
-            found = spec.activation_topk(z, given["bias"], k, scale, bool(given["renormalize"]))
+            found = outputs(case, given)
             values.copy_(found[0])
             ids.copy_(found[1])
+            if logical_ids is not None:
+                logical_ids.copy_(found[-1])
             for stored in logits:
                 stored.copy_(z)
                 change(stored)
@@ -151,14 +154,15 @@ def change_nan(logits):
     ],
     ids=["scaled", "bf16", "rolled", "clamped", "other NaN", "unwritten", "beyond"],
 )
-def test_wrong_logits_are_caught(change, message):
-    assert with_logits(lambda logits: None) == ()
-    found = with_logits(change)
+def test_wrong_logits_are_caught(change, message, outputs):
+    assert with_logits(outputs, lambda logits: None) == ()
+    found = with_logits(outputs, change)
     assert any(message in problem for problem in found), found
 
 
-def test_logits_that_change_the_weights_are_caught():
-    assert "storing logits changes the other outputs" in with_logits(lambda z: None, weights=True)
+def test_logits_that_change_the_weights_are_caught(outputs):
+    found = with_logits(outputs, lambda z: None, weights=True)
+    assert "storing logits changes the other outputs" in found
 
 
 # --- wrong kernels -----------------------------------------------------------------------------
@@ -370,6 +374,64 @@ def test_wrong_lookup_is_caught(change, outputs):
     assert problems(("hash_router", *SHAPES["hash_router"]), runner(wrong))
 
 
+# --- wrong serving --------------------------------------------------------------------------------
+
+
+def without(name):
+    """A kernel that ignores a serving input."""
+
+    def outputs_of(outputs):
+        def wrong(case, given):
+            if name not in given:
+                return outputs(case, given)
+            ignored = {key: value for key, value in given.items() if key != name}
+            if name == "expert_map":
+                logical = outputs(case, ignored)
+                return *logical, logical[1]
+            return outputs(case, ignored)
+
+        return wrong
+
+    return outputs_of
+
+
+def changed(name, change):
+    """A kernel that takes another value for a serving input."""
+
+    def outputs_of(outputs):
+        def wrong(case, given):
+            there = name in given and case.serving
+            return outputs(case, {**given, name: change(given[name])} if there else given)
+
+        return wrong
+
+    return outputs_of
+
+
+SERVING_MUTANTS = {
+    "padding ignored": without("is_padding"),
+    "count ignored": without("num_valid_tokens"),
+    "count off by one": changed("num_valid_tokens", lambda count: count + 1),
+    "images ignored": without("image_mask"),
+    "map ignored": without("expert_map"),
+    "one replica": changed("replica_counts", torch.ones_like),
+    "replay ignored": without("given_ids"),
+    "given ids clamped": changed("given_ids", lambda ids: ids.clamp(min=0)),
+    "given ids truncated": changed("given_ids", lambda ids: ids.int()),
+    "given ids sorted": changed("given_ids", lambda ids: ids.sort(dim=1).values),
+    "another sentinel": changed("sentinel", lambda _: -1),
+}
+
+
+@pytest.mark.parametrize("kernel", ["hash_router", "activation_topk", DENSE])
+@pytest.mark.parametrize("mutant", SERVING_MUTANTS)
+def test_wrong_serving_is_caught(kernel, mutant, outputs):
+    if kernel == "hash_router" and mutant.startswith(("images", "replay", "given")):
+        return  # it has no such inputs
+    wrong = SERVING_MUTANTS[mutant](outputs)
+    assert problems((kernel, *SHAPES[kernel]), runner(wrong))
+
+
 # --- wrong behaviour around a right result ------------------------------------------------------
 
 
@@ -381,10 +443,12 @@ def misbehave(outputs, action):
     calls = itertools.count()
 
     def for_case(case):
-        def run(given, values, ids):
+        def run(given, values, ids, logical_ids=None):
             found = outputs(case, given)
             values.copy_(found[0])
             ids.copy_(found[1])
+            if logical_ids is not None:
+                logical_ids.copy_(found[-1])
             action(given, values, ids, next(calls))
 
         return run

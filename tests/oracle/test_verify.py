@@ -30,17 +30,23 @@ from router_runtime.manifest import (
 from router_runtime.resolve import DeviceFacts
 
 AXIS = GridAxis("constant")
+#: What every routing kernel can be given beside its rows, and what only those that score can.
+SERVING = (
+    " serving sentinel first_row replicas is_padding num_valid_tokens expert_map replica_counts "
+    "ids_out_i64 logical_ids_out logical_ids_out_i64"
+)
+SCORED = f"{SERVING} image_mask image_bias given_ids_i32 given_ids_i64"
 #: What the kernels are launched with; repacked weights stand under the name of their matrix.
 PARAMETERS = {
-    "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k "
-    "sentinel",
+    "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k"
+    + SERVING,
     "topk_select": "scores values_out ids_out rows row_length row_stride top_k",
     "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
-    "renormalize",
+    "renormalize" + SCORED,
     "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
-    "tokens row_stride scale renormalize",
+    "tokens row_stride scale renormalize" + SCORED,
     "dense_router_prefill": "hidden_states weight bias weights_out ids_out logits_out workspace "
-    "tokens scale renormalize",
+    "tokens scale renormalize" + SCORED,
 }
 
 
@@ -95,11 +101,13 @@ def machine(monkeypatch, outputs):
         def __init__(self, loaded, device):
             self.entry = loaded
 
-        def __call__(self, given, values, ids, *logits):
+        def __call__(self, given, values, ids, *logits, logical_ids=None):
             case = self.case
-            found_values, found_ids = outputs(case, given)
+            found_values, found_ids, *mapped = outputs(case, given)
             values.copy_(found_values)
             ids.copy_(found_ids)
+            if logical_ids is not None:
+                logical_ids.copy_(mapped[0])
             for stored in logits:
                 stored.copy_(spec.dense_logits(given["hidden_states"], given["weight"], 128))
             if self.entry.kernel in broken:
