@@ -27,6 +27,11 @@ def on_gpu(rows):
     return wide[:, : rows.shape[1]]
 
 
+def plain(cases):
+    """Cases without serving inputs; test_serving_gpu.py has the others."""
+    return [case for case in cases if not case.serving]
+
+
 def check(case, given, outputs):
     verdict = judge(case, given, *(output.cpu() for output in outputs))
     assert not verdict.problems, f"{case.name}: {verdict.problems}"
@@ -39,7 +44,7 @@ def test_topk_select():
 
 
 def test_activation_topk():
-    for case in suite.cases("activation_topk", {}, ACTIVATION_LIMITS):
+    for case in plain(suite.cases("activation_topk", {}, ACTIVATION_LIMITS)):
         given = make_inputs(case)
         found = torch.ops.dsv4.activation_topk(
             on_gpu(given["logits"]),
@@ -52,7 +57,7 @@ def test_activation_topk():
 
 
 def test_hash_router():
-    for case in suite.cases("hash_router", {}, {"top_k": (1, 32)}):
+    for case in plain(suite.cases("hash_router", {}, {"top_k": (1, 32)})):
         given = make_inputs(case)
         config = RouterConfig(
             hidden_size=64,
@@ -75,7 +80,7 @@ def test_dense_router(models):
     """Whatever kernel serves each size, with and without logits."""
     for hidden, experts, top_k in models:
         constants = {"HIDDEN": hidden, "EXPERTS": experts, "TOP_K": top_k}
-        for case in suite.cases("dense_router_decode", constants, {"tokens": (1, 1000)}):
+        for case in plain(suite.cases("dense_router_decode", constants, {"tokens": (1, 1000)})):
             given = make_inputs(case)
             if not given["bias"].isfinite().all():
                 continue  # a Router refuses such a bias; the kernels are verified with it

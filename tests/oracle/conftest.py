@@ -68,7 +68,7 @@ def served_outputs(case, inputs):
     if "expert_map" not in inputs:
         return values, spec.with_sentinel(ids, given.sentinel)
     physical = spec.physical_ids(ids, rows, given.expert_map, given.replica_counts)
-    return tuple([values, *(spec.with_sentinel(each, given.sentinel) for each in (physical, ids))])
+    return (values, *(spec.with_sentinel(each, given.sentinel) for each in (physical, ids)))
 
 
 @pytest.fixture(scope="session")

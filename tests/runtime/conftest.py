@@ -492,7 +492,7 @@ def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> Non
         return
     physical = ids
     if a.expert_map:
-        entries = int(ids.max()) + 1
+        entries = max(int(ids.max()) + 1, 1)
         counts = view(a.replica_counts, torch.int32, entries)
         expert_map = view(a.expert_map, torch.int32, entries, a.replicas)
         rows_ = torch.arange(a.first_row, a.first_row + count)

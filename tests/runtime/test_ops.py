@@ -41,13 +41,20 @@ def hidden(tokens: int) -> Tensor:
 
 
 def test_schemas_are_exact() -> None:
-    dense = "(Tensor hidden_states, SymInt router_id, int num_experts, int top_k)"
+    numbers = "SymInt router_id, int num_experts, int top_k"
+    dense = f"(Tensor hidden_states, {numbers}"
+    serving = ", *, ScalarType? ids_dtype=None, Tensor? is_padding=None, "
+    serving += "Tensor? num_valid_tokens=None"
+    images = ", Tensor? image_mask=None"
+    rules = f"{images}, Tensor? image_bias=None, int sentinel=-1"
     expected = {
-        "dense_router": dense,
-        "dense_router_logits": dense,
-        "hash_router": "(Tensor token_ids, SymInt router_id, int top_k)",
+        "dense_router": f"{dense}{serving}{images})",
+        "dense_router_logits": f"{dense}{serving}{images})",
+        "dense_router_replay": f"(Tensor hidden_states, Tensor given_ids, {numbers}{serving})",
+        "hash_router": f"(Tensor token_ids, SymInt router_id, int top_k{serving})",
         "topk_select": "(Tensor scores, int k)",
-        "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize)",
+        "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize"
+        f"{serving}{rules})",
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default
