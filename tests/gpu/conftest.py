@@ -100,13 +100,14 @@ def make_router(models):
     from router_runtime import Router, RouterConfig
     from router_runtime.inputs import Random
 
-    def make(seed=1, model=None, scale=1.5, **options):
+    def make(seed=1, model=None, scale=1.5, image_bias=None, **options):
         hidden, experts, top_k = model or models[0]
         random = Random(seed)
         weight = (random.normal(experts, hidden) * 2.0**-6).bfloat16()
         bias = random.normal(experts) * 0.125
         config = RouterConfig(hidden, experts, top_k, scale, **options)
-        return Router(config, weight=weight, bias=bias, device=torch.device("cuda"))
+        tensors = {"weight": weight, "bias": bias, "image_bias": image_bias}
+        return Router(config, **tensors, device=torch.device("cuda"))
 
     return make
 

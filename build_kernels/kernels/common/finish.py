@@ -1,6 +1,6 @@
 """The end of a dense router: selection, merging groups of experts, serving inputs, the stores.
 
-``route`` does all of it for one warp and one token. A plain call passes one test more than it would
+``route_all`` and ``route`` do all of it for a warp. A plain call passes one test more than it would
 without serving inputs; what they need stands behind that test.
 
 Where several clusters hold a group of experts each, a cluster leaves its ``top_k`` candidates in
@@ -14,6 +14,7 @@ that has only such experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
@@ -64,6 +65,36 @@ def arguments(*kinds: str) -> tuple[object, ...]:
 
 
 @cute.jit
+def route_all(
+    routing: Routing,
+    workspace: Int64,
+    slots: tuple[Int32, Int32, int],
+    locate: cutlass.Constexpr[Callable[[Int32], tuple[Int32, Int32, Int32]]],
+    group: Int32,
+    division: cutlass.Constexpr[Division],
+    lane: Int32,
+    leave: cutlass.Constexpr[Callable[[], None]],
+) -> None:
+    """Route one token a slot by a warp, in the range that ``slots`` is; then ``leave``, and end.
+
+    ``locate`` gives a slot's (row, scratch, token), as ``route`` takes them. A plain call ends
+    before the code of serving: a jump over that would wait for instructions from L2.
+    """
+    first, stop, step = slots
+    if routing.serving == 0:
+        for slot in range(first, stop, step):
+            row, scratch, token = locate(slot)
+            _route(routing, workspace, row, scratch, token, group, division, lane)
+        leave()
+        ptx.exit_thread()
+    else:
+        for slot in range(first, stop, step):
+            row, scratch, token = locate(slot)
+            serve(routing, workspace, row, scratch, token, group, division, lane)
+        leave()
+
+
+@cute.jit
 def route(
     routing: Routing,
     workspace: Int64,
@@ -80,16 +111,31 @@ def route(
     c / lane_keys; a column that is no expert has key 0. ``scratch`` has a record a rank.
     """
     if routing.serving == 0:
-        select(row, scratch, group, division, lane)
-        last = merge(workspace, scratch, token, group, division, lane)
-        if last != 0:
-            weight, expert = selection.weight(
-                division.top_k, scratch, lane, routing.scale, routing.renormalize
-            )
-            if lane < division.top_k:
-                _store_plain(routing, Int64(token) * division.top_k + lane, weight, expert)
+        _route(routing, workspace, row, scratch, token, group, division, lane)
     else:
         serve(routing, workspace, row, scratch, token, group, division, lane)
+
+
+@cute.jit
+def _route(
+    routing: Routing,
+    workspace: Int64,
+    row: Int32,
+    scratch: Int32,
+    token: Int32,
+    group: Int32,
+    division: cutlass.Constexpr[Division],
+    lane: Int32,
+) -> None:
+    """``route`` without serving inputs."""
+    select(row, scratch, group, division, lane)
+    last = merge(workspace, scratch, token, group, division, lane)
+    if last != 0:
+        weight, expert = selection.weight(
+            division.top_k, scratch, lane, routing.scale, routing.renormalize
+        )
+        if lane < division.top_k:
+            _store_plain(routing, Int64(token) * division.top_k + lane, weight, expert)
 
 
 @cute.jit

@@ -328,6 +328,11 @@ def atomic_add_relaxed(address: Int64, value: Int32) -> Int32:
     )
 
 
+def exit_thread() -> None:
+    """End this thread here: what follows is not reached."""
+    asm(None, [], "exit;", "~{memory}")
+
+
 # --- synchronisation ------------------------------------------------------------------------------
 
 

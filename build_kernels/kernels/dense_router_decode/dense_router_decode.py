@@ -219,13 +219,20 @@ class DenseRouterDecode:
             cute.arch.sync_threads()
 
         # --- 4. select: one warp a token ---
-        for slot in range(warp, slots, g.warps):
+        def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
             token = (slot * g.cluster_e + part_e) * g.cluster_k + part_k
-            row = key_rows + slot * g.key_row_bytes
-            finish.route(
-                routing, workspace.toint(), row, scratch, token, group, self.division, lane
-            )
-        cute.arch.cluster_wait()
+            return key_rows + slot * g.key_row_bytes, scratch, token
+
+        finish.route_all(
+            routing,
+            workspace.toint(),
+            (warp, slots, g.warps),
+            locate,
+            group,
+            self.division,
+            lane,
+            cute.arch.cluster_wait,
+        )
 
     def request_weights(
         self, packed_weight: cute.Pointer, m_tile: Int32, slab: Int32, lane: Int32

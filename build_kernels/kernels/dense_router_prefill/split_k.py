@@ -186,20 +186,23 @@ class SplitPrefill:
                 shared, biases, logits_out.toint(), slots, first_token, part_k, group, thread
             )
             self.sync_consumers()
-            for slot in range(warp, slots, g.consumer_warps):
-                token = first_token + slot * g.cluster_k + part_k
+
+            def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
                 row = shared + slot * g.slot_bytes
-                finish.route(
-                    routing,
-                    workspace.toint(),
-                    row,
-                    row + g.group_experts * 8,
-                    token,
-                    group,
-                    self.division,
-                    lane,
-                )
-        cute.arch.cluster_wait()
+                return row, row + g.group_experts * 8, first_token + slot * g.cluster_k + part_k
+
+            finish.route_all(
+                routing,
+                workspace.toint(),
+                (warp, slots, g.consumer_warps),
+                locate,
+                group,
+                self.division,
+                lane,
+                cute.arch.cluster_wait,
+            )
+        else:
+            cute.arch.cluster_wait()
 
     def keep_company(self) -> None:
         """The cluster barriers of the others, but for the last wait."""
