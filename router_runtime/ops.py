@@ -10,6 +10,7 @@ dense_router_logits(...)                                     the same, and the f
 dense_router_replay(hidden_states, given_ids, router_id, num_experts, top_k)
 hash_router(token_ids, router_id, top_k)                     int32 or int64 [tokens]
 activation_topk(logits, bias, k, scale, renormalize)         fp32 [tokens, experts], fp32 [experts]
+activation_topk_replay(logits, given_ids, scale, renormalize)
 topk_select(scores, k)                                       fp32 [rows, columns]
 
 All but the last take serving inputs (``serving.py``) as keywords, and have two more forms:
@@ -197,6 +198,14 @@ def _activation_topk_shape(
     return _Shape(logits, logits.shape[1], k)
 
 
+def _activation_topk_replay_shape(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool
+) -> _Shape:
+    if logits.dtype is not torch.float32 or logits.dim() != 2:
+        raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
+    return _Shape(logits, logits.shape[1], given_ids.shape[1])
+
+
 def _topk_select_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_scores(scores)
     return _outputs_like(scores, k, torch.int32)
@@ -334,6 +343,14 @@ ROUTING_OPS = (
         inputs=f"{_IMAGES}, Tensor? image_bias=None, int sentinel=-1",
         owns_map=True,
     ),
+    _RoutingOp(
+        "activation_topk_replay",
+        "Tensor logits, Tensor given_ids, float scale, bool renormalize",
+        {"CPU": rows.replay_activation_cpu, "CUDA": rows.replay_activation_cuda},
+        _activation_topk_replay_shape,
+        inputs=", int sentinel=-1",
+        owns_map=True,
+    ),
 )
 
 
@@ -376,3 +393,4 @@ dense_router_replay: _Op = torch.ops.dsv4.dense_router_replay.default
 hash_router: _Op = torch.ops.dsv4.hash_router.default
 topk_select: _Op = torch.ops.dsv4.topk_select.default
 activation_topk: _Op = torch.ops.dsv4.activation_topk.default
+activation_topk_replay: _Op = torch.ops.dsv4.activation_topk_replay.default

@@ -171,7 +171,6 @@ def serve_activation_cpu(
     k: int,
     scale: float,
     renormalize: bool,
-    *,
     call: Call,
     **rules: Any,
 ) -> Results:
@@ -188,6 +187,7 @@ def serve_activation_cpu(
         renormalize,
         image_mask=call.image_mask,
         image_bias=image_bias,
+        given_ids=call.given_ids,
         padding=call.padding(torch.arange(tokens)),
     )
     return call.store(results, *result, sentinel, expert_map)
@@ -199,7 +199,6 @@ def serve_activation_cuda(
     k: int,
     scale: float,
     renormalize: bool,
-    *,
     call: Call,
     **rules: Any,
 ) -> Results:
@@ -233,6 +232,29 @@ def serve_activation_cuda(
         served = call.arguments(slice(0, tokens), results, expert_map)
         kernel.launcher(experts, k).serve(placement.stream(), given, served)
     return results
+
+
+def replay_activation_cpu(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
+) -> Results:
+    return serve_activation_cpu(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
+
+
+def replay_activation_cuda(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
+) -> Results:
+    return serve_activation_cuda(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
+
+
+def _replayed(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, call: Call
+) -> tuple[Tensor, Tensor, int, float, bool, Call]:
+    """The arguments of ``serve_activation`` that weigh given experts."""
+    if logits.dim() != 2 or given_ids.dim() != 2:
+        raise wrong_tensor("given_ids", "torch.int32 or torch.int64 [tokens, top_k]", given_ids)
+    call.given_ids = given_ids
+    bias = logits.new_empty(logits.shape[1])  # nothing is selected, so it is never read
+    return logits, bias, given_ids.shape[1], scale, renormalize, call
 
 
 def _check_rules(

@@ -100,17 +100,15 @@ def test_activation_topk():
     limits = {"experts": (1, 1024), "top_k": (1, 32)}
     for case in served(suite.cases("activation_topk", {}, limits)):
         given = make_inputs(case)
-        if "given_ids" in given:
-            continue  # the kernel's; no op has it
         inputs = inputs_of(given) | {"sentinel": given["sentinel"]}
         names = ("image_bias", "expert_map", "replica_counts")
         inputs |= {name: given[name].cuda() for name in names if name in given}
-        packet = torch.ops.dsv4.activation_topk
+        packet, chosen = torch.ops.dsv4.activation_topk, (given["bias"].cuda(), given["top_k"])
+        if "given_ids" in given:
+            packet, chosen = torch.ops.dsv4.activation_topk_replay, (given["given_ids"].cuda(),)
         op = packet.mapped if "expert_map" in given else packet.default
-        logits, bias = given["logits"].cuda(), given["bias"].cuda()
-        renormalize = bool(given["renormalize"])
-        found = op(logits, bias, given["top_k"], given["scale"], renormalize, **inputs)
-        check(case, given, *found)
+        last = given["scale"], bool(given["renormalize"])
+        check(case, given, *op(given["logits"].cuda(), *chosen, *last, **inputs))
 
 
 # --- one router, every kernel that can serve it ---------------------------------------------------

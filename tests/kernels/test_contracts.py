@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import pytest
 
+from build_kernels import catalog, numerics
+from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.plan import KERNELS
 from router_runtime.manifest import Contract, GridAxis, validate_contract
 
@@ -62,6 +64,18 @@ def test_no_pointer_is_restrict(kernel: str) -> None:
     code = re.sub(r"//.*", "", source)
     assert "__restrict__" not in code
     assert "__ldg" not in code
+
+
+@pytest.mark.parametrize("kernel", ["dense_router_decode", "dense_router_prefill"])
+def test_dense_contracts_end_with_the_routing_parameters(kernel: str) -> None:
+    """The kernels take them as one argument, their last."""
+    module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
+    (row,) = (row for row in catalog.KERNELS if row.name == kernel)
+    for variant in row.variants:
+        for model in catalog.MODELS:
+            constants = {**numerics.CONSTANTS, **model.constants(), **variant.constants}
+            contract = module.contract(constants | dict(variant.tuned.get(model.name, {})))
+            assert contract.parameters[-len(ROUTING) :] == ROUTING
 
 
 def test_activation_topk_has_a_warp_a_token() -> None:

@@ -65,6 +65,21 @@ def test_binding_keeps_the_order_of_names_apart_from_the_order_of_arguments(
     assert [launch.stream for launch in fake.launches] == [1, 2]
 
 
+def test_launchers_of_one_kernel_keep_their_own_arguments(
+    build: SimpleNamespace, load: Any, fake: Any
+) -> None:
+    kernel = load(contract_of(build, "a=i32 b=ptr:f32 c=f32"))
+    first, second = kernel.bind(("a",), b=64, c=0.5), kernel.bind(("c", "a"), b=128)
+    first(0, 1)
+    second(0, 2.0, 3)
+    first(0, 4)
+    assert [launch.arguments for launch in fake.launches] == [
+        {"a": 1, "b": 64, "c": 0.5},
+        {"a": 3, "b": 128, "c": 2.0},
+        {"a": 4, "b": 64, "c": 0.5},
+    ]
+
+
 def test_one_parameter(build: SimpleNamespace, load: Any, fake: Any) -> None:
     load(contract_of(build, "a=i32")).launch(0, a=7)
     assert fake.launches[0].arguments == {"a": 7}

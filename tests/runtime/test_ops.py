@@ -55,6 +55,8 @@ def test_schemas_are_exact() -> None:
         "topk_select": "(Tensor scores, int k)",
         "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize"
         f"{serving}{rules})",
+        "activation_topk_replay": "(Tensor logits, Tensor given_ids, float scale, "
+        f"bool renormalize{serving}, int sentinel=-1)",
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default

@@ -184,6 +184,17 @@ def test_activation_topk_is_given_what_a_router_owns(dense: Router) -> None:
     same(found, expected)
 
 
+def test_activation_topk_replay(dense: Router) -> None:
+    x, padding = hidden(9), mask(9, 5)
+    logits = dense.forward_with_logits(x)[2]
+    given = torch.randint(-1, E + 1, (9, K), generator=seeded(8))
+    expected = dense.replay(x, given, is_padding=padding)
+    found = ops.activation_topk_replay(
+        logits, given, 1.5, True, is_padding=padding, sentinel=SENTINEL
+    )
+    same(found, expected)
+
+
 def test_a_count_outside_the_map_stays_inside_it() -> None:
     logits, expert_map = torch.randn(6, E), PHYSICAL.int()
     for wrong, right in ((0, 1), (-5, 1), (99, 3)):
@@ -270,6 +281,11 @@ def test_activation_launches(gpu: Any) -> None:
             expected = found
     same(found.given(), expected.given())
     assert (found.ids[5:] == 7).all()
+    given = torch.randint(-1, E + 1, (9, K), generator=seeded(8))
+    same(
+        rows.replay_activation_cuda(logits, given, 1.5, False, call=Call()).given(),
+        rows.replay_activation_cpu(logits, given, 1.5, False, call=Call()).given(),
+    )
 
 
 # --- the expert map -------------------------------------------------------------------------------
@@ -422,10 +438,15 @@ def calls(dense: Router, hashed: Router, tokens: int) -> Iterator[tuple[Any, Any
             (logits, BIAS, K, 1.5, True),
             {"image_mask": images, "image_bias": IMAGE_BIAS, "sentinel": SENTINEL},
         ),
+        (
+            "activation_topk_replay",
+            (logits, torch.randint(0, E, (tokens, K)), 1.5, True),
+            {"sentinel": SENTINEL},
+        ),
     ):
         packet = getattr(torch.ops.dsv4, name)
         more = inputs | more
-        own = brought if name == "activation_topk" else {}
+        own = brought if name.startswith("activation") else {}
         yield packet.default, arguments, more
         yield packet.default, arguments, {**more, "ids_dtype": torch.int64}
         yield packet.mapped, arguments, {**more, **own, "ids_dtype": torch.int64}
