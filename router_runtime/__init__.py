@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+#: The version of the runtime, and of the release whose artifacts it may load.
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from router_runtime.errors import (
         ArtifactError,
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
         InputError,
         ResolutionError,
         RouterRuntimeError,
+        TrustError,
     )
     from router_runtime.ops import (
         activation_topk,
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
         unregister_router,
     )
     from router_runtime.router import Router, RouterConfig, warmup_router_compilation
+    from router_runtime.trust import require_signature
 
 _HOME = {
     "ArtifactError": "errors",
@@ -37,12 +42,14 @@ _HOME = {
     "Router": "router",
     "RouterConfig": "router",
     "RouterRuntimeError": "errors",
+    "TrustError": "errors",
     "activation_topk": "ops",
     "dense_router": "ops",
     "dense_router_logits": "ops",
     "get_router": "ops",
     "hash_router": "ops",
     "register_router": "ops",
+    "require_signature": "trust",
     "topk_select": "ops",
     "unregister_router": "ops",
     "warmup_router_compilation": "router",
@@ -56,12 +63,14 @@ __all__ = [
     "Router",
     "RouterConfig",
     "RouterRuntimeError",
+    "TrustError",
     "activation_topk",
     "dense_router",
     "dense_router_logits",
     "get_router",
     "hash_router",
     "register_router",
+    "require_signature",
     "topk_select",
     "unregister_router",
     "warmup_router_compilation",

@@ -9,6 +9,7 @@ import click
 from router_runtime import doctor as doctor_
 from router_runtime.artifacts import ENVIRONMENT_VARIABLE, find_artifacts
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence import ENVIRONMENT_VARIABLE as EVIDENCE_VARIABLE
 from router_runtime.manifest import ManifestError
 
 _artifacts = click.option(
@@ -38,12 +39,20 @@ def doctor(artifacts: Path | None) -> None:
 @main.command()
 @_artifacts
 @click.option("--record", is_flag=True, help="Write evidence for every entry that passes.")
-def verify(artifacts: Path | None, record: bool) -> None:
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"Where --record writes. Default: ${EVIDENCE_VARIABLE}, then beside the manifest. The "
+    f"runtime reads the folder that ${EVIDENCE_VARIABLE} names.",
+)
+def verify(artifacts: Path | None, record: bool, evidence: Path | None) -> None:
     """Run the oracle suite on this machine's GPU against every cubin that loads on it."""
+    if evidence is not None and not record:
+        raise click.UsageError("expected --evidence with --record, found it alone; add --record")
     from router_runtime.verify import run  # imports torch: the other command does without it
 
     try:
-        passed = run(find_artifacts(artifacts), record, click.echo)
+        passed = run(find_artifacts(artifacts), record, click.echo, evidence)
     except (RouterRuntimeError, ManifestError) as error:
         raise click.ClickException(str(error)) from error
     if not passed:

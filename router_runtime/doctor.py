@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from router_runtime import driver
-from router_runtime.artifacts import EVIDENCE_NAME, find_artifacts, read_cubin, read_manifest
+from router_runtime import driver, trust
+from router_runtime.artifacts import find_artifacts, read_cubin, read_manifest
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence import load_evidence, status
+from router_runtime.evidence import folders, read_evidence, status
 from router_runtime.manifest import Entry, Manifest, ManifestError, Target
 from router_runtime.resolve import (
     DENSE,
@@ -40,6 +40,8 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
         echo(f"{package:<12}{_version(package)}")
     devices = dict(_devices(echo))
     try:
+        required = trust.policy()
+        echo(f"signature   {f'required: {required}' if required else 'not required'}")
         folder = find_artifacts(artifacts)
         manifest = read_manifest(folder)
     except (RouterRuntimeError, ManifestError) as error:
@@ -51,7 +53,7 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
     echo(f"toolchain   {', '.join(f'{name} {version}' for name, version in packages)}")
     intact = _check_cubins(manifest, folder, echo)
     try:
-        evidence = load_evidence(folder / EVIDENCE_NAME)
+        evidence = read_evidence(folder)
     except (RouterRuntimeError, ValueError) as error:
         echo(f"evidence    {error}")
         return False
@@ -62,7 +64,8 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
     counts = dict.fromkeys(("verified", "source-verified", "unproven"), 0)
     for entry in manifest.entries:
         counts[standing(entry)] += 1
-    echo(f"evidence    {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    read = " and ".join(str(each) for each in folders(folder))
+    echo(f"evidence    {', '.join(f'{count} {name}' for name, count in counts.items())}: {read}")
     served = True
     for name, facts in (devices or _imagined(manifest)).items():
         echo("")

@@ -11,6 +11,10 @@ class ArtifactError(RouterRuntimeError):
     """The artifacts folder or one of its files is missing, altered or not what a kernel needs."""
 
 
+class TrustError(ArtifactError):
+    """A file lacks the signature that this process requires, or the requirement is wrong."""
+
+
 class DriverError(RouterRuntimeError):
     """The NVIDIA driver is missing, too old, or a call to it failed."""
 

@@ -8,30 +8,44 @@ ids can be recomputed without a GPU, and ``make test`` does so for a sample.
 A record counts only while it is *current*: made with the suite as it is now, for every case of it.
 A record of an older suite is stale: it stays readable and proves nothing. An entry's status is
 computed here when it is asked for and stored nowhere. This module imports no torch.
+
+Records are shipped beside the manifest, and a user can add their own in the folder that the
+environment variable ``ROUTER_RUNTIME_EVIDENCE`` names: an installed package is often read-only.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from router_runtime import manifest as format_
-from router_runtime import suite
-from router_runtime.errors import ArtifactError, explain
+from router_runtime import suite, trust
+from router_runtime.artifacts import EVIDENCE_NAME
+from router_runtime.errors import ArtifactError, TrustError, explain
+from router_runtime.files import read_file
 from router_runtime.manifest import Entry, Manifest, ManifestError, Target, Toolchain
 
 FORMAT_VERSION = 1
+#: Names a user's own folder of evidence.
+ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_EVIDENCE"
 RECORD_AGAIN = "delete it and run on such a GPU: router-runtime verify --record"
 
 Status = Literal["verified", "source-verified", "unproven"]
 
+#: Far above what any record needs, far below what hurts.
+_MAX_RECORD = 4 * 2**20
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +153,9 @@ def dumps(record: Record) -> bytes:
 def loads(data: bytes) -> Record:
     """Parse a record. Raises ManifestError for whatever the schema does not allow."""
     try:
-        document = json.loads(data, object_pairs_hook=format_.refuse_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ManifestError(f"expected JSON evidence, found {error}; {RECORD_AGAIN}") from error
+        document = format_.parse_json(data, "evidence")
+    except ManifestError as error:
+        raise ManifestError(f"{error}; {RECORD_AGAIN}") from error
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
         raise ManifestError(
@@ -160,21 +174,24 @@ def validate(record: Record) -> None:
     for digest in digests:
         if _SHA256.fullmatch(digest) is None:
             raise ManifestError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
-    if not Target.parse(record.target).runs_on(*record.compute_capability):
-        raise ManifestError(
-            f"evidence: expected a device that runs {record.target}, found compute capability "
-            f"{record.compute_capability}"
-        )
+    _validate_entry(record)
+    _validate_device(record)
     for case in record.cases:
         if not 0 <= case.clear <= case.rows or not 0 <= case.reordered <= case.rows:
             raise ManifestError(
                 f"evidence of case {case.name}: expected clear and reordered rows within its "
                 f"{case.rows} rows, found {case.clear} and {case.reordered}"
             )
+        if not all(0 <= error < math.inf for error in case.worst.values()):
+            raise ManifestError(
+                f"evidence of case {case.name}: expected errors of at least 0, found "
+                f"{dict(case.worst)}"
+            )
     if record.current:
-        listed = suite.cases(record.kernel, record.constants, record.limits)
-        expected = [(case.name, case.seed) for case in listed]
-        found = [(case.name, case.seed) for case in record.cases]
+        found = tuple((case.name, case.seed) for case in record.cases)
+        expected = _suite_cases(
+            record.kernel, tuple(record.constants.items()), tuple(record.limits.items())
+        )
         if found != expected:
             missing = sorted({name for name, _ in expected} - {name for name, _ in found})
             raise ManifestError(
@@ -183,15 +200,105 @@ def validate(record: Record) -> None:
             )
 
 
-def load_evidence(folder: Path) -> Evidence:
+@functools.lru_cache(maxsize=256)
+def _suite_cases(
+    kernel: str,
+    constants: tuple[tuple[str, int | float], ...],
+    limits: tuple[tuple[str, tuple[int, int]], ...],
+) -> tuple[tuple[str, int], ...]:
+    """Name and seed of every case, listed once for all records of variants that serve alike."""
+    try:
+        listed = suite.cases(kernel, dict(constants), dict(limits))
+    except (KeyError, ValueError) as error:
+        raise ManifestError(f"evidence: expected a kernel of the suite, found {error}") from error
+    return tuple((case.name, case.seed) for case in listed)
+
+
+def _validate_entry(record: Record) -> None:
+    """The record's copies of what its entry says agree with each other."""
+    parts = record.entry.split("/")
+    if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
+        raise ManifestError(
+            f"evidence: expected the entry {record.kernel}/<model>/{record.target}/<variant>, "
+            f"found {record.entry!r}"
+        )
+    _, model, _, variant = parts
+    file = format_.artifact_name(record.kernel, model, record.target, variant, record.sha256)
+    if record.file != file:
+        raise ManifestError(f"evidence: expected the file {file}, found {record.file!r}")
+
+
+def _validate_device(record: Record) -> None:
+    if not Target.parse(record.target).runs_on(*record.compute_capability):
+        raise ManifestError(
+            f"evidence: expected a device that runs {record.target}, found compute capability "
+            f"{record.compute_capability}"
+        )
+    for name, text in (("device", record.device), ("torch", record.torch)):
+        if _TEXT.fullmatch(text) is None or len(text) > 200:
+            raise ManifestError(f"evidence: expected the name of its {name}, found {text!r}")
+    # The driver's CUDA version as it reports it: 13000 for 13.0.
+    if not 1000 <= record.driver < 1000000:
+        raise ManifestError(
+            f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
+        )
+
+
+def own_folder(explicit: str | os.PathLike[str] | None = None) -> Path | None:
+    """The user's own folder of evidence: the argument, or ``ROUTER_RUNTIME_EVIDENCE``, or None."""
+    named = explicit if explicit is not None else os.environ.get(ENVIRONMENT_VARIABLE)
+    return Path(named) if named else None
+
+
+def folders(artifacts: Path) -> tuple[Path, ...]:
+    """Where evidence for an artifacts folder is read: beside its manifest, and the user's own."""
+    shipped, own = artifacts / EVIDENCE_NAME, own_folder()
+    return (shipped,) if own is None or own.resolve() == shipped.resolve() else (shipped, own)
+
+
+def read_evidence(artifacts: Path) -> Evidence:
+    """Every record that counts for an artifacts folder: the shipped ones and the user's own.
+
+    Under a signature policy the shipped ones must be signed, and the user's own be declared
+    trusted. Raises ArtifactError or TrustError.
+    """
+    shipped, *own = folders(artifacts)
+
+    def admit(path: Path, data: bytes) -> None:
+        name = f"{EVIDENCE_NAME}/{path.name}"
+        trust.admit(name, hashlib.sha256(data).hexdigest(), path)
+
+    records = load_evidence(shipped, admit).records
+    for folder in own:
+        if not folder.is_dir():
+            raise ArtifactError(
+                explain(
+                    f"evidence folder named by {ENVIRONMENT_VARIABLE}",
+                    expected=f"the folder {folder}",
+                    found="none",
+                    remedy="fill it on the GPU to serve with: router-runtime verify --record",
+                )
+            )
+        trust.admit_local_evidence(folder)
+        records += load_evidence(folder).records
+    return Evidence(records)
+
+
+def load_evidence(folder: Path, admit: Callable[[Path, bytes], None] | None = None) -> Evidence:
     """Every record of a folder; none if the folder does not exist. Raises ArtifactError for a file
-    that is not a record or does not bear its record's name.
+    that is not a record or does not bear its record's name. ``admit`` is given each file's path and
+    bytes before they are parsed.
     """
     records = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         try:
-            record = loads(path.read_bytes())
-        except (OSError, ManifestError) as error:
+            data = read_file(path, _MAX_RECORD, "record", RECORD_AGAIN)
+            if admit is not None:
+                admit(path, data)
+            record = loads(data)
+        except TrustError:
+            raise
+        except (ArtifactError, ManifestError) as error:
             raise ArtifactError(
                 explain(
                     f"evidence {path}", expected="a valid record", found=error, remedy=RECORD_AGAIN
@@ -208,6 +315,26 @@ def load_evidence(folder: Path) -> Evidence:
             )
         records.append(record)
     return Evidence(tuple(records))
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and a file in it, and remove the file. Raises ArtifactError if either fails:
+    better before an hour of GPU time than after.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArtifactError(
+            explain(
+                "evidence folder",
+                expected=f"a folder that can be written, {folder}",
+                found=error,
+                remedy="name one of your own: router-runtime verify --record --evidence DIR, or "
+                f"{ENVIRONMENT_VARIABLE}",
+            )
+        ) from error
 
 
 def write_record(record: Record, folder: Path) -> Path:

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from router_runtime import driver
-from router_runtime.artifacts import EVIDENCE_NAME, find_artifacts, read_manifest
-from router_runtime.evidence import load_evidence, status
+from router_runtime import driver, trust
+from router_runtime.artifacts import find_artifacts, read_manifest
+from router_runtime.errors import TrustError, explain
+from router_runtime.evidence import folders, read_evidence, status
 from router_runtime.launch import LoadedKernel
 from router_runtime.loader import load_entry
 from router_runtime.manifest import MANIFEST_NAME, Entry
@@ -23,12 +24,13 @@ class Kernels:
         self.folder = folder
         self.device = device
         self.facts = driver.device_facts(device)
+        self._policy = trust.policy()
         self.manifest = read_manifest(folder)
-        self._evidence = load_evidence(folder / EVIDENCE_NAME)
+        self._evidence = read_evidence(folder)
         self._standing: dict[str, str] = {}
 
     def status(self, entry: Entry) -> str:
-        """The standing of ``entry`` in the evidence beside the manifest."""
+        """The standing of ``entry`` in the evidence, the shipped and the user's own."""
         known = self._standing.get(entry.key)
         if known is None:
             known = self._standing[entry.key] = status(entry, self.manifest, self._evidence)
@@ -45,6 +47,16 @@ class Kernels:
         return self.load_entry(self.resolve(request).require())
 
     def load_entry(self, entry: Entry) -> LoadedKernel:
+        """Raises TrustError if the manifest was read before the policy that is in force now."""
+        if self._policy is not trust.policy():
+            raise TrustError(
+                explain(
+                    f"kernels of {self.folder}",
+                    expected="a manifest read under the signature policy in force",
+                    found="one read before it",
+                    remedy="build the Router anew",
+                )
+            )
         return load_entry(entry, self.manifest, self.folder, self.device)
 
 
@@ -68,7 +80,14 @@ def kernels_on(device: int, artifacts: str | os.PathLike[str] | None = None) -> 
 
 
 def _signature(folder: Path) -> object:
-    """Identity and times of the files that ``Kernels`` reads, without reading them."""
-    files = [folder / MANIFEST_NAME, *sorted((folder / EVIDENCE_NAME).glob("*.json"))]
-    stats = [(file.name, file.stat()) for file in files]
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    """The policy, and identity and times of the files that ``Kernels`` reads, without reading
+    them.
+    """
+    files = [folder / MANIFEST_NAME]
+    for evidence in folders(folder):
+        files += sorted(evidence.glob("*.json"))
+    stats = [(str(file), file.stat()) for file in files]
+    return [
+        trust.policy(),
+        [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+    ]

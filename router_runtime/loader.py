@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from router_runtime import driver
+from router_runtime import driver, trust
 from router_runtime.artifacts import read_cubin
 from router_runtime.errors import ArtifactError, DriverError, explain
 from router_runtime.launch import LoadedKernel, launch_config
@@ -38,6 +38,8 @@ def load_entry(entry: Entry, manifest: Manifest, artifacts: Path, device: int) -
                 remedy="pass the entry that the resolver chose",
             )
         )
+    # Here too: a policy that was set since covers what is already loaded.
+    trust.admit(entry.file, entry.sha256, artifacts / entry.file)
     key = (device, entry.sha256, entry.key)
     with _lock:
         found = _loaded.get(key)

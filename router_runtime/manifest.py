@@ -12,12 +12,14 @@ folder is refused too. Serialisation is canonical (sorted keys, fixed separators
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +52,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"sm_([1-9][0-9]*)([0-9])([af]?)")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.cubin")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_SYMBOL = re.compile(r"[!-~]+")
+
+#: Nothing here is larger: what a manifest says is added and handed to C without further checks.
+_LIMIT = 2**31
 
 
 class ManifestError(ValueError):
@@ -271,11 +277,9 @@ def loads(data: bytes) -> Manifest:
     """Parse manifest bytes. Raises ManifestError naming the JSON path, the expected and the
     found."""
     try:
-        document = json.loads(data, object_pairs_hook=refuse_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ManifestError(
-            f"expected a JSON manifest, found {error}; run: make build-cubins"
-        ) from error
+        document = parse_json(data, "a manifest")
+    except ManifestError as error:
+        raise ManifestError(f"{error}; run: make build-cubins") from error
     if not isinstance(document, dict):
         raise ManifestError(
             f"expected a JSON object, found {type(document).__name__}; run: make build-cubins"
@@ -310,7 +314,12 @@ def validate(manifest: Manifest) -> None:
         _match(_SHA256, entry.sha256, f"{where}: sha256", "64 lower-case hex digits")
         _match(_SHA256, entry.source_sha256, f"{where}: source_sha256", "64 lower-case hex digits")
         _match(_FILE, entry.file, f"{where}: file", "a plain .cubin file name inside the folder")
-        if entry.size <= 0:
+        # Swapped entries, or a file under another's name, show here already.
+        named = artifact_name(entry.kernel, entry.model, entry.target, entry.variant, entry.sha256)
+        if entry.file != named:
+            raise ManifestError(f"{where}: expected the file {named}, found {entry.file}")
+        _match(_SYMBOL, entry.symbol, f"{where}: symbol", "printable ASCII")
+        if not 0 < entry.size < _LIMIT:
             raise ManifestError(f"{where}: expected a positive size, found {entry.size}")
         if entry.key in seen:
             raise ManifestError(f"{where}: expected one entry of this name, found two")
@@ -347,16 +356,18 @@ def validate_contract(contract: Contract, where: str) -> None:
         raise ManifestError(
             f"{where}: expected at most 16 blocks a cluster, found {contract.cluster_size}"
         )
-    if contract.dynamic_shared_memory < 0:
+    if not 0 <= contract.dynamic_shared_memory < _LIMIT:
         raise ManifestError(f"{where}: expected dynamic shared memory >= 0 bytes")
-    if contract.workspace_bytes < 0 or (contract.workspace_bytes and "workspace" not in names):
+    if not 0 <= contract.workspace_bytes < _LIMIT or (
+        contract.workspace_bytes and "workspace" not in names
+    ):
         raise ManifestError(
             f"{where}: expected a parameter 'workspace' for {contract.workspace_bytes} bytes"
         )
     for axis, extent in zip(contract.grid, contract.cluster, strict=True):
         if axis.form not in ("constant", "ceil", "ceil_capped_at_sms"):
             raise ManifestError(f"{where}: unknown grid form {axis.form!r}")
-        if axis.value < 1 or axis.divisor < 1:
+        if not 1 <= axis.value < _LIMIT or not 1 <= axis.divisor < _LIMIT:
             raise ManifestError(f"{where}: expected grid value and divisor >= 1, found {axis}")
         if (axis.argument is None) != (axis.form == "constant"):
             raise ManifestError(
@@ -408,6 +419,23 @@ def _match(pattern: re.Pattern[str], text: str, where: str, expected: str) -> No
         raise ManifestError(f"{where}: expected {expected}, found {text!r}")
 
 
+def parse_json(data: bytes, what: str) -> Any:
+    """``data`` as JSON in UTF-8. Raises ManifestError, naming ``what``, for anything that two
+    readers could understand differently: a key that appears twice, NaN, infinities, another
+    encoding; and for nesting or numbers too large to read.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except ManifestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"expected {what} in JSON, found {error}") from error
+
+
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For ``json.loads(object_pairs_hook=...)``: the object, refused if a key appears twice."""
     document = dict(pairs)
@@ -416,6 +444,10 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ManifestError(f"expected each key once, found {twice} more than once")
     return document
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ManifestError(f"expected finite numbers, found {name}")
 
 
 def encode(value: Any) -> Any:
@@ -433,63 +465,127 @@ def encode(value: Any) -> Any:
 
 def decode(kind: Any, value: Any, where: str) -> Any:
     """Build ``kind`` from parsed JSON, refusing whatever does not fit exactly."""
+    try:
+        return _decoder(kind)(value)
+    except _MisfitError as misfit:
+        path = "".join(reversed(misfit.steps))
+        raise ManifestError(f"{where}{path}: {misfit}") from None
+
+
+class _MisfitError(Exception):
+    """A value that does not fit; ``steps`` lead to it, the innermost first."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.steps: list[str] = []
+
+
+_Decoder = Callable[[Any], Any]
+
+
+@functools.cache
+def _decoder(kind: Any) -> _Decoder:
+    """The function that builds ``kind``. Made once a type: type hints are slow to evaluate, and a
+    serving process pays for every manifest and record before its first token.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), value, where)
+        return _dataclass_decoder(typing.cast(type, kind))
     if origin is Literal:
-        if value not in arguments:
-            raise ManifestError(f"{where}: expected one of {list(arguments)}, found {value!r}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            if _is_instance(value, option):
-                return value
-        raise _wrong_type(where, kind, value)
+        return functools.partial(_decode_literal, arguments)
     if origin is Mapping:
-        if not isinstance(value, dict):
-            raise _wrong_type(where, "an object", value)
-        return types.MappingProxyType(
-            {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-        )
+        return functools.partial(_decode_mapping, _decoder(arguments[1]))
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _wrong_type(where, "a list", value)
-        if arguments[-1] is Ellipsis:
-            kinds: list[Any] = [arguments[0]] * len(value)
-        else:
-            kinds = list(arguments)
-        if len(kinds) != len(value):
-            raise ManifestError(f"{where}: expected {len(kinds)} items, found {len(value)}")
-        return tuple(
-            decode(item_kind, item, f"{where}[{index}]")
-            for index, (item_kind, item) in enumerate(zip(kinds, value, strict=True))
-        )
-    if not _is_instance(value, kind):
-        raise _wrong_type(where, kind, value)
+        repeated = arguments[-1] is Ellipsis
+        decoders = [_decoder(item) for item in arguments if item is not Ellipsis]
+        return functools.partial(_decode_tuple, decoders, repeated)
+    options = arguments if origin in (types.UnionType, typing.Union) else (kind,)
+    return functools.partial(_decode_scalar, frozenset(options), _name_of(kind))
+
+
+def _dataclass_decoder(kind: type) -> _Decoder:
+    hints = typing.get_type_hints(kind)
+    decoders = {field.name: _decoder(hints[field.name]) for field in dataclasses.fields(kind)}
+
+    def decode_object(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _wrong_type("an object", value)
+        if value.keys() != decoders.keys():
+            raise _MisfitError(
+                f"expected exactly the keys {sorted(decoders)}; unknown "
+                f"{sorted(value.keys() - decoders.keys())}, "
+                f"missing {sorted(decoders.keys() - value.keys())}"
+            )
+        fields = {}
+        name = ""
+        try:
+            for name, decoder in decoders.items():
+                fields[name] = decoder(value[name])
+        except _MisfitError as misfit:
+            misfit.steps.append(f".{name}")
+            raise
+        return kind(**fields)
+
+    return decode_object
+
+
+def _decode_literal(options: tuple[Any, ...], value: Any) -> Any:
+    if value not in options:
+        raise _MisfitError(f"expected one of {list(options)}, found {value!r}")
     return value
 
 
-def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
+def _decode_mapping(decoder: _Decoder, value: Any) -> Any:
     if not isinstance(value, dict):
-        raise _wrong_type(where, "an object", value)
-    hints = typing.get_type_hints(kind)
-    expected = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(value) - set(expected))
-    missing = sorted(set(expected) - set(value))
-    if unknown or missing:
-        raise ManifestError(
-            f"{where}: expected exactly the keys {sorted(expected)}; "
-            f"unknown {unknown}, missing {missing}"
-        )
-    return kind(**{name: decode(hints[name], value[name], f"{where}.{name}") for name in expected})
+        raise _wrong_type("an object", value)
+    items = {}
+    key = ""
+    try:
+        for key, item in value.items():
+            items[key] = decoder(item)
+    except _MisfitError as misfit:
+        misfit.steps.append(f".{key}")
+        raise
+    return types.MappingProxyType(items)
 
 
-def _is_instance(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, kind)
+def _decode_tuple(decoders: list[_Decoder], repeated: bool, value: Any) -> Any:
+    if not isinstance(value, list):
+        raise _wrong_type("a list", value)
+    if repeated:
+        decoders = decoders * len(value)
+    if len(decoders) != len(value):
+        raise _MisfitError(f"expected {len(decoders)} items, found {len(value)}")
+    items: list[Any] = []
+    try:
+        for decoder, item in zip(decoders, value, strict=True):
+            items.append(decoder(item))
+    except _MisfitError as misfit:
+        misfit.steps.append(f"[{len(items)}]")
+        raise
+    return tuple(items)
 
 
-def _wrong_type(where: str, kind: Any, value: Any) -> ManifestError:
-    name = kind.__name__ if isinstance(kind, type) else str(kind)
-    return ManifestError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
+def _decode_scalar(options: frozenset[type], name: str, value: Any) -> Any:
+    kind = type(value)  # exactly: True is no number here
+    if kind not in options:
+        raise _wrong_type(name, value)
+    if kind is float and not math.isfinite(value):
+        raise _MisfitError(f"expected a finite number, found {value!r}")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise _MisfitError(f"expected an integer of 64 bits, found one of {value.bit_length()}")
+    return value
+
+
+def _name_of(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _wrong_type(expected: str, value: Any) -> _MisfitError:
+    return _MisfitError(f"expected {expected}, found {type(value).__name__} {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    """A value from a file that may be anything, at a length that a message can hold."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from router_runtime import driver, evidence, suite
+from router_runtime import driver, evidence, suite, trust
 from router_runtime.artifacts import EVIDENCE_NAME, read_manifest
-from router_runtime.errors import ArtifactError, DriverError, explain
+from router_runtime.errors import ArtifactError, DriverError, TrustError, explain
 from router_runtime.evidence import CaseRecord, Record
 from router_runtime.examine import Run, examine
 from router_runtime.inputs import Inputs, digest, make_inputs
@@ -112,13 +112,17 @@ class KernelRun:
         return arguments
 
 
-def run(artifacts: Path, record: bool, echo: Echo) -> bool:
+def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> bool:
     """Verify every entry that the current device loads; True if there are some and all pass.
 
-    With ``record``, the evidence of an entry that passes is written beside the manifest, and the
-    evidence of one that fails is removed.
+    With ``record``, the evidence of an entry that passes is written, and the evidence of one that
+    fails is removed: in the folder ``own``, or the one that ``ROUTER_RUNTIME_EVIDENCE`` names, or
+    else beside the manifest. Raises ArtifactError at once if that cannot be written.
     """
     manifest = read_manifest(artifacts)
+    folder = evidence.own_folder(own) or artifacts / EVIDENCE_NAME
+    if record:
+        _check_folder(folder, artifacts)
     driver.initialise()
     if not torch.cuda.is_available():
         raise DriverError(
@@ -155,14 +159,32 @@ def run(artifacts: Path, record: bool, echo: Echo) -> bool:
         echo(f"{row[-1]:4}  {entry.key}")
         failures += [f"{entry.key}: {problem}" for problem in problems]
         if record:
-            folder = artifacts / EVIDENCE_NAME
             _record(entry, manifest, folder, (index, facts), problems, found, echo)
     echo("")
     for line in _table(rows):
         echo(line)
     for failure in failures:
         echo(failure)
+    if record and folder.resolve() not in [each.resolve() for each in evidence.folders(artifacts)]:
+        echo(
+            f"for the runtime to read it: export {evidence.ENVIRONMENT_VARIABLE}={folder.resolve()}"
+        )
     return not failures
+
+
+def _check_folder(folder: Path, artifacts: Path) -> None:
+    """Refuse a folder that cannot be written, or in which a record would be refused when read."""
+    shipped = artifacts / EVIDENCE_NAME
+    if trust.policy() is not None and folder.resolve() == shipped.resolve():
+        raise TrustError(
+            explain(
+                f"evidence in {folder}",
+                expected="signed evidence, as this process requires",
+                found="a record about to be written beside it",
+                remedy="name a folder of your own: --evidence DIR",
+            )
+        )
+    evidence.require_writable(folder)
 
 
 def _verify_entry(

@@ -116,7 +116,7 @@ def record(outputs):
         constants={},
         limits=LIMITS,
         target="sm_90a",
-        file="topk_select-any-sm_90a-row64-0011223344556677.cubin",
+        file="topk_select-any-sm_90a-row64-abababababababab.cubin",
         sha256="ab" * 32,
         source_sha256="cd" * 32,
         toolchain_sha256=evidence.toolchain_sha256(TOOLCHAIN),
@@ -167,7 +167,7 @@ def test_round_trip_is_canonical(record, tmp_path):
     data = evidence.dumps(record)
     assert evidence.dumps(evidence.loads(data)) == data
     path = evidence.write_record(record, tmp_path)
-    assert path.name == "topk_select-any-sm_90a-row64-0011223344556677.nvidia-h100-80gb-hbm3.json"
+    assert path.name == "topk_select-any-sm_90a-row64-abababababababab.nvidia-h100-80gb-hbm3.json"
     assert path.read_bytes() == data
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert evidence.load_evidence(tmp_path).records == (evidence.loads(data),)

@@ -150,7 +150,7 @@ def make_entry(
     shared: int = 0,
     latency: tuple[tuple[int, float], ...] = (),
 ) -> Entry:
-    code = f"{kernel} {model} {target} {variant}".encode() * 8
+    code = machine_code(kernel, model, target, variant)
     digest = hashlib.sha256(code).hexdigest()
     return Entry(
         kernel=kernel,
@@ -170,9 +170,17 @@ def make_entry(
     )
 
 
+def machine_code(kernel: str, model: str | None, target: str, variant: str) -> bytes:
+    """Bytes that differ from entry to entry, with the header of a cubin for the target."""
+    parsed = manifest.Target.parse(target)
+    architecture = (parsed.major * 10 + parsed.minor) << 8
+    header = struct.pack("<6s10xHH28xI12x", b"\x7fELF\x02\x01", 2, 190, architecture)
+    return header + f"{kernel} {model} {target} {variant}".encode() * 8
+
+
 def code_of(entry: Entry) -> bytes:
     """The bytes behind a synthetic entry's digest."""
-    return f"{entry.kernel} {entry.model} {entry.target} {entry.variant}".encode() * 8
+    return machine_code(entry.kernel, entry.model, entry.target, entry.variant)
 
 
 def make_manifest(entries: list[Entry]) -> Manifest:

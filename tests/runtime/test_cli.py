@@ -114,8 +114,8 @@ def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, cod
 
     seen: list[Any] = []
 
-    def stand_in(artifacts: Path, record: bool, echo: Any) -> bool:
-        seen.append((artifacts, record))
+    def stand_in(artifacts: Path, record: bool, echo: Any, own: Path | None) -> bool:
+        seen.append((artifacts, record, own))
         echo("ran")
         return passed
 
@@ -123,7 +123,14 @@ def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, cod
     done = run(folder, "verify", "--record")
     assert (done.exit_code, done.output) == (code, "ran\n")
     run(folder, "verify")
-    assert seen == [(folder, True), (folder, False)]
+    run(folder, "verify", "--record", "--evidence", str(folder / "mine"))
+    assert seen == [(folder, True, None), (folder, False, None), (folder, True, folder / "mine")]
+
+
+def test_evidence_folder_without_record(folder: Path) -> None:
+    done = run(folder, "verify", "--evidence", str(folder))
+    assert done.exit_code == 2
+    assert "add --record" in done.output
 
 
 def test_verify_without_a_driver(folder: Path, fake: Any) -> None:
