@@ -86,8 +86,13 @@ def _signature(folder: Path) -> object:
     files = [folder / MANIFEST_NAME]
     for evidence in folders(folder):
         files += sorted(evidence.glob("*.json"))
-    stats = [(str(file), file.stat()) for file in files]
-    return [
-        trust.policy(),
-        [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-    ]
+    return [trust.policy(), [(str(file), _identity(file)) for file in files]]
+
+
+def _identity(file: Path) -> object:
+    """None for a file that is gone, as a record is that has just been superseded."""
+    try:
+        stat = file.lstat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
