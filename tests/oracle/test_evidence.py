@@ -279,6 +279,47 @@ def upper_case_digest(document):
     document["sha256"] = document["sha256"].upper()
 
 
+def no_device(document):
+    document["device"] = " "
+
+
+def device_on_two_lines(document):
+    document["device"] = "NVIDIA H100\ntrusted"
+
+
+def no_driver(document):
+    document["driver"] = 0
+
+
+def no_torch(document):
+    document["torch"] = ""
+
+
+def error_below_zero(document):
+    document["cases"][0]["worst"]["weight"] = -0.5
+
+
+def error_that_is_no_number(document):
+    document["cases"][0]["worst"]["weight"] = float("nan")
+
+
+def file_of_another_digest(document):
+    document["file"] = document["file"].replace("abab", "cdcd")
+
+
+def entry_of_another_kernel(document):
+    document["entry"] = document["entry"].replace("topk_select", "hash_router")
+
+
+def entry_without_a_variant(document):
+    document["entry"] = document["entry"].rpartition("/")[0]
+
+
+def kernel_without_cases(document):
+    for name in ("entry", "kernel", "file"):
+        document[name] = document[name].replace("topk_select", "bottomk_select")
+
+
 def more_clear_than_rows(document):
     document["cases"][0]["clear"] += 10**6
 
@@ -292,6 +333,9 @@ def widen_the_limits(document):
     [
         *(drop_last_case, reseed, rename_a_case, exchange_cases, foreign_device, unknown_key),
         *(missing_key, newer_format, upper_case_digest, more_clear_than_rows, widen_the_limits),
+        *(no_device, device_on_two_lines, no_driver, no_torch, error_below_zero),
+        *(error_that_is_no_number, file_of_another_digest, entry_of_another_kernel),
+        *(entry_without_a_variant, kernel_without_cases),
     ],
 )
 def test_malformed_evidence_is_refused(record, change, tmp_path):
@@ -317,10 +361,49 @@ def test_a_renamed_record_is_refused(record, tmp_path):
         evidence.load_evidence(tmp_path)
 
 
-def test_committed_records_name_their_entries():
-    """A record's own copies of what its entry says agree with each other."""
-    for path in committed():
-        record = evidence.loads(path.read_bytes())
-        kernel, _, target, _ = record.entry.split("/")
-        assert (kernel, target) == (record.kernel, record.target)
-        assert record.file.endswith(f"-{record.sha256[:16]}.cubin")
+# --- a folder of the user's own ------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    folder = tmp_path / "own"
+    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(folder))
+    return folder
+
+
+def test_own_evidence_counts_beside_the_shipped(record, tmp_path, own):
+    elsewhere = dataclasses.replace(record, device="NVIDIA H200")
+    evidence.write_record(elsewhere, tmp_path / "artifacts" / "evidence")
+    evidence.write_record(record, own)
+    found = evidence.read_evidence(tmp_path / "artifacts")
+    assert [each.device for each in found.records] == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
+
+
+def test_own_evidence_alone_verifies(record, tmp_path, own):
+    evidence.write_record(record, own)
+    assert status(entry_of(record), *evidence.read_evidence(tmp_path).records) == "verified"
+
+
+def test_without_the_variable_it_is_not_read(record, tmp_path, own, monkeypatch):
+    evidence.write_record(record, own)
+    monkeypatch.delenv(evidence.ENVIRONMENT_VARIABLE)
+    assert evidence.read_evidence(tmp_path).records == ()
+
+
+def test_a_folder_that_is_both_is_read_once(record, tmp_path, monkeypatch):
+    shipped = tmp_path / "evidence"
+    evidence.write_record(record, shipped)
+    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(tmp_path / "." / "evidence"))
+    assert len(evidence.read_evidence(tmp_path).records) == 1
+
+
+def test_a_named_folder_is_used_or_refused(tmp_path, own):
+    with pytest.raises(ArtifactError, match=rf"expected the folder {own}.*verify --record"):
+        evidence.read_evidence(tmp_path)
+
+
+def test_own_evidence_is_as_strict(record, tmp_path, own):
+    path = evidence.write_record(record, own)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match="expected a valid record"):
+        evidence.read_evidence(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from router_runtime import evidence, spec, suite, verify
+from router_runtime.errors import ArtifactError
 from router_runtime.examine import examine
 from router_runtime.inputs import make_inputs
 from router_runtime.manifest import (
@@ -160,6 +161,41 @@ def test_recorded_evidence_verifies(folder, machine):
     first = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
     assert verify.run(folder, True, lambda _: None)
     assert {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()} == first
+
+
+@pytest.mark.parametrize("how", ["argument", "variable"])
+def test_evidence_goes_to_a_folder_of_ones_own(folder, machine, tmp_path, monkeypatch, how):
+    """An installed package is read-only; here even the folder's place is taken."""
+    (folder / "evidence").write_text("not a folder")
+    mine, lines = tmp_path / "mine" / "evidence", []
+    only_one(folder)
+    if how == "variable":
+        monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(mine))
+        assert verify.run(folder, True, lines.append)
+    else:
+        assert verify.run(folder, True, lines.append, mine)
+        assert lines[-1] == (
+            f"for the runtime to read it: export {evidence.ENVIRONMENT_VARIABLE}={mine}"
+        )
+    assert len(evidence.load_evidence(mine).records) == 1
+    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(mine))
+    (folder / "evidence").unlink()
+    assert len(evidence.read_evidence(folder).records) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(folder, machine, monkeypatch):
+    (folder / "evidence").write_text("not a folder")
+    monkeypatch.setattr(verify, "examine", None)
+    with pytest.raises(ArtifactError, match=r"verify --record --evidence DIR, or ROUTER_RUNTIME_"):
+        verify.run(folder, True, lambda _: None)
+
+
+def only_one(folder):
+    """Keep the entry that is the fastest to examine."""
+    kept = [entry for entry in ENTRIES if entry.kernel == "hash_router"]
+    (folder / "manifest.json").write_bytes(
+        dump_manifest(Manifest("0" * 64, Toolchain({}, {}), tuple(kept)))
+    )
 
 
 def test_a_failure_is_reported_and_removes_its_evidence(folder, machine):
