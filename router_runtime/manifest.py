@@ -390,7 +390,10 @@ def validate_contract(contract: Contract, where: str) -> None:
             raise ManifestError(
                 f"{where}: repack of {repack.parameter!r}: expected a parameter of {names}"
             )
-        if sorted(repack.order) != list(range(len(repack.shape))) or min(repack.shape, default=0) < 1:
+        if (
+            sorted(repack.order) != list(range(len(repack.shape)))
+            or min(repack.shape, default=0) < 1
+        ):
             raise ManifestError(
                 f"{where}: repack of {repack.parameter}: expected order to permute the axes of a "
                 f"positive shape, found shape {repack.shape}, order {repack.order}"

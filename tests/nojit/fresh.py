@@ -1,0 +1,134 @@
+"""An environment that holds the installed package, torch, cuda-python and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from router_runtime.manifest import MANIFEST_NAME, artifact_name
+
+PACKAGE = Path(__file__).parents[2] / "router_runtime"
+SERVE = Path(__file__).with_name("serve.py")
+
+#: What the package requires. CUDA's libraries are found by torch itself, beside its own files.
+ROOTS = ("torch", "cuda-bindings", "click")
+ABSENT = ("triton", "nvidia-", "setuptools", "cuda-toolkit")
+
+PTX = b".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry hash_router() { ret; }\n"
+
+#: Kept from the caller's environment: where a machine keeps its driver, and which GPU to use.
+PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+
+
+def make_site(into: Path, artifacts: Path) -> Path:
+    """A folder for ``sys.path`` with what a wheel installs and links to what it requires."""
+    shutil.copytree(
+        PACKAGE, into / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "artifacts")
+    )
+    shutil.copytree(
+        artifacts,
+        into / PACKAGE.name / "artifacts",
+        ignore=shutil.ignore_patterns("artifacts.lock", ".*"),
+    )
+    for name in sorted(_closure()):
+        _link(importlib.metadata.distribution(name), into)
+    return into
+
+
+def run(site: Path, device: str) -> subprocess.CompletedProcess[str]:
+    """Serve from ``site``: no PATH, an empty home and working folder that must stay empty, no
+    compilation by the driver. Adds what was left in those folders to the output and fails for it.
+    """
+    home = site.with_name(site.name + "-home")
+    home.mkdir()
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {
+        "PATH": "",
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "CUDA_DISABLE_PTX_JIT": "1",
+    }
+    before = _files(site)
+    for folder in (home, site):
+        os.chmod(folder, 0o555)  # the superuser may write all the same: hence the locks
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-B", SERVE, site, device],
+            cwd=home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    finally:
+        for folder in (home, site):
+            os.chmod(folder, 0o755)
+    left = sorted(_files(home) + [file for file in _files(site) if file not in before])
+    if left:
+        done.stdout += f"left behind: {left}\n"
+        done.returncode = done.returncode or 1
+    return done
+
+
+def exchange_for_ptx(folder: Path, target: str) -> None:
+    """Put PTX in the place of the target's first cubin, and its digest and size in the manifest: a
+    driver that was given it would compile it.
+    """
+    code = PTX.replace(b"sm_90a", target.encode())
+    sha256 = hashlib.sha256(code).hexdigest()
+    document = json.loads((folder / MANIFEST_NAME).read_bytes())
+    entry = next(entry for entry in document["entries"] if entry["target"] == target)
+    names = (entry[name] for name in ("kernel", "model", "target", "variant"))
+    entry.update(file=artifact_name(*names, sha256), sha256=sha256, size=len(code))
+    (folder / entry["file"]).write_bytes(code)
+    (folder / MANIFEST_NAME).write_text(json.dumps(document))
+
+
+def _files(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob("*")]
+
+
+def _closure() -> set[str]:
+    """The installed distributions that ``ROOTS`` require, without compilers."""
+    found: set[str] = set()
+    waiting = list(ROOTS)
+    while waiting:
+        name = waiting.pop()
+        if name in found or name.startswith(ABSENT):
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # if it matters, the import fails and says so
+        found.add(name)
+        for line in distribution.requires or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return found
+
+
+def _link(distribution: importlib.metadata.Distribution, into: Path) -> None:
+    """Link a distribution's top-level files and folders; those of a shared folder one by one."""
+    for file in distribution.files or []:
+        if file.parts[0] in ("..", "__pycache__"):
+            continue
+        root = Path(str(distribution.locate_file("")))
+        depth = 1
+        top = root / file.parts[0]
+        if top.is_dir() and not (top / "__init__.py").exists() and top.suffix != ".dist-info":
+            depth = 2
+        link = into.joinpath(*file.parts[:depth])
+        if not link.is_symlink() and not link.exists():
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(root.joinpath(*file.parts[:depth]))

@@ -1,0 +1,183 @@
+"""Run every op, and every kernel that a Router may pick, in a process that can compile nothing.
+
+``python -I -S -B serve.py SITE DEVICE``, with ``SITE`` made by ``fresh.make_site``. Prints one line
+for each op and exits with 0; or says what went wrong, or what was tried, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+#: Sizes of a router where no model's kernels decide them.
+SIZES = {"HIDDEN": 64, "EXPERTS": 16, "TOP_K": 4}
+VOCAB = 100
+#: No batch here is larger: what is proved does not depend on it.
+MOST_TOKENS = 2048
+
+#: Op -> mode of the Router whose number it takes.
+MODES = {
+    "dense_router": "dense",
+    "dense_router_logits": "dense",
+    "dense_router_replay": "dense",
+    "hash_router": "hash",
+    "hash_gate": "hash_gate",
+}
+
+
+def main(site: str, device: str) -> int:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import lockdown
+
+    sys.path[0] = site
+    lockdown.enter()
+    # Others' start comes before the seal: importing the bindings runs ldconfig, and a driver may
+    # run a helper that loads its kernel module. Whatever this package does comes after.
+    import torch
+
+    importlib.import_module("cuda.bindings.driver")
+    if device != "cpu":
+        torch.cuda.init()
+        torch.empty(1, device=device)
+    lockdown.seal()
+    import router_runtime
+
+    if Path(router_runtime.__file__).parent != Path(site) / "router_runtime":
+        raise RuntimeError(f"expected the package of {site}, found {router_runtime.__file__}")
+    said: list[str] = []
+    from router_runtime import doctor
+
+    usable = doctor.examine(None, said.append)
+    if not usable:
+        print("\n".join(said))
+        return 1
+    for model in models(device):
+        run_ops(model, device)
+    tried = lockdown.violations()
+    print("\n".join(tried))
+    return 1 if tried else 0
+
+
+def models(device: str) -> list[dict[str, int]]:
+    """The sizes of every dense router that the device has kernels for."""
+    from router_runtime.artifacts import find_artifacts, read_manifest
+    from router_runtime.manifest import Target
+    from router_runtime.resolve import DENSE
+
+    if device == "cpu":
+        return [SIZES]
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    found = {
+        tuple(int(entry.constants[name]) for name in SIZES)
+        for entry in read_manifest(find_artifacts()).entries
+        if entry.kernel in DENSE and Target.parse(entry.target).runs_on(*capability)
+    }
+    return [dict(zip(SIZES, sizes, strict=True)) for sizes in sorted(found)]
+
+
+def run_ops(model: dict[str, int], device: str) -> None:
+    """Every op of the package once for each kernel that its Router may pick."""
+    import torch
+
+    from router_runtime import register_router
+
+    names = torch._C._dispatch_get_all_op_names()
+    ops = sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("dsv4::")})
+    routers: dict[str, Any] = {}
+    for name in ops:
+        counts = [1, 64]
+        values = tensors(model, device)
+        if name in MODES:
+            mode = MODES[name]
+            if mode not in routers:
+                router = make_router(mode, model, device)
+                routers[mode] = (router, register_router(router))
+            router, values["router_id"] = routers[mode]
+            if device != "cpu" and mode == "dense":
+                counts = [n for span in router.spans for n in (span.low, span.high)]
+        op = getattr(torch.ops.dsv4, name).default
+        required = [
+            argument.name
+            for argument in op._schema.arguments
+            if not argument.has_default_value() and not argument.kwarg_only
+        ]
+        if unknown := sorted(set(required) - set(values) - {"tokens"}):
+            raise RuntimeError(f"{name}: teach {Path(__file__).name} the arguments {unknown}")
+        counts = sorted({min(count, MOST_TOKENS) for count in counts})
+        for tokens in counts:
+            given = {
+                key: value[:tokens] if key in BY_TOKEN else value for key, value in values.items()
+            }
+            results = op(*(given[key] for key in required))
+            if any(result.shape[0] != tokens for result in results):
+                raise RuntimeError(f"{name}: expected {tokens} rows")
+            if not results[0].isfinite().all():
+                raise RuntimeError(f"{name}: expected finite results")
+        print(f"ran {name} {model} with {counts} tokens")
+
+
+#: Arguments with a row for each token.
+BY_TOKEN = ("hidden_states", "token_ids", "logits", "scores", "ids")
+
+
+def tensors(model: dict[str, int], device: str) -> dict[str, Any]:
+    """A value for every argument of every op, by its name."""
+    import torch
+
+    hidden, experts, top_k = model["HIDDEN"], model["EXPERTS"], model["TOP_K"]
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    ids = normal(MOST_TOKENS, experts).argsort(1)[:, :top_k].int()
+    return {
+        "hidden_states": normal(MOST_TOKENS, hidden).bfloat16().to(device),
+        "token_ids": (torch.arange(MOST_TOKENS) % VOCAB).to(device),
+        "logits": normal(MOST_TOKENS, experts).to(device),
+        "scores": normal(MOST_TOKENS, 3 * experts).to(device),
+        "ids": ids.contiguous().to(device),
+        "bias": normal(experts).to(device),
+        "num_experts": experts,
+        "top_k": top_k,
+        "k": top_k,
+        "scale": 1.5,
+        "renormalize": True,
+    }
+
+
+def make_router(mode: str, model: dict[str, int], device: str) -> Any:
+    import torch
+
+    from router_runtime import Router, RouterConfig
+
+    values = tensors(model, device)
+    sizes = (model["HIDDEN"], model["EXPERTS"], model["TOP_K"])
+    vocabulary = None if mode == "dense" else VOCAB
+    config = RouterConfig(*sizes, 1.5, mode=mode, vocab_size=vocabulary)  # type: ignore[arg-type]
+    weight = torch.randn(sizes[1], sizes[0]).bfloat16() * 2**-6
+    given = {
+        "weight": None if mode == "hash" else weight.to(device),
+        "bias": values["bias"] if mode == "dense" else None,
+        "table": None if mode == "dense" else values["ids"][:VOCAB],
+    }
+    named = {name: tensor for name, tensor in given.items() if tensor is not None}
+    return Router(config, device=device, **named)
+
+
+if __name__ == "__main__":
+    try:
+        status = main(*sys.argv[1:])
+    except Exception as error:  # a traceback would need files that are not here
+        frames = inspect.trace()
+        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        print(f"{' '.join(where)}: {type(error).__name__}: {error}")
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)  # libraries may tidy up after themselves at exit, which is no part of serving
