@@ -128,17 +128,17 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence) -> Status:
     ``verified``: a record of this very cubin. ``source-verified``: a record of a cubin for another
     target with the same source and the same toolchain. Else ``unproven``.
     """
-    current = [record for record in evidence.records if record.current]
-    if any(record.matches(entry) for record in current):
-        return "verified"
-    toolchain = toolchain_sha256(manifest.toolchain)
-    for record in current:
-        same_code = (record.source_sha256, record.toolchain_sha256, record.kernel) == (
-            entry.source_sha256,
-            toolchain,
-            entry.kernel,
-        )
-        if same_code and record.target != entry.target:
+    for record in evidence.records:
+        if record.sha256 == entry.sha256 and record.matches(entry) and record.current:
+            return "verified"
+    for record in evidence.records:
+        same_source = (record.source_sha256, record.kernel) == (entry.source_sha256, entry.kernel)
+        if (
+            same_source
+            and record.target != entry.target
+            and record.toolchain_sha256 == toolchain_sha256(manifest.toolchain)
+            and record.current
+        ):
             return "source-verified"
     return "unproven"
 
@@ -171,8 +171,9 @@ def validate(record: Record) -> None:
     digests = [record.sha256, record.source_sha256, record.toolchain_sha256, record.suite_sha256]
     for case in record.cases:
         digests += [case.inputs_sha256, case.ids_sha256]
+    is_digest = _SHA256.fullmatch
     for digest in digests:
-        if _SHA256.fullmatch(digest) is None:
+        if is_digest(digest) is None:
             raise ManifestError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
     _validate_entry(record)
     _validate_device(record)
@@ -182,7 +183,12 @@ def validate(record: Record) -> None:
                 f"evidence of case {case.name}: expected clear and reordered rows within its "
                 f"{case.rows} rows, found {case.clear} and {case.reordered}"
             )
-        if not all(0 <= error < math.inf for error in case.worst.values()):
+        if (
+            not 0
+            <= min(case.worst.values(), default=0)
+            <= max(case.worst.values(), default=0)
+            < math.inf
+        ):
             raise ManifestError(
                 f"evidence of case {case.name}: expected errors of at least 0, found "
                 f"{dict(case.worst)}"

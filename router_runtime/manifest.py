@@ -54,6 +54,9 @@ _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.cubin")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _SYMBOL = re.compile(r"[!-~]+")
 
+#: The integers that a file may hold.
+_LEAST, _MOST = -(2**63), 2**63 - 1
+
 #: Nothing here is larger: what a manifest says is added and handed to C without further checks.
 _LIMIT = 2**31
 
@@ -509,6 +512,11 @@ def _decoder(kind: Any) -> _Decoder:
 def _dataclass_decoder(kind: type) -> _Decoder:
     hints = typing.get_type_hints(kind)
     decoders = {field.name: _decoder(hints[field.name]) for field in dataclasses.fields(kind)}
+    # Most values are text or integers: they are looked at here, without a call.
+    steps = [
+        (name, hints[name] is str, hints[name] is int, decoder)
+        for name, decoder in decoders.items()
+    ]
 
     def decode_object(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -522,8 +530,14 @@ def _dataclass_decoder(kind: type) -> _Decoder:
         fields = {}
         name = ""
         try:
-            for name, decoder in decoders.items():
-                fields[name] = decoder(value[name])
+            for name, is_text, is_integer, decoder in steps:
+                item = value[name]
+                if (is_text and type(item) is str) or (
+                    is_integer and type(item) is int and _LEAST <= item <= _MOST
+                ):
+                    fields[name] = item
+                else:
+                    fields[name] = decoder(item)
         except _MisfitError as misfit:
             misfit.steps.append(f".{name}")
             raise
@@ -575,7 +589,7 @@ def _decode_scalar(options: frozenset[type], name: str, value: Any) -> Any:
         raise _wrong_type(name, value)
     if kind is float and not math.isfinite(value):
         raise _MisfitError(f"expected a finite number, found {value!r}")
-    if kind is int and not -(2**63) <= value < 2**63:
+    if kind is int and not _LEAST <= value <= _MOST:
         raise _MisfitError(f"expected an integer of 64 bits, found one of {value.bit_length()}")
     return value
 

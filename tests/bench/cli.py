@@ -7,6 +7,8 @@ so the chain is truly dependent. The figure is the median of the replays divided
 routers, minus the same for the tiny kernels alone; with programmatic dependent launch and without.
 After the replays, the last router's result is compared with the oracle.
 
+Startup: the checks on one model's files before its first token, each in fresh processes.
+
 Host: the time for which an eager call occupies its caller, with the GPU's queue never full; and the
 first call of a router against its hundredth.
 """
@@ -30,7 +32,7 @@ from tests.bench.run import Options, run
 #: What a dry run routes.
 TINY = Model("tiny", 128, 24, 4, 1.5, 0, 100)
 
-PARTS = ("host", "latency")
+PARTS = ("startup", "host", "latency")
 
 
 class Several(click.ParamType):  # type: ignore[type-arg]
@@ -94,7 +96,7 @@ class Choice(click.ParamType):  # type: ignore[type-arg]
     help=f"Default: all, {','.join(CONTENDERS)}.",
 )
 @click.option("--modes", type=Several(MODES), default=MODES, help="Default: pdl,plain.")
-@click.option("--parts", type=Several(PARTS), default=PARTS, help="Default: host,latency.")
+@click.option("--parts", type=Several(PARTS), default=PARTS, help="Default: startup,host,latency.")
 @click.option("--replays", type=click.IntRange(1), help="Of each graph. Default: 60.")
 @click.option(
     "--artifacts",

@@ -1,14 +1,16 @@
-"""A run from settings to files: host times first, while the process is fresh, then latencies.
+"""A run from settings to files: start-up, host times while the process is fresh, then latencies.
 
 Results are written after every row, so a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from build_kernels.catalog import Model
 from router_runtime.artifacts import find_artifacts, read_manifest
 from tests.bench import peers as peers_
-from tests.bench import plot, report
+from tests.bench import plot, report, startup
 from tests.bench.artifacts import dense_variants, edition, entries_here
 from tests.bench.contenders import (
     Contender,
@@ -63,6 +65,7 @@ class Run:
         self._peers = peers_.load()
         self._cells: list[Cell] = []
         self._host: list[HostCell] = []
+        self._startup: list[startup.StartupCell] = []
         self._routers: dict[str, int] = {}
         self._folder: Path | None = None
         if machine.device.type == "cuda":
@@ -98,6 +101,8 @@ class Run:
         self._echo(f"{self._facts['device']}")
         self._echo(f"{self._facts['software']}, {len(self._here)} entries that run here")
         try:
+            if "startup" in options.parts:
+                self._measure_startup()
             if "host" in options.parts:
                 self._measure_host()
             if "latency" in options.parts:
@@ -154,6 +159,19 @@ class Run:
             folders[mode] = edition(folder, into, dependent=mode == "pdl", only=only)
         return folders
 
+    def _measure_startup(self) -> None:
+        """Needs artifacts, and no GPU: a dry run has neither."""
+        if self._folder is None:
+            return
+        for model in self._options.models:
+            try:
+                self._startup += startup.measure(model.name, self._folder, self._capability)
+            except subprocess.CalledProcessError as error:  # which has said why
+                self._echo(f"{model.name}: no start-up to measure: {error}")
+        rows = startup.table(self._startup)
+        self._say(["milliseconds of a fresh process for every check", *report.aligned(rows)])
+        self._write()
+
     def _measure_host(self) -> None:
         options = self._options
         variants = {kernel: names[0] for kernel, names in options.variants.items()}
@@ -200,7 +218,8 @@ class Run:
             "modes": list(options.modes),
             "variants": {name: list(found) for name, found in options.variants.items()},
         }
-        facts = {**self._facts, "method": method}
+        started = [dataclasses.asdict(cell) for cell in self._startup]
+        facts = {**self._facts, "method": method, "startup": started}
         document = report.document(facts, self._cells, self._host, self._peers)
         path = options.out / "bench.json"
         partial = path.with_suffix(".tmp")

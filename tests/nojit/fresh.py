@@ -18,9 +18,11 @@ from router_runtime.manifest import MANIFEST_NAME, artifact_name
 PACKAGE = Path(__file__).parents[2] / "router_runtime"
 SERVE = Path(__file__).with_name("serve.py")
 
-#: What the package requires. CUDA's libraries are found by torch itself, beside its own files.
+#: What the package requires.
 ROOTS = ("torch", "cuda-bindings", "click")
-ABSENT = ("triton", "nvidia-", "setuptools", "cuda-toolkit")
+#: Of what those require, this stays away. CUDA's own libraries do not: torch cannot be imported
+#: without NVRTC's, which it loads for itself. Nothing may load them later: see ``lockdown``.
+ABSENT = ("triton", "setuptools")
 
 PTX = b".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry hash_router() { ret; }\n"
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from build_kernels.catalog import MODELS, Model
 from router_runtime.artifacts import read_manifest
 from router_runtime.kernels import kernels_on
 from router_runtime.resolve import Request
-from tests.bench import cli, host, peers, report
+from tests.bench import cli, host, peers, report, startup
 from tests.bench import run as run_
 from tests.bench.artifacts import dense_variants, edition, entries_here
 from tests.bench.chain import CACHES, INPUT_BYTES, Output, make_chain, make_layers, plan
@@ -43,6 +44,7 @@ from tests.bench.host import HostCell
 from tests.bench.latency import Cell, Latencies
 from tests.bench.link import Link
 from tests.bench.machine import Broken, Cpu, Gpu, attempt
+from tests.runtime import releases
 
 FLASH, PRO, FLASH41 = MODELS
 H100_L2 = 50 << 20
@@ -433,6 +435,54 @@ def test_crossover_figures_end_where_a_kernel_does():
     }
 
 
+# --- start-up ---
+
+
+@pytest.fixture
+def proven(build, tmp_path):
+    """A folder whose every entry has evidence."""
+    folder = build.artifacts(tmp_path / "artifacts", build.small())
+    releases.add_evidence(folder / "evidence", build.small())
+    return folder
+
+
+def test_startup_takes_every_step_in_a_process_of_its_own(proven, monkeypatch):
+    monkeypatch.setattr(startup, "PROCESSES", 1)
+    cells = startup.measure("small", proven, (9, 0))
+    assert [(cell.signed, cell.step) for cell in cells] == [
+        *((False, step) for step in (*startup.STEPS[1:], "total")),
+        *((True, step) for step in (*startup.STEPS, "total")),
+    ]
+    assert all(0 < cell.low_ms <= cell.median_ms <= cell.high_ms for cell in cells)
+
+
+def test_startup_reads_what_a_router_and_the_ops_load(build, proven, monkeypatch):
+    read = []
+    monkeypatch.setattr(startup.artifacts, "read_cubin", lambda entry, _: read.append(entry.key))
+    startup.steps("small", proven, (9, 0))
+    assert sorted(read) == sorted(entry.key for entry in build.small())
+
+
+def test_startup_of_what_nothing_serves_says_why(proven, monkeypatch, capfd):
+    for path in (proven / "evidence").iterdir():
+        path.unlink()
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.measure("small", proven, (9, 0))
+    assert "verify --record" in capfd.readouterr().err
+
+
+def test_startup_is_held_to_its_bar():
+    def cells(total):
+        for step in ("manifest", "total"):
+            yield startup.StartupCell("small", False, step, total, total, total)
+
+    head, *rows = startup.table([*cells(startup.BAR_MS)])
+    assert head[-2:] == ["bar", "met"]
+    assert rows == [["small", "no", "-", "50.0", "-", "-", "-", "50.0", "50", "yes"]]
+    assert startup.table([*cells(startup.BAR_MS + 1)])[1][-1] == "NO"
+    assert startup.table([]) == []
+
+
 # --- editions of the artifacts ---
 
 
@@ -517,7 +567,7 @@ def test_defaults_are_the_whole_comparison(options):
     assert found.tokens == PEERS.tokens
     assert found.contenders == tuple(CONTENDERS)
     assert found.modes == MODES
-    assert found.parts == ("host", "latency")
+    assert found.parts == ("startup", "host", "latency")
     assert found.replays == 60
     assert found.artifacts is None
     assert found.variants == {}
