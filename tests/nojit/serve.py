@@ -82,48 +82,46 @@ def models(device: str) -> list[dict[str, int]]:
 
 
 def run_ops(model: dict[str, int], device: str) -> None:
-    """Every op of the package once for each kernel that its Router may pick."""
+    """Every op of the package in every form, once for each kernel that its Router may pick."""
     import torch
 
     from router_runtime import register_router
 
     names = torch._C._dispatch_get_all_op_names()
-    ops = sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("dsv4::")})
     routers: dict[str, Any] = {}
-    for name in ops:
-        counts = [1, 64]
-        values = tensors(model, device)
-        if name in MODES:
-            mode = MODES[name]
+    for name in sorted(name.split("::")[1] for name in names if name.startswith("dsv4::")):
+        packet, _, form = name.partition(".")
+        op = getattr(getattr(torch.ops.dsv4, packet), form or "default")
+        values, counts = tensors(model, device), [1, 64]
+        if packet in MODES:
+            mode = MODES[packet]
             if mode not in routers:
                 router = make_router(mode, model, device)
                 routers[mode] = (router, register_router(router))
             router, values["router_id"] = routers[mode]
             if device != "cpu" and mode == "dense":
                 counts = [n for span in router.spans for n in (span.low, span.high)]
-        op = getattr(torch.ops.dsv4, name).default
-        required = [
-            argument.name
-            for argument in op._schema.arguments
-            if not argument.has_default_value() and not argument.kwarg_only
-        ]
-        if unknown := sorted(set(required) - set(values) - {"tokens"}):
+        arguments = [each for each in op._schema.arguments if not each.has_default_value()]
+        if unknown := sorted({each.name for each in arguments} - set(values)):
             raise RuntimeError(f"{name}: teach {Path(__file__).name} the arguments {unknown}")
         counts = sorted({min(count, MOST_TOKENS) for count in counts})
         for tokens in counts:
-            given = {
-                key: value[:tokens] if key in BY_TOKEN else value for key, value in values.items()
-            }
-            results = op(*(given[key] for key in required))
+            given = {key: v[:tokens] if key in BY_TOKEN else v for key, v in values.items()}
+            positional = [given[each.name] for each in arguments if not each.kwarg_only]
+            named = {each.name: given[each.name] for each in arguments if each.kwarg_only}
+            results = op(*positional, **named) or [named["weights_out"], named["ids_out"]]
             if any(result.shape[0] != tokens for result in results):
                 raise RuntimeError(f"{name}: expected {tokens} rows")
-            if not results[0].isfinite().all():
-                raise RuntimeError(f"{name}: expected finite results")
+            if not results[0].isfinite().all() or not (results[1] >= 0).all():
+                raise RuntimeError(f"{name}: expected weights that are finite, and ids")
         print(f"ran {name} {model} with {counts} tokens")
 
 
 #: Arguments with a row for each token.
-BY_TOKEN = ("hidden_states", "token_ids", "logits", "scores", "ids")
+BY_TOKEN = (
+    *("hidden_states", "token_ids", "logits", "scores", "given_ids"),
+    *("weights_out", "ids_out", "logits_out"),
+)
 
 
 def tensors(model: dict[str, int], device: str) -> dict[str, Any]:
@@ -136,20 +134,22 @@ def tensors(model: dict[str, int], device: str) -> dict[str, Any]:
     def normal(*shape: int) -> Any:
         return torch.randn(*shape, generator=generator)
 
-    ids = normal(MOST_TOKENS, experts).argsort(1)[:, :top_k].int()
-    return {
-        "hidden_states": normal(MOST_TOKENS, hidden).bfloat16().to(device),
-        "token_ids": (torch.arange(MOST_TOKENS) % VOCAB).to(device),
-        "logits": normal(MOST_TOKENS, experts).to(device),
-        "scores": normal(MOST_TOKENS, 3 * experts).to(device),
-        "ids": ids.contiguous().to(device),
-        "bias": normal(experts).to(device),
-        "num_experts": experts,
-        "top_k": top_k,
-        "k": top_k,
-        "scale": 1.5,
-        "renormalize": True,
+    given_ids = normal(MOST_TOKENS, experts).argsort(1)[:, :top_k].int().contiguous()
+    on_device = {
+        "hidden_states": normal(MOST_TOKENS, hidden).bfloat16(),
+        "token_ids": torch.arange(MOST_TOKENS) % VOCAB,
+        "logits": normal(MOST_TOKENS, experts),
+        "scores": normal(MOST_TOKENS, 3 * experts),
+        "given_ids": given_ids,
+        "bias": normal(experts),
+        "expert_map": torch.arange(2 * experts, dtype=torch.int32).view(experts, 2),
+        "replica_counts": torch.full((experts,), 2, dtype=torch.int32),
+        "weights_out": torch.zeros(MOST_TOKENS, top_k),
+        "ids_out": torch.full((MOST_TOKENS, top_k), -1, dtype=torch.int32),
+        "logits_out": torch.zeros(MOST_TOKENS, experts),
     }
+    sizes = {"num_experts": experts, "top_k": top_k, "k": top_k, "scale": 1.5, "renormalize": True}
+    return {name: tensor.to(device) for name, tensor in on_device.items()} | sizes
 
 
 def make_router(mode: str, model: dict[str, int], device: str) -> Any:
@@ -165,10 +165,12 @@ def make_router(mode: str, model: dict[str, int], device: str) -> Any:
     given = {
         "weight": None if mode == "hash" else weight.to(device),
         "bias": values["bias"] if mode == "dense" else None,
-        "table": None if mode == "dense" else values["ids"][:VOCAB],
+        "table": None if mode == "dense" else values["given_ids"][:VOCAB],
     }
     named = {name: tensor for name, tensor in given.items() if tensor is not None}
-    return Router(config, device=device, **named)
+    router = Router(config, device=device, **named)
+    router.set_expert_map(values["expert_map"], values["replica_counts"])
+    return router
 
 
 if __name__ == "__main__":

@@ -697,7 +697,7 @@ def dry(bench: Callable[..., Result], *arguments: str) -> tuple[Result, dict[str
 def test_dry_run_writes_the_document(bench):
     result, document = dry(bench, "--tokens", "2", "--replays", "3")
     assert set(document) == {
-        *("format_version", "device", "software", "artifacts", "method", "peers"),
+        *("format_version", "device", "software", "artifacts", "method", "peers", "startup"),
         *("cells", "comparisons", "host", "host_comparisons"),
     }
     assert document["format_version"] == report.FORMAT_VERSION

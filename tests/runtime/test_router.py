@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from router_runtime import evidence as evidence_
 from router_runtime import kernels, ops, rows, spec
 from router_runtime.errors import InputError, ResolutionError
 from router_runtime.kernels import kernels_on
@@ -34,6 +35,7 @@ from router_runtime.router import (
     warmup_router_compilation,
 )
 from router_runtime.workspace import Workspaces
+from tests.runtime import releases
 
 H, E, K, V = 128, 24, 4, 50
 CONFIG = RouterConfig(H, E, K, 1.5)
@@ -435,6 +437,23 @@ def test_new_evidence_is_seen(gpu: Any, tmp_path: Path) -> None:
     manifest = tmp_path / "artifacts" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes())
     assert kernels_on(0) is not first
+
+
+def test_new_evidence_of_ones_own_is_seen(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = kernels_on(0)
+    own = tmp_path / "own"
+    entries = gpu.entries
+    releases.add_evidence(own, entries[:1])
+    monkeypatch.setenv("ROUTER_RUNTIME_EVIDENCE", str(own))
+    first = kernels_on(0)
+    assert first is not shipped
+    releases.add_evidence(own, entries[1:])
+    assert kernels_on(0) is not first
+    # The fixture calls everything verified; without it the folder alone decides.
+    monkeypatch.setattr(kernels, "status", evidence_.status)
+    assert {kernels_on(0).status(entry) for entry in entries} == {"verified"}
 
 
 # --- weights in place ---
