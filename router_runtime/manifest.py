@@ -500,7 +500,7 @@ def _decoder(kind: Any) -> _Decoder:
     if origin is Literal:
         return functools.partial(_decode_literal, arguments)
     if origin is Mapping:
-        return functools.partial(_decode_mapping, _decoder(arguments[1]))
+        return functools.partial(_decode_mapping, arguments[1] is float, _decoder(arguments[1]))
     if origin is tuple:
         repeated = arguments[-1] is Ellipsis
         decoders = [_decoder(item) for item in arguments if item is not Ellipsis]
@@ -552,14 +552,15 @@ def _decode_literal(options: tuple[Any, ...], value: Any) -> Any:
     return value
 
 
-def _decode_mapping(decoder: _Decoder, value: Any) -> Any:
+def _decode_mapping(of_floats: bool, decoder: _Decoder, value: Any) -> Any:
     if not isinstance(value, dict):
         raise _wrong_type("an object", value)
     items = {}
     key = ""
     try:
         for key, item in value.items():
-            items[key] = decoder(item)
+            finite = of_floats and type(item) is float and -math.inf < item < math.inf
+            items[key] = item if finite else decoder(item)
     except _MisfitError as misfit:
         misfit.steps.append(f".{key}")
         raise
