@@ -1,5 +1,6 @@
-# Two environments. .venv: the locked toolchain and the linters, no torch. .venv-test: torch and what
-# the runtime's tests need, no compiler. Every package but torch itself is installed by hash.
+# Two environments. .venv: the locked toolchain, the release tools and the linters, no torch.
+# .venv-test: torch and what the runtime's tests need, no compiler. Every package but torch itself is
+# installed by hash.
 
 PYTHON ?= python3
 # GPU work can run in an environment of your own: make test-gpu PYTHON_GPU=python3
@@ -12,10 +13,11 @@ UV = uv==0.13.9
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build-cubins lock-cubins check-cubins test test-gpu lint format lock clean clean-venv
+.PHONY: help build-cubins lock-cubins check-cubins release verify-release test test-gpu verify-gpu \
+	kill-trials lint format lock clean clean-venv
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build-cubins: .venv/.toolchain ## Build every cubin into artifacts/
 	.venv/bin/python -m build_kernels build
@@ -26,12 +28,24 @@ lock-cubins: .venv/.toolchain ## Build, and record the digests in artifacts/arti
 check-cubins: .venv/.toolchain ## Rebuild from nothing and compare with artifacts/artifacts.lock
 	.venv/bin/python -m build_kernels check
 
+release: .venv/.release ## Make a release in dist/; options: RELEASE="--target sm_90a --key KEY.pem"
+	.venv/bin/python -m build_kernels release --out dist $(RELEASE)
+
+verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER --key KEY.pub --rebuild"
+	.venv/bin/python -m build_kernels verify-release $(RELEASE)
+
 test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
 	.venv/bin/python -m pytest tests/builder tests/kernels
 	.venv-test/bin/python -m pytest tests/runtime tests/oracle tests/gpu
 
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
+
+verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence
+	$(PYTHON_GPU) -m router_runtime verify --record
+
+kill-trials: .venv/.dev ## Kill builds and releases at random moments, 100 times each
+	.venv/bin/python -m tests.builder.kill_trials $(TRIALS)
 
 .PHONY: bench
 bench: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Time the routers on a GPU; options: BENCH="--help"
@@ -53,7 +67,11 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
-.venv/.dev: tests/dev.lock .venv/.toolchain
+.venv/.release: build_kernels/release.lock .venv/.toolchain
+	.venv/bin/python $(LOCKED) -r $<
+	@touch $@
+
+.venv/.dev: tests/dev.lock .venv/.release
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
@@ -82,8 +100,11 @@ lock: ## Resolve the *.in files again into the *.lock files
 	build/lock/bin/python $(INSTALL) $(UV)
 	$(LOCK_COMMAND) --no-emit-package nvidia-cutlass-dsl-libs-cu12 \
 	    build_kernels/toolchain.in -o build_kernels/toolchain.lock
-	$(LOCK_COMMAND) -c build_kernels/toolchain.lock tests/dev.in -o tests/dev.lock
-	$(LOCK_COMMAND) -c build_kernels/toolchain.lock tests/runtime.in -o tests/runtime.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock build_kernels/release.in -o build_kernels/release.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \
+	    tests/dev.in -o tests/dev.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \
+	    tests/runtime.in -o tests/runtime.lock
 
 clean: ## Remove what was built
 	rm -rf build dist artifacts/manifest.json artifacts/*.cubin

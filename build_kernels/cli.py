@@ -1,4 +1,4 @@
-"""The command line: ``build-kernels build | check | list | inspect``."""
+"""The command line: ``build-kernels build | check | list | inspect | release | ...``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import click
 
-from build_kernels import catalog, cubin, lock, publish, toolchain
+from build_kernels import catalog, compare, cubin, lock, publish, toolchain
 from build_kernels.build import build
 from build_kernels.errors import BuildError, unknown
 from build_kernels.plan import PACKAGE, plan, read_model
@@ -172,6 +172,122 @@ def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
         click.echo(f"  {count:6} {instruction}")
     if sass:
         click.echo(listing)
+
+
+@main.command("release")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to add the release to."
+)
+@click.option("--target", "targets", multiple=True, help="Only this target; repeatable.")
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="ed25519 private key, PEM, to sign with."
+)
+@click.option(
+    "--require-verified",
+    "verified",
+    multiple=True,
+    help="Refuse if a digest of this target is not verified; repeatable.",
+)
+@click.option("--allow-dirty", is_flag=True, help="Release what no commit names; it is recorded.")
+@_jobs_option
+def release_command(
+    out: Path,
+    targets: tuple[str, ...],
+    key: Path | None,
+    verified: tuple[str, ...],
+    allow_dirty: bool,
+    jobs: int,
+) -> None:
+    """Build everything from nothing and make one wheel of the runtime with its cubins inside."""
+    # The release tools are installed for this command and the next only.
+    toolchain.check_release()
+    from build_kernels.release import release
+
+    root = _checkout()
+    signer = None
+    if key is not None:
+        from build_kernels import signing
+
+        signer = signing.private_key(
+            key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
+        )
+    started = time.monotonic()
+    result = release(
+        root,
+        out,
+        targets=targets,
+        verified=verified,
+        signer=signer,
+        allow_dirty=allow_dirty,
+        processes=jobs,
+        progress=click.echo,
+    )
+    for path in sorted(result.folder.iterdir()):
+        click.echo(f"{path.stat().st_size:10} {path.name}")
+    click.echo(
+        f"{'made' if result.made else 'the same bytes lay there already'}, "
+        f"{'signed' if result.signed else 'UNSIGNED (no --key)'}, "
+        f"{time.monotonic() - started:.1f} s, in {result.folder}"
+    )
+
+
+@main.command("verify-release")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="ed25519 public key, PEM.")
+@click.option("--rebuild", is_flag=True, help="Build the commit again and compare every byte.")
+@click.option(
+    "--repository",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The clone that --rebuild takes the commit from. Default: this checkout.",
+)
+@_jobs_option
+def verify_release_command(
+    files: tuple[Path, ...], key: Path | None, rebuild: bool, repository: Path | None, jobs: int
+) -> None:
+    """Check a release: FILES are its folder, or its wheel and what lies beside it."""
+    toolchain.check_release()
+    from build_kernels import verify_release
+
+    if repository is not None and not rebuild:
+        raise BuildError("expected --repository with --rebuild, found it alone")
+    found = verify_release.verify(files, key)
+    statement = found.statement
+    click.echo(
+        f"{statement.distribution} {statement.version} of commit {statement.commit}, "
+        f"{'clean' if statement.clean else 'WITH UNCOMMITTED CHANGES'}: "
+        f"{len(found.manifest.entries)} cubins for {', '.join(statement.targets)}"
+    )
+    click.echo(
+        f"signed by {found.signed_by}"
+        if found.signed_by
+        else "signature NOT CHECKED: no --key was given, so anyone can have made these files"
+    )
+    for name in found.missing:
+        click.echo(f"not checked, for it was not given: {name}")
+    if rebuild:
+        verify_release.rebuild(found, repository or _checkout(), jobs)
+        click.echo("the commit gives the same bytes again")
+
+
+@main.command("diff")
+@click.argument("old", type=click.Path(exists=True, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, path_type=Path))
+@click.option("--markdown", is_flag=True, help="For a pull request.")
+def diff_command(old: Path, new: Path, markdown: bool) -> None:
+    """Show what changed from OLD to NEW: each a release, a wheel, an artifacts folder or a built
+    checkout.
+    """
+    found = compare.difference(compare.open_build(old), compare.open_build(new))
+    click.echo(compare.markdown(found) if markdown else compare.text(found))
+
+
+def _checkout() -> Path:
+    if ARTIFACTS is None:
+        raise BuildError(
+            "expected a checkout, found an installed package; next: git clone the repository and "
+            "run the command there"
+        )
+    return _ROOT
 
 
 def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:

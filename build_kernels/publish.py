@@ -30,8 +30,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder if need be and keep other builds out of it. A folder that was made for a
     build that published nothing is removed again.
     """
-    made = _make(folder)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        made = _make(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,10 +44,12 @@ def locked(folder: Path) -> Iterator[None]:
                 "next: wait for it to end, or build with another --out"
             ) from None
         yield
-    except BaseException:
+    except BaseException as error:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+        if isinstance(error, OSError):
+            raise _unwritable(folder, error) from error
         raise
     finally:
         os.close(descriptor)
@@ -73,16 +78,16 @@ def publish(folder: Path, manifest: Manifest, cubins: Mapping[str, bytes]) -> No
     _prune(folder, _TEMPORARY, ())
     for name, data in sorted(cubins.items()):
         _write(folder, name, data)
-    _sync(folder)
+    sync(folder)
     _write(folder, MANIFEST_NAME, text)
-    _sync(folder)
+    sync(folder)
     _prune(folder, _OURS, cubins)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace one file at once, with mode 0644 whatever the umask."""
     _write(path.parent, path.name, data)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _write(folder: Path, name: str, data: bytes) -> None:
@@ -100,7 +105,8 @@ def _write(folder: Path, name: str, data: bytes) -> None:
         raise
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -112,6 +118,14 @@ def _prune(folder: Path, pattern: re.Pattern[str], keep: Mapping[str, bytes] | t
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.name not in keep:
             path.unlink()
+
+
+def _unwritable(folder: Path, error: OSError) -> BuildError:
+    """For a disk that is full, read-only or gone."""
+    return BuildError(
+        f"expected to write in {folder}, found: {error}; what was published there before is as it "
+        "was; next: make room or mend the disk, or name another folder with --out"
+    )
 
 
 def _make(folder: Path) -> list[Path]:

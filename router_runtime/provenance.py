@@ -24,6 +24,9 @@ FORMAT_VERSION = 1
 MARKER_SUFFIX = ".release.json"
 STATEMENT_SUFFIX = ".provenance.json"
 ENVELOPE_SUFFIX = ".dsse.json"
+SBOM_SUFFIX = ".cdx.json"
+NOTES_SUFFIX = ".notes.md"
+WHEEL_SUFFIX = "-py3-none-any.whl"
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -103,7 +106,7 @@ def marker_dumps(marker: Marker) -> bytes:
 
 
 def marker_loads(data: bytes) -> Marker:
-    """Parse a marker. Raises ManifestError unless these are the bytes that ``marker_dumps`` gives."""
+    """Parse a marker. Raises ManifestError unless ``marker_dumps`` would give these bytes."""
     document = _parse(data, "a release marker")
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
@@ -164,9 +167,7 @@ def statement_dumps(statement: Statement) -> bytes:
 
 
 def statement_loads(data: bytes) -> Statement:
-    """Parse a statement. Raises ManifestError unless these are the bytes that ``statement_dumps``
-    gives.
-    """
+    """Parse a statement. Raises ManifestError unless ``statement_dumps`` would give these bytes."""
     document = _parse(data, "a provenance statement")
     try:
         statement = _statement(document)
