@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from build_kernels import nvrtc, toolchain
 
@@ -24,6 +26,11 @@ KERNELS = (
 DEFAULT_TARGETS = ("sm_90a", "sm_100a")
 TARGETS = (*DEFAULT_TARGETS, "sm_100f")
 MODELS = MODELS[:2]
+"""
+
+#: A case of the oracle suite for a small kernel, so that there can be evidence for it.
+SUITE = """
+_CASES["scale"] = lambda constants, limits: (Case("scale", "only", "normal", {"tokens": 1}),)
 """
 
 SCALE = """
@@ -91,6 +98,21 @@ FILES = {
     "shift/contract.py": CONTRACT,
 }
 
+#: What the project of the release tests builds instead: fast, for they are not about compilers.
+RELEASED_CATALOG = """
+KERNELS = (
+    Kernel(
+        "scale", "cuda", False, False,
+        (Variant("one", {"FACTOR": 2.0}), Variant("two", {"FACTOR": 5.0})),
+    ),
+)
+"""
+RELEASED_KEYS = tuple(
+    f"scale/any/{target}/{variant}"
+    for target in ("sm_100a", "sm_90a")
+    for variant in ("one", "two")
+)
+
 #: The keys of the small project's full build.
 KEYS = (
     "scale/any/sm_100a/one",
@@ -135,11 +157,40 @@ class Project:
             check=False,
         )
 
+    def git(self, *arguments: str) -> str:
+        """Run git as somebody, without the settings of whoever runs the tests."""
+        identity = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        for role in ("AUTHOR", "COMMITTER"):
+            identity |= {f"GIT_{role}_NAME": "A Releaser", f"GIT_{role}_EMAIL": "a@example.org"}
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=self.root,
+            env={**os.environ, **identity},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return result.stdout.strip()
+
+    def commit(self) -> str:
+        """Commit everything that is not ignored; the commit."""
+        if not (self.root / ".git").exists():
+            self.git("init", "--quiet", "--template=", "--initial-branch=main")
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", "a change")
+        return self.git("rev-parse", "HEAD")
+
     def build(self, *arguments: str | Path, **settings: object) -> str:
         """A build that has to succeed; what it said."""
         result = self.run("build", *arguments, **settings)  # type: ignore[arg-type]
         assert result.returncode == 0, result.stdout
         return result.stdout
+
+    def release(self, *arguments: str | Path, **settings: object) -> Path:
+        """A release that has to succeed; the folder that holds its files."""
+        result = self.run("release", "--jobs", "1", *arguments, **settings)  # type: ignore[arg-type]
+        assert result.returncode == 0, result.stdout
+        return self.root / result.stdout.splitlines()[-1].split(", in ")[-1]
 
     def python(self, script: str, **settings: object) -> subprocess.CompletedProcess[str]:
         """Run a script inside the project, with the builder importable."""
@@ -154,21 +205,29 @@ class Project:
         )
 
 
-@pytest.fixture(scope="session")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small project's sources, unbuilt. Tests work on copies."""
-    root = tmp_path_factory.mktemp("pristine") / "project"
+def write_project(root: Path) -> None:
+    """The small project's sources, unbuilt, in a new folder."""
     package = root / "build_kernels"
     unwanted = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "build_kernels", package, ignore=unwanted)
     shutil.copytree(ROOT / "router_runtime", root / "router_runtime", ignore=unwanted)
-    shutil.copy(ROOT / "pyproject.toml", root)
+    for name in ("pyproject.toml", ".gitignore", "LICENSE", "NOTICE", "README.md"):
+        shutil.copy(ROOT / name, root)
     with (package / "catalog.py").open("a") as file:
         file.write(CATALOG)
+    with (root / "router_runtime" / "suite.py").open("a") as file:
+        file.write(SUITE)
     for name, text in FILES.items():
         path = package / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small project's sources, unbuilt. Tests work on copies."""
+    root = tmp_path_factory.mktemp("pristine") / "project"
+    write_project(root)
     return root
 
 
@@ -179,6 +238,95 @@ def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(pristine, root)
     Project(root).build("--update-lock")
     return root
+
+
+#: Run inside a project: a record for every entry of the targets named.
+EVIDENCE = """
+import sys
+from pathlib import Path
+from router_runtime import evidence, manifest, suite
+
+built = manifest.loads(Path("artifacts/manifest.json").read_bytes())
+for entry in built.entries:
+    if entry.target in {targets!r}:
+        target = manifest.Target.parse(entry.target)
+        record = evidence.Record(
+            entry=entry.key,
+            kernel=entry.kernel,
+            constants=entry.constants,
+            limits=entry.contract.limits,
+            target=entry.target,
+            file=entry.file,
+            sha256=entry.sha256,
+            source_sha256=entry.source_sha256,
+            toolchain_sha256=evidence.toolchain_sha256(built.toolchain),
+            suite_sha256=suite.suite_sha256(),
+            device="Example GPU",
+            compute_capability=(target.major, target.minor),
+            driver=13000,
+            torch="2.13.0",
+            cases=tuple(
+                evidence.CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {{}})
+                for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+            ),
+        )
+        evidence.write_record(record, Path("artifacts/evidence"))
+"""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A committed project with evidence for sm_90a, and one signed release of it."""
+
+    project: Project
+    commit: str
+    folder: Path
+    key: Path
+    public: Path
+
+
+def write_keys(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    """A new ed25519 key pair: the private and the public PEM file."""
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    made = ed25519.Ed25519PrivateKey.generate()
+    private.touch(mode=0o600)
+    private.write_bytes(
+        made.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        made.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, public
+
+
+@pytest.fixture(scope="session")
+def released(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Released:
+    """The small project's full release. Tests leave it as it is and work on copies."""
+    place = tmp_path_factory.mktemp("released")
+    project = Project(Path(shutil.copytree(pristine, place / "project")))
+    with (project.root / "build_kernels" / "catalog.py").open("a") as file:
+        file.write(RELEASED_CATALOG)
+    project.build("--update-lock")
+    result = project.python(EVIDENCE.format(targets=["sm_90a"]))
+    assert result.returncode == 0, result.stderr
+    commit = project.commit()
+    key, public = write_keys(place)
+    folder = project.release("--out", place / "dist", "--key", key)
+    return Released(project, commit, folder, key, public)
+
+
+@pytest.fixture
+def committed(released: Released, tmp_path: Path) -> Project:
+    """A clone of the committed project, unbuilt."""
+    root = tmp_path / "clone"
+    released.project.git("clone", "--quiet", "--template=", ".", str(root))
+    return Project(root)
 
 
 @pytest.fixture

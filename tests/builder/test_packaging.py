@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("build_kernels", "router_runtime"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -69,7 +70,7 @@ def test_console_scripts_name_modules_that_exist(script: str) -> None:
 
 def test_the_build_backend_is_locked() -> None:
     version = importlib.metadata.version("hatchling")
-    assert f"hatchling=={version} \\" in (ROOT / "tests" / "dev.lock").read_text()
+    assert f"hatchling=={version} \\" in (ROOT / "build_kernels" / "release.lock").read_text()
 
 
 def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,12 +84,15 @@ def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("target", ["build-cubins", "test"])
+@pytest.mark.parametrize("target", ["build-cubins", "release", "test"])
 def test_an_old_python_is_refused_before_anything_is_made(target: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "build_kernels").mkdir()
     (tmp_path / "tests").mkdir()
-    for name in ("build_kernels/toolchain.lock", "tests/dev.lock", "tests/runtime.lock"):
+    for name in (
+        *("build_kernels/toolchain.lock", "build_kernels/release.lock"),
+        *("tests/dev.lock", "tests/runtime.lock"),
+    ):
         (tmp_path / name).touch()
     old = tmp_path / "python3.10"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.9\nexit 1\n')
@@ -102,5 +106,20 @@ def test_an_old_python_is_refused_before_anything_is_made(target: str, tmp_path:
 
 def test_make_explains_itself() -> None:
     said = _make(ROOT).stdout
-    for target in ("build-cubins", "check-cubins", "test", "lint", "lock", "clean-venv"):
+    for target in (
+        *("build-cubins", "check-cubins", "release", "verify-release", "test", "kill-trials"),
+        *("verify-gpu", "lint", "lock", "clean-venv"),
+    ):
         assert f"\n{target} " in "\n" + said
+
+
+@pytest.mark.parametrize("name", ["ci", "gpu"])
+def test_the_workflows_call_what_exists(name: str) -> None:
+    text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"make (?:-C \w+ )?([a-z-]+)", text))
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for command in re.findall(r"-m build_kernels ([a-z-]+)", text):
+        assert f'@main.command("{command}")' in (ROOT / "build_kernels" / "cli.py").read_text()

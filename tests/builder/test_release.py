@@ -1,0 +1,625 @@
+"""Releases as a releaser makes them: what they hold, the same bytes anywhere, what is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+from build_kernels import publish, release, toolchain, wheel
+from build_kernels.errors import BuildError
+from router_runtime.manifest import Manifest, loads
+from router_runtime.provenance import marker_loads, statement_loads
+from tests.builder.conftest import RELEASED_KEYS, Project, Released, snapshot, write_keys
+
+STEM = "dsv4_router_runtime-0.1.0"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _wheel(folder: Path) -> dict[str, bytes]:
+    (path,) = folder.glob("*.whl")
+    return wheel.read(path.read_bytes(), path.name)
+
+
+def _refused(project: Project, message: str, *arguments: str | Path, **settings: object) -> str:
+    """Run a release that has to fail with this message and leave nothing; what it said."""
+    out = project.root.parent / "refused"
+    arguments = ("--out", out, "--jobs", "1", *arguments)
+    result = project.run("release", *arguments, **settings)  # type: ignore[arg-type]
+    assert result.returncode == 1, result.stdout
+    assert message in result.stdout
+    assert "next: " in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not out.exists()
+    return result.stdout
+
+
+def test_what_a_release_holds(released: Released) -> None:
+    folder = released.folder
+    assert folder.name == f"{STEM}-{released.commit[:12]}"
+    names = {
+        f"{STEM}-py3-none-any.whl",
+        f"{STEM}.provenance.json",
+        f"{STEM}.dsse.json",
+        f"{STEM}.cdx.json",
+        f"{STEM}.notes.md",
+        "manifest.json",
+    }
+    assert {path.name for path in folder.iterdir()} == names
+    for path in folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_the_wheel_holds(released: Released) -> None:
+    entries = _wheel(released.folder)
+    metadata = f"{STEM}.dist-info"
+    sources = released.project.root / "router_runtime"
+    expected = {
+        path.relative_to(released.project.root).as_posix()
+        for path in sources.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    manifest = loads(entries["router_runtime/artifacts/manifest.json"])
+    artifacts = {"manifest.json", f"{STEM}.release.json", *(e.file for e in manifest.entries)}
+    evidence = released.project.artifacts / "evidence"
+    artifacts |= {f"evidence/{path.name}" for path in evidence.iterdir()}
+    expected |= {f"router_runtime/artifacts/{name}" for name in artifacts}
+    expected |= {
+        f"{metadata}/{name}"
+        for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "sboms/sbom.cdx.json")
+    }
+    expected |= {f"{metadata}/licenses/{name}" for name in ("LICENSE", "NOTICE")}
+    assert entries.keys() == expected
+    assert tuple(entry.key for entry in manifest.entries) == RELEASED_KEYS
+    assert entries[f"{metadata}/entry_points.txt"].decode().split() == [
+        *("[console_scripts]", "router-runtime", "=", "router_runtime.cli:main")
+    ]
+    assert b"Tag: py3-none-any\n" in entries[f"{metadata}/WHEEL"]
+    assert b"\nName: dsv4-router-runtime\n" in entries[f"{metadata}/METADATA"]
+    with zipfile.ZipFile(next(released.folder.glob("*.whl"))) as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert archive.namelist()[-1].endswith("/RECORD")
+
+
+def test_an_installer_takes_the_wheel_and_the_runtime_finds_its_artifacts(
+    released: Released, tmp_path: Path
+) -> None:
+    (path,) = released.folder.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
+            *("--disable-pip-version-check", "--target", site, path),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    found = subprocess.run(
+        [
+            *(sys.executable, "-P", "-c"),
+            "from router_runtime import artifacts as a; folder = a.find_artifacts();"
+            "m = a.read_manifest(folder); print(folder, len(m.entries));"
+            "[a.read_cubin(entry, folder) for entry in m.entries]",
+        ],
+        env={"PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [
+        str(site / "router_runtime" / "artifacts"),
+        str(len(RELEASED_KEYS)),
+    ]
+
+
+def test_the_marker_and_the_statement(released: Released) -> None:
+    entries = _wheel(released.folder)
+    marker = marker_loads(entries[f"router_runtime/artifacts/{STEM}.release.json"])
+    manifest = entries["router_runtime/artifacts/manifest.json"]
+    statement = statement_loads((released.folder / f"{STEM}.provenance.json").read_bytes())
+    for described in (marker, statement):
+        assert described.commit == released.commit
+        assert described.clean
+        assert described.targets == ("sm_90a", "sm_100a")
+        assert (described.distribution, described.version) == ("dsv4-router-runtime", "0.1.0")
+    assert marker.manifest_sha256 == _sha256(manifest)
+    prefix = "router_runtime/artifacts/"
+    subjects = {n.removeprefix(prefix): _sha256(d) for n, d in entries.items() if prefix in n}
+    for path in released.folder.iterdir():
+        if not path.name.endswith((".provenance.json", ".dsse.json")):
+            subjects[path.name] = _sha256(path.read_bytes())
+    assert statement.subjects == subjects
+    built = loads(manifest)
+    assert statement.flags == built.toolchain.flags
+    assert {name: p.version for name, p in statement.packages.items()} == built.toolchain.packages
+    lock = toolchain.LOCK.read_text()
+    assert all(package.sha256 for package in statement.packages.values())
+    digests = {digest for package in statement.packages.values() for digest in package.sha256}
+    assert sorted(digests) == sorted(
+        {word.split(":")[1] for word in lock.split() if word.startswith("--hash=sha256:")}
+    )
+    assert statement.locks == {
+        f"build_kernels/{path.name}": _sha256(path.read_bytes())
+        for path in (toolchain.LOCK, toolchain.RELEASE_LOCK)
+    }
+
+
+def test_the_bill_of_materials(released: Released) -> None:
+    data = (released.folder / f"{STEM}.cdx.json").read_bytes()
+    assert _wheel(released.folder)[f"{STEM}.dist-info/sboms/sbom.cdx.json"] == data
+    document = json.loads(data)
+    assert document["bomFormat"] == "CycloneDX"
+    assert "serialNumber" not in document
+    assert set(document["metadata"]) == {"component"}
+    components = {item["bom-ref"]: item for item in document["components"]}
+    manifest = loads((released.folder / "manifest.json").read_bytes())
+    for entry in manifest.entries:
+        assert components[entry.file]["hashes"] == [{"alg": "SHA-256", "content": entry.sha256}]
+    for name, version in manifest.toolchain.packages.items():
+        assert components[f"toolchain/{name}"]["purl"] == f"pkg:pypi/{name}@{version}"
+        assert components[f"toolchain/{name}"]["scope"] == "excluded"
+    needed = {name for name in components if name.startswith("runtime/")}
+    assert needed == {"runtime/click", "runtime/cuda-bindings", "runtime/torch"}
+
+
+def test_the_notes_have_each_status(released: Released) -> None:
+    lines = (released.folder / f"{STEM}.notes.md").read_text().splitlines()
+    assert "| sm_90a | 2 | 0 | 0 |" in lines
+    assert "| sm_100a | 0 | 2 | 0 |" in lines
+    manifest = loads((released.folder / "manifest.json").read_bytes())
+    for entry in manifest.entries:
+        status = "verified" if entry.target == "sm_90a" else "source-verified"
+        (line,) = (line for line in lines if line.startswith(f"| {entry.key} |"))
+        assert line.split(" | ")[1:4] == [status, "Example GPU", str(entry.resources.registers)]
+        assert f"`{entry.sha256[:16]}`" in line
+
+
+def test_the_same_bytes_in_another_folder_and_another_environment(
+    released: Released, committed: Project, tmp_path: Path
+) -> None:
+    elsewhere = Project(committed.root.rename(tmp_path / "A longer path, and spaces"))
+    hostile = {
+        "LC_ALL": "tr_TR.UTF-8",
+        "TZ": "Pacific/Chatham",
+        "PYTHONHASHSEED": "4711",
+        "SOURCE_DATE_EPOCH": "1700000000",
+        "HATCH_BUILD_NO_HOOKS": "1",
+        "HOME": str(tmp_path),
+        "GIT_DIR": "/nonexistent",
+    }
+    arguments = ("--out", tmp_path / "out", "--key", released.key, "--jobs", "2")
+    again = elsewhere.release(*arguments, env=hostile, umask=0o077)
+    assert snapshot(again) == snapshot(released.folder)
+
+
+def test_nothing_names_where_or_when_it_was_made(released: Released) -> None:
+    contents = {path.name: path.read_bytes() for path in released.folder.iterdir()}
+    for name, data in {**contents, **_wheel(released.folder)}.items():
+        for word in (str(released.folder), str(released.project.root), sys.prefix, "/tmp/"):
+            assert word.encode() not in data, (name, word)
+
+
+def test_releases_of_some_targets_are_distributions_of_their_own(
+    committed: Project, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder = committed.release("--out", out, "--target", "sm_90a")
+    assert folder.name.startswith("dsv4_router_runtime_sm90a-0.1.0-")
+    entries = _wheel(folder)
+    manifest = loads(entries["router_runtime/artifacts/manifest.json"])
+    assert {entry.target for entry in manifest.entries} == {"sm_90a"}
+    assert (
+        b"\nName: dsv4-router-runtime-sm90a\n"
+        in entries["dsv4_router_runtime_sm90a-0.1.0.dist-info/METADATA"]
+    )
+    # The markers have names of their own, so that a runtime sees two releases in one folder.
+    other = _wheel(committed.release("--out", out, "--target", "sm_100f", "--target", "sm_90a"))
+    markers = [{n for n in found if n.endswith(".release.json")} for found in (entries, other)]
+    assert markers == [
+        {"router_runtime/artifacts/dsv4_router_runtime_sm90a-0.1.0.release.json"},
+        {"router_runtime/artifacts/dsv4_router_runtime_sm90a_sm100f-0.1.0.release.json"},
+    ]
+    assert len(list(out.iterdir())) == 2
+    # Only records that count for an entry travel.
+    assert sum("/evidence/" in name for name in entries) == 2
+
+
+def test_a_source_verified_wheel_carries_the_evidence_of_its_twin(
+    committed: Project, tmp_path: Path
+) -> None:
+    folder = committed.release("--out", tmp_path / "out", "--target", "sm_100a")
+    evidence = [name for name in _wheel(folder) if "/evidence/" in name]
+    assert len(evidence) == 2
+    assert all("-sm_90a-" in name for name in evidence)
+
+
+@pytest.mark.parametrize(
+    "change", ["altered", "hidden", "removed", "untracked", "ignored", "executable"]
+)
+def test_a_checkout_with_changes_is_refused(committed: Project, change: str) -> None:
+    source = committed.root / "router_runtime" / "doctor.py"
+    kind = "changed"
+    if change in ("altered", "hidden"):
+        if change == "hidden":
+            committed.git("update-index", "--assume-unchanged", "router_runtime/doctor.py")
+        source.write_text(source.read_text() + "# mine\n")
+        if change == "hidden":
+            assert committed.git("status", "--porcelain") == ""
+    elif change == "removed":
+        source.unlink()
+        kind = "removed"
+    elif change == "executable":
+        source.chmod(0o755)
+    else:
+        source = source.with_name("mine.py")
+        source.write_text("")
+        kind = "untracked"
+        if change == "ignored":
+            (committed.root / ".git" / "info").mkdir(exist_ok=True)
+            (committed.root / ".git" / "info" / "exclude").write_text("mine.py\n")
+    said = _refused(committed, "expected a checkout without changes")
+    assert f"\n  {kind} router_runtime/{source.name}\n" in said
+    assert "--allow-dirty" in said
+
+
+def test_changes_that_are_allowed_are_recorded(committed: Project, tmp_path: Path) -> None:
+    (committed.root / "router_runtime" / "mine.py").write_text("")
+    source = committed.root / "router_runtime" / "errors.py"
+    source.write_text(source.read_text() + "# mine\n")
+    folder = committed.release("--out", tmp_path / "out", "--target", "sm_90a", "--allow-dirty")
+    assert folder.name.endswith("-dirty")
+    start = "dsv4_router_runtime_sm90a-0.1.0"
+    statement = statement_loads((folder / f"{start}.provenance.json").read_bytes())
+    assert statement.changes == (
+        "changed router_runtime/errors.py",
+        "untracked router_runtime/mine.py",
+    )
+    entries = _wheel(folder)
+    assert entries["router_runtime/errors.py"].endswith(b"# mine\n")
+    assert "router_runtime/mine.py" in entries
+    assert not marker_loads(entries[f"router_runtime/artifacts/{start}.release.json"]).clean
+    assert "uncommitted changes" in (folder / f"{start}.notes.md").read_text()
+    said = committed.run("verify-release", folder)
+    assert "WITH UNCOMMITTED CHANGES" in said.stdout
+    said = committed.run("verify-release", folder, "--rebuild")
+    assert said.returncode == 1
+    assert "nobody can rebuild it" in said.stdout
+
+
+def test_a_folder_without_a_commit_of_its_own_is_refused(project: Project) -> None:
+    _refused(project, "expected a git checkout with a commit")
+    (project.root / ".git").mkdir()
+    _refused(project, "expected a git checkout with a commit")
+    (project.root / ".git").rmdir()
+    around = Project(project.root.parent)
+    around.commit()
+    _refused(project, "found that it lies in")
+
+
+def test_a_commit_whose_lock_says_otherwise_is_refused(committed: Project) -> None:
+    committed.kernel_file("common/factor.cuh").write_text(
+        "__device__ inline float factor() { return FACTOR + 1.0f; }\n"
+    )
+    committed.commit()
+    said = _refused(committed, "expected the build that artifacts.lock records")
+    assert "changed  scale/any/sm_90a/one" in said
+
+
+def test_an_entry_that_the_lock_has_and_the_build_lacks_is_refused(committed: Project) -> None:
+    path = committed.artifacts / "artifacts.lock"
+    line = next(
+        row for row in path.read_text().splitlines() if row.startswith("scale/any/sm_90a/one")
+    )
+    path.write_text(path.read_text().replace("scale/any/sm_90a/one", "scale/any/sm_90a/gone"))
+    path.write_text(path.read_text() + line + "\n")
+    committed.commit()
+    said = _refused(
+        committed, "expected the build that artifacts.lock records", "--target", "sm_90a"
+    )
+    assert "removed  scale/any/sm_90a/gone" in said
+
+
+@pytest.mark.parametrize("case", ["verified", "unverified", "stale", "absent"])
+def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> None:
+    arguments = ["--target", "sm_90a", "--target", "sm_100a", "--require-verified"]
+    if case == "verified":
+        committed.release("--out", tmp_path / "out", *arguments, "sm_90a")
+    elif case == "unverified":
+        said = _refused(
+            committed, "expected every digest of sm_100a to be verified", *arguments, "sm_100a"
+        )
+        assert "found 2 of 2 that are not" in said
+        assert "scale/any/sm_100a/one: source-verified; no evidence for " in said
+    elif case == "stale":
+        with (committed.root / "router_runtime" / "suite.py").open("a") as file:
+            file.write("# another suite\n")
+        committed.commit()
+        said = _refused(committed, "expected every digest of sm_90a", *arguments, "sm_90a")
+        assert "unproven; the evidence of Example GPU is of another suite" in said
+    else:
+        _refused(committed, "unknown target in this release 'sm_103a'", *arguments, "sm_103a")
+
+
+def test_evidence_that_is_altered_is_refused(committed: Project) -> None:
+    path = next((committed.artifacts / "evidence").iterdir())
+    path.write_bytes(path.read_bytes().replace(b'"rows"', b'"rowz"'))
+    committed.commit()
+    # One error of the runtime's reaches the releaser as the runtime words it.
+    _refused(committed, "expected exactly the keys", "--target", "sm_90a")
+
+
+def test_a_release_made_again_is_the_same(
+    released: Released, committed: Project, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    unsigned = committed.run("release", "--out", out, "--target", "sm_90a")
+    assert "made, UNSIGNED (no --key)" in unsigned.stdout
+    (folder,) = out.iterdir()
+    before = snapshot(folder)
+    again = committed.run("release", "--out", out, "--target", "sm_90a")
+    assert "the same bytes lay there already, UNSIGNED" in again.stdout
+    assert snapshot(folder) == before
+    # A signature can be added: one file, and nothing else changes.
+    signed = committed.run("release", "--out", out, "--target", "sm_90a", "--key", released.key)
+    assert "the same bytes lay there already, signed" in signed.stdout
+    after = snapshot(folder)
+    envelope = "dsv4_router_runtime_sm90a-0.1.0.dsse.json"
+    assert after.keys() - before.keys() == {envelope}
+    assert all(after[name] == before[name] for name in before)
+    assert committed.run("verify-release", folder, "--key", released.public).returncode == 0
+    # Anything else that lies there is not overwritten.
+    (folder / "manifest.json").write_bytes(b"mine")
+    refused = committed.run("release", "--out", out, "--target", "sm_90a")
+    assert refused.returncode == 1
+    assert "found manifest.json to differ; a release is never overwritten" in refused.stdout
+    assert (folder / "manifest.json").read_bytes() == b"mine"
+
+
+def test_one_release_at_a_time_in_a_folder(committed: Project, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        result = committed.run("release", "--out", out)
+        assert result.returncode == 1
+        assert f"expected to be the only build in {out}" in result.stdout
+        assert not any(out.iterdir())
+    finally:
+        os.close(descriptor)
+
+
+def test_what_a_killed_release_left_is_removed(committed: Project, tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".release-abc.tmp"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    (tmp_path / "out" / "mine.tmp").touch()
+    folder = committed.release("--out", tmp_path / "out", "--target", "sm_90a")
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, "mine.tmp"}
+
+
+# Fail like a disk, from the n-th time on that something is written to it.
+FAILING = """
+import errno, os
+from build_kernels.cli import main
+
+times = 0
+def fail(*arguments, **options):
+    global times
+    times += 1
+    if times > {step}:
+        {action}
+    return original(*arguments, **options)
+
+original = {target}
+{target} = fail
+main({arguments!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "error"), [(0, "ENOSPC"), (4, "EIO"), (7, "ENOSPC"), (9, "EROFS"), (14, "ENOSPC")]
+)
+def test_a_failing_disk_leaves_no_release(
+    committed: Project, tmp_path: Path, step: int, error: str
+) -> None:
+    out = tmp_path / "out"
+    script = FAILING.format(
+        target="os.fsync",
+        step=step,
+        action=f"raise OSError(errno.{error}, os.strerror(errno.{error}))",
+        arguments=["release", "--out", str(out), "--target", "sm_90a", "--jobs", "1"],
+    )
+    result = committed.python(script)
+    assert result.returncode == 1
+    assert f"expected to write in {out}" in result.stderr
+    assert "next: make room or mend the disk" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_vanished_disk_is_an_error(committed: Project, tmp_path: Path, step: int) -> None:
+    out = tmp_path / "out"
+    script = "import shutil\n" + FAILING.format(
+        target="os.replace",
+        step=step,
+        action=f"shutil.rmtree({str(out)!r}, ignore_errors=True)",
+        arguments=["release", "--out", str(out), "--target", "sm_90a", "--jobs", "1"],
+    )
+    result = committed.python(script)
+    assert result.returncode == 1
+    assert f"expected to write in {out}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_sources_that_change_during_a_release_publish_nothing(
+    committed: Project, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    script = FAILING.format(
+        target="release.wheel.make",
+        step=0,
+        action="open('router_runtime/errors.py', 'a').write('#')",
+        arguments=["release", "--out", str(out), "--target", "sm_90a", "--jobs", "1"],
+    )
+    result = committed.python("from build_kernels import release\n" + script)
+    assert result.returncode == 1
+    assert "expected the checkout to stay as it was during the release" in result.stderr
+    assert not out.exists()
+
+
+def test_a_backend_that_leaves_a_file_out_is_an_error(committed: Project, tmp_path: Path) -> None:
+    path = committed.root / "pyproject.toml"
+    path.write_text(
+        path.read_text().replace(
+            "[tool.hatch.build.targets.wheel]",
+            '[tool.hatch.build.targets.wheel]\nexclude = ["router_runtime/errors.py"]',
+        )
+    )
+    committed.commit()
+    _refused(committed, "missing ['router_runtime/errors.py']", "--target", "sm_90a")
+
+
+def _pem(key: object, password: bytes | None = None) -> bytes:
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password:
+        encryption = serialization.BestAvailableEncryption(password)
+    assert isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
+
+
+@pytest.mark.parametrize("case", ["absent", "text", "curve", "public", "readable", "inside"])
+def test_keys_that_are_refused(committed: Project, tmp_path: Path, case: str) -> None:
+    key, public = write_keys(tmp_path)
+    message = "expected an ed25519 private key"
+    if case == "absent":
+        key.unlink()
+        message = "expected a private key in "
+    elif case == "text":
+        key.write_text("a key\n")
+    elif case == "curve":
+        key.write_bytes(_pem(ec.generate_private_key(ec.SECP256R1())))
+    elif case == "public":
+        key.write_bytes(public.read_bytes())
+    elif case == "readable":
+        key.chmod(0o640)
+        message = "expected a private key that only its owner can read"
+    else:
+        key = key.rename(committed.root / "artifacts" / "key.pem")
+        message = "expected a private key outside the checkout"
+    _refused(committed, message, "--key", key, "--allow-dirty")
+    assert key.exists() == (case != "absent")  # none is made
+
+
+def test_a_key_can_have_a_password(released: Released, tmp_path: Path) -> None:
+    from build_kernels import signing
+
+    private = ed25519.Ed25519PrivateKey.generate()
+    path = tmp_path / "key.pem"
+    path.touch(mode=0o600)
+    path.write_bytes(_pem(private, b"secret"))
+    root = released.project.root
+    signer = signing.private_key(path, root, lambda: "secret")
+    public = tmp_path / "key.pub"
+    public.write_bytes(
+        private.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    envelope = signing.sign(b"{}", signer)
+    assert signing.verified(envelope, signing.public_key(public), "it") == b"{}"
+    with pytest.raises(BuildError, match="expected an ed25519 private key in PEM"):
+        signing.private_key(path, root, lambda: "wrong")
+
+
+def test_other_release_tools_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    toolchain.check_release()
+    installed = dict(toolchain._installed())
+    monkeypatch.setattr(toolchain, "_installed", lambda: installed | {"hatchling": "1.0"})
+    with pytest.raises(BuildError, match=r"hatchling: expected 1\.\d+\.\d+, found 1\.0"):
+        toolchain.check_release()
+    del installed["cryptography"]
+    with pytest.raises(BuildError, match=r"cryptography: expected .*, found none"):
+        toolchain.check_release()
+
+
+def test_names_of_distributions() -> None:
+    defaults = release.DEFAULT_TARGETS
+    assert release.distribution("x", defaults) == "x"
+    assert release.distribution("x", ("sm_90a",)) == "x-sm90a"
+    assert release.distribution("x", ("sm_90a", "sm_100f")) == "x-sm90a-sm100f"
+
+
+def test_an_installed_package_releases_nothing(fresh: Project) -> None:
+    (fresh.root / "pyproject.toml").unlink()
+    _refused(fresh, "expected a checkout, found an installed package")
+
+
+def test_what_was_published_before_a_failing_build_stays(project: Project) -> None:
+    """The disk under a build, not a release: the old build stays whole."""
+    before = snapshot(project.artifacts)
+    project.kernel_file("common/factor.cuh").write_text(
+        "__device__ inline float factor() { return FACTOR + 1.0f; }\n"
+    )
+    old: Manifest = loads((project.artifacts / "manifest.json").read_bytes())
+    for step in (0, 5):
+        script = FAILING.format(
+            target="os.fsync",
+            step=step,
+            action="raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))",
+            arguments=["build"],
+        )
+        result = project.python(script)
+        assert result.returncode == 1
+        assert "No space left on device" in result.stderr
+        assert "what was published there before is as it was" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert all(publish.verified(project.artifacts, e.file, e.sha256) for e in old.entries)
+        after = snapshot(project.artifacts)
+        assert {name: after[name] for name in before} == before
+
+
+def test_a_build_whose_folder_vanishes_is_an_error(project: Project, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = "import shutil\n" + FAILING.format(
+        target="os.replace",
+        step=1,
+        action=f"shutil.rmtree({str(out)!r}, ignore_errors=True)",
+        arguments=["build", "--kernel", "scale", "--out", str(out)],
+    )
+    result = project.python(script)
+    assert result.returncode == 1
+    assert f"expected to write in {out}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert shutil.disk_usage(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="modes do not bind the superuser")
+def test_a_folder_that_cannot_be_written_is_an_error(committed: Project, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    for out in (tmp_path / "closed", tmp_path / "closed" / "out"):
+        result = committed.run("release", "--out", out, "--target", "sm_90a")
+        assert result.returncode == 1
+        assert f"expected to write in {out}" in result.stdout

@@ -1,0 +1,539 @@
+"""A release as a receiver checks it, and every way to tamper with one that was thought of."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from build_kernels import verify_release, wheel
+from build_kernels.errors import BuildError
+from router_runtime.manifest import dumps, loads
+from router_runtime.provenance import Statement, statement_dumps, statement_loads
+from tests.builder.conftest import Project, Released, write_keys
+
+STEM = "dsv4_router_runtime-0.1.0"
+WHEEL, PLAIN = f"{STEM}-py3-none-any.whl", f"{STEM}.provenance.json"
+ENVELOPE = f"{STEM}.dsse.json"
+INSIDE = "router_runtime/artifacts/"
+
+Entries = dict[str, bytes]
+
+
+@pytest.fixture
+def folder(released: Released, tmp_path: Path) -> Path:
+    """A copy of the release to tamper with."""
+    return Path(shutil.copytree(released.folder, tmp_path / released.folder.name))
+
+
+def _refused(folder: Path, message: str, key: Path | None = None) -> None:
+    with pytest.raises(BuildError, match=message) as caught:
+        verify_release.verify([folder], key)
+    assert "next: " in str(caught.value)
+
+
+def _flip(path: Path, position: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def _change(folder: Path, change: Callable[[Entries], object]) -> None:
+    """Tamper with the wheel's entries and keep its form."""
+    path = folder / WHEEL
+    entries = wheel.read(path.read_bytes(), WHEEL)
+    change(entries)
+    path.write_bytes(wheel.write(entries))
+
+
+def _forge(folder: Path, **changes: object) -> None:
+    """Describe the files that lie there in a statement of one's own: what who has no key can do."""
+    (folder / ENVELOPE).unlink(missing_ok=True)
+    statement = statement_loads((folder / PLAIN).read_bytes())
+    entries = wheel.read((folder / WHEEL).read_bytes(), WHEEL)
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != PLAIN}
+    found |= {n.removeprefix(INSIDE): d for n, d in entries.items() if n.startswith(INSIDE)}
+    subjects = {name: verify_release._sha256(data) for name, data in found.items()}
+    forged = dataclasses.replace(statement, **{"subjects": subjects, **changes})  # type: ignore[arg-type]
+    (folder / PLAIN).write_bytes(statement_dumps(forged))
+
+
+def test_a_whole_release(released: Released) -> None:
+    found = verify_release.verify([released.folder], released.public)
+    assert found.statement.commit == released.commit
+    assert found.signed_by is not None
+    assert found.missing == ()
+    assert verify_release.verify([released.folder], None).signed_by is None
+
+
+def test_the_command(released: Released) -> None:
+    project, folder = released.project, released.folder
+    said = project.run("verify-release", folder, "--key", released.public)
+    assert said.returncode == 0
+    assert f"of commit {released.commit}, clean: 4 cubins for sm_90a, sm_100a" in said.stdout
+    assert "\nsigned by " in said.stdout
+    some = project.run("verify-release", folder / WHEEL, folder / ENVELOPE)
+    assert some.returncode == 0
+    assert "signature NOT CHECKED" in some.stdout
+    assert f"not checked, for it was not given: {STEM}.notes.md" in some.stdout
+    alone = project.run("verify-release", folder, "--repository", project.root)
+    assert alone.returncode == 1
+    assert "expected --repository with --rebuild" in alone.stdout
+
+
+def _first(entries: Entries, end: str) -> str:
+    return next(name for name in sorted(entries) if name.endswith(end))
+
+
+def _swap(entries: Entries) -> None:
+    first, _, second, *_ = (name for name in sorted(entries) if name.endswith(".cubin"))
+    entries[first], entries[second] = entries[second], entries[first]
+
+
+def _alter(end: str) -> Callable[[Entries], None]:
+    def change(entries: Entries) -> None:
+        name = _first(entries, end)
+        entries[name] = entries[name][:-5] + bytes([entries[name][-5] ^ 1]) + entries[name][-4:]
+
+    return change
+
+
+def _cut(end: str) -> Callable[[Entries], None]:
+    def change(entries: Entries) -> None:
+        name = _first(entries, end)
+        entries[name] = entries[name][:-1]
+
+    return change
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_alter(".cubin"), r"the wheel's scale-.*\.cubin: expected sha256 .*, found"),
+        (_alter("manifest.json"), r"the wheel's manifest\.json: expected sha256"),
+        (_alter(".release.json"), r"release\.json: expected sha256"),
+        (_alter("gpu.json"), r"the wheel's evidence/.*json: expected sha256"),
+        (_alter("errors.py"), r"py3-none-any\.whl: expected sha256"),
+        (_cut(".cubin"), r"\.cubin: expected sha256"),
+        (_cut("gpu.json"), r"evidence/.*: expected sha256"),
+        (_swap, r"scale-any-sm_100a-.*\.cubin: expected sha256(.|\n)*-sm_90a-.*: expected sha256"),
+        (lambda e: e.pop(_first(e, ".cubin")), r"\.cubin: expected a file, found none"),
+        (lambda e: e.pop(_first(e, "gpu.json")), r"evidence/.*: expected a file, found none"),
+        (lambda e: e.pop(_first(e, "manifest.json")), r"manifest\.json: expected a file"),
+        (lambda e: e.update({INSIDE + "more.cubin": b"x"}), r"nothing vouches for"),
+        (lambda e: e.update({INSIDE + "evidence/more.json": b"{}"}), r"nothing vouches for"),
+    ],
+)
+def test_a_tampered_wheel(
+    released: Released, folder: Path, signed: bool, change: Callable[[Entries], None], message: str
+) -> None:
+    _change(folder, change)
+    _refused(folder, message, released.public if signed else None)
+
+
+@pytest.mark.parametrize("name", [WHEEL, PLAIN, ENVELOPE, "manifest.json", f"{STEM}.cdx.json"])
+@pytest.mark.parametrize("damage", ["first", "middle", "last", "cut", "empty"])
+def test_a_damaged_file(released: Released, folder: Path, name: str, damage: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        _flip(path, {"first": 0, "middle": len(data) // 2, "last": -1}[damage])
+    _refused(folder, "expected", released.public)
+    # Of an unsigned statement only what the other files contradict can be found out.
+    if name not in (ENVELOPE, PLAIN):
+        (folder / ENVELOPE).unlink()
+        _refused(folder, "expected", None)
+
+
+def test_a_signature_is_checked_to_its_last_bit(released: Released, folder: Path) -> None:
+    path = folder / ENVELOPE
+    document = json.loads(path.read_bytes())
+    signature = bytearray(base64.b64decode(document["signatures"][0]["sig"]))
+    signature[40] ^= 1
+    document["signatures"][0]["sig"] = base64.b64encode(signature).decode()
+    path.write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
+    _refused(
+        folder, "expected a signature by the key .*, found none that is valid", released.public
+    )
+
+
+def test_another_key(released: Released, folder: Path, tmp_path: Path) -> None:
+    _, other = write_keys(tmp_path, "other")
+    _refused(folder, "it was signed with another key or altered", other)
+    text = tmp_path / "text.pub"
+    text.write_text("no key")
+    _refused(folder, "expected an ed25519 public key in PEM", text)
+    _refused(folder, "expected an ed25519 public key in PEM", released.key)
+    _refused(folder, "expected a public key in", tmp_path / "absent.pub")
+
+
+def test_another_keys_name_on_a_signature(released: Released, folder: Path, tmp_path: Path) -> None:
+    """Signed by somebody else, who claims the releaser's key id."""
+    from build_kernels import signing
+
+    key, _ = write_keys(tmp_path, "other")
+    mine = json.loads(signing.sign(b"{}", signing.private_key(key, folder, str)))
+    claimed = json.loads((folder / ENVELOPE).read_bytes())["signatures"][0]["keyid"]
+    mine["signatures"][0]["keyid"] = claimed
+    (folder / ENVELOPE).write_text(json.dumps(mine, sort_keys=True, indent=1) + "\n")
+    _refused(folder, "found none that is valid", released.public)
+
+
+def test_an_unsigned_release_where_a_key_is_demanded(released: Released, folder: Path) -> None:
+    (folder / ENVELOPE).unlink()
+    verify_release.verify([folder], None)
+    _refused(folder, "it is unsigned", released.public)
+
+
+def test_an_envelope_of_another_type(released: Released, folder: Path) -> None:
+    document = json.loads((folder / ENVELOPE).read_bytes())
+    for change in ({"payloadType": "text/plain"}, {"more": 1}):
+        (folder / ENVELOPE).write_text(
+            json.dumps(document | change, sort_keys=True, indent=1) + "\n"
+        )
+        _refused(folder, "expected a (DSSE envelope of|signature)", released.public)
+
+
+def test_an_envelope_under_another_name(released: Released, folder: Path) -> None:
+    (folder / ENVELOPE).rename(folder / "dsv4_router_runtime-0.2.0.dsse.json")
+    _refused(folder, f"expected the envelope {ENVELOPE}", released.public)
+
+
+@pytest.fixture(scope="module")
+def older(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of an earlier commit, signed with the same key."""
+    root = tmp_path_factory.mktemp("older") / "project"
+    project = Project(Path(shutil.copytree(released.project.root, root)))
+    source = project.kernel_file("scale/scale.cu")
+    source.write_text(source.read_text().replace("* factor()", "* factor() * __sinf(x[i])"))
+    project.build("--update-lock")
+    project.commit()
+    return project.release("--out", root.parent / "dist", "--key", released.key)
+
+
+def test_an_older_signed_manifest_with_newer_cubins(
+    released: Released, older: Path, folder: Path
+) -> None:
+    # The older statement, still validly signed, over the newer wheel.
+    for name in (ENVELOPE, PLAIN, "manifest.json", f"{STEM}.notes.md", f"{STEM}.cdx.json"):
+        shutil.copy(older / name, folder)
+    _refused(folder, "whl: expected sha256", released.public)
+    # The older wheel with the newer cubins put into it.
+    shutil.copy(older / WHEEL, folder)
+    newer = wheel.read((released.folder / WHEEL).read_bytes(), WHEEL)
+
+    def replay(entries: Entries) -> None:
+        for name in [n for n in entries if n.endswith(".cubin")]:
+            twin = next((n for n in newer if n[:-22] == name[:-22]), name)
+            entries[name] = newer[twin]
+
+    _change(folder, replay)
+    _refused(folder, r"the wheel's scale-any-sm_90a.*\.cubin: expected sha256", released.public)
+    # The older manifest inside the newer wheel, with the newer statement.
+    for name in (ENVELOPE, PLAIN, "manifest.json", f"{STEM}.notes.md", f"{STEM}.cdx.json", WHEEL):
+        shutil.copy(released.folder / name, folder)
+    old = wheel.read((older / WHEEL).read_bytes(), WHEEL)[INSIDE + "manifest.json"]
+    _change(folder, lambda entries: entries.update({INSIDE + "manifest.json": old}))
+    _refused(folder, r"the wheel's manifest\.json: expected sha256", released.public)
+
+
+def _manifest_of_other_version(entries: Entries) -> None:
+    document = json.loads(entries[INSIDE + "manifest.json"])
+    document["format_version"] = 99
+    entries[INSIDE + "manifest.json"] = json.dumps(document).encode()
+
+
+def _manifest_with_swapped_files(entries: Entries) -> None:
+    manifest = loads(entries[INSIDE + "manifest.json"])
+    one, two, *rest = manifest.entries
+    facts = ("file", "sha256", "size")
+    first = dataclasses.replace(one, **{name: getattr(two, name) for name in facts})
+    second = dataclasses.replace(two, **{name: getattr(one, name) for name in facts})
+    swapped = dataclasses.replace(manifest, entries=(first, second, *rest))
+    entries[INSIDE + "manifest.json"] = dumps(swapped)
+
+
+def _cubin_for_another_target(entries: Entries) -> None:
+    """A Hopper cubin under a Blackwell entry, digests and all."""
+    manifest = loads(entries[INSIDE + "manifest.json"])
+    one, other, two, *rest = manifest.entries
+    assert (one.target, two.target) == ("sm_100a", "sm_90a")
+    data = entries[INSIDE + two.file]
+    name = one.file.replace(one.sha256[:16], two.sha256[:16])
+    wrong = dataclasses.replace(one, file=name, sha256=two.sha256, size=len(data))
+    del entries[INSIDE + one.file]
+    entries[INSIDE + name] = data
+    changed = dataclasses.replace(manifest, entries=(wrong, other, two, *rest))
+    entries[INSIDE + "manifest.json"] = dumps(changed)
+
+
+def _another_toolchain(entries: Entries) -> None:
+    manifest = loads(entries[INSIDE + "manifest.json"])
+    tools = dataclasses.replace(manifest.toolchain, packages={"gcc": "1"}, flags={})
+    changed = dataclasses.replace(manifest, toolchain=tools)
+    entries[INSIDE + "manifest.json"] = dumps(changed)
+
+
+def _replaced(end: str, old: bytes, new: bytes) -> Callable[[Entries], None]:
+    def change(entries: Entries) -> None:
+        name = _first(entries, end)
+        entries[name] = entries[name].replace(old, new)
+
+    return change
+
+
+def _foreign_evidence(entries: Entries) -> None:
+    """A record of some other cubin, under its right name."""
+    name = _first(entries, "gpu.json")
+    document = json.loads(entries.pop(name))
+    document |= {"sha256": "1" * 64, "source_sha256": "2" * 64}
+    entries[name] = json.dumps(document).encode()
+
+
+def _evidence_renamed(entries: Entries) -> None:
+    names = [name for name in sorted(entries) if "/evidence/" in name]
+    entries[names[0]], entries[names[1]] = entries[names[1]], entries[names[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_manifest_of_other_version, "expected manifest format version 1, found 99"),
+        (
+            _manifest_with_swapped_files,
+            r"scale/any/sm_100a/one: expected the file scale-any-sm_100a",
+        ),
+        (_cubin_for_another_target, "expected scale for sm_100a, found scale for sm_90a"),
+        (_another_toolchain, "expected the statement's toolchain, found another"),
+        (_another_toolchain, "expected the statement's flags, found others"),
+        (_another_toolchain, r"release\.json: manifest: expected"),
+        (_alter(".cubin"), "expected .* bytes with sha256"),
+        (_replaced("gpu.json", b'"rows"', b'"rowz"'), r"evidence/.*: .*expected exactly the keys"),
+        (_replaced("gpu.json", b'"seed": ', b'"seed": true, "x": '), r"evidence/.*: .*expected"),
+        (_foreign_evidence, r"evidence/.*: expected a record about a cubin of this release"),
+        (_evidence_renamed, "expected the name"),
+        (
+            _replaced("METADATA", b"\nVersion: 0.1.0", b"\nVersion: 0.2.0"),
+            "found dsv4-router-runtime 0.2.0",
+        ),
+        (
+            _replaced("METADATA", b"\nName: dsv4", b"\nName: other"),
+            "found other-router-runtime 0.1.0",
+        ),
+        (lambda e: e.pop(_first(e, ".release.json")), r"release\.json: expected"),
+        (lambda e: e.update({INSIDE + "x.cubin": b"x"}), "expected only cubins that the manifest"),
+        (lambda e: e.pop(_first(e, ".cubin")), "in the wheel, found none"),
+    ],
+)
+def test_a_wheel_that_contradicts_itself(
+    folder: Path, change: Callable[[Entries], None], message: str
+) -> None:
+    """The statement is forged to fit the files; they still do not fit each other."""
+    _change(folder, change)
+    entries = wheel.read((folder / WHEEL).read_bytes(), WHEEL)
+    (folder / "manifest.json").write_bytes(entries[INSIDE + "manifest.json"])
+    _forge(folder)
+    _refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"version": "0.2.0"},
+            f"the wheel's name: expected dsv4_router_runtime-0.2.0, found {STEM}",
+        ),
+        ({"distribution": "other"}, "the wheel's metadata: expected other 0.1.0"),
+        ({"commit": "0" * 40}, "commit: expected 0000"),
+        ({"changes": ("changed x",)}, "clean: expected False, found True"),
+        ({"targets": ("sm_90a",)}, r"expected entries for \('sm_90a',\), found \['sm_100a'\]"),
+        ({"subjects": {}}, "nothing vouches for"),
+    ],
+)
+def test_a_statement_about_another_release(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
+    _forge(folder, **changes)
+    _refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("/provenance/v1", "/provenance/v2"),
+        lambda text: text.replace('"name": "source"', '"name": "sources"'),
+        lambda text: text.replace('"_type"', '"type"'),
+        lambda text: text.replace('"clean": true', '"clean": false'),
+        lambda text: text[:-1],
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_a_statement_of_another_shape(folder: Path, change: Callable[[str], str]) -> None:
+    (folder / ENVELOPE).unlink()
+    (folder / PLAIN).write_text(change((folder / PLAIN).read_text()))
+    _refused(folder, "expected a provenance statement")
+
+
+def _written(data: bytes, change: Callable[[zipfile.ZipInfo], None]) -> bytes:
+    """The wheel written again with one entry's header changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            content = old.read(info)
+            if info.filename.endswith("errors.py"):
+                change(info)
+            new.writestr(info, content, compress_type=info.compress_type)
+    return buffer.getvalue()
+
+
+def _set(name: str, value: object) -> Callable[[zipfile.ZipInfo], None]:
+    return lambda info: setattr(info, name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("filename", "../errors.py"), r"expected plain paths .*, found '\.\./errors\.py'"),
+        (_set("filename", "router_runtime/../../errors.py"), "expected plain paths"),
+        (_set("filename", "/etc/errors.py"), "expected plain paths"),
+        (_set("filename", "router_runtime\\errors.py"), "expected plain paths"),
+        (_set("filename", "router_runtime//errors.py"), "expected plain paths"),
+        (_set("filename", "router_runtime/__init__.py"), "expected each entry once"),
+        (_set("external_attr", 0o120777 << 16), "found a symbolic link"),
+        (_set("external_attr", 0o100755 << 16), "found another kind or mode"),
+        (_set("external_attr", 0o040755 << 16), "found another kind or mode"),
+        (_set("compress_type", zipfile.ZIP_DEFLATED), "found a compressed entry"),
+        (_set("date_time", (2026, 1, 1, 0, 0, 0)), "expected the form that a release has"),
+        (_set("extra", b"\x99\x99\x01\x00x"), "expected the form that a release has"),
+        (_set("comment", b"x"), "expected the form that a release has"),
+        (_set("filename", "router_runtime/zzz.py"), "expected the form that a release has"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_that_is_no_release(
+    folder: Path, change: Callable[[zipfile.ZipInfo], None], message: str
+) -> None:
+    path = folder / WHEEL
+    path.write_bytes(_written(path.read_bytes(), change))
+    _refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"#!/bin/sh\n" + data,
+        lambda data: data + b"x",
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b"router_runtime/errors.py", b"router_runtime/error_.py", 1),
+        lambda data: b"PK",
+    ],
+)
+def test_bytes_around_and_inside_the_archive(
+    folder: Path, change: Callable[[bytes], bytes]
+) -> None:
+    path = folder / WHEEL
+    path.write_bytes(change(path.read_bytes()))
+    _refused(folder, "expected (the form that a release has|a whole wheel)")
+
+
+@pytest.mark.parametrize("name", [WHEEL, ENVELOPE, "manifest.json"])
+def test_links_among_the_files(released: Released, folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(released.folder / name)
+    _refused(folder, "found a symbolic link", released.public)
+
+
+def test_files_that_do_not_belong_together(released: Released, folder: Path) -> None:
+    (folder / "more.txt").write_text("mine")
+    _refused(folder, r"more\.txt: expected no such file, found one that nothing vouches for")
+    (folder / "more.txt").unlink()
+    shutil.copy(folder / WHEEL, folder / "dsv4_router_runtime-0.2.0-py3-none-any.whl")
+    _refused(folder, "expected one wheel of a release among the files, found 2")
+    with pytest.raises(BuildError, match="found two called"):
+        verify_release.verify([folder / WHEEL, released.folder / WHEEL], None)
+    with pytest.raises(BuildError, match=r"expected .* beside the wheel, found neither"):
+        verify_release.verify([folder / WHEEL], None)
+    with pytest.raises(BuildError, match="found 0"):
+        verify_release.verify([folder / "manifest.json"], None)
+    os.mkfifo(folder / "pipe")
+    _refused(folder, "expected a plain file")
+
+
+def test_a_rebuild_gives_the_same_bytes(released: Released) -> None:
+    project = released.project
+    arguments = (released.folder, "--key", released.public, "--rebuild")
+    said = project.run("verify-release", *arguments, env={"PYTHONHASHSEED": "1"}, umask=0o077)
+    assert said.returncode == 0, said.stdout
+    assert "the commit gives the same bytes again" in said.stdout
+
+
+# A release of changed sources that claims to be the clean commit: everything fits but the truth.
+LIAR = """
+from build_kernels import checkout, release
+from build_kernels.cli import main
+
+truth = checkout.source
+checkout.source = lambda root: checkout.Source(truth(root).commit, ())
+release._compare_with_lock = lambda root, manifest: None
+main(["release", "--out", {out!r}, "--target", "sm_90a"])
+"""
+
+
+def test_a_rebuild_names_what_differs(committed: Project, tmp_path: Path) -> None:
+    source = committed.kernel_file("scale/scale.cu")
+    source.write_text(source.read_text().replace("* factor()", "* factor() * __sinf(x[i])"))
+    out = tmp_path / "out"
+    result = committed.python(LIAR.format(out=str(out)))
+    assert result.returncode == 0, result.stderr
+    (folder,) = out.iterdir()
+    assert committed.run("verify-release", folder).returncode == 0
+    committed.git("checkout", "--quiet", ".")
+    said = committed.run("verify-release", folder, "--rebuild").stdout
+    assert "to give the same bytes again, found:" in said
+    assert "changed   scale/any/sm_90a/one" in said
+    for pattern in (
+        r"bytes: [0-9a-f]{16} -> [0-9a-f]{16}",
+        r"source: [0-9a-f]{16} -> [0-9a-f]{16}",
+        r"registers: \d+ -> \d+",
+        r"instructions: .*MUFU\.SIN 1 -> 0",
+        r"first other instruction, at 0x[0-9a-f]+: .* -> ",
+        r"whl: [0-9a-f]{64} -> [0-9a-f]{64}",
+        r"the wheel's router_runtime/artifacts/manifest\.json: ",
+    ):
+        assert re.search(pattern, said), pattern
+
+
+def test_a_rebuild_of_an_unknown_commit(released: Released, folder: Path) -> None:
+    def marker(entries: Entries) -> None:
+        name = INSIDE + f"{STEM}.release.json"
+        entries[name] = entries[name].replace(released.commit.encode(), b"0" * 40)
+
+    _change(folder, marker)
+    _forge(folder, commit="0" * 40)
+    said = released.project.run("verify-release", folder, "--rebuild")
+    assert said.returncode == 1
+    assert f"expected the commit {'0' * 40}" in said.stdout
+    assert "--repository" in said.stdout
+
+
+def test_every_field_of_a_statement_survives(released: Released) -> None:
+    data = (released.folder / PLAIN).read_bytes()
+    statement = statement_loads(data)
+    assert isinstance(statement, Statement)
+    assert statement_dumps(statement) == data
