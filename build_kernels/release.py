@@ -197,7 +197,10 @@ def _publish(
     if place.is_dir():
         _compare_with_existing(place, files, envelope)
         if envelope in files:
-            publish.write_file(place / envelope, files[envelope])
+            # Written elsewhere first: half an envelope must not lie among a release's files.
+            publish.write_file(staging / envelope, files[envelope])
+            os.replace(staging / envelope, place / envelope)
+            publish.sync(place)
         return Result(place, made=False, signed=(place / envelope).exists())
     fresh = staging / "release"
     fresh.mkdir(mode=0o755)

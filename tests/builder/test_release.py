@@ -385,6 +385,16 @@ def test_a_release_made_again_is_the_same(
     assert after.keys() - before.keys() == {envelope}
     assert all(after[name] == before[name] for name in before)
     assert committed.run("verify-release", folder, "--key", released.public).returncode == 0
+    # One that is killed before it is done leaves nothing among the files.
+    (folder / envelope).unlink()
+    script = FAILING.format(
+        target="os.fsync",
+        step=6,
+        action="os.kill(os.getpid(), 9)",
+        arguments=["release", "--out", str(out), "--target", "sm_90a", "--key", str(released.key)],
+    )
+    assert committed.python(script).returncode == -9
+    assert snapshot(folder) == before
     # Anything else that lies there is not overwritten.
     (folder / "manifest.json").write_bytes(b"mine")
     refused = committed.run("release", "--out", out, "--target", "sm_90a")
