@@ -389,7 +389,7 @@ def test_a_release_made_again_is_the_same(
     (folder / envelope).unlink()
     script = FAILING.format(
         target="os.fsync",
-        step=6,
+        step=5,
         action="os.kill(os.getpid(), 9)",
         arguments=["release", "--out", str(out), "--target", "sm_90a", "--key", str(released.key)],
     )
