@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from router_runtime import ops, spec
+from router_runtime import checkpoint, ops, spec
 from router_runtime.checks import (
     MAX_EXPERTS,
     MAX_TOP_K,
@@ -87,6 +87,17 @@ class RouterConfig:
         if self.vocab_size is not None or self.mode == "hash":
             check_int("vocab_size", self.vocab_size, 1, 2**31 - 1)
         check_scale("routed_scaling_factor", self.routed_scaling_factor)
+
+    @classmethod
+    def from_hf(cls, config: Any, *, layer: int | None = None) -> RouterConfig:
+        """The configuration of the router of ``layer`` in a DeepSeek-V4 model.
+
+        ``config`` is a transformers configuration, its dict, a ``config.json`` or its folder. The
+        first layers of released checkpoints are hash layers: their mode is ``hash_gate``. Without
+        ``layer``: of the layers that choose experts by score. Raises InputError for a model that
+        routes in another way.
+        """
+        return cls(**checkpoint.config_fields(config, layer))
 
 
 class _Backend(Protocol):
@@ -168,6 +179,32 @@ class Router:
         if kernels is not None:
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(self.device)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: RouterConfig,
+        tensors: Mapping[str, Tensor] | str | os.PathLike[str],
+        layer: int | str,
+        *,
+        device: torch.device | str | int,
+        artifacts: str | os.PathLike[str] | None = None,
+        variants: Mapping[str, str] | None = None,
+    ) -> Router:
+        """The router of ``layer`` with its tensors of a checkpoint.
+
+        ``tensors`` is a state dict, a ``safetensors`` file or a checkpoint's folder, of which only
+        the gate's own tensors are read; both naming schemes are known (``checkpoint.py``).
+        ``layer`` is a number, or the gate's whole name where that is not enough
+        (``"mtp.0.ffn.gate"``). A weight that is not bf16 and a bias that is not fp32 are converted
+        if that is exact, else refused. Raises InputError, naming the tensor.
+        """
+        sizes = {
+            name: getattr(config, name)
+            for name in ("hidden_size", "num_experts", "top_k", "vocab_size")
+        }
+        found = checkpoint.gate_tensors(config.mode, sizes, tensors, layer)
+        return cls(config, **found, device=device, artifacts=artifacts, variants=variants)
 
     def _hash(
         self, table: Tensor, kernels: Kernels | None, variants: Mapping[str, str]
