@@ -1,0 +1,468 @@
+"""The transformers integration on a small, randomly initialised model on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from router_runtime import spec
+from router_runtime.errors import InputError
+from router_runtime.integrations.transformers import install, uninstall
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+modeling = pytest.importorskip(
+    "transformers.models.deepseek_v4.modeling_deepseek_v4",
+    reason="this transformers has no DeepSeek-V4",
+)
+
+H, E, K, V, LAYERS, HASHED = 128, 24, 4, 256, 5, 2
+
+
+def make_model(dtype: torch.dtype = torch.float32, layers: int = LAYERS, **options: Any) -> Any:
+    """A model of a few narrow layers, the first two of them hash layers, with drawn biases and
+    tables (transformers' own are zero).
+    """
+    config = transformers.DeepseekV4Config(
+        vocab_size=V,
+        hidden_size=H,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        head_dim=32,
+        q_lora_rank=32,
+        num_experts_per_tok=K,
+        n_routed_experts=E,
+        o_groups=2,
+        o_lora_rank=16,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=8,
+        sliding_window=16,
+        num_hash_layers=HASHED,
+        max_position_embeddings=256,
+        compress_ratios=[0] * layers,
+        partial_rotary_factor=0.5,
+        pad_token_id=0,
+        **options,
+    )
+    config._experts_implementation = "batched_mm"
+    torch.manual_seed(1)
+    model = transformers.DeepseekV4ForCausalLM(config).eval().requires_grad_(False)
+    for module in gates(model).values():
+        module.weight.normal_(std=H**-0.5)
+        if hasattr(module, "tid2eid"):
+            module.tid2eid.copy_(torch.stack([torch.randperm(E)[:K] for _ in range(V)]))
+        else:
+            module.e_score_correction_bias.normal_(std=0.1)
+    return model.to(dtype)
+
+
+def gates(model: nn.Module) -> dict[str, Any]:
+    kinds = (modeling.DeepseekV4TopKRouter, modeling.DeepseekV4HashRouter)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def dense(model: nn.Module) -> list[Any]:
+    found = gates(model).values()
+    return [module for module in found if isinstance(module, modeling.DeepseekV4TopKRouter)]
+
+
+def hashed(model: nn.Module) -> list[Any]:
+    found = gates(model).values()
+    return [module for module in found if isinstance(module, modeling.DeepseekV4HashRouter)]
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(2))
+
+
+def states(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(count, H, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def by_id(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    order = ids.sort(dim=1)
+    return order.values, weights.gather(1, order.indices)
+
+
+def check_form(outputs: Any, count: int) -> None:
+    logits, weights, ids = outputs
+    assert logits.shape == (count, E)
+    assert weights.shape == ids.shape == (count, K)
+    assert ids.dtype == torch.int64
+
+
+# --- fp32 ---
+
+
+def test_fp32_model_agrees_before_and_after() -> None:
+    model = make_model()
+    batch = tokens(3, 20)
+    before = model(batch, output_router_logits=True)
+    assert len(install(model)) == LAYERS
+    after = model(batch, output_router_logits=True)
+    # The weights differ by a few roundings; the layers above carry them along.
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-5)
+    # transformers records by class: the dense layers only, before and after.
+    assert len(after.router_logits) == len(before.router_logits) == LAYERS - HASHED
+    for found, expected in zip(after.router_logits, before.router_logits, strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp32_gates_agree() -> None:
+    model = make_model()
+    x, batch = states(200, torch.float32).view(4, 50, H), tokens(4, 50)
+    arguments = [(x, batch)] * HASHED + [(x,)] * (LAYERS - HASHED)
+    expected = [
+        module(*given) for module, given in zip(gates(model).values(), arguments, strict=True)
+    ]
+    install(model)
+    for module, given, wanted in zip(gates(model).values(), arguments, expected, strict=True):
+        found = module(*given)
+        check_form(found, 200)
+        assert torch.equal(found[0], wanted[0])
+        ours, theirs = by_id(*found[1:]), by_id(*wanted[1:])
+        assert torch.equal(ours[0], theirs[0])
+        # Their sum runs in another order: at most k roundings of the sum, and one each of the rest.
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=0)
+
+
+def test_hash_gates_keep_the_tables_order() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(dtype)
+        install(model)
+        (module, *_), batch = hashed(model), tokens(30)
+        logits, weights, ids = module(states(30, dtype), batch)
+        assert torch.equal(ids, module.tid2eid[batch])
+        scores = spec.sqrt_softplus(logits.float()).gather(1, ids)
+        assert not torch.equal(scores, scores.sort(dim=1, descending=True).values)
+        torch.testing.assert_close(weights, spec.routing_weights(scores, 1.5), rtol=1e-6, atol=0)
+
+
+# --- bf16 ---
+
+
+def test_bf16_gates_are_the_oracles() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    x = states(60)
+    for module in dense(model):
+        logits, weights, ids = module(x.view(3, 20, H))
+        check_form((logits, weights, ids), 60)
+        bias = module.e_score_correction_bias.float()
+        expected = spec.dense_router(x, module.weight, bias, K, module.routed_scaling_factor)
+        assert torch.equal(weights, expected[0])
+        assert torch.equal(ids.int(), expected[1])
+        assert torch.equal(logits, spec.dense_logits(x, module.weight))
+    for module in hashed(model):
+        logits, _, _ = module(x, tokens(60))
+        assert torch.equal(logits, spec.dense_logits(x, module.weight))
+
+
+def test_why_bf16_models_route_otherwise() -> None:
+    """transformers computes a bf16 gate's logits, scores and keys in bf16. Where its choice differs
+    from the fp32 one, the keys in question are closer than those roundings.
+    """
+    model = make_model(torch.bfloat16)
+    x = states(4000)
+    theirs = [module(x) for module in dense(model)]
+    install(model)
+    differing = 0
+    for module, (_, _, other) in zip(dense(model), theirs, strict=True):
+        logits, _, ids = module(x)
+        ours = torch.zeros(len(x), E, dtype=torch.bool).scatter_(1, ids, True)
+        others = torch.zeros_like(ours).scatter_(1, other, True)
+        wrong = (ours != others).any(dim=1)
+        differing += int(wrong.sum())
+        scores = spec.sqrt_softplus(logits)
+        keys = scores + module.e_score_correction_bias.float()
+        # Half a bf16 step, 2^-9 relative, for each of: the logit (whose score moves at most half as
+        # much), the softplus, the root, the bias they add in bf16, the sum; and as much again.
+        bound = 2.0**-8 * (logits.abs() + 3 * scores + keys.abs())
+        worst_lost = torch.where(ours & ~others, keys - bound, torch.inf).amin(dim=1)
+        best_won = torch.where(others & ~ours, keys + bound, -torch.inf).amax(dim=1)
+        assert (worst_lost <= best_won)[wrong].all()
+    share = differing / (len(x) * len(theirs))
+    print(f"{share:.1%} of the tokens get another set of experts")
+    assert 0.005 < share < 0.2
+
+
+def test_bf16_model_runs_and_generates() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    batch = tokens(2, 9)
+    out = model(batch, output_router_logits=True)
+    assert torch.isfinite(out.logits).all()
+    assert [logits.dtype for logits in out.router_logits] == [torch.float32] * (LAYERS - HASHED)
+    generated = model.generate(batch, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] > batch.shape[1]
+
+
+# --- installing ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uninstall_restores_exactly(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    batch = tokens(2, 9)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    before, state = model(batch).logits, copy.deepcopy(model.state_dict())
+    names = install(model)
+    assert names == list(gates(model))
+    assert uninstall(model) == names
+    assert uninstall(model) == []
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert torch.equal(model(batch).logits, before)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_installing_twice_changes_nothing() -> None:
+    from router_runtime.integrations.transformers import _gates
+
+    model = make_model(torch.bfloat16)
+    names = install(model)
+    first = {
+        name: (vars(module)["forward"], _gates[module]) for name, module in gates(model).items()
+    }
+    assert install(model) == names
+    for name, module in gates(model).items():
+        assert vars(module)["forward"] is first[name][0]
+        assert _gates[module] is first[name][1]
+    uninstall(model)
+    assert not any("forward" in vars(module) for module in gates(model).values())
+
+
+def test_classes_and_state_stay() -> None:
+    model = make_model(torch.bfloat16)
+    kinds = [type(module) for module in model.modules()]
+    keys = list(model.state_dict())
+    install(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
+
+
+def test_changed_weights_are_not_served() -> None:
+    """What the router holds is a copy, so a change since is an error until install sees it."""
+    model = make_model(torch.bfloat16)
+    install(model)
+    module, x = dense(model)[0], states(7)
+    for change in (
+        lambda: module.weight.mul_(2),
+        lambda: module.e_score_correction_bias.add_(1),
+        lambda: module.e_score_correction_bias.copy_(torch.arange(E)),
+        lambda: setattr(module.weight, "data", module.weight.data * 3),
+        lambda: setattr(module.e_score_correction_bias, "data", torch.zeros(E).bfloat16()),
+    ):
+        change()
+        with pytest.raises(InputError, match=r"install\(model\) again"):
+            module(x)
+        install(model)
+        bias = module.e_score_correction_bias.float()
+        expected = spec.dense_router(x, module.weight, bias, K, module.routed_scaling_factor)
+        assert torch.equal(module(x)[2].int(), expected[1])
+
+
+def test_new_weights_of_the_same_form_keep_the_router() -> None:
+    """Its addresses stay, so that graphs that were captured stay right."""
+    from router_runtime.integrations.transformers import _gates
+
+    model = make_model(torch.bfloat16)
+    install(model)
+    module = dense(model)[0]
+    router = _gates[module].router
+    module.weight.mul_(2)
+    install(model)
+    assert _gates[module].router is router
+    module.routed_scaling_factor = 3.0
+    module.weight.mul_(2)
+    install(model)
+    assert _gates[module].router is not router
+    assert _gates[module].router.config.routed_scaling_factor == 3.0
+
+
+def test_a_copy_needs_its_own_installation() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    twin = copy.deepcopy(model)
+    with pytest.raises(InputError, match=r"install\(model\) again"):
+        twin(tokens(1, 5))
+    install(twin)
+    uninstall(model)
+    twin(tokens(1, 5))
+
+
+def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
+    import gc
+
+    from router_runtime.integrations import transformers as module
+
+    gc.collect()
+    before = len(module._gates), len(module._by_address)
+    model = make_model(torch.bfloat16)
+    install(model)
+    assert len(module._gates) == before[0] + LAYERS
+    del model
+    gc.collect()
+    assert (len(module._gates), len(module._by_address)) == before
+
+
+def spoiled(spoil: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = make_model(dtype)
+    spoil(SimpleNamespace(dense=dense(model)[-1], hashed=hashed(model)[-1]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m.dense.weight.index_fill_(0, torch.tensor([3]), torch.nan), "finite"),
+        (lambda m: m.dense.half(), "its weight: expected bf16 or fp32 .*float16"),
+        (lambda m: m.dense.to("meta"), "its weight: expected bf16 or fp32"),
+        (lambda m: setattr(m.dense, "score_fn", nn.Sigmoid()), "its activation.*found Sigmoid"),
+        (lambda m: setattr(m.dense, "forward", lambda x: x), "its forward: .*something else"),
+        (lambda m: m.hashed.tid2eid.fill_(E), "its tid2eid: expected entries from 0 to 23"),
+        (lambda m: setattr(m.dense, "top_k", 40), "its top_k: expected an integer from 1 to 24"),
+        (lambda m: setattr(m.dense, "routed_scaling_factor", torch.inf), "scal"),
+        (lambda m: m.dense.e_score_correction_bias.data.fill_(torch.inf), "bias: expected finite"),
+    ],
+)
+def test_a_failure_leaves_the_model_as_it_was(spoil: Any, message: str) -> None:
+    model = spoiled(spoil)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(InputError, match=message) as caught:
+        install(model)
+    assert str(caught.value).startswith("model.layers.")
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert uninstall(model) == []
+
+
+def test_fp32_gates_with_a_coarse_bias() -> None:
+    with pytest.raises(InputError, match=r"its bias: expected one of \(torch.float32,\)"):
+        install(
+            spoiled(
+                lambda m: m.dense._buffers.update(
+                    e_score_correction_bias=m.dense.e_score_correction_bias.bfloat16()
+                ),
+                torch.float32,
+            )
+        )
+
+
+def test_models_without_routers() -> None:
+    with pytest.raises(InputError, match=r"with DeepseekV4TopKRouter or .*found none in Linear"):
+        install(nn.Linear(3, 3))
+    assert uninstall(nn.Linear(3, 3)) == []
+
+
+def test_gradients_are_refused() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    for module in (dense(model)[0], hashed(model)[0]):
+        x = states(3).requires_grad_()
+        given = (x, tokens(3))[: 1 if module in dense(model) else 2]
+        with pytest.raises(InputError, match="needs no gradient"):
+            module(*given)
+        with torch.no_grad():
+            module(*given)
+
+
+def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the module, and the command that builds the model."""
+    from router_runtime.errors import ResolutionError
+    from router_runtime.integrations import transformers as module
+    from router_runtime.kernels import kernels_on
+    from router_runtime.router import _CudaDense, _Weights
+
+    def router(config: Any, **_: Any) -> None:
+        _CudaDense(config, _Weights(config, torch.device("cpu")), kernels_on(0), {})
+
+    monkeypatch.setattr(module, "Router", router)
+    model = make_model(torch.bfloat16)
+    for gate in gates(model).values():
+        gate.num_experts, gate.weight = 20, nn.Parameter(gate.weight[:20], requires_grad=False)
+    for gate in hashed(model):
+        gate.tid2eid.fill_(1)
+    with pytest.raises(ResolutionError, match=r"mlp.gate: [\s\S]*--model-file"):
+        install(model)
+    assert uninstall(model) == []
+
+
+# --- torch.compile ---
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_moe_blocks_share_a_graph(dtype: torch.dtype) -> None:
+    """Any number of layers: torch stops compiling a block anew after eight times."""
+    model = make_model(dtype, layers=12)
+    install(model)
+    blocks = [layer.mlp for layer in model.model.layers]
+    batch, x = tokens(2, 5), states(10, dtype).view(2, 5, H)
+    for kind in (True, False):
+        torch._dynamo.reset()
+        counter = Counter()
+        for block in blocks:
+            if block.is_hash is kind:
+                found = torch.compile(block, backend=counter, fullgraph=True)(x, batch)
+                torch.testing.assert_close(found, block(x, batch))
+        assert counter.graphs == 1
+    torch._dynamo.reset()
+
+
+def test_gates_through_autograds_compiler() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    x, batch = states(10).view(2, 5, H), tokens(2, 5)
+    for module, given in ((dense(model)[0], (x,)), (hashed(model)[0], (x, batch))):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        for found, wanted in zip(compiled(*given), module(*given), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    torch._dynamo.reset()
+
+
+def test_opcheck() -> None:
+    """Without the checks that clone the weight, whose address is what the op looks up."""
+    model = make_model(torch.bfloat16)
+    install(model)
+    for module, bias in (
+        (dense(model)[0], dense(model)[0].e_score_correction_bias),
+        (hashed(model)[0], None),
+    ):
+        torch.library.opcheck(
+            torch.ops.dsv4.transformers_gate.default,
+            (states(5), module.weight, bias, K),
+            test_utils=("test_autograd_registration", "test_faketensor"),
+        )
+
+
+def test_without_transformers() -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import torch\n"
+        "from router_runtime.integrations.transformers import install\n"
+        "try: install(torch.nn.Linear(2, 2))\n"
+        "except Exception as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert "expected a transformers release with DeepSeek-V4" in done.stdout, done.stderr
