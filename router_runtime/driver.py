@@ -22,6 +22,24 @@ _INSTALL_DRIVER = (
     "or build Routers with device='cpu'"
 )
 
+_SPAWN = "start workers with the 'spawn' method, or fork before the first CUDA call"
+_LOST = (
+    "an earlier kernel or copy of this process failed, and CUDA stays unusable in it: restart the "
+    "process; to find which, run it with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"
+)
+_CAPTURE = "end the capture, whose graph is lost, and capture again without the call that broke it"
+
+#: What to do about results that are the fault of no artifact and no argument, by CUresult.
+REMEDIES = {
+    2: "free device memory, or lower the share of it that the process reserves; see: nvidia-smi",
+    3: _SPAWN,  # what cuInit and all others say in a forked child
+    4: "call nothing while the interpreter shuts down",
+    # ECC, NVLink; illegal address, timeout, context destroyed, assertion; hardware stack,
+    # instruction, alignment, address space, program counter, any other failure of a kernel; unknown
+    **dict.fromkeys((214, 220, 700, 702, 709, 710, *range(714, 720), 999), _LOST),
+    **dict.fromkeys(range(900, 909), _CAPTURE),
+}
+
 _lock = threading.Lock()
 _initialised_in: int | None = None
 _contexts: dict[int, Any] = {}
@@ -52,12 +70,17 @@ def check(result: tuple[Any, ...], call: str) -> Any:
                 f"driver call {call}",
                 expected="CUDA_SUCCESS",
                 found=f"{getattr(status, 'name', status)} ({int(status)})",
-                remedy="run: router-runtime doctor",
+                remedy=remedy(status),
             )
         )
     if not payload:
         return None
     return payload[0] if len(payload) == 1 else tuple(payload)
+
+
+def remedy(status: Any) -> str:
+    """The next step after a driver call returned ``status``."""
+    return REMEDIES.get(int(status), "run: router-runtime doctor")
 
 
 def initialise() -> Any:
@@ -88,7 +111,7 @@ def initialise() -> Any:
                         "NVIDIA driver",
                         expected="a driver with a usable GPU",
                         found=f"{getattr(status, 'name', status)} from cuInit",
-                        remedy=_INSTALL_DRIVER,
+                        remedy=REMEDIES.get(int(status), _INSTALL_DRIVER),
                     )
                 )
             _initialised_in = os.getpid()
@@ -98,14 +121,19 @@ def initialise() -> Any:
 def refuse_fork() -> None:
     """Raise DriverError in a process forked after its parent initialised CUDA."""
     if _initialised_in is not None and _initialised_in != os.getpid():
-        raise DriverError(
-            explain(
-                "CUDA after fork",
-                expected=f"the process {_initialised_in} that initialised CUDA",
-                found=f"its forked child {os.getpid()}",
-                remedy="start workers with the 'spawn' method, or fork before the first CUDA call",
-            )
+        raise fork_error()
+
+
+def fork_error() -> DriverError:
+    """The error of a process forked after CUDA was initialised."""
+    return DriverError(
+        explain(
+            "CUDA after fork",
+            expected=f"the process {_initialised_in or os.getppid()} that initialised CUDA",
+            found=f"its forked child {os.getpid()}",
+            remedy=_SPAWN,
         )
+    )
 
 
 def driver_version() -> int:

@@ -333,7 +333,7 @@ class BoundLaunch:
                 expected="CUDA_SUCCESS",
                 found=f"{getattr(status, 'name', status)} ({int(status)}) with "
                 f"{self._named(values)}",
-                remedy="run: router-runtime doctor",
+                remedy=driver.remedy(status),
             )
         )
 

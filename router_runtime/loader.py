@@ -62,6 +62,8 @@ def _load(entry: Entry, artifacts: Path, device: int) -> LoadedKernel:
     code = read_cubin(entry, artifacts)
     with driver.context(device) as api:
         result = api.cuLibraryLoadData(code, [], [], 0, [], [], 0)
+        if int(result[0]) in driver.REMEDIES:
+            driver.check(result, f"cuLibraryLoadData of {entry.key}")
         if result[0]:
             raise ArtifactError(
                 explain(
@@ -164,6 +166,8 @@ def _check_parameters(api: Any, kernel: Any, entry: Entry) -> None:
 def _check_cluster(api: Any, function: Any, entry: Entry, device: int) -> None:
     """A cluster that no part of the device can hold would fail at the first launch: say so now."""
     result = api.cuOccupancyMaxActiveClusters(function, launch_config(entry.contract))
+    if int(result[0]) in driver.REMEDIES:
+        driver.check(result, f"cuOccupancyMaxActiveClusters of {entry.key}")
     if result[0] or result[1] < 1:
         raise DriverError(
             explain(

@@ -75,16 +75,27 @@ def get_router(router_id: int) -> Router:
     return router
 
 
-def unregister_router(router_id: int) -> None:
+def unregister_router(router_id: int, *, force: bool = False) -> None:
     """Forget the router of that id. Its memory comes back once the caller drops it too.
 
-    A captured CUDA graph that launches this router holds addresses into that memory: keep the
-    Router object for as long as the graph is replayed.
+    A captured CUDA graph that launches a router holds addresses into that memory, so a router that
+    was captured stays registered (it is registered then, if it was not) and is refused here.
+    ``force`` forgets it all the same: for when no such graph will be replayed again.
     """
     with _registry_lock:
         router = get_router(router_id)
+        if router._captured and not force:
+            raise InputError(
+                explain(
+                    f"unregister_router({router_id})",
+                    expected="a router that no CUDA graph has captured",
+                    found="one that was captured: a replay would read its memory",
+                    remedy="drop the graphs, then call unregister_router(router_id, force=True)",
+                )
+            )
         del _routers[router_id]
         router._router_id = None
+        router._watch_captures()
 
 
 # Each op in the shape ``(its positional arguments, a call) -> results``: what all forms share.

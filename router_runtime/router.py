@@ -14,14 +14,15 @@ import bisect
 import dataclasses
 import os
 import typing
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Unpack
+from typing import Any, Literal, NoReturn, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from router_runtime import checkpoint, ops, spec
+from router_runtime import checkpoint, driver, ops, spec
 from router_runtime.checks import (
     MAX_EXPERTS,
     MAX_TOP_K,
@@ -149,6 +150,7 @@ class Router:
         self.config = config
         self.device = _resolved_device(device)
         self._router_id: int | None = None
+        self._captured = False
         self._weights: _Weights | None = None
         self._expert_map: ExpertMap | None = None
         self._backend: _Backend | _DenseBackend
@@ -179,6 +181,34 @@ class Router:
         if kernels is not None:
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(self.device)
+        self._watch_captures()
+
+    def _watch_captures(self) -> None:
+        """Register this router when a CUDA graph captures a launch of it: the graph holds addresses
+        of its memory, and the registry keeps it alive.
+        """
+        self._captured = False
+        reference = weakref.ref(self)  # a cycle would keep the memory until the next collection
+
+        def captured() -> None:
+            router = reference()
+            if router is not None:
+                ops.register_router(router)
+                router._captured = True
+
+        placement: Placement | None = getattr(self._backend, "_placement", None)  # none on a CPU
+        if placement is not None:
+            placement.captured = captured
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            explain(
+                "copy or pickle of a Router",
+                expected="a Router used where it was built: it holds loaded kernels and addresses",
+                found="an attempt to copy it or to send it to another process",
+                remedy="send the config and the tensors, and build it there",
+            )
+        )
 
     @classmethod
     def from_state_dict(
@@ -802,6 +832,9 @@ def _resolved_device(device: torch.device | str | int) -> torch.device:
         return torch.device("cpu")
     if resolved.type != "cuda":
         raise wrong_value("device", "'cpu' or a CUDA device", str(resolved))
+    driver.refuse_fork()
+    if torch.cuda._is_in_bad_fork():  # torch initialised it, before this package did
+        raise driver.fork_error()
     if not torch.cuda.is_available():
         raise InputError(
             explain(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from router_runtime import spec
+from router_runtime import driver, spec
 from router_runtime.checks import (
     MAX_EXPERTS,
     MAX_ROW_LENGTH,
@@ -36,6 +36,7 @@ class _RowKernel:
     def __init__(
         self, name: str, length: str, varying: tuple[str, ...], device: torch.device
     ) -> None:
+        driver.refuse_fork()
         refuse_capture(f"the first call of {name} on {device}, which loads its kernels,")
         self._name, self._length = name, length
         self._kernels = kernels_on(device.index)
