@@ -136,6 +136,15 @@ def fork_error() -> DriverError:
     )
 
 
+def lost_error(what: str, error: Exception) -> DriverError:
+    """The error of a process whose CUDA context has failed, from what torch said about it."""
+    return DriverError(
+        explain(
+            what, expected="CUDA in working order", found=str(error).split("\n")[0], remedy=_LOST
+        )
+    )
+
+
 def driver_version() -> int:
     """The CUDA version that the driver supports: 13000 is 13.0."""
     version: int = check(initialise().cuDriverGetVersion(), "cuDriverGetVersion")

@@ -61,7 +61,7 @@ class Placement:
         ``torch.cuda.current_stream().cuda_stream`` builds a Stream object on the way, some ten
         times the cost; the code that torch.compile generates calls this same function.
         """
-        if self.captured is not None and torch.cuda.is_current_stream_capturing():
+        if self.captured is not None and _capturing(self.device):
             captured, self.captured = self.captured, None
             captured()
         return torch._C._cuda_getCurrentRawStream(self._index)
@@ -78,6 +78,14 @@ class Placement:
 _on_gpus: weakref.WeakSet[Placement] = weakref.WeakSet()
 
 CPU = Placement(torch.device("cpu"))
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured. DriverError if CUDA no longer answers."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError as error:
+        raise driver.lost_error(f"current stream of {device}", error) from error
 
 
 def _refused_after_fork(*shape: int) -> Any:

@@ -235,6 +235,19 @@ def test_failed_launches_say_what_to_do(gpu: Any, name: str, message: str) -> No
     same(path.route(hidden(3)), expected(0, hidden(3)))
 
 
+def test_a_lost_context_is_said_before_the_launch(
+    gpu: Any, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> bool:
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+
+    _, call = dense_router()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    with pytest.raises(DriverError, match=r"found CUDA error: device-side .*; .*restart the proc"):
+        call()
+    assert not gpu.launches
+
+
 @pytest.mark.parametrize(("name", "message"), CASES[:-1])
 def test_failed_loads_say_what_to_do(gpu: Any, name: str, message: str) -> None:
     """And are not taken for a fault of the artifacts; the next attempt starts afresh."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from router_runtime import spec
 from router_runtime.errors import InputError
 from router_runtime.integrations.transformers import install, uninstall
+from tests import small_models
+from tests.small_models import by_id, dense, gates, hashed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 modeling = pytest.importorskip(
@@ -26,58 +28,8 @@ modeling = pytest.importorskip(
 H, E, K, V, LAYERS, HASHED = 128, 24, 4, 256, 5, 2
 
 
-def make_model(dtype: torch.dtype = torch.float32, layers: int = LAYERS, **options: Any) -> Any:
-    """A model of a few narrow layers, the first two of them hash layers, with drawn biases and
-    tables (transformers' own are zero).
-    """
-    config = transformers.DeepseekV4Config(
-        vocab_size=V,
-        hidden_size=H,
-        moe_intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        head_dim=32,
-        q_lora_rank=32,
-        num_experts_per_tok=K,
-        n_routed_experts=E,
-        o_groups=2,
-        o_lora_rank=16,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_topk=8,
-        sliding_window=16,
-        num_hash_layers=HASHED,
-        max_position_embeddings=256,
-        compress_ratios=[0] * layers,
-        partial_rotary_factor=0.5,
-        pad_token_id=0,
-        **options,
-    )
-    config._experts_implementation = "batched_mm"
-    torch.manual_seed(1)
-    model = transformers.DeepseekV4ForCausalLM(config).eval().requires_grad_(False)
-    for module in gates(model).values():
-        module.weight.normal_(std=H**-0.5)
-        if hasattr(module, "tid2eid"):
-            module.tid2eid.copy_(torch.stack([torch.randperm(E)[:K] for _ in range(V)]))
-        else:
-            module.e_score_correction_bias.normal_(std=0.1)
-    return model.to(dtype)
-
-
-def gates(model: nn.Module) -> dict[str, Any]:
-    kinds = (modeling.DeepseekV4TopKRouter, modeling.DeepseekV4HashRouter)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def dense(model: nn.Module) -> list[Any]:
-    found = gates(model).values()
-    return [module for module in found if isinstance(module, modeling.DeepseekV4TopKRouter)]
-
-
-def hashed(model: nn.Module) -> list[Any]:
-    found = gates(model).values()
-    return [module for module in found if isinstance(module, modeling.DeepseekV4HashRouter)]
+def make_model(dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> Any:
+    return small_models.deepseek_v4(H, E, K, V, layers=layers, hashed=HASHED, dtype=dtype)
 
 
 def tokens(*shape: int) -> Tensor:
@@ -86,11 +38,6 @@ def tokens(*shape: int) -> Tensor:
 
 def states(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(count, H, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def by_id(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    order = ids.sort(dim=1)
-    return order.values, weights.gather(1, order.indices)
 
 
 def check_form(outputs: Any, count: int) -> None:
@@ -179,18 +126,10 @@ def test_why_bf16_models_route_otherwise() -> None:
     differing = 0
     for module, (_, _, other) in zip(dense(model), theirs, strict=True):
         logits, _, ids = module(x)
-        ours = torch.zeros(len(x), E, dtype=torch.bool).scatter_(1, ids, True)
-        others = torch.zeros_like(ours).scatter_(1, other, True)
-        wrong = (ours != others).any(dim=1)
-        differing += int(wrong.sum())
-        scores = spec.sqrt_softplus(logits)
-        keys = scores + module.e_score_correction_bias.float()
-        # Half a bf16 step, 2^-9 relative, for each of: the logit (whose score moves at most half as
-        # much), the softplus, the root, the bias they add in bf16, the sum; and as much again.
-        bound = 2.0**-8 * (logits.abs() + 3 * scores + keys.abs())
-        worst_lost = torch.where(ours & ~others, keys - bound, torch.inf).amin(dim=1)
-        best_won = torch.where(others & ~ours, keys + bound, -torch.inf).amax(dim=1)
-        assert (worst_lost <= best_won)[wrong].all()
+        bias, scores = module.e_score_correction_bias.float(), spec.sqrt_softplus(logits)
+        rows, unexplained = small_models.unexplained(logits, bias, ids, other, scores)
+        assert unexplained == 0
+        differing += rows
     share = differing / (len(x) * len(theirs))
     print(f"{share:.1%} of the tokens get another set of experts")
     assert 0.005 < share < 0.2
