@@ -113,7 +113,7 @@ def test_fp32_model_agrees_before_and_after(make_model):
     model = make_model(torch.float32)
     batch = tokens(2, 24)
     before = model(batch, output_router_logits=True)
-    own = {name: module for name, module in gates(model).items()}
+    own = gates(model)
     x = {name: states(module, 70, dtype=torch.float32) for name, module in own.items()}
     ids = tokens(70)
 
