@@ -85,6 +85,7 @@ def _capturing(device: torch.device) -> bool:
     try:
         return torch.cuda.is_current_stream_capturing()
     except RuntimeError as error:
+        driver.refuse_fork()
         raise driver.lost_error(f"current stream of {device}", error) from error
 
 

@@ -1,0 +1,12 @@
+"""Any bits into every op on the GPU. ``python -m tests.fuzz --rows 10000000`` is the long run."""
+
+from __future__ import annotations
+
+from tests import fuzz
+
+
+def test_any_bits(models):
+    for seed, model in enumerate(models):
+        counts = fuzz.run("cuda", 300_000, model=model, seed=seed)
+        print(model, counts)
+        assert min(counts.values()) >= 60_000

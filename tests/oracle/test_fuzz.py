@@ -1,0 +1,209 @@
+"""The fuzz suite on the CPU, and that it finds every kind of broken promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests import fuzz
+
+MODEL = (128, 24, 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_op_keeps_its_promises(seed):
+    counts = fuzz.run("cpu", 2500, model=MODEL, seed=seed, largest=257)
+    assert sum(counts.values()) >= 2500
+    assert len(set(counts.values())) == 1
+
+
+def beside(tensor, offset):
+    """An element next to a tensor, in its band."""
+    place = tensor.storage_offset() + (tensor.numel() if offset >= 0 else 0) + offset
+    return tensor.as_strided((1,), (1,), place)
+
+
+def nan_weight(given, out):
+    out["weights_out"][0, 0] = torch.nan
+
+
+def infinite_weight(given, out):
+    out["weights_out"][-1, -1] = torch.inf
+
+
+def negative_weight(given, out):
+    out["weights_out"][-1, -1] = -1e-30
+
+
+def repeated_id(given, out):
+    ids = out.get("logical_ids_out", out["ids_out"])
+    ids[:, 1:] = ids[:, :1]
+
+
+def id_out_of_range(given, out):
+    out.get("logical_ids_out", out["ids_out"])[0, 0] = 2000
+
+
+def padding_with_weights(given, out):
+    if "is_padding" in given:
+        out["weights_out"][given["is_padding"]] = 0.5
+
+
+def padding_with_experts(given, out):
+    if "is_padding" in given:
+        out.get("logical_ids_out", out["ids_out"])[given["is_padding"]] = 1
+
+
+def nothing_valid_ignored(given, out):
+    if "num_valid_tokens" in given:
+        out["weights_out"][max(int(given["num_valid_tokens"]), 0) :] = 0.5
+
+
+def another_replica(given, out):
+    if "logical_ids_out" in out:
+        out["ids_out"][0] += 1
+
+
+def other_nan(given, out):
+    if "logits_out" in out:
+        out["logits_out"][0, 0] = torch.nan  # 0x7fc00000
+
+
+def writes_behind(given, out):
+    beside(out["ids_out"], 0).fill_(0)
+
+
+def writes_before(given, out):
+    beside(out["weights_out"], -1).fill_(0)
+
+
+def writes_to_its_input(given, out):
+    given["rows"].view(torch.int16).view(-1)[:1] ^= 1
+
+
+def reads_behind(given, out):
+    """What it finds in the band decides a weight."""
+    rows = given["rows"]
+    band = beside(rows.view(torch.uint8).view(-1), 0)
+    out["weights_out"][0, 0] = float(band) / 1000
+
+
+def leaves_rows_unwritten(given, out):
+    out["weights_out"][0] = 0
+    out["weights_out"].view(torch.int32)[0] = out["poison"]
+
+
+class Broken:
+    """The ops, each of whose calls is followed by a fault."""
+
+    def __init__(self, fault, only=None):
+        self._fault, self._only = fault, only
+        self.calls = 0
+
+    def __getattr__(self, name):
+        real = getattr(torch.ops.dsv4, name)
+        if name == "topk_select" or (self._only and name != self._only):
+            return real
+        broken = self
+
+        class Op:
+            def __call__(self, *arguments):
+                return real(*arguments)
+
+            def out(self, *arguments, **keywords):
+                broken.calls += 1
+                out = {key: value for key, value in keywords.items() if key.endswith("_out")}
+                out["poison"] = int(out["weights_out"].view(torch.int32).view(-1)[0])
+                real.out(*arguments, **keywords)
+                broken._fault({**keywords, "rows": arguments[0]}, out)
+
+        return Op()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (nan_weight, "a weight is not finite"),
+        (infinite_weight, "a weight is not finite"),
+        (negative_weight, "a weight is negative"),
+        (repeated_id, "an expert comes twice in a dense row"),
+        (id_out_of_range, "an id is neither in range nor the sentinel"),
+        (padding_with_weights, "a padding row has an expert or a weight"),
+        (padding_with_experts, "a padding row has an expert or a weight"),
+        (nothing_valid_ignored, "a padding row has an expert or a weight"),
+        (another_replica, "a physical id is not the map's"),
+        (other_nan, "a NaN logit is stored under other bits"),
+        (writes_behind, "touched what it should not: ids_out"),
+        (writes_before, "touched what it should not: weights_out"),
+        (writes_to_its_input, "touched what it should not: 0"),
+        (reads_behind, "depends on what it was not given"),
+        (leaves_rows_unwritten, "depends on what it was not given, or was before"),
+    ],
+)
+def test_broken_promises_are_found(fault, message):
+    with pytest.raises(AssertionError, match=message):
+        fuzz.run("cpu", 30000, model=MODEL, ops=Broken(fault), largest=33)
+
+
+@pytest.mark.parametrize("name", ["hash_router", "dense_router_replay"])
+def test_ids_that_are_known_are_compared(name):
+    def another(given, out):
+        ids = out.get("logical_ids_out", out["ids_out"])
+        ids[ids == 5] = 6
+
+    with pytest.raises(AssertionError, match="not the one that was looked up or given"):
+        fuzz.run("cpu", 30000, model=MODEL, ops=Broken(another, name), largest=33)
+
+
+def test_an_affected_next_call_is_found():
+    class Lingering:
+        calls = 0
+
+        def __getattr__(self, name):
+            real, ops = getattr(torch.ops.dsv4, name), self
+
+            class Op:
+                def __call__(self, *arguments):
+                    weights, ids = real(*arguments)
+                    return weights + float(ops.calls > 20), ids
+
+                def out(self, *arguments, **keywords):
+                    ops.calls += 1
+                    real.out(*arguments, **keywords)
+
+            return Op() if name == "dense_router" else real
+
+    with pytest.raises(AssertionError, match="a later call is affected"):
+        fuzz.run("cpu", 30000, model=MODEL, ops=Lingering(), largest=33)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda values, ids: (values, ids + 10**6), "an id is out of range"),
+        (lambda values, ids: (values, ids * 0), "an id comes twice"),
+        (lambda values, ids: (values + 1, ids), "a value is not the one at its id"),
+        (lambda values, ids: (values.flip(1), ids.flip(1)), "values out of order"),
+    ],
+)
+def test_broken_selections_are_found(fault, message):
+    class Ops:
+        def __getattr__(self, name):
+            real = getattr(torch.ops.dsv4, name)
+            return (lambda *given: fault(*real(*given))) if name == "topk_select" else real
+
+    with pytest.raises(AssertionError, match=message):
+        fuzz.run("cpu", 3000, model=MODEL, ops=Ops(), largest=33)
+
+
+def test_the_command():
+    options = ["--device", "cpu", "--model", "128", "24", "4"]
+    few, more = (
+        CliRunner().invoke(fuzz.main, [*options, "--rows", rows], catch_exceptions=False)
+        for rows in ("200", "2000")
+    )
+    found = [int(done.output.split("\n")[-2].split()[1]) for done in (few, more)]
+    assert 200 <= found[0] < 2000 <= found[1]
+    other = CliRunner().invoke(fuzz.main, [*options, "--rows", "200", "--seed", "9"])
+    assert other.output != few.output
