@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from build_kernels.catalog import Model
-from router_runtime import Router, RouterConfig
+from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.kernels import kernels_on
 from router_runtime.ops import activation_topk
 from router_runtime.resolve import Request, resolve
@@ -99,6 +99,14 @@ class DenseRouters:
 
     def __call__(self, layer: int, x: Tensor) -> Output:
         return Output(*self._routers[layer](x))
+
+    def release(self) -> None:
+        """Let the memory go: a router that a graph captured is registered until somebody says that
+        the graph is gone.
+        """
+        for router in self._routers:
+            unregister_router(register_router(router), force=True)
+        self._routers = []
 
     def served_by(self, tokens: int) -> str | None:
         """The entry that serves batches of that size; None on a CPU."""

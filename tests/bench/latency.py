@@ -73,6 +73,13 @@ class Latencies:
                 )
                 yield self._measure(chain, route, blank)
 
+    def close(self) -> None:
+        """Let the memory of the contenders' routers go."""
+        for route in self._routes.values():
+            if isinstance(route, DenseRouters):
+                route.release()
+        self._routes.clear()
+
     def _route(self, contender: Contender, mode: Mode) -> Route | str:
         """The contender's route, made when first asked for, or why there is none."""
         own: Mode = mode if contender.launches_dependent else "pdl"

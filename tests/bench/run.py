@@ -200,6 +200,7 @@ class Run:
                 finally:
                     self._write()
                 self._progress(model, tokens)
+            latencies.close()
             self._say(report.latency_table(self._cells, model, self._peers))
 
     def _progress(self, model: Model, tokens: int) -> None:

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from cuda.bindings import driver as real
 
 from build_kernels.catalog import MODELS, Model
+from router_runtime import InputError, get_router, register_router
 from router_runtime.artifacts import read_manifest
 from router_runtime.kernels import kernels_on
 from router_runtime.resolve import Request
@@ -225,6 +226,23 @@ def test_a_figure_is_the_replays_over_the_routers_without_the_links():
     assert (cell.low_us, cell.median_us, cell.high_us) == (9.0, 10.0, 98.0)
     assert cell.wrong_rows == 0
     assert cell.error is None
+
+
+def test_the_routers_of_a_model_are_let_go_before_the_next():
+    """Captured, they would stay registered, and in memory, to the end of the run."""
+    machine = Told([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
+    measured = latencies(machine, CONTENDERS[OURS])
+    list(measured.cells(3))
+    (route,) = measured._routes.values()
+    ids = []
+    for router in route._routers:
+        ids.append(register_router(router))
+        router._captured = True
+    assert len(ids) == measured.routers
+    measured.close()
+    for router_id in ids:
+        with pytest.raises(InputError):
+            get_router(router_id)
 
 
 def test_each_mode_has_links_of_its_own():

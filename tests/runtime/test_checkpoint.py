@@ -226,6 +226,19 @@ def test_the_bias_of_image_tokens() -> None:
                 assert torch.equal(found["image_bias"], image)
 
 
+def test_image_tokens_of_a_dense_layer() -> None:
+    tensors = checkpoint(SCHEMES["original"])
+    name = "layers.3.ffn.gate"
+    image = torch.zeros(E).index_fill_(0, torch.tensor([7]), 50.0)
+    router = Router.from_state_dict(CONFIG, tensors | {f"{name}.bias_vl": image}, 3, device="cpu")
+    mask = torch.tensor([True, False, True, False, False])
+    _, ids = router(hidden(), image_mask=mask)
+    assert (ids[mask][:, 0] == 7).all()
+    assert torch.equal(
+        ids[~mask], Router.from_state_dict(CONFIG, tensors, 3, device="cpu")(hidden())[1][~mask]
+    )
+
+
 def test_only_the_gates_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from router_runtime import checkpoint as module
 
