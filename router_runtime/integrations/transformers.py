@@ -95,7 +95,7 @@ def install(
         _gates[module] = gate
         _by_address[gate.state[0][0]] = gate
         forward = _FORWARDS[isinstance(module, hashed), gate.router is None]
-        if not _installed(module):
+        if getattr(module.forward, "__func__", None) is not forward:
             module.forward = types.MethodType(forward, module)
     return list(found)
 

@@ -228,6 +228,19 @@ def test_new_weights_of_the_same_form_keep_the_router() -> None:
     assert _gates[module].router.config.routed_scaling_factor == 3.0
 
 
+def test_another_dtype_is_another_forward() -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    model.float()
+    plain = copy.deepcopy(model)
+    uninstall(plain)
+    install(model)
+    batch = tokens(2, 9)
+    torch.testing.assert_close(model(batch).logits, plain(batch).logits, rtol=1e-4, atol=1e-5)
+    uninstall(model)
+    assert torch.equal(model(batch).logits, plain(batch).logits)
+
+
 def test_a_copy_needs_its_own_installation() -> None:
     model = make_model(torch.bfloat16)
     install(model)
