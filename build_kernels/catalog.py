@@ -97,6 +97,11 @@ _ACTIVATION_TOPK = tuple(
     for capacity in (256, 384, 1024)
 )
 
+#: How the decode kernel divides the models' weights.
+_FLASH_DECODE = {"GROUPS": 1, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
+_PRO_DECODE = {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2}
+_FLASH41_DECODE = {"GROUPS": 3, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
+
 KERNELS = (
     Kernel(
         name="hash_router",
@@ -115,12 +120,20 @@ KERNELS = (
         variants=(
             Variant(
                 "portable",
-                {"MAX_TOKENS": 64},
+                {"MAX_TOKENS": 64, "TOKENS_TILE": 32},
                 tuned={
-                    "dsv4-flash": {"GROUPS": 1, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2},
-                    "dsv4-pro": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2},
-                    "dsv41-flash": {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 5, "WARP_M": 2},
+                    "dsv4-flash": {"TOKENS_TILE": 13, **_FLASH_DECODE},
+                    "dsv4-pro": _PRO_DECODE,
+                    "dsv41-flash": _FLASH41_DECODE,
                 },
+            ),
+            # Smaller tiles are faster, as long as the clusters of two launches fit the GPU together:
+            # the next one's weights arrive while this one runs.
+            Variant(
+                "portable_32",
+                {"MAX_TOKENS": 32, "TOKENS_TILE": 16},
+                tuned={"dsv4-pro": _PRO_DECODE, "dsv41-flash": _FLASH41_DECODE},
+                tuned_only=True,
             ),
         ),
     ),
@@ -131,26 +144,6 @@ KERNELS = (
         scores=True,
         variants=(
             # Small batches: the hidden dimension is split over the blocks of a cluster.
-            Variant(
-                "wgmma_64",
-                tuned={
-                    "dsv4-flash": {
-                        "TOKENS_TILE": 16,
-                        "GROUPS": 1,
-                        "CLUSTER_K": 16,
-                        "MAX_TOKENS": 64,
-                    },
-                    "dsv4-pro": {"TOKENS_TILE": 32, "GROUPS": 3, "CLUSTER_K": 14, "MAX_TOKENS": 64},
-                    "dsv41-flash": {
-                        "TOKENS_TILE": 32,
-                        "GROUPS": 3,
-                        "CLUSTER_K": 10,
-                        "MAX_TOKENS": 64,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
             Variant(
                 "wgmma_128",
                 tuned={

@@ -6,11 +6,13 @@ The same conventions as kernels/common/ptx.py: scalars in, scalars out, addresse
 
 from __future__ import annotations
 
+import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import arith, cute_nvgpu
 from cutlass.cutlass_dsl import T
 
+from build_kernels.kernels.common import ptx
 from build_kernels.kernels.common.inline import asm, pure, struct, unpack
 
 # --- tensor maps ----------------------------------------------------------------------------------
@@ -84,6 +86,46 @@ def arrive_remote(barrier: Int32) -> None:
         None,
         [barrier],
         "mbarrier.arrive.shared::cluster.b64 _, [$0];",
+        "r,~{memory}",
+    )
+
+
+# --- between blocks -------------------------------------------------------------------------------
+
+
+@cute.jit
+def copy_to_block(
+    target: Int32,
+    source: Int32,
+    size: cutlass.Constexpr[int],
+    barrier: Int32,
+    block: Int32,
+    own_block: Int32,
+    lane: Int32,
+) -> None:
+    """Copy ``size`` bytes (a multiple of 16) of shared memory to ``target`` in a block of the
+    cluster, by a whole warp; the mbarrier at ``barrier`` there counts the bytes.
+
+    A bulk copy between blocks must not lead to its own: there the lanes copy.
+    """
+    if block == own_block:
+        for offset in cutlass.range(lane * 16, size, 32 * 16, unroll=1):
+            ptx.store_shared_v4(target + offset, ptx.load_shared_v4(source + offset))
+        cute.arch.sync_warp()
+        if lane == 0:
+            complete_bytes(barrier, size)
+    elif lane == 0:
+        ptx.copy_bulk_to_peer(
+            ptx.map_shared(target, block), source, Int32(size), ptx.map_shared(barrier, block)
+        )
+
+
+def complete_bytes(barrier: Int32, size: int) -> None:
+    """Count bytes, which this thread has seen stored, on a barrier of this block."""
+    asm(
+        None,
+        [barrier],
+        f"fence.acq_rel.cta;\nmbarrier.complete_tx.relaxed.cta.shared::cta.b64 [$0], {size};",
         "r,~{memory}",
     )
 

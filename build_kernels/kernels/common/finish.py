@@ -73,7 +73,7 @@ def route_all(
     group: Int32,
     division: cutlass.Constexpr[Division],
     lane: Int32,
-    leave: cutlass.Constexpr[Callable[[], None]],
+    leave: cutlass.Constexpr[Callable[[], None] | None] = None,
 ) -> None:
     """Route one token a slot by a warp, in the range that ``slots`` is; then ``leave``, and end.
 
@@ -85,13 +85,15 @@ def route_all(
         for slot in range(first, stop, step):
             row, scratch, token = locate(slot)
             _route(routing, workspace, row, scratch, token, group, division, lane)
-        leave()
+        if cutlass.const_expr(leave is not None):
+            leave()
         ptx.exit_thread()
     else:
         for slot in range(first, stop, step):
             row, scratch, token = locate(slot)
             serve(routing, workspace, row, scratch, token, group, division, lane)
-        leave()
+        if cutlass.const_expr(leave is not None):
+            leave()
 
 
 @cute.jit
@@ -416,5 +418,8 @@ def merge(
                 experts.append(expert)
             if lane == 0:
                 ptx.store_global_b32(ticket, Int32(0))
-            selection.top_of_warp(keys, scores, experts, top_k, scratch, lane)
+            if cutlass.const_expr(count <= LANES):
+                selection.rank_of_warp(keys[0], scores[0], experts[0], count, top_k, scratch, lane)
+            else:
+                selection.top_of_warp(keys, scores, experts, top_k, scratch, lane)
     return last

@@ -94,7 +94,7 @@ def max_s32(a: Int32, b: Int32) -> Int32:
     return Int32(pure(T.i32(), [a, b], "max.s32 $0, $1, $2;", "=r,r,r"))
 
 
-def quotient(a: Int32, b: int) -> Int32:
+def quotient(a: Int32, b: int | Int32) -> Int32:
     """a // b for a that is not negative."""
     return Int32(arith.divui(a.ir_value(), Int32(b).ir_value()))
 
@@ -113,6 +113,11 @@ def equal(a: Int32, b: Int32) -> Boolean:
     return Boolean(arith.cmpi(arith.CmpIPredicate.eq, a.ir_value(), b.ir_value()))
 
 
+def at_least_u32(a: Int32, b: Int32) -> Boolean:
+    """a >= b as unsigned numbers."""
+    return Boolean(arith.cmpi(arith.CmpIPredicate.uge, a.ir_value(), b.ir_value()))
+
+
 def less(a: Int32, b: Int32) -> Boolean:
     return Boolean(arith.cmpi(arith.CmpIPredicate.slt, a.ir_value(), b.ir_value()))
 
@@ -126,6 +131,16 @@ def select(condition: Boolean, if_true: Number, if_false: Number) -> Number:
     return type(if_true)(
         arith.select(condition.ir_value(), if_true.ir_value(), if_false.ir_value())
     )
+
+
+def kept(a: Int32) -> Int32:
+    """``a``, computed here and kept in a register: not computed again at every use."""
+    return Int32(asm(T.i32(), [a], "mov.b32 $0, $1;", "=r,r"))
+
+
+def kept_wide(a: Int64) -> Int64:
+    """``kept`` for 64 bits."""
+    return Int64(asm(T.i64(), [a], "mov.b64 $0, $1;", "=l,l"))
 
 
 # --- tensor core ----------------------------------------------------------------------------------
@@ -260,13 +275,16 @@ def map_shared(address: Int32, rank: Int32) -> Int32:
     return Int32(pure(T.i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
 
 
-def store_remote_v2(address: Int32, barrier: Int32, a: Int32, b: Int32) -> None:
-    """Store 8 bytes into a peer's shared memory and count them on the peer's mbarrier."""
+def store_remote(address: Int32, barrier: Int32, words: Sequence[Int32]) -> None:
+    """Store 2 or 4 words into a peer's shared memory and count them on the peer's mbarrier."""
+    count = len(words)
+    values = ",".join(f"${1 + i}" for i in range(count))
     asm(
         None,
-        [address, a, b, barrier],
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [$0], {$1,$2}, [$3];",
-        "r,r,r,r,~{memory}",
+        [address, *words, barrier],
+        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v{count}.b32 "
+        f"[$0], {{{values}}}, [${1 + count}];",
+        f"{'r,' * (2 + count)}~{{memory}}",
     )
 
 

@@ -61,6 +61,27 @@ def top_of_warp(
     cute.arch.sync_warp()
 
 
+@cute.jit
+def rank_of_warp(
+    key: Int32,
+    score: Int32,
+    expert: Int32,
+    candidates: cutlass.Constexpr[int],
+    count: cutlass.Constexpr[int],
+    scratch: Int32,
+    lane: Int32,
+) -> None:
+    """``top_of_warp`` for at most one candidate a lane: each counts those before it."""
+    rank = Int32(0)
+    for other in cutlass.range_constexpr(candidates):
+        theirs = ptx.broadcast(key, Int32(other))
+        least = ptx.select(ptx.less(Int32(other), lane), key, key + 1)
+        rank = ptx.select(ptx.at_least_u32(theirs, least), rank + 1, rank)
+    if lane < candidates and rank < count:
+        ptx.store_shared_v4(scratch + rank * RECORD_BYTES, [key, score, expert, Int32(0)])
+    cute.arch.sync_warp()
+
+
 def weight(
     count: int, scratch: Int32, lane: Int32, scale: Float32, renormalize: Int32
 ) -> tuple[Float32, Int32]:

@@ -12,7 +12,7 @@ from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
     """A geometry for a model that the catalog does not tune."""
-    names = ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK", "MAX_TOKENS")
+    names = ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK", "MAX_TOKENS", "TOKENS_TILE")
     return Geometry.search(*(int(constants[name]) for name in names)).constants()
 
 
@@ -28,7 +28,11 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
             Parameter("row_stride", "i64"),
             *ROUTING,
         ),
-        grid=(GridAxis("constant", g.blocks), GridAxis("constant"), GridAxis("constant")),
+        grid=(
+            GridAxis("constant", g.blocks),
+            GridAxis("ceil", 1, "tokens", g.tokens_tile),
+            GridAxis("constant"),
+        ),
         block=(g.threads, 1, 1),
         cluster=(g.cluster_e * g.cluster_k, 1, 1),
         dynamic_shared_memory=g.shared_bytes,

@@ -3,9 +3,9 @@
 Mathematics: steps 1 to 7 of the router; the reduction order is the canonical one, so a token's
 result does not depend on its neighbours, its row or their number.
 
-How it runs. A launch is a few clusters (geometry.py). A warp keeps one slab of the hidden dimension
-of a few expert tiles in registers: with all warps of all blocks, every weight is requested once, 16
-bytes a lane, before the wait on the previous kernel. Then
+How it runs. A launch is a few clusters for every tile of tokens (geometry.py). A warp keeps one
+slab of the hidden dimension of a few expert tiles in registers: with all warps of a tile's blocks,
+every weight is requested once, 16 bytes a lane, before the wait on the previous kernel. Then
 
 1. the block's slice of the hidden states arrives by bulk copies, one a token; blocks that need the
    same slice share the copies (multicast), since a cluster's inlet is what bounds this step;
@@ -14,13 +14,11 @@ bytes a lane, before the wait on the previous kernel. Then
 3. the partial sums of a token go to one block of the cluster, which adds the chunks in ascending
    order, scores the logits and forms the keys;
 4. keys and scores of a token go to its owner, one block of the cluster, where one warp selects;
-5. with several clusters, the last one to leave its candidates of a token merges them (finish.py):
-   no block waits for one that may not have started, so launches can overlap in any way.
+5. with several clusters a tile, the last one to leave its candidates of a token merges them
+   (finish.py): no block waits for one that may not have started, so launches can overlap freely.
 
-Steps 3 and 4 cross blocks asynchronously; an mbarrier of the receiver counts the bytes. A few
-tokens' partial sums go as they are (8-byte stores, least latency), those of many as one bulk copy a
-token (such stores leave a multiprocessor at about one a cycle). A block leaves only after
-everything sent to it has arrived and everything it sent has been read.
+Steps 3 and 4 cross blocks by asynchronous stores; an mbarrier of the receiver counts the bytes. A
+block leaves only after everything sent to it has arrived and every copy it requested has landed.
 """
 
 from __future__ import annotations
@@ -37,12 +35,8 @@ from build_kernels.kernels.dense_router_decode.geometry import (
     MMA_K,
     MMA_M,
     MMA_N,
-    PASS_TOKENS,
     Geometry,
 )
-
-#: (token, expert) items that a thread scores at a time, for their latencies to overlap.
-ITEMS = 2
 
 
 class DenseRouterDecode:
@@ -77,7 +71,7 @@ class DenseRouterDecode:
             row_stride,
             routing,
         ).launch(
-            grid=(g.blocks, 1, 1),
+            grid=(g.blocks, ptx.quotient(routing.tokens + (g.tokens_tile - 1), g.tokens_tile), 1),
             block=(g.threads, 1, 1),
             cluster=(g.cluster_e * g.cluster_k, 1, 1),
             smem=g.shared_bytes,
@@ -97,7 +91,6 @@ class DenseRouterDecode:
         routing: Routing,
     ) -> None:
         g = self.g
-        tokens = routing.tokens
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(ptx.quotient(thread, LANES))
         lane = ptx.remainder(thread, LANES)
@@ -111,8 +104,14 @@ class DenseRouterDecode:
         m_tile = ptx.remainder(warp, g.m_tiles // g.warp_m) * g.warp_m
         first_expert = (group * g.cluster_e + part_e) * g.block_experts
 
+        # The tiles are of one size, so that few tokens spread evenly.
+        tiles = cute.arch.grid_dim()[1]
+        tile = ptx.quotient(routing.tokens + (tiles - 1), tiles)
+        first_token = cute.arch.block_idx()[1] * tile
+        tokens = ptx.min_s32(routing.tokens - first_token, tile)
+
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
-        rows = Int32(shared)
+        rows = ptx.kept(Int32(shared))
         partials = rows + g.hidden_bytes
         key_rows = partials + g.partial_bytes
         scratch = key_rows + g.key_bytes + warp * (g.top_k * selection.RECORD_BYTES)
@@ -131,14 +130,9 @@ class DenseRouterDecode:
         if thread == 0:
             ptx.barrier_init(partials_full, 1)
             ptx.barrier_init(keys_full, 1)
-            for turn in cutlass.range_constexpr(g.passes):
-                ptx.barrier_init(rows_full + turn * 8, 1)
+            ptx.barrier_init(rows_full, 1)
             ptx.barrier_init_fence()
-            own_hidden = ptx.min_s32(Int32(g.block_hidden), g.hidden - part_k * g.block_hidden)
-            for turn in cutlass.range_constexpr(g.passes):
-                expected = ptx.min_s32(tokens - turn * PASS_TOKENS, Int32(PASS_TOKENS))
-                if expected > 0:
-                    ptx.barrier_expect(rows_full + turn * 8, expected * own_hidden * 2)
+            ptx.barrier_expect(rows_full, tokens * self.slice_bytes(part_k))
             ptx.barrier_expect(partials_full, slots_k * (g.chunks * g.block_experts * 4))
             if cutlass.const_expr(g.cluster_e > 1):
                 ptx.barrier_expect(keys_full, slots * (g.group_experts * 8))
@@ -156,6 +150,10 @@ class DenseRouterDecode:
                 ptx.store_shared_f32(biases + expert * 4, value)
         if cutlass.const_expr(g.group_experts < g.lane_keys * LANES):
             self.clear_key_padding(key_rows, thread)
+        # Where this warp's first copy starts, ready when the wait ends.
+        own_token = part_e + warp * g.cluster_e
+        source = hidden_states.toint() + Int64(part_k * g.block_hidden) * 2
+        source = ptx.kept_wide(source + Int64(first_token + own_token) * row_stride * 2)
         cute.arch.sync_threads()
         cute.arch.cluster_wait()
 
@@ -163,55 +161,38 @@ class DenseRouterDecode:
 
         # --- 1. hidden states -> shared memory ---
         if lane == 0:
-            self.request_rows(
-                hidden_states, rows, rows_full, part_k, part_e, tokens, row_stride, warp
-            )
+            self.request_rows(source, rows, rows_full, part_k, own_token, tokens, row_stride)
 
         # --- 2. multiply, and 3. hand the partial sums to the block that adds them ---
         slab_rows = rows + own_slab * (g.slab * 2)
         steps_left = g.hidden_steps - slab * g.slab_steps
-        if tokens <= 2 * MMA_N:
-            ptx.barrier_wait(rows_full)
-            if slab < g.slabs:
-                for n_tiles in cutlass.range_constexpr(1, 3):
-                    if ptx.quotient(tokens + (MMA_N - 1), MMA_N) == n_tiles:
-                        sums = self.multiply(
-                            weights, slab_rows, Int32(0), n_tiles, steps_left, lane
-                        )
-                        self.send(sums, partials, partials_full, slab, m_tile, part_e, tokens, lane)
-        else:
-            for turn in range(ptx.quotient(tokens + (PASS_TOKENS - 1), PASS_TOKENS)):
-                first_token = turn * PASS_TOKENS
-                ptx.barrier_wait(rows_full + turn * 8)
-                sums = self.multiply(
-                    weights, slab_rows, first_token, PASS_TOKENS // MMA_N, steps_left, lane
-                )
-                # The staged sums of a token take the place of its hidden states.
-                cute.arch.sync_threads()
-                self.stage(sums, rows, own_slab, m_tile, first_token, lane)
-                self.send_staged(
-                    rows, partials, partials_full, part_k, part_e, first_token, tokens, warp, lane
-                )
+        ptx.barrier_wait(rows_full)
+        # The peers may leave once everybody has what they requested; awaited below.
+        cute.arch.cluster_arrive_relaxed()
+        if slab < g.slabs:
+            for n_tiles in cutlass.range_constexpr(1, -(-g.tokens_tile // MMA_N) + 1):
+                if ptx.quotient(tokens + (MMA_N - 1), MMA_N) == n_tiles:
+                    sums = self.multiply(weights, slab_rows, n_tiles, steps_left, lane)
+                    self.send(sums, partials, partials_full, slab, m_tile, part_e, tokens, lane)
         if slots_k > 0:
             ptx.barrier_wait(partials_full)
-        # The peers may leave once everybody has what they staged; awaited at the end.
-        cute.arch.cluster_arrive_relaxed()
 
         # --- 3. add the chunks in ascending order, score, and 4. hand over to the token's owner ---
         items = slots_k * g.block_experts
-        for first in range(thread, items, ITEMS * g.threads):
+        for item in cutlass.range(thread, items, g.threads, unroll=1):
             self.score(
-                [first + i * g.threads for i in range(ITEMS)],
-                items,
+                item,
                 partials,
                 biases,
                 key_rows,
                 keys_full,
                 logits_out.toint(),
                 first_expert,
+                first_token,
                 part_k,
                 part_e,
             )
+        cute.arch.cluster_wait()
         if cutlass.const_expr(g.cluster_e > 1):
             if slots > 0:
                 ptx.barrier_wait(keys_full)
@@ -220,7 +201,7 @@ class DenseRouterDecode:
 
         # --- 4. select: one warp a token ---
         def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
-            token = (slot * g.cluster_e + part_e) * g.cluster_k + part_k
+            token = first_token + (slot * g.cluster_e + part_e) * g.cluster_k + part_k
             return key_rows + slot * g.key_row_bytes, scratch, token
 
         finish.route_all(
@@ -231,7 +212,6 @@ class DenseRouterDecode:
             group,
             self.division,
             lane,
-            cute.arch.cluster_wait,
         )
 
     def request_weights(
@@ -274,34 +254,37 @@ class DenseRouterDecode:
             row = key_rows + ptx.quotient(item, padding) * g.key_row_bytes
             ptx.store_shared_v2(row + self.key_place(column), Int32(0), Int32(0))
 
+    def slice_bytes(self, part_k: Int32) -> Int32:
+        """Bytes of a token that this block needs."""
+        g = self.g
+        return ptx.min_s32(Int32(g.block_hidden), g.hidden - part_k * g.block_hidden) * 2
+
     @cute.jit
     def request_rows(
         self,
-        hidden_states: cute.Pointer,
+        source: Int64,
         rows: Int32,
         rows_full: Int32,
         part_k: Int32,
-        part_e: Int32,
+        own_token: Int32,
         tokens: Int32,
         row_stride: Int64,
-        warp: Int32,
     ) -> None:
         """Copy a slice of the tokens to shared memory, shared out among the blocks that need it.
 
         One lane of every warp asks: the copies of one warp would be issued one after the other.
+        ``source`` is where the slice of ``own_token``, the warp's first, starts.
         """
         g = self.g
-        first = part_k * g.block_hidden
-        size = ptx.min_s32(Int32(g.block_hidden), g.hidden - first) * 2
-        for token in range(part_e + warp * g.cluster_e, tokens, g.warps * g.cluster_e):
-            source = hidden_states.toint() + (Int64(token) * row_stride + first) * 2
+        size = self.slice_bytes(part_k)
+        for token in cutlass.range(own_token, tokens, g.warps * g.cluster_e, unroll=1):
             target = rows + token * g.row_bytes
-            barrier = rows_full + ptx.quotient(token, PASS_TOKENS) * 8
             if cutlass.const_expr(g.cluster_e > 1):
                 peers = Int32((1 << g.cluster_e) - 1) << (part_k * g.cluster_e)
-                ptx.copy_bulk_multicast(target, source, size, barrier, peers)
+                ptx.copy_bulk_multicast(target, source, size, rows_full, peers)
             else:
-                ptx.copy_bulk(target, source, size, barrier)
+                ptx.copy_bulk(target, source, size, rows_full)
+            source = source + row_stride * (g.warps * g.cluster_e * 2)
 
     @cute.jit
     def send(
@@ -317,11 +300,11 @@ class DenseRouterDecode:
     ) -> None:
         """Store accumulators where the chunks are added.
 
-        A lane holds the experts lane / 4 and lane / 4 + 8 of two neighbouring tokens; the two
-        experts of a token become neighbours in memory.
+        A lane holds the experts lane / 4 and lane / 4 + 8 of each m-tile, of two neighbouring
+        tokens; those of a token become neighbours in memory.
         """
         g = self.g
-        place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
+        place = m_tile * MMA_M + ptx.quotient(lane, 4) * (2 * g.warp_m)
         for tile in cutlass.range_constexpr(len(sums[0][0])):
             for column in cutlass.range_constexpr(2):
                 token = tile * MMA_N + (lane & 3) * 2 + column
@@ -332,149 +315,71 @@ class DenseRouterDecode:
                     chunk = slab * g.slab_chunks + part
                     target = partials + ((slot * g.chunks + chunk) * g.block_experts + place) * 4
                     remote = ptx.map_shared(target, owner)
+                    words = [
+                        ptx.bits(sums[m][part][tile][register])
+                        for m in range(g.warp_m)
+                        for register in (column, column + 2)
+                    ]
                     if token < tokens and chunk < g.chunks:
-                        for m in cutlass.range_constexpr(g.warp_m):
-                            ptx.store_remote_v2(
-                                remote + m * (MMA_M * 4),
-                                barrier,
-                                ptx.bits(sums[m][part][tile][column]),
-                                ptx.bits(sums[m][part][tile][column + 2]),
-                            )
-
-    @cute.jit
-    def stage(
-        self,
-        sums: list[list[list[list[Float32]]]],
-        rows: Int32,
-        own_slab: Int32,
-        m_tile: Int32,
-        first_token: Int32,
-        lane: Int32,
-    ) -> None:
-        """Store accumulators in the order of ``partials`` over the hidden states of their tokens.
-
-        Every warp has read those hidden states by now: a barrier precedes the call.
-        """
-        g = self.g
-        place = m_tile * MMA_M + ptx.quotient(lane, 4) * 2
-        row = rows + (first_token + (lane & 3) * 2) * g.row_bytes
-        for tile in cutlass.range_constexpr(len(sums[0][0])):
-            for column in cutlass.range_constexpr(2):
-                for part in cutlass.range_constexpr(g.slab_chunks):
-                    chunk = own_slab * g.slab_chunks + part
-                    target = row + (chunk * g.block_experts + place) * 4
-                    for m in cutlass.range_constexpr(g.warp_m):
-                        ptx.store_shared_v2(
-                            target + ((tile * MMA_N + column) * g.row_bytes + m * (MMA_M * 4)),
-                            ptx.bits(sums[m][part][tile][column]),
-                            ptx.bits(sums[m][part][tile][column + 2]),
-                        )
-
-    @cute.jit
-    def send_staged(
-        self,
-        rows: Int32,
-        partials: Int32,
-        partials_full: Int32,
-        part_k: Int32,
-        part_e: Int32,
-        first_token: Int32,
-        tokens: Int32,
-        warp: Int32,
-        lane: Int32,
-    ) -> None:
-        """Copy what the block staged in one pass, token by token, to where its chunks are added."""
-        g = self.g
-        ptx.fence_async_shared()
-        cute.arch.sync_threads()
-        first = part_k * (g.block_slabs * g.slab_chunks)
-        count = ptx.min_s32(Int32(g.block_slabs * g.slab_chunks), g.chunks - first)
-        last = ptx.min_s32(tokens, first_token + PASS_TOKENS)
-        if lane == 0:
-            for token in range(first_token + warp, last, g.warps):
-                slot = ptx.quotient(token, g.cluster_k)
-                owner = ptx.remainder(token, g.cluster_k) * g.cluster_e + part_e
-                target = partials + (slot * g.chunks + first) * (g.block_experts * 4)
-                ptx.copy_bulk_to_peer(
-                    ptx.map_shared(target, owner),
-                    rows + token * g.row_bytes,
-                    count * (g.block_experts * 4),
-                    ptx.map_shared(partials_full, owner),
-                )
+                        ptx.store_remote(remote, barrier, words)
 
     @cute.jit
     def score(
         self,
-        chosen: list[Int32],
-        items: Int32,
+        item: Int32,
         partials: Int32,
         biases: Int32,
         key_rows: Int32,
         keys_full: Int32,
         logits_out: Int64,
         first_expert: Int32,
+        first_token: Int32,
         part_k: Int32,
         part_e: Int32,
     ) -> None:
-        """Add the chunks of a few (slot, expert) items, score them, hand key and score over.
+        """Add the chunks of one (slot, expert) item, score it, hand key and score over.
 
         ``logits_out`` is 0 where nobody asked for the logits.
         """
         g = self.g
-        slots, experts, logits = [], [], []
-        for item in chosen:
-            inside = ptx.min_s32(item, items - 1)
-            slot = ptx.quotient(inside, g.block_experts)
-            place = ptx.remainder(inside, g.block_experts)
-            start = partials + (slot * (g.chunks * g.block_experts) + place) * 4
-            logits.append(
-                [
-                    ptx.load_shared_f32(start + chunk * (g.block_experts * 4))
-                    for chunk in range(g.chunks)
-                ]
-            )
-            slots.append(slot)
-            # Undo the order that the accumulators gave the experts of an MMA tile.
-            experts.append((place & -MMA_M) | (place & 1) << 3 | (place & 15) >> 1)
-        added_biases = [ptx.load_shared_f32(biases + expert * 4) for expert in experts]
-        for item, slot, expert, terms, bias in zip(
-            chosen, slots, experts, logits, added_biases, strict=True
-        ):
-            logit = terms[0]
-            for term in terms[1:]:
-                logit = ptx.add_rn(logit, term)
-            score = scoring.score(logit)
-            real = ptx.less(first_expert + expert, Int32(g.experts))
-            key = ptx.select(real, scoring.ordered_key(logit, score, bias), Int32(0))
-            column = part_e * g.block_experts + expert
-            target = (
-                key_rows
-                + ptx.quotient(slot, g.cluster_e) * g.key_row_bytes
-                + self.key_place(column)
-            )
+        slot = ptx.quotient(item, g.block_experts)
+        place = ptx.remainder(item, g.block_experts)
+        start = partials + (slot * (g.chunks * g.block_experts) + place) * 4
+        terms = [
+            ptx.load_shared_f32(start + chunk * (g.block_experts * 4)) for chunk in range(g.chunks)
+        ]
+        # Undo the order that the accumulators gave a warp's experts.
+        width = 2 * g.warp_m
+        in_warp = ptx.remainder(place, MMA_M * g.warp_m)
+        expert = ptx.remainder(in_warp, width) * 8 + ptx.quotient(in_warp, width)
+        expert = expert + (place - in_warp)
+        bias = ptx.load_shared_f32(biases + expert * 4)
+        logit = terms[0]
+        for term in terms[1:]:
+            logit = ptx.add_rn(logit, term)
+        score = scoring.score(logit)
+        real = ptx.less(first_expert + expert, Int32(g.experts))
+        key = ptx.select(real, scoring.ordered_key(logit, score, bias), Int32(0))
+        pair = [key, ptx.bits(score)]
+        target = key_rows + ptx.quotient(slot, g.cluster_e) * g.key_row_bytes
+        target = target + self.key_place(part_e * g.block_experts + expert)
+        if cutlass.const_expr(g.cluster_e > 1):
             owner = part_k * g.cluster_e + ptx.remainder(slot, g.cluster_e)
-            if item < items:
-                if logits_out != 0 and real:
-                    token = Int64(slot * g.cluster_k + part_k)
-                    ptx.store_global_b32(
-                        logits_out + (token * g.experts + first_expert + expert) * 4,
-                        scoring.stored_logit(logit),
-                    )
-                if cutlass.const_expr(g.cluster_e > 1):
-                    ptx.store_remote_v2(
-                        ptx.map_shared(target, owner),
-                        ptx.map_shared(keys_full, owner),
-                        key,
-                        ptx.bits(score),
-                    )
-                else:
-                    ptx.store_shared_v2(target, key, ptx.bits(score))
+            barrier = ptx.map_shared(keys_full, owner)
+            ptx.store_remote(ptx.map_shared(target, owner), barrier, pair)
+        else:
+            ptx.store_shared_v2(target, *pair)
+        if logits_out != 0 and real:
+            token = Int64(first_token + slot * g.cluster_k + part_k)
+            ptx.store_global_b32(
+                logits_out + (token * g.experts + first_expert + expert) * 4,
+                scoring.stored_logit(logit),
+            )
 
     def multiply(
         self,
         weights: list[list[list[Int32]]],
         rows: Int32,
-        first_token: Int32,
         n_tiles: int,
         steps_left: Int32,
         lane: Int32,
@@ -487,7 +392,7 @@ class DenseRouterDecode:
         ]
         # ldmatrix: lanes 0-7 address the tokens' first 8 elements of two steps, 8-15 the next 8,
         # ...
-        row = rows + (first_token + (lane & 7)) * g.row_bytes + ptx.quotient(lane, 8) * 16
+        row = rows + (lane & 7) * g.row_bytes + ptx.quotient(lane, 8) * 16
 
         def request(step: int) -> list[list[Int32]]:
             return [

@@ -10,11 +10,16 @@ MMA_N = 8
 MMA_K = 16
 LANES = 32
 
-#: Tokens that a warp multiplies at a time: enough independent chains, few enough registers.
-PASS_TOKENS = 32
+#: Tokens that a cluster can take: enough independent chains of MMAs, few enough registers.
+MAX_TILE = 32
 
 #: Dynamic shared memory of one block on every target, in bytes.
 MAX_SHARED_BYTES = 227 * 1024
+
+#: What a block asks for at least: more than the largest split but one of the memory that shared
+#: memory and L1 share. A multiprocessor changes its split only when it is idle, so a kernel that
+#: made do with less would wait for its predecessors to end.
+LEAST_SHARED_BYTES = 200 * 1024
 
 #: Registers of a multiprocessor, and what a thread needs beside its weights.
 REGISTERS = 65536
@@ -27,7 +32,8 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """One launch is ``groups`` clusters; a cluster is ``cluster_e`` x ``cluster_k`` blocks.
+    """``groups`` clusters route ``tokens_tile`` tokens; a cluster is ``cluster_e`` x ``cluster_k``
+    blocks.
 
     Each block holds 16 * ``m_tiles`` experts over a slice of the hidden dimension. A warp keeps
     ``warp_m`` of these m-tiles over one slab of the hidden dimension (one or two chunks) in
@@ -39,6 +45,7 @@ class Geometry:
     top_k: int
     k_chunk: int
     max_tokens: int
+    tokens_tile: int
     groups: int
     cluster_e: int
     cluster_k: int
@@ -52,6 +59,7 @@ class Geometry:
             top_k=int(constants["TOP_K"]),
             k_chunk=int(constants["K_CHUNK"]),
             max_tokens=int(constants["MAX_TOKENS"]),
+            tokens_tile=int(constants["TOKENS_TILE"]),
             groups=int(constants["GROUPS"]),
             cluster_e=int(constants["CLUSTER_E"]),
             cluster_k=int(constants["CLUSTER_K"]),
@@ -60,15 +68,16 @@ class Geometry:
 
     @classmethod
     def search(
-        cls, hidden: int, experts: int, top_k: int, k_chunk: int, max_tokens: int
+        cls, hidden: int, experts: int, top_k: int, k_chunk: int, max_tokens: int, tokens_tile: int
     ) -> Geometry:
         """A geometry for a model that nobody has tuned: the fewest blocks that hold its weights.
 
         Raises ValueError where no cluster of at most 16 blocks fits the registers and shared
         memory.
         """
+        model = (hidden, experts, top_k, k_chunk, max_tokens, tokens_tile)
         candidates = (
-            cls(hidden, experts, top_k, k_chunk, max_tokens, groups, cluster_e, cluster_k, warp_m)
+            cls(*model, groups, cluster_e, cluster_k, warp_m)
             for groups in range(1, 17)
             for cluster_e in (1, 2, 4)
             for cluster_k in range(1, 16 // cluster_e + 1)
@@ -90,6 +99,7 @@ class Geometry:
             "TOP_K": self.top_k,
             "K_CHUNK": self.k_chunk,
             "MAX_TOKENS": self.max_tokens,
+            "TOKENS_TILE": self.tokens_tile,
             "GROUPS": self.groups,
             "CLUSTER_E": self.cluster_e,
             "CLUSTER_K": self.cluster_k,
@@ -105,7 +115,7 @@ class Geometry:
         return (
             registers <= 255
             and share <= REGISTERS
-            and self.staged_bytes <= self.row_bytes
+            and self.tokens_tile <= MAX_TILE
             and self.shared_bytes <= MAX_SHARED_BYTES
             and (self.cluster_k - 1) * self.block_slabs < self.slabs
         )
@@ -178,13 +188,9 @@ class Geometry:
 
     # --- tokens ---
     @property
-    def passes(self) -> int:
-        return ceil_div(self.max_tokens, PASS_TOKENS)
-
-    @property
     def slots_k(self) -> int:
         """Tokens whose partial sums one block receives: token t goes to block t % cluster_k."""
-        return ceil_div(self.max_tokens, self.cluster_k)
+        return ceil_div(self.tokens_tile, self.cluster_k)
 
     @property
     def slots(self) -> int:
@@ -202,13 +208,8 @@ class Geometry:
         return self.block_hidden * 2 + 16
 
     @property
-    def staged_bytes(self) -> int:
-        """A block's partial sums of one token, staged in the token's row."""
-        return self.block_slabs * self.slab_chunks * self.block_experts * 4
-
-    @property
     def hidden_bytes(self) -> int:
-        return self.passes * PASS_TOKENS * self.row_bytes
+        return ceil_div(self.tokens_tile, MMA_N) * MMA_N * self.row_bytes
 
     @property
     def partial_bytes(self) -> int:
@@ -234,10 +235,9 @@ class Geometry:
 
     @property
     def shared_bytes(self) -> int:
-        barriers = 16 + 8 * self.passes
         total = self.hidden_bytes + self.partial_bytes + self.key_bytes + self.scratch_bytes
-        total += self.bias_bytes + barriers
-        return ceil_div(total, 16) * 16
+        total += self.bias_bytes + 3 * 8
+        return max(LEAST_SHARED_BYTES, ceil_div(total, 16) * 16)
 
     # --- the merge across groups ---
     @property

@@ -414,25 +414,21 @@ class SplitPrefill:
         warp: Int32,
         lane: Int32,
     ) -> None:
-        """Copy the rows of a part to the blocks that add them, one lane of every warp asking."""
+        """Copy the rows of a part to the blocks that add them, a warp each."""
         g = self.g
         begin = part * g.part_tokens
         end = ptx.min_s32(tile_tokens, Int32(begin + g.part_tokens))
-        if lane == 0:
-            for token in range(begin + warp, end, g.consumer_warps):
-                owner = ptx.remainder(token, g.cluster_k)
-                target = (
-                    received
-                    + ptx.quotient(token, g.cluster_k) * g.slot_bytes
-                    + part_k * g.sums_bytes
-                )
-                ptx.copy_bulk_to_peer(
-                    ptx.map_shared(target, owner),
-                    buffer + (token - begin) * g.sums_row_bytes,
-                    Int32(g.sums_bytes),
-                    ptx.map_shared(full, owner),
-                )
-        cute.arch.sync_warp()
+        for token in cutlass.range(begin + warp, end, g.consumer_warps, unroll=1):
+            slot = received + ptx.quotient(token, g.cluster_k) * g.slot_bytes
+            bulk.copy_to_block(
+                slot + part_k * g.sums_bytes,
+                buffer + (token - begin) * g.sums_row_bytes,
+                g.sums_bytes,
+                full,
+                ptx.remainder(token, g.cluster_k),
+                part_k,
+                lane,
+            )
 
     @cute.jit
     def score(
