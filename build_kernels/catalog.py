@@ -127,8 +127,8 @@ KERNELS = (
                     "dsv41-flash": _FLASH41_DECODE,
                 },
             ),
-            # Smaller tiles are faster, as long as the clusters of two launches fit the GPU together:
-            # the next one's weights arrive while this one runs.
+            # Smaller tiles are faster, as long as the clusters of two launches fit the GPU
+            # together: the next one's weights arrive while this one runs.
             Variant(
                 "portable_32",
                 {"MAX_TOKENS": 32, "TOKENS_TILE": 16},
