@@ -189,7 +189,12 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
             )
     # contract.py and what it imports are Python for either language.
     paths = [p for p in folder.iterdir() if p.suffix in (".py", *SUFFIXES[language])]
-    paths += [p for p in (KERNELS / "common").iterdir() if p.suffix in SUFFIXES[language]]
+    # parameters.py is what contracts of both languages share.
+    paths += [
+        path
+        for path in (KERNELS / "common").iterdir()
+        if path.suffix in SUFFIXES[language] or path.name == "parameters.py"
+    ]
     paths += [PACKAGE / "numerics.py", PACKAGE / _RECIPES[language]]
     return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths}
 

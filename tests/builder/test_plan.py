@@ -209,6 +209,7 @@ def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
         ("kernels/common/factor.cuh", {"scale"}),
         ("kernels/shift/shift.py", {"shift"}),
         ("kernels/common/new.py", {"shift"}),
+        ("kernels/common/parameters.py", {"scale", "shift"}),
         ("nvrtc.py", {"scale"}),
         ("cutedsl.py", {"shift"}),
         ("numerics.py", {"scale", "shift"}),
