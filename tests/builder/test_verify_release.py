@@ -17,6 +17,7 @@ import pytest
 
 from build_kernels import verify_release, wheel
 from build_kernels.errors import BuildError
+from router_runtime import evidence
 from router_runtime.manifest import dumps, loads
 from router_runtime.provenance import Statement, statement_dumps, statement_loads
 from tests.builder.conftest import Project, Released, write_keys
@@ -258,13 +259,12 @@ def _manifest_of_other_version(entries: Entries) -> None:
 
 
 def _manifest_with_swapped_files(entries: Entries) -> None:
-    manifest = loads(entries[INSIDE + "manifest.json"])
-    one, two, *rest = manifest.entries
-    facts = ("file", "sha256", "size")
-    first = dataclasses.replace(one, **{name: getattr(two, name) for name in facts})
-    second = dataclasses.replace(two, **{name: getattr(one, name) for name in facts})
-    swapped = dataclasses.replace(manifest, entries=(first, second, *rest))
-    entries[INSIDE + "manifest.json"] = dumps(swapped)
+    document = json.loads(entries[INSIDE + "manifest.json"])
+    one, two = document["entries"][:2]
+    for fact in ("file", "sha256", "size"):
+        one[fact], two[fact] = two[fact], one[fact]
+    text = json.dumps(document, sort_keys=True, indent=1) + "\n"
+    entries[INSIDE + "manifest.json"] = text.encode()
 
 
 def _cubin_for_another_target(entries: Entries) -> None:
@@ -299,9 +299,14 @@ def _replaced(end: str, old: bytes, new: bytes) -> Callable[[Entries], None]:
 def _foreign_evidence(entries: Entries) -> None:
     """A record of some other cubin, under its right name."""
     name = _first(entries, "gpu.json")
-    document = json.loads(entries.pop(name))
-    document |= {"sha256": "1" * 64, "source_sha256": "2" * 64}
-    entries[name] = json.dumps(document).encode()
+    record = evidence.loads(entries.pop(name))
+    foreign = dataclasses.replace(
+        record,
+        sha256="1" * 64,
+        source_sha256="2" * 64,
+        file=record.file.replace(record.sha256[:16], "1" * 16),
+    )
+    entries[f"{INSIDE}evidence/{foreign.file_name}"] = evidence.dumps(foreign)
 
 
 def _evidence_renamed(entries: Entries) -> None:
