@@ -97,7 +97,7 @@ def make(
     if result.returncode or len(built) != 1:
         raise BuildError(
             f"expected the build backend to make a wheel, found:\n{result.stdout}\n"
-            "next: mend pyproject.toml"
+            "next: mend what it names: pyproject.toml, a file that it refers to, or a full disk"
         )
     with zipfile.ZipFile(built[0]) as archive:
         packed = {name: archive.read(name) for name in archive.namelist()}

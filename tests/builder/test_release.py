@@ -21,7 +21,7 @@ from build_kernels import publish, release, toolchain, wheel
 from build_kernels.errors import BuildError
 from router_runtime.manifest import Manifest, loads
 from router_runtime.provenance import marker_loads, statement_loads
-from tests.builder.conftest import RELEASED_KEYS, Project, Released, snapshot, write_keys
+from tests.builder.conftest import RELEASED_KEYS, ROOT, Project, Released, snapshot, write_keys
 
 STEM = "dsv4_router_runtime-0.1.0"
 
@@ -508,6 +508,13 @@ def test_a_backend_that_leaves_a_file_out_is_an_error(committed: Project, tmp_pa
     )
     committed.commit()
     _refused(committed, "missing ['router_runtime/errors.py']", "--target", "sm_90a")
+
+
+def test_a_backend_that_fails_is_an_error(tmp_path: Path) -> None:
+    pyproject = (ROOT / "pyproject.toml").read_bytes()
+    package = {"router_runtime/__init__.py": b""}
+    with pytest.raises(BuildError, match=r"(?s)build backend.*README\.md.*\nnext: mend what"):
+        wheel.make("x", pyproject, {}, package, b"{}", tmp_path)
 
 
 def _pem(key: object, password: bytes | None = None) -> bytes:
