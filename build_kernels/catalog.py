@@ -110,6 +110,38 @@ KERNELS = (
         scores=False,
         variants=(Variant("portable", {"THREADS": 128, "TOKENS_PER_BLOCK": 32}),),
     ),
+    Kernel(
+        name="hash_gate",
+        language="cuda",
+        per_model=True,
+        scores=True,
+        variants=(
+            # Few tokens: a warp for every chunk of the hidden dimension. The more tokens, the fewer
+            # warps for each, so that more tokens are under way on a multiprocessor.
+            Variant(
+                "portable",
+                {"IMAGES": 0},
+                tuned={
+                    "dsv4-flash": {"WARPS": 16},
+                    "dsv4-pro": {"WARPS": 28},
+                    "dsv41-flash": {"WARPS": 20},
+                },
+            ),
+            Variant(
+                "more_tokens",
+                {"IMAGES": 0},
+                tuned={
+                    "dsv4-flash": {"WARPS": 8},
+                    "dsv4-pro": {"WARPS": 14},
+                    "dsv41-flash": {"WARPS": 10},
+                },
+                tuned_only=True,
+            ),
+            Variant("many_tokens", {"IMAGES": 0, "WARPS": 4}),
+            # Image tokens are selected by their scores for all experts.
+            Variant("images", {"IMAGES": 1}),
+        ),
+    ),
     Kernel("topk_select", "cuda", per_model=False, scores=False, variants=_TOPK_SELECT),
     Kernel("activation_topk", "cuda", per_model=False, scores=True, variants=_ACTIVATION_TOPK),
     Kernel(

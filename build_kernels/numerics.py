@@ -49,6 +49,12 @@ def dense_tag(constants: Mapping[str, int | float]) -> str:
     return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
 
 
+def gather_tag(constants: Mapping[str, int | float]) -> str:
+    """What decides the bits of hash_gate's results: the order of hash_gate/order.cuh and its chunk,
+    epilogue. All of an expert's dot is summed in it; it is not the dense order."""
+    return f"bf16-fma8-tree32-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+
+
 _EXP = (
     "0x1.000000p+0",
     "0x1.000000p+0",

@@ -42,8 +42,9 @@ def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) ->
     return shape[0]
 
 
-def check_token_ids(tensor: Tensor, device: torch.device) -> int:
-    """Refuse anything but int32 or int64 ``[tokens]`` on the router's device.
+def check_token_ids(tensor: Tensor, device: torch.device, tokens: int | None = None) -> int:
+    """Refuse anything but int32 or int64 ``[tokens]`` on the router's device; any number of tokens
+    if none is given.
 
     Returns the number of tokens.
     """
@@ -52,8 +53,10 @@ def check_token_ids(tensor: Tensor, device: torch.device) -> int:
         (dtype is not torch.int64 and dtype is not torch.int32)
         or len(shape) != 1
         or tensor.device != device
+        or (tokens is not None and shape[0] != tokens)
     ):
-        raise wrong_tensor("token_ids", f"torch.int32 or torch.int64 [tokens] on {device}", tensor)
+        count = "tokens" if tokens is None else tokens
+        raise wrong_tensor("token_ids", f"torch.int32 or torch.int64 [{count}] on {device}", tensor)
     return shape[0]
 
 

@@ -26,6 +26,7 @@ _POISONS = (0x7FDEAD01, -0x21524111)
 #: The input that holds one row a token, and the sizes of batches tried on its rows.
 ROWS = {
     "hash_router": "token_ids",
+    "hash_gate": "hidden_states",
     "topk_select": "scores",
     "activation_topk": "logits",
     "dense_router_decode": "hidden_states",
@@ -38,7 +39,7 @@ BATCHES = (
 
 
 #: Inputs that hold one element or row a token, beside those of ROWS.
-_BESIDE_ROWS = ("is_padding", "image_mask", "given_ids")
+_BESIDE_ROWS = ("is_padding", "image_mask", "given_ids", "token_ids")
 
 
 class Run(Protocol):
@@ -152,7 +153,7 @@ def _vary(
         kept = torch.ones(len(order), dtype=torch.bool)
         kept[strangers] = False
         moved = {**on_device, name: batch.to(device)}
-        for beside in _BESIDE_ROWS:
+        for beside in set(_BESIDE_ROWS) - {name}:
             if isinstance(value := inputs.get(beside), Tensor):
                 moved[beside] = value[order].to(device)
         found, problems = _twice(case, run, moved, "logits" in expected)

@@ -128,22 +128,49 @@ _SPECIAL_BIAS = _floats(_INF, -_INF, _NAN, -0.0, 0.0, _MAX, -_MAX, _TINY, -1.0, 
 
 def _hash_router(case: Case, random: Random) -> Inputs:
     sizes = case.sizes
-    tokens, vocab = sizes["tokens"], sizes["vocab"]
-    dtype = torch.int64 if sizes["index_bits"] == 64 else torch.int32
-    if case.pattern == "random":
-        token_ids = random.integers(0, vocab, tokens)
-    else:
-        edges = [0, -1, vocab - 1, vocab, vocab + 1, 2**31 - 1, -(2**31)]
-        if dtype == torch.int64:
-            # Their low 32 bits are valid ids: a kernel that truncates would read the table.
-            edges += [2**32, 2**32 + vocab - 1, -(2**32), 2**63 - 1, -(2**63)]
-        token_ids = random.choice(torch.tensor(edges), tokens)
     return {
-        "token_ids": token_ids.to(dtype),
-        "table": random.integers(0, sizes["experts"], vocab, sizes["top_k"]).int(),
+        "token_ids": _token_ids(case, random),
+        "table": random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"]).int(),
         "top_k": sizes["top_k"],
         "sentinel": sizes["sentinel"],
     }
+
+
+def _token_ids(case: Case, random: Random) -> Tensor:
+    tokens, vocab = case.sizes["tokens"], case.sizes["vocab"]
+    dtype = torch.int64 if case.sizes["index_bits"] == 64 else torch.int32
+    if case.pattern != "out_of_range":
+        return random.integers(0, vocab, tokens).to(dtype)
+    edges = [0, -1, vocab - 1, vocab, vocab + 1, 2**31 - 1, -(2**31)]
+    if dtype == torch.int64:
+        # Their low 32 bits are valid ids: a kernel that truncates would read the table.
+        edges += [2**32, 2**32 + vocab - 1, -(2**32), 2**63 - 1, -(2**63)]
+    return random.choice(torch.tensor(edges), tokens).to(dtype)
+
+
+def _hash_gate(case: Case, random: Random) -> Inputs:
+    """The hidden states and weights of a dense router, and a table."""
+    sizes = case.sizes
+    table = random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"])
+    match case.pattern:
+        case "repeated":
+            # Rows come back verbatim, also where an expert stands in one twice.
+            table = table[:, :1].expand_as(table)
+        case "one_expert":
+            table = torch.full_like(table, sizes["experts"] - 1)
+    inputs = {
+        "token_ids": _token_ids(case, random),
+        "table": table.int().contiguous(),
+        "sentinel": sizes["sentinel"],
+        **_dense_router(case, random),
+    }
+    image_bias = inputs.pop("bias")
+    if sizes["images"]:
+        # Every third row, so that image tokens and others take turns in any arrangement.
+        inputs["image_mask"] = torch.arange(sizes["tokens"]) % 3 == 1
+        inputs["image_bias"] = image_bias
+        inputs["wide_ids"] = 0
+    return inputs
 
 
 def _topk_select(case: Case, random: Random) -> Inputs:
@@ -307,6 +334,7 @@ _MAKERS: Mapping[str, Callable[[Case, Random], Inputs]] = {
     "hash_router": _hash_router,
     "topk_select": _topk_select,
     "activation_topk": _activation_topk,
+    "hash_gate": _hash_gate,
     "dense_router_decode": _dense_router,
     "dense_router_prefill": _dense_router,
 }

@@ -9,6 +9,9 @@ must be:
 * keys: both ends plus the bias, rounded to fp32 as the kernel rounds (rounding is monotone);
 * weights: the quotient at the ends that make it smallest and largest, widened by its roundings.
 
+The ids of a look-up are exact; of ``hash_gate``, which looks up and scores, the ids of looked-up
+tokens are exact, those of image tokens ranked, and the weights of both lie in their intervals.
+
 The order of ids is then decided: expert j must stand before expert i if j's lowest possible key is
 above i's highest, or ties with it exactly and j has the lower id, or if both have the same inputs
 (and so the same key, whatever it is) and j has the lower id. Where those rules leave one outcome a
@@ -121,6 +124,8 @@ def _judge_plain(
         return _judge_exact(
             *spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"])), values, ids
         )
+    if case.kernel == "hash_gate":
+        return _judge_gate(case, inputs, values, ids)
     return _judge_scored(inputs, refer(case, inputs), values, ids, logits)
 
 
@@ -147,6 +152,8 @@ def _judge_scored(
 
 def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The oracle's ids and which rows are clear: what evidence is recomputed from."""
+    if case.kernel == "hash_gate":
+        return _gate_ids(case, inputs)
     if case.serving:
         return _served_ids(case, inputs)
     if case.kernel == "hash_router":
@@ -171,6 +178,10 @@ def clear_ids_sha256(ids: Tensor, clear: Tensor) -> str:
 
 def refer(case: Case, inputs: Inputs) -> Reference:
     """The intervals and the ids of a case that scores experts."""
+    if case.kernel == "hash_gate":
+        # Only image tokens are ranked.
+        bias = inputs.get("image_bias", torch.zeros(case.sizes["experts"]))
+        return _refer(case, inputs, _tensor({"bias": bias}, "bias"))
     reference = _refer(case, inputs, _tensor(inputs, "bias"))
     if "image_mask" not in inputs:
         return reference
@@ -214,7 +225,7 @@ def _hash_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return spec.hash_router(
         _tensor(inputs, "token_ids"),
         _tensor(inputs, "table"),
-        int(inputs["top_k"]),
+        _tensor(inputs, "table").shape[1],
         int(inputs["sentinel"]),
         _padding(inputs, _tensor(inputs, "token_ids").shape[0]),
     )
@@ -279,12 +290,61 @@ def _served_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return spec.with_sentinel(ids, int(inputs["sentinel"])), clear
 
 
+def _gate_ranked(inputs: Inputs) -> Tensor:
+    """Which rows of hash_gate select their experts, bool ``[N]``: images that are no padding."""
+    padding = _padding(inputs, _tensor(inputs, "token_ids").shape[0])
+    images = _tensor(inputs, "image_mask") if "image_mask" in inputs else padding.new_zeros(1)
+    return images & ~padding
+
+
+def _gate_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``expected_ids`` of hash_gate: the table's rows, and the ranked ids of images."""
+    ranked, ids = _gate_ranked(inputs), _hash_reference(inputs)[1]
+    if not bool(ranked.any()):
+        return ids, torch.ones_like(ranked)
+    reference = refer(case, inputs)
+    ids = torch.where(ranked.unsqueeze(1), reference.ids, ids)
+    return ids, reference.clear | ~ranked
+
+
+def _judge_gate(case: Case, inputs: Inputs, weights: Tensor, ids: Tensor) -> Verdict:
+    """Judge weights and logical ids of hash_gate."""
+    expected, clear = _gate_ids(case, inputs)
+    ranked, reference = _gate_ranked(inputs), refer(case, inputs)
+    # The look-up's own weights are zero where there is no expert.
+    routed = ranked | (_hash_reference(inputs)[0] > 0).any(dim=1)
+    problems, reordered, worst = [], 0, {"weight": 0.0, "weight_relative": 0.0}
+    wrong = (ids != expected).any(dim=1) & ~ranked
+    if wrong.any():
+        problems.append(_report(wrong, "wrong ids", ids, expected))
+    wrong = weights.view(torch.int32).any(dim=1) & ~routed
+    if wrong.any():
+        problems.append(_report(wrong, "expected zero weights", weights))
+    if not problems:
+        problems, reordered = _check_ids(_rows_of(reference, ranked), ids[ranked])
+    if not problems:
+        problems, worst = _check_weights(
+            _rows_of(reference, routed), inputs, weights[routed], ids[routed]
+        )
+    return Verdict(
+        problems=tuple(problems),
+        rows=ids.shape[0],
+        clear=int(clear.sum()),
+        reordered=reordered,
+        ids_sha256=clear_ids_sha256(ids, clear),
+        bits_sha256=digest({"values": weights, "ids": ids}),
+        worst=worst,
+    )
+
+
 def _judge_served(
     case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None
 ) -> Verdict:
     """Judge weights and logical ids of a case with serving inputs."""
     if case.kernel == "hash_router":
         return _judge_exact(*_hash_reference(inputs), values, ids)
+    if case.kernel == "hash_gate":
+        return _judge_gate(case, inputs, values, ids)
     expected, clear = _served_ids(case, inputs)
     padding = _padding(inputs, ids.shape[0])
     reference = refer(case, inputs)

@@ -9,6 +9,7 @@ dense_router(hidden_states, router_id, num_experts, top_k)   bf16 [tokens, hidde
 dense_router_logits(...)                                     the same, and the fp32 logits
 dense_router_replay(hidden_states, given_ids, router_id, num_experts, top_k)
 hash_router(token_ids, router_id, top_k)                     int32 or int64 [tokens]
+hash_gate(hidden_states, token_ids, router_id, num_experts, top_k)      both of these
 activation_topk(logits, bias, k, scale, renormalize)         fp32 [tokens, experts], fp32 [experts]
 activation_topk_replay(logits, given_ids, scale, renormalize)
 topk_select(scores, k)                                       fp32 [rows, columns]
@@ -123,6 +124,18 @@ def _hash_router(token_ids: Tensor, router_id: int, top_k: int, call: Call) -> R
     return _hash(router_id, top_k)._serve(token_ids, call)
 
 
+def _hash_gate(
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    router_id: int,
+    num_experts: int,
+    top_k: int,
+    call: Call,
+) -> Results:
+    call.token_ids = token_ids
+    return _gate(router_id, num_experts, top_k)._serve(hidden_states, call)
+
+
 # The plain forms: what a call without serving inputs takes, at the least cost.
 
 
@@ -142,12 +155,27 @@ def _plain_hash_router(token_ids: Tensor, router_id: int, top_k: int) -> tuple[T
     return _hash(router_id, top_k)._backend.route(token_ids)
 
 
+def _plain_hash_gate(
+    hidden_states: Tensor, token_ids: Tensor, router_id: int, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor]:
+    return _gate(router_id, num_experts, top_k)._backend.route(hidden_states, token_ids)
+
+
 def _dense(router_id: int, num_experts: int, top_k: int) -> Router:
     """The dense router of that id, if it has those numbers."""
+    return _scoring("dense", router_id, num_experts, top_k)
+
+
+def _gate(router_id: int, num_experts: int, top_k: int) -> Router:
+    """The hash_gate router of that id, if it has those numbers."""
+    return _scoring("hash_gate", router_id, num_experts, top_k)
+
+
+def _scoring(mode: str, router_id: int, num_experts: int, top_k: int) -> Router:
     router = _routers.get(router_id) or get_router(router_id)
     config = router.config
-    if config.num_experts != num_experts or config.top_k != top_k or config.mode != "dense":
-        raise _disagreement(router, {"mode": "dense", "num_experts": num_experts, "top_k": top_k})
+    if config.num_experts != num_experts or config.top_k != top_k or config.mode != mode:
+        raise _disagreement(router, {"mode": mode, "num_experts": num_experts, "top_k": top_k})
     return router
 
 
@@ -200,6 +228,13 @@ def _hash_router_shape(token_ids: Tensor, router_id: int, top_k: int) -> _Shape:
     if token_ids.dtype not in (torch.int32, torch.int64) or token_ids.dim() != 1:
         raise wrong_tensor("token_ids", "torch.int32 or torch.int64 [tokens]", token_ids)
     return _Shape(token_ids, 0, top_k)
+
+
+def _hash_gate_shape(
+    hidden_states: Tensor, token_ids: Tensor, router_id: int, num_experts: int, top_k: int
+) -> _Shape:
+    _hash_router_shape(token_ids, router_id, top_k)
+    return _dense_router_shape(hidden_states, router_id, num_experts, top_k)
 
 
 def _activation_topk_shape(
@@ -346,6 +381,14 @@ ROUTING_OPS = (
         dict.fromkeys(_KEYS, _plain_hash_router),
     ),
     _RoutingOp(
+        "hash_gate",
+        f"Tensor hidden_states, Tensor token_ids, {_DENSE_NUMBERS}",
+        dict.fromkeys(_KEYS, _hash_gate),
+        _hash_gate_shape,
+        dict.fromkeys(_KEYS, _plain_hash_gate),
+        inputs=_IMAGES,
+    ),
+    _RoutingOp(
         "activation_topk",
         "Tensor logits, Tensor bias, int k, float scale, bool renormalize",
         {"CPU": rows.serve_activation_cpu, "CUDA": rows.serve_activation_cuda},
@@ -402,6 +445,7 @@ dense_router_logits: Callable[..., tuple[Tensor, Tensor, Tensor]]
 dense_router_logits = torch.ops.dsv4.dense_router_logits.default
 dense_router_replay: _Op = torch.ops.dsv4.dense_router_replay.default
 hash_router: _Op = torch.ops.dsv4.hash_router.default
+hash_gate: _Op = torch.ops.dsv4.hash_gate.default
 topk_select: _Op = torch.ops.dsv4.topk_select.default
 activation_topk: _Op = torch.ops.dsv4.activation_topk.default
 activation_topk_replay: _Op = torch.ops.dsv4.activation_topk_replay.default

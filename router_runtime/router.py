@@ -54,22 +54,34 @@ from router_runtime.workspace import Workspaces
 HIDDEN_MULTIPLE = 64
 
 HASH = "hash_router"
+GATE = "hash_gate"
+
+#: Mode -> the kernels that serve it, and the tensors that a Router of it is made from.
+_KERNELS = {"dense": DENSE, "hash": (HASH,), "hash_gate": (GATE,)}
+_TENSORS = {
+    "dense": ("weight", "bias"),
+    "hash": ("table",),
+    "hash_gate": ("weight", "table"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     """What a router computes.
 
-    ``routed_scaling_factor`` is the scale r of the weights; ``vocab_size`` is the number of rows
-    of a hash router's table; ``sentinel`` is the id that stands where there is no expert: for
-    padding, for a token outside the vocabulary, for a given id outside [0, num_experts).
+    ``mode``: ``dense`` selects by the gate's scores; ``hash`` looks the experts up by token id and
+    weighs them alike; ``hash_gate`` looks them up and weighs them by the gate's scores.
+    ``routed_scaling_factor`` is the scale r of the weights (``hash`` has no use for it);
+    ``vocab_size`` is the number of rows of a table; ``sentinel`` is the id that stands where there
+    is no expert: for padding, for a token outside the vocabulary, for a given id outside [0,
+    num_experts).
     """
 
     hidden_size: int
     num_experts: int
     top_k: int
     routed_scaling_factor: float
-    mode: Literal["dense", "hash"] = "dense"
+    mode: Literal["dense", "hash", "hash_gate"] = "dense"
     vocab_size: int | None = None
     renormalize: bool = True
     sentinel: int = -1
@@ -81,11 +93,11 @@ class RouterConfig:
         check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
         check_int("top_k", self.top_k, 1, min(MAX_TOP_K, self.num_experts))
         check_int("sentinel", self.sentinel, -(2**31), 2**31 - 1)
-        if self.mode not in ("dense", "hash"):
-            raise wrong_value("mode", "'dense' or 'hash'", self.mode)
+        if self.mode not in _KERNELS:
+            raise wrong_value("mode", f"one of {list(_KERNELS)}", self.mode)
         if not isinstance(self.renormalize, bool):
             raise wrong_value("renormalize", "True or False", self.renormalize)
-        if self.vocab_size is not None or self.mode == "hash":
+        if self.vocab_size is not None or self.mode != "dense":
             check_int("vocab_size", self.vocab_size, 1, 2**31 - 1)
         check_scale("routed_scaling_factor", self.routed_scaling_factor)
 
@@ -102,9 +114,12 @@ class RouterConfig:
 
 
 class _Backend(Protocol):
-    """What differs between devices and modes."""
+    """What differs between devices and modes. ``route`` takes the rows, and of hash_gate the token
+    ids, which ``serve`` finds in the call.
+    """
 
-    def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]: ...
+    @property
+    def route(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results: ...
 
@@ -116,11 +131,14 @@ class _DenseBackend(_Backend, Protocol):
 
 
 class Router:
-    """A gate with its weights. Call it with hidden states (dense) or token ids (hash).
+    """A gate with its weights. Call it with hidden states (dense), token ids (hash), or both
+    (hash_gate).
 
     dense: ``weight`` bf16 ``[num_experts, hidden_size]`` and ``bias`` fp32 ``[num_experts]``,
-    finite; ``image_bias``, like ``bias``, is what image tokens are selected by. hash:  ``table``
-    int32 or int64 ``[vocab_size, top_k]`` with entries in ``[0, num_experts)``.
+    finite. hash: ``table`` int32 or int64 ``[vocab_size, top_k]`` with entries in ``[0,
+    num_experts)``. hash_gate: ``weight`` and ``table``. ``image_bias``, like ``bias``, is what
+    image tokens are selected by, where there is a ``weight``: those of hash_gate too, which are not
+    looked up.
 
     The router copies what it is given. ``device`` is a torch device. ``artifacts`` names the
     artifacts folder. ``variants`` maps a kernel's name to the one variant to use for it, proven or
@@ -154,30 +172,34 @@ class Router:
         self._weights: _Weights | None = None
         self._expert_map: ExpertMap | None = None
         self._backend: _Backend | _DenseBackend
-        used = DENSE if config.mode == "dense" else (HASH,)
+        used = _KERNELS[config.mode]
         variants = dict(variants or {})
         unknown = sorted(set(variants) - set(used))
         if unknown:
             expected = f"kernels of a {config.mode} router, {list(used)}"
             raise wrong_value("variants", expected, unknown)
         given = {"weight": weight, "bias": bias, "table": table}
-        wanted = ("weight", "bias") if config.mode == "dense" else ("table",)
+        wanted = _TENSORS[config.mode]
         named = [name for name, tensor in given.items() if tensor is not None]
-        if image_bias is not None and config.mode != "dense":
-            raise wrong_value("image_bias", "a dense router", f"mode {config.mode!r}")
+        if image_bias is not None and "weight" not in wanted:
+            raise wrong_value("image_bias", "a router with a weight", f"mode {config.mode!r}")
         if sorted(named) != sorted(wanted):
             raise wrong_value(f"tensors of a {config.mode} router", list(wanted), named)
         kernels = None
         if self.device.type == "cuda":
             refuse_capture("building a Router")
             kernels = kernels_on(self.device.index, artifacts)
-        if table is not None:
-            self._backend = self._hash(_checked_table(table, config), kernels, variants)
-        elif weight is not None and bias is not None:
-            weight, bias = _checked_weight(weight, config), _checked_bias("bias", bias, config)
-            if image_bias is not None:
-                image_bias = _checked_bias("image_bias", image_bias, config)
-            self._backend = self._dense((weight, bias, image_bias), kernels, variants)
+        # All values are checked before any is stored.
+        table = None if table is None else _checked_table(table, config)
+        weight = None if weight is None else _checked_weight(weight, config)
+        bias = None if bias is None else _checked_bias("bias", bias, config)
+        if image_bias is not None:
+            image_bias = _checked_bias("image_bias", image_bias, config)
+        if weight is None and table is not None:
+            self._backend = self._hash(table, kernels, variants)
+        elif weight is not None:
+            values = weight, bias, image_bias
+            self._backend = self._scoring(values, table, kernels, variants)
         if kernels is not None:
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(self.device)
@@ -239,27 +261,37 @@ class Router:
     def _hash(
         self, table: Tensor, kernels: Kernels | None, variants: Mapping[str, str]
     ) -> _Backend:
-        stored = table.to(
-            self.device, torch.int32, copy=True, memory_format=torch.contiguous_format
-        )
+        stored = _stored_table(table, self.device)
         if kernels is None:
             return _CpuHash(self.config, stored)
         return _CudaHash(self.config, stored, kernels, variants)
 
-    def _dense(
+    def _scoring(
         self,
-        values: tuple[Tensor, Tensor, Tensor | None],
+        values: tuple[Tensor, Tensor | None, Tensor | None],
+        table: Tensor | None,
         kernels: Kernels | None,
         variants: Mapping[str, str],
-    ) -> _DenseBackend:
-        self._weights = _Weights(self.config, self.device, values[2] is not None)
-        backend: _DenseBackend = (
-            _CpuDense(self.config, self._weights)
-            if kernels is None
-            else _CudaDense(self.config, self._weights, kernels, variants)
-        )
+    ) -> _Backend:
+        """With a table of mode ``hash_gate``, without of mode ``dense``."""
+        config = self.config
+        weights = self._weights = _Weights(config, self.device, values[2] is not None)
+        backend: _Backend
+        if table is not None:
+            stored = _stored_table(table, self.device)
+            backend = (
+                _CpuHashGate(config, weights, stored)
+                if kernels is None
+                else _CudaHashGate(config, weights, stored, kernels, variants)
+            )
+        else:
+            backend = (
+                _CpuDense(config, weights)
+                if kernels is None
+                else _CudaDense(config, weights, kernels, variants)
+            )
         # Only now: the kernels' contracts say in which orders the weight is stored.
-        self._weights.write(*values)
+        weights.write(*values)
         return backend
 
     def __repr__(self) -> str:
@@ -279,18 +311,21 @@ class Router:
             )
         return self._router_id
 
-    def forward(self, tensor: Tensor, **inputs: Unpack[Inputs]) -> tuple[Tensor, Tensor]:
-        """Route hidden states ``[tokens, hidden_size]`` bf16 (dense) or token ids ``[tokens]``
-        (hash).
+    def forward(
+        self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
+    ) -> tuple[Tensor, Tensor]:
+        """Route hidden states ``[tokens, hidden_size]`` bf16 (dense), token ids ``[tokens]`` int32
+        or int64 (hash), or hidden states and ``token_ids`` (hash_gate).
 
         Eagerly this skips torch's dispatcher. Inside ``torch.compile`` it is the custom op, which
         needs the router to be registered.
         """
+        rows = self._rows(tensor, token_ids)
         if torch.compiler.is_compiling():
-            return self._op("", "default")(tensor, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+            return self._op("", "default")(*rows, *self._numbers(), **inputs)  # type: ignore[no-any-return]
         if inputs:
-            return self._serve(tensor, Call(**inputs))[:2]
-        return self._backend.route(tensor)
+            return self._serve(tensor, Call(**inputs, token_ids=token_ids))[:2]
+        return self._backend.route(*rows)
 
     __call__ = forward
 
@@ -310,14 +345,16 @@ class Router:
         return typing.cast(_DenseBackend, self._backend).route_with_logits(tensor)
 
     def forward_mapped(
-        self, tensor: Tensor, **inputs: Unpack[Inputs]
+        self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``forward``, with physical ids by the expert map, and the logical ids:
         ``(weights, physical ids, logical ids)``.
         """
+        rows = self._rows(tensor, token_ids)
         if torch.compiler.is_compiling():
-            return self._op("", "mapped")(tensor, *self._numbers(), **inputs)  # type: ignore[no-any-return]
-        weights, ids, _, logical = self._serve(tensor, Call(**inputs, mapped=True))
+            return self._op("", "mapped")(*rows, *self._numbers(), **inputs)  # type: ignore[no-any-return]
+        call = Call(**inputs, token_ids=token_ids, mapped=True)
+        weights, ids, _, logical = self._serve(tensor, call)
         return weights, ids, typing.cast(Tensor, logical)
 
     def replay(
@@ -336,6 +373,7 @@ class Router:
     def forward_out(
         self,
         tensor: Tensor,
+        token_ids: Tensor | None = None,
         *,
         weights_out: Tensor,
         ids_out: Tensor,
@@ -351,8 +389,10 @@ class Router:
         """
         if logits_out is not None or given_ids is not None:
             self._require_dense("forward_out with logits_out or given_ids")
+        self._rows(tensor, token_ids)
         outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
-        self._serve(tensor, Call(**inputs, given_ids=given_ids, outputs=outputs))
+        call = Call(**inputs, given_ids=given_ids, token_ids=token_ids, outputs=outputs)
+        self._serve(tensor, call)
 
     def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
         """Give every logical expert its physical ids: row e of ``expert_map`` ``[num_experts,
@@ -399,17 +439,29 @@ class Router:
             raise wrong_value("a mapped call", "a router with an expert map", "one without")
         return self._backend.serve(tensor, call, self._expert_map)
 
+    def _rows(self, tensor: Tensor, token_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """What this router's mode routes by."""
+        if (token_ids is not None) != (self.config.mode == "hash_gate"):
+            given = "no token ids" if token_ids is None else "token ids"
+            raise wrong_value(
+                "token_ids",
+                "token ids beside the rows in mode 'hash_gate', and in no other",
+                f"{given} in mode {self.config.mode!r}",
+            )
+        return (tensor,) if token_ids is None else (tensor, token_ids)
+
     def _op(self, what: str, form: str) -> Any:
         """The custom op of this router's mode."""
-        name = f"{self.config.mode}_router{what}"
+        mode = self.config.mode
+        name = mode if mode == "hash_gate" else f"{mode}_router{what}"
         return getattr(getattr(getattr(torch.ops, ops.NAMESPACE), name), form)
 
     def _numbers(self) -> tuple[int, ...]:
         """What this router's ops are called with after the tensors."""
         config = self.config
-        if config.mode == "dense":
-            return self.router_id, config.num_experts, config.top_k
-        return self.router_id, config.top_k
+        if config.mode == "hash":
+            return self.router_id, config.top_k
+        return self.router_id, config.num_experts, config.top_k
 
     def _require_dense(self, what: str) -> None:
         if self.config.mode != "dense":
@@ -417,8 +469,9 @@ class Router:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Which entry serves how many tokens. Empty for a hash router and on a CPU."""
-        return self._backend.spans if isinstance(self._backend, _CudaDense) else ()
+        """Which entry serves how many tokens. Empty for mode ``hash`` and on a CPU."""
+        backend = self._backend
+        return backend.spans if isinstance(backend, _CudaDense | _CudaHashGate) else ()
 
     def update_weights(
         self,
@@ -437,7 +490,9 @@ class Router:
         Not to be called while another thread launches this router.
         """
         if self._weights is None:
-            raise wrong_value("update_weights", "a dense router", f"mode {self.config.mode!r}")
+            raise wrong_value("update_weights", "a router with a weight", "mode 'hash'")
+        if bias is not None and "bias" not in _TENSORS[self.config.mode]:
+            raise wrong_value("bias", "a dense router", f"mode {self.config.mode!r}")
         if weight is None and bias is None and image_bias is None:
             raise wrong_value("update_weights", "a weight, a bias or both", "neither")
         weight = None if weight is None else _checked_weight(weight, self.config)
@@ -461,12 +516,15 @@ class Router:
 
     def warmup(self) -> None:
         """One dummy call of every kernel, so that torch's allocator and the driver are warm."""
-        if self.config.mode == "hash":
-            self._backend.route(torch.zeros(1, dtype=torch.int64, device=self.device))
-            return
+        config = self.config
         for tokens in [span.low for span in self.spans] or [1]:
-            shape = (tokens, self.config.hidden_size)
-            self._backend.route(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
+            rows = []
+            if "weight" in _TENSORS[config.mode]:
+                shape = (tokens, config.hidden_size)
+                rows.append(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
+            if "table" in _TENSORS[config.mode]:
+                rows.append(torch.zeros(tokens, dtype=torch.int64, device=self.device))
+            self._backend.route(*rows)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -480,7 +538,8 @@ def warmup_router_compilation(router: Router) -> None:
 
 
 class _Weights:
-    """The weights of a dense router on its device, at addresses that never change.
+    """The weights of a gate on its device, at addresses that never change. Mode ``hash_gate`` makes
+    no use of the bias.
 
     ``packed`` returns the buffer of a kernel's Repack recipe; equal recipes share one buffer.
     """
@@ -568,6 +627,35 @@ class _CpuHash:
         results = call.results(CPU, tokens, config.top_k, config.num_experts)
         padding = call.padding(torch.arange(tokens))
         result = spec.hash_router(tensor, self._table, config.top_k, spec.NO_EXPERT, padding)
+        return call.store(results, *result, config.sentinel, expert_map)
+
+
+class _CpuHashGate:
+    def __init__(self, config: RouterConfig, weights: _Weights, table: Tensor) -> None:
+        self._config, self._weights, self._table = config, weights, table
+
+    def route(self, hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.serve(hidden_states, Call(token_ids=token_ids), None)[:2]
+
+    def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        config, weights = self._config, self._weights
+        tokens = check_activations(hidden_states, config.hidden_size, CPU.device)
+        token_ids = typing.cast(Tensor, call.token_ids)
+        check_token_ids(token_ids, CPU.device, tokens)
+        call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
+        results = call.results(CPU, tokens, config.top_k, config.num_experts)
+        result = spec.hash_gate(
+            hidden_states,
+            token_ids,
+            weights.weight,
+            self._table,
+            config.routed_scaling_factor,
+            config.renormalize,
+            spec.NO_EXPERT,
+            image_mask=call.image_mask,
+            image_bias=weights.image_bias,
+            padding=call.padding(torch.arange(tokens)),
+        )
         return call.store(results, *result, config.sentinel, expert_map)
 
 
@@ -800,9 +888,7 @@ class _CudaHash:
         if tokens == 0:
             return weights, ids
         words = tensor.contiguous()
-        narrow, wide = words.data_ptr(), 0
-        if words.dtype is torch.int64:
-            narrow, wide = wide, narrow
+        narrow, wide = _both_widths(words)
         launch = self._launch.plain
         launch(placement.stream(), narrow, wide, weights.data_ptr(), ids.data_ptr(), tokens)
         return weights, ids
@@ -817,13 +903,112 @@ class _CudaHash:
         results = call.results(placement, tokens, self._top_k, self._experts)
         if tokens:
             words = tensor.contiguous()
-            narrow, wide = words.data_ptr(), 0
-            if words.dtype is torch.int64:
-                narrow, wide = wide, narrow
+            narrow, wide = _both_widths(words)
             given = narrow, wide, results.weights.data_ptr(), narrow_ids(results.ids), tokens
             served = call.arguments(slice(0, tokens), results, expert_map)
             self._launch.serve(placement.stream(), given, served)
         return results
+
+
+class _CudaHashGate:
+    """The variants that the resolver divided the batches among, and the one for image tokens."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        weights: _Weights,
+        table: Tensor,
+        kernels: Kernels,
+        variants: Mapping[str, str],
+    ) -> None:
+        self._hidden_size, self._experts = config.hidden_size, config.num_experts
+        self._top_k = config.top_k
+        self._placement = Placement(table.device)
+        shape = {"HIDDEN": self._hidden_size, "EXPERTS": self._experts, "TOP_K": self._top_k}
+        request = Request(GATE, constants=shape | {"IMAGES": 0}, variant=variants.get(GATE))
+        self.spans = kernels.dispatch([request]).require()
+
+        def launch(kernel: LoadedKernel) -> ServingLaunch:
+            return ServingLaunch(
+                kernel,
+                (
+                    *("hidden_states", "row_stride", "token_ids_i32", "token_ids_i64"),
+                    *("weights_out", "ids_out", "tokens"),
+                ),
+                weight=weights.weight,
+                table=table,
+                vocab=table.shape[0],
+                scale=config.routed_scaling_factor,
+                renormalize=int(config.renormalize),
+                sentinel=config.sentinel,
+                image_bias=weights.image_bias,
+            )
+
+        self._highs = [span.high for span in self.spans]
+        self._launches = [launch(kernels.load_entry(span.entry)) for span in self.spans]
+        self._images: ServingLaunch | None = None
+        if weights.image_bias is not None:
+            self._images = launch(kernels.load(Request(GATE, constants=shape | {"IMAGES": 1})))
+
+    def route(self, hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        placement = self._placement
+        tokens = check_activations(hidden_states, self._hidden_size, placement.device)
+        check_token_ids(token_ids, placement.device, tokens)
+        if placement.elsewhere():
+            with placement.current():
+                return self.route(hidden_states, token_ids)
+        weights, ids = placement.outputs(tokens, self._top_k)
+        if tokens == 0:
+            return weights, ids
+        # Both names keep a copy alive until the launch, if there is one.
+        hidden_states, address, row_stride = readable_rows(hidden_states)
+        words = token_ids.contiguous()
+        self._launches[bisect.bisect_left(self._highs, tokens)].plain(
+            placement.stream(),
+            address,
+            row_stride,
+            *_both_widths(words),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            tokens,
+        )
+        return weights, ids
+
+    def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        placement = self._placement
+        tokens = check_activations(hidden_states, self._hidden_size, placement.device)
+        token_ids = typing.cast(Tensor, call.token_ids)
+        check_token_ids(token_ids, placement.device, tokens)
+        if placement.elsewhere():
+            with placement.current():
+                return self.serve(hidden_states, call, expert_map)
+        call.check(tokens, self._top_k, placement.device, self._images is not None)
+        results = call.results(placement, tokens, self._top_k, self._experts)
+        if tokens == 0:
+            return results
+        launch = self._launches[bisect.bisect_left(self._highs, tokens)]
+        if call.image_mask is not None and self._images is not None:
+            launch = self._images
+        hidden_states, address, row_stride = readable_rows(hidden_states)
+        words = token_ids.contiguous()
+        addresses = results.weights.data_ptr(), narrow_ids(results.ids)
+        launch.serve(
+            placement.stream(),
+            (address, row_stride, *_both_widths(words), *addresses, tokens),
+            call.arguments(slice(0, tokens), results, expert_map),
+        )
+        return results
+
+
+def _both_widths(words: Tensor) -> tuple[int, int]:
+    """The address of int32 or int64 words, as (narrow, wide): the other one is null."""
+    address = words.data_ptr()
+    return (0, address) if words.dtype is torch.int64 else (address, 0)
+
+
+def _stored_table(table: Tensor, device: torch.device) -> Tensor:
+    """The table as kernels read it: int32, contiguous, on the device, the router's own."""
+    return table.to(device, torch.int32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _resolved_device(device: torch.device | str | int) -> torch.device:

@@ -6,6 +6,7 @@ num_valid_tokens  int32, one element: the rows from that number on are padding; 
                   so that a captured graph can be replayed with another count
 image_mask        bool [tokens]: those rows are selected by the router's ``image_bias``
 given_ids         int32 or int64 [tokens, top_k]: the experts to weigh, in their order
+token_ids         int32 or int64 [tokens]: what hash_gate looks experts up by, beside its rows
 ids_dtype         torch.int32 or torch.int64, of the ids that are returned
 
 Rows of logits are stored for padding tokens too: those of whatever hidden states stand there.
@@ -82,6 +83,7 @@ class Call:
     num_valid_tokens: Tensor | None = None
     image_mask: Tensor | None = None
     given_ids: Tensor | None = None
+    token_ids: Tensor | None = None
     logits: bool = False
     mapped: bool = False
     outputs: Results | None = None

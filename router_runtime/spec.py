@@ -207,3 +207,47 @@ def hash_router(
     ids = torch.where(known.unsqueeze(1), rows.int(), torch.full_like(rows, sentinel).int())
     share = torch.full(ids.shape, 1.0 / k, dtype=torch.float32, device=ids.device)
     return torch.where(known.unsqueeze(1), share, torch.zeros_like(share)), ids
+
+
+def gathered_logits64(hidden_states: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """The logits of each token's own experts, ``ids`` ``[N, k]``: float64 ``[N, k]``. Products are
+    exact, one float64 accumulation each.
+    """
+    x = hidden_states.double()
+    logits = [(x * weight[chosen.long()].double()).sum(dim=1) for chosen in ids.unbind(1)]
+    return torch.stack(logits, dim=1)
+
+
+def hash_gate(
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    scale: float,
+    renormalize: bool = True,
+    sentinel: int = -1,
+    *,
+    image_mask: Tensor | None = None,
+    image_bias: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``ids = table[token]``, verbatim; weights from the scores of exactly these experts.
+
+    A token outside [0, vocab) gets the sentinel in every id and zero weights, and so does one of
+    ``padding`` (bool ``[N]``). An image token (``image_mask``, bool ``[N]``) is not looked up: it
+    gets the k experts of largest key, with ``image_bias`` (fp32 ``[E]``) as the bias.
+    """
+    ids = hash_router(token_ids, table, table.shape[1], sentinel)[1]
+    routed = (token_ids >= 0) & (token_ids < table.shape[0])
+    if image_mask is not None and image_bias is not None:
+        selected = dense_router(hidden_states, weight, image_bias, table.shape[1], scale)[1]
+        ids = torch.where(image_mask.unsqueeze(1), selected, ids)
+        routed = routed | image_mask
+    if padding is not None:
+        ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, sentinel), ids)
+        routed = routed & ~padding
+    routed = routed.unsqueeze(1)
+    experts = torch.where(routed, ids, torch.zeros_like(ids))
+    scores = sqrt_softplus(gathered_logits64(hidden_states, weight, experts).float())
+    weights = routing_weights(scores, scale, renormalize)
+    return torch.where(routed, weights, torch.zeros_like(weights)), ids

@@ -297,10 +297,74 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
     )
 
 
+#: Sizes that meet every way in which hash_gate's tokens share a multiprocessor; any pattern of
+#: hidden states that a dense router is tried with, unless it is about ids.
+_GATE_TOKENS = (1, 2, 63, 64, 65, 257, 1000)
+_GATE_PATTERNS = (
+    *("extremes", "infinities", "nan_rows", "zero", "subnormal", "cancelling", "negative"),
+    *("repeated", "out_of_range", "one_expert"),
+)
+
+
+def _hash_gate(constants: Constants, limits: Limits) -> Iterator[Case]:
+    shape = {
+        "hidden": int(constants["HIDDEN"]),
+        "experts": int(constants["EXPERTS"]),
+        "top_k": int(constants["TOP_K"]),
+    }
+
+    def case(
+        pattern: str,
+        tokens: int,
+        *,
+        scale: float = 1.5,
+        renormalize: bool = True,
+        variations: bool = False,
+        **sizes: int,
+    ) -> Case:
+        defaults = {"padding": 0, "vocab": 1009, "index_bits": 64, "sentinel": -1, "images": 0}
+        changed = "".join(f"-{name}{value}" for name, value in sizes.items())
+        name = f"{pattern}-n{tokens}{changed}-r{scale:g}" + ("" if renormalize else "-raw")
+        name += "-{hidden}x{experts}-k{top_k}".format(**shape)
+        sizes = shape | {"tokens": tokens} | defaults | sizes
+        return Case("hash_gate", name, pattern, sizes, scale, renormalize, variations)
+
+    for tokens in _within(limits, "tokens", _GATE_TOKENS):
+        yield case("random", tokens, scale=2.5, variations=True)
+    for pattern in _GATE_PATTERNS:
+        yield case(pattern, PATTERN_TOKENS, variations=pattern in ("infinities", "nan_rows"))
+    for bits in (32, 64):
+        yield case("out_of_range", 257, index_bits=bits)
+    yield case("random", 1000, vocab=129280)
+    yield case("out_of_range", PATTERN_TOKENS, vocab=1)
+    for sentinel in (0, 2**31 - 1):
+        yield case("out_of_range", PATTERN_TOKENS, sentinel=sentinel)
+    for pattern in ("random", "extremes"):
+        yield case(pattern, PATTERN_TOKENS, renormalize=False)
+    for scale in (0.0, 1e18):
+        yield case("random", PATTERN_TOKENS, scale=scale)
+    for padding in (8, 64):
+        yield case("random", PATTERN_TOKENS, padding=padding)
+    images = bool(constants.get("IMAGES"))
+    yield from _served(
+        (case("random", 65, variations=True), case("out_of_range", 257)),
+        images=images,
+        replay=False,
+    )
+    if not images:
+        return
+    # Image tokens among the others: the rules of a dense router for what selects by scores.
+    yield case("random", 65, images=1, variations=True)
+    for pattern in ("ties", "equal", "bias_8", "infinities", "nan_rows", "special_bias"):
+        yield case(pattern, PATTERN_TOKENS, images=1)
+    yield case("out_of_range", PATTERN_TOKENS, images=1)
+
+
 _CASES: Mapping[str, Callable[[Constants, Limits], Iterator[Case]]] = {
     "hash_router": _hash_router,
     "topk_select": _topk_select,
     "activation_topk": _activation_topk,
+    "hash_gate": _hash_gate,
     "dense_router_decode": functools.partial(_dense_router, "dense_router_decode"),
     "dense_router_prefill": functools.partial(_dense_router, "dense_router_prefill"),
 }

@@ -50,11 +50,11 @@ def entries_here(folder: Path, capability: tuple[int, int]) -> list[Entry]:
         entry
         for entry in read_manifest(folder).entries
         if Target.parse(entry.target).runs_on(*capability)
-        and entry.kernel.startswith((DENSE, "activation_topk"))
+        and entry.kernel.startswith((DENSE, "activation_topk", "hash_"))
     ]
 
 
-def dense_variants(entries: list[Entry]) -> list[tuple[str, str]]:
-    """Every (kernel, variant) of a dense router among ``entries``, in their order."""
-    found = [(entry.kernel, entry.variant) for entry in entries if entry.kernel.startswith(DENSE)]
+def variants_of(family: str, entries: list[Entry]) -> list[tuple[str, str]]:
+    """Every (kernel, variant) among ``entries`` whose kernel starts so, in their order."""
+    found = [(entry.kernel, entry.variant) for entry in entries if entry.kernel.startswith(family)]
     return list(dict.fromkeys(found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from tests.bench.machine import Machine
 
 #: Inputs of a chain may take this much memory, and as much more as three times the L2 cache needs.
 INPUT_BYTES = 4 << 30
+
+#: The largest batch that a chain has token ids for.
+MOST_TOKENS = 1 << 17
 
 #: How many caches full the weights, and the inputs, of a chain are.
 CACHES = 3
@@ -56,12 +59,16 @@ def plan(model: Model, tokens: int, l2_bytes: int, least_routers: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The weights of a chain's routers, row-major as a checkpoint has them."""
+    """The weights of a chain's routers, row-major as a checkpoint has them, and their tables. All
+    routers of a batch see the same token ids: the first ones of ``token_ids``.
+    """
 
     model: Model
     device: torch.device
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
+    token_ids: Tensor
 
 
 def make_layers(model: Model, routers: int, device: torch.device) -> Layers:
@@ -72,11 +79,19 @@ def make_layers(model: Model, routers: int, device: torch.device) -> Layers:
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=random, device=device)
 
+    def integers(below: int, *sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(below, sizes, generator=random, device=device, dtype=dtype)
+
     return Layers(
         model,
         device,
         tuple((normal(*shape) * _WEIGHT_SCALE).bfloat16() for _ in range(routers)),
         tuple(normal(model.experts) * _BIAS_SCALE for _ in range(routers)),
+        tuple(
+            integers(model.experts, model.vocab, model.top_k, dtype=torch.int32)
+            for _ in range(routers)
+        ),
+        integers(model.vocab, MOST_TOKENS, dtype=torch.int64),
     )
 
 
@@ -90,10 +105,13 @@ def make_inputs(model: Model, tokens: int, count: int, device: torch.device) -> 
 
 
 class Output(NamedTuple):
-    """What a router gave. Its first column feeds the link; ``ids`` is None for bare logits."""
+    """What a router gave. Its first column feeds the link; ``ids`` is None for bare logits.
+    ``mode`` is the mode of a Router that gives the same.
+    """
 
     values: Tensor
     ids: Tensor | None
+    mode: Literal["dense", "hash", "hash_gate"] = "dense"
 
 
 #: Routes the hidden states by the layer of that index.
@@ -135,11 +153,17 @@ class Chain:
         rows = torch.linspace(0, x.shape[0] - 1, count, device=x.device).round().long()
         weight, bias = self.layers.weights[last], self.layers.biases[last]
         model, x, found = self.layers.model, x[rows], output.values[rows]
+        table, token_ids = self.layers.tables[last], self.layers.token_ids[rows]
         if output.ids is None:
             exact = spec.dense_logits64(x, weight)
             wrong = ~((found - exact).abs() <= _TOLERANCE).all(dim=1)
         else:
-            exact, ids = spec.dense_router(x, weight, bias, model.top_k, model.scale)
+            if output.mode == "dense":
+                exact, ids = spec.dense_router(x, weight, bias, model.top_k, model.scale)
+            elif output.mode == "hash":
+                exact, ids = spec.hash_router(token_ids, table, model.top_k)
+            else:
+                exact, ids = spec.hash_gate(x, token_ids, weight, table, model.scale)
             wrong = (output.ids[rows] != ids).any(dim=1)
             wrong |= ~((found - exact).abs() <= _TOLERANCE).all(dim=1)
         return int(wrong.sum())

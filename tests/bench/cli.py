@@ -25,7 +25,7 @@ from build_kernels.catalog import MODELS, Model
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.manifest import ManifestError
 from tests.bench import peers
-from tests.bench.contenders import CONTENDERS, MODES, OURS
+from tests.bench.contenders import CONTENDERS, GATE, MODES, OURS
 from tests.bench.machine import Cpu, Gpu
 from tests.bench.run import Options, run
 
@@ -113,7 +113,7 @@ class Choice(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--alone",
     is_flag=True,
-    help=f"Time each dense kernel by itself in place of {OURS}, and write crossover.toml.",
+    help=f"Time each kernel by itself in place of {OURS} and {GATE}, and write crossover.toml.",
 )
 @click.option(
     "--out",

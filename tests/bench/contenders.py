@@ -122,6 +122,68 @@ class DenseRouters:
         return self._alone and bool(spans) and tokens > spans[-1].high
 
 
+class GateRouters:
+    """The product in the layers that look their experts up: one Router a layer."""
+
+    def __init__(self, layers: Layers, mode: Mode, settings: Settings) -> None:
+        model = layers.model
+        config = RouterConfig(
+            *(model.hidden, model.experts, model.top_k, model.scale),
+            mode="hash_gate",
+            vocab_size=model.vocab,
+        )
+        self._token_ids = layers.token_ids
+        self._routers = [
+            Router(
+                config,
+                weight=weight,
+                table=table,
+                device=weight.device,
+                artifacts=settings.folders.get(mode),
+                variants={k: v for k, v in settings.variants.items() if k == GATE},
+            )
+            for weight, table in zip(layers.weights, layers.tables, strict=True)
+        ]
+
+    def __call__(self, layer: int, x: Tensor) -> Output:
+        return Output(*self._routers[layer](x, self._token_ids[: x.shape[0]]), "hash_gate")
+
+
+def _hash_router(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    """The product's look-up with uniform weights: a part of hash_gate's work."""
+    model = layers.model
+    config = RouterConfig(
+        *(model.hidden, model.experts, model.top_k, model.scale),
+        mode="hash",
+        vocab_size=model.vocab,
+    )
+    routers = [
+        Router(
+            config,
+            table=table,
+            device=table.device,
+            artifacts=settings.folders.get(mode),
+            variants={k: v for k, v in settings.variants.items() if k == HASH},
+        )
+        for table in layers.tables
+    ]
+    return lambda layer, x: Output(*routers[layer](layers.token_ids[: x.shape[0]]), "hash")
+
+
+def _gathered(layers: Layers, mode: Mode, settings: Settings) -> Route:
+    """hash_gate as one writes it in torch: the weight rows are gathered and multiplied."""
+    model = layers.model
+
+    def route(layer: int, x: Tensor) -> Output:
+        ids = layers.tables[layer][layers.token_ids[: x.shape[0]]]
+        logits = (x.float().unsqueeze(1) * layers.weights[layer][ids.long()].float()).sum(dim=-1)
+        scores = torch.nn.functional.softplus(logits).sqrt()
+        weights = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * model.scale
+        return Output(weights, ids, "hash_gate")
+
+    return route
+
+
 def _mm(layers: Layers, mode: Mode, settings: Settings) -> Route:
     return lambda layer, x: Output(mm(x, layers.weights[layer]), None)
 
@@ -223,6 +285,7 @@ class _Compiled:
 
 
 OURS = "dense_router"
+GATE, HASH = "hash_gate", "hash_router"
 MM = "torch.mm"
 
 CONTENDERS: Mapping[str, Contender] = {
@@ -232,6 +295,9 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(MM, _mm),
         Contender("mm+activation_topk", _mm_activation_topk, launches_dependent=True),
         Contender("mm+triton", _mm_triton),
+        Contender(GATE, GateRouters, launches_dependent=True),
+        Contender(HASH, _hash_router, launches_dependent=True),
+        Contender("gathered", _gathered),
         Contender("eager", _eager),
         Contender("compile", _Compiled),
     )
@@ -269,14 +335,17 @@ def field(
 
 
 def alone(folders: Mapping[Mode, Path], kernel: str, variant: str) -> Contender:
-    """One dense kernel by itself. ``folders`` hold editions with no other."""
+    """One kernel by itself. ``folders`` hold editions with no other dense kernel."""
     settings = Settings(folders, {kernel: variant}, alone=True)
-    return dataclasses.replace(CONTENDERS[OURS], name=f"{kernel}/{variant}", settings=settings)
+    family = CONTENDERS[GATE if kernel == GATE else OURS]
+    return dataclasses.replace(family, name=f"{kernel}/{variant}", settings=settings)
 
 
-def is_ours(name: str) -> bool:
-    """True for ``dense_router``, with or without variants, and for dense kernels alone."""
-    return name.startswith(DENSE)
+def family(name: str) -> str | None:
+    """``dense_router`` or ``hash_gate`` for a contender of ours, with or without variants, and for
+    a kernel alone; None for any other.
+    """
+    return next((ours for ours in (OURS, GATE) if name.startswith(ours)), None)
 
 
 def triton_version() -> str | None:

@@ -57,13 +57,16 @@ class Peers:
     source: str
     tokens: tuple[int, ...]
     models: Mapping[str, ModelPeers]
-    bars: tuple[Bar, ...]
+    bars: Mapping[str, tuple[Bar, ...]]
     host_bar: float
     floor: Floor
 
-    def bar(self, tokens: int) -> float | None:
-        """The ratio to reach at that many tokens; None between the ranges that have one."""
-        return next((bar.ratio for bar in self.bars if bar.first <= tokens <= bar.last), None)
+    def bar(self, family: str, tokens: int) -> float | None:
+        """The ratio for a router of ours to reach at that many tokens; None outside the ranges that
+        have one.
+        """
+        bars = self.bars.get(family, ())
+        return next((bar.ratio for bar in bars if bar.first <= tokens <= bar.last), None)
 
     def scaled(self, model: str, tokens: int, torch_mm: float | None) -> float | None:
         """The best peer's time on the device of a run in which ``torch.mm`` took ``torch_mm``."""
@@ -86,7 +89,9 @@ def parse(document: Mapping[str, Any]) -> Peers:
         )
         for name, figures in document["models"].items()
     }
-    bars = tuple(Bar(**bar) for bar in document["bars"])
+    bars = {
+        family: tuple(Bar(**bar) for bar in listed) for family, listed in document["bars"].items()
+    }
     floor = Floor(**document["floor"])
     return Peers(document["source"], tokens, models, bars, document["host_bar"], floor)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.catalog import Model
-from tests.bench.contenders import is_ours
+from tests.bench.contenders import family
 from tests.bench.peers import Peers
 
 
@@ -34,7 +34,7 @@ def draw(
             points = sorted(
                 (cell["tokens"], cell["median_us"]) for cell in own if cell["contender"] == name
             )
-            width = 2.5 if is_ours(name) else 1.0
+            width = 2.5 if family(name) else 1.0
             panel.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=name)
         scaled = [
             (found["tokens"], found["scaled_peer_us"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from build_kernels.catalog import Model
-from tests.bench.contenders import MM, is_ours
+from tests.bench.contenders import MM, family
 from tests.bench.host import OURS as HOST_OURS
 from tests.bench.host import PEER as HOST_PEER
 from tests.bench.host import HostCell
@@ -58,10 +58,17 @@ def compare(cells: Iterable[Cell], peers: Peers) -> list[Comparison]:
     for cell in cells:
         run = mm.get((cell.model, cell.tokens))
         scaled = peers.scaled(cell.model, cell.tokens, run)
-        usable = is_ours(cell.contender) and cell.error is None
-        if not usable or cell.median_us is None or run is None or scaled is None or scaled <= 0:
+        ours = family(cell.contender)
+        if (
+            ours is None
+            or cell.error is not None
+            or cell.median_us is None
+            or run is None
+            or scaled is None
+            or scaled <= 0
+        ):
             continue
-        ratio, bar = cell.median_us / scaled, peers.bar(cell.tokens)
+        ratio, bar = cell.median_us / scaled, peers.bar(ours, cell.tokens)
         found.append(
             Comparison(
                 cell.model,

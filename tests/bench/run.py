@@ -23,14 +23,14 @@ from build_kernels.catalog import Model
 from router_runtime.artifacts import find_artifacts, read_manifest
 from tests.bench import peers as peers_
 from tests.bench import plot, report, startup
-from tests.bench.artifacts import dense_variants, edition, entries_here
+from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.contenders import (
     Contender,
     Mode,
     Settings,
     alone,
+    family,
     field,
-    is_ours,
     triton_version,
 )
 from tests.bench.host import HostCell, measure
@@ -136,12 +136,13 @@ class Run:
         contenders = field(options.contenders, folders, options.variants)
         if not options.alone:
             return contenders
-        # In place of the product: each of the dense kernels that it could choose from.
-        others = [contender for contender in contenders if not is_ours(contender.name)]
+        # In place of the product: each of the kernels that it could choose from.
+        others = [contender for contender in contenders if family(contender.name) is None]
         wanted = options.variants
         by_itself = [
             alone(self._editions(f"{kernel}-{variant}", (kernel, variant)), kernel, variant)
-            for kernel, variant in dense_variants(self._here)
+            for ours in dict.fromkeys(filter(None, map(family, options.contenders)))
+            for kernel, variant in variants_of(ours, self._here)
             if kernel not in wanted or variant in wanted[kernel]
         ]
         return by_itself + others

@@ -75,21 +75,30 @@ def verification(tmp_path_factory):
         yield Verification(passed, tuple(lines), folder)
 
 
-@pytest.fixture(scope="session")
-def models(verification):
-    """(hidden, experts, top_k) of every dense router that this machine can serve."""
+def _models(folder, kernel):
+    """(hidden, experts, top_k) of every model for which this machine can run that kernel."""
     import torch
 
     capability = torch.cuda.get_device_capability()
-    entries = loads((verification.folder / MANIFEST_NAME).read_bytes()).entries
     return sorted(
         {
             tuple(int(entry.constants[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K"))
-            for entry in entries
-            if entry.kernel == "dense_router_decode"
-            and Target.parse(entry.target).runs_on(*capability)
+            for entry in loads((folder / MANIFEST_NAME).read_bytes()).entries
+            if entry.kernel == kernel and Target.parse(entry.target).runs_on(*capability)
         }
     )
+
+
+@pytest.fixture(scope="session")
+def models(verification):
+    """The shapes of every dense router that this machine can serve."""
+    return _models(verification.folder, "dense_router_decode")
+
+
+@pytest.fixture(scope="session")
+def gate_models(verification):
+    """The same for mode hash_gate."""
+    return _models(verification.folder, "hash_gate")
 
 
 @pytest.fixture(scope="session")

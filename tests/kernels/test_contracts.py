@@ -15,11 +15,13 @@ from router_runtime.manifest import Contract, GridAxis, validate_contract
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "hash_router": {"THREADS": 128, "TOKENS_PER_BLOCK": 32},
+    "hash_gate": {"WARPS": 16},
     "activation_topk": {"EXPERTS_CAPACITY": 384, "TOKENS_PER_BLOCK": 4},
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
 }
 TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
     "unsigned char*": "ptr:u8",
+    "bf16*": "ptr:bf16",
     "int": "i32",
     "long long": "i64",
     "float": "f32",

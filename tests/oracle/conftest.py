@@ -23,6 +23,18 @@ def oracle_outputs(case, inputs):
         return served_outputs(case, inputs)
     if case.kernel == "hash_router":
         return spec.hash_router(given.token_ids, given.table, given.top_k, given.sentinel)
+    if case.kernel == "hash_gate":
+        return spec.hash_gate(
+            given.hidden_states,
+            given.token_ids,
+            given.weight,
+            given.table,
+            given.scale,
+            bool(given.renormalize),
+            given.sentinel,
+            image_mask=inputs.get("image_mask"),
+            image_bias=inputs.get("image_bias"),
+        )
     if case.kernel == "topk_select":
         return spec.topk_select(given.scores, given.top_k)
     if case.kernel == "activation_topk":
@@ -51,6 +63,13 @@ def served_outputs(case, inputs):
     if case.kernel == "hash_router":
         values, ids = spec.hash_router(
             given.token_ids, given.table, given.top_k, spec.NO_EXPERT, padding
+        )
+    elif case.kernel == "hash_gate":
+        values, ids = spec.hash_gate(
+            *(given.hidden_states, given.token_ids, given.weight, given.table, given.scale),
+            bool(given.renormalize),
+            padding=padding,
+            **{name: inputs.get(name) for name in ("image_mask", "image_bias")},
         )
     else:
         logits = inputs.get("logits")
@@ -83,6 +102,11 @@ SUBJECTS = {
     "topk_select-long": ("topk_select", {}, {"row_length": (1025, 65536), "top_k": (1, 32)}),
     "activation_topk-256": ("activation_topk", {}, {"experts": (1, 256), "top_k": (1, 32)}),
     "activation_topk-1024": ("activation_topk", {}, {"experts": (385, 1024), "top_k": (1, 32)}),
+    "hash_gate": (
+        "hash_gate",
+        {"HIDDEN": 320, "EXPERTS": 40, "TOP_K": 6, "IMAGES": 1},
+        {"tokens": (1, 2**31 - 1)},
+    ),
     "dense_router_decode": (
         "dense_router_decode",
         {"HIDDEN": 256, "EXPERTS": 48, "TOP_K": 6},

@@ -14,11 +14,12 @@ from router_runtime import inputs, spec, suite
 from router_runtime.examine import examine
 from router_runtime.judge import TOLERANCES, expected_ids
 
-DENSE = "dense_router_decode"
+DENSE, GATE = "dense_router_decode", "hash_gate"
 SHAPES = {
     "hash_router": ({}, {"top_k": (1, 8)}),
     "topk_select": ({}, {"row_length": (1, 300), "top_k": (1, 8)}),
     "activation_topk": ({}, {"experts": (1, 64), "top_k": (1, 8)}),
+    GATE: ({"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}, {"tokens": (1, 64)}),
     DENSE: ({"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}, {"tokens": (1, 64)}),
 }
 

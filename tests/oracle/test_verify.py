@@ -44,6 +44,8 @@ PARAMETERS = {
     "topk_select": "scores values_out ids_out rows row_length row_stride top_k",
     "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
     "renormalize" + SCORED,
+    "hash_gate": "hidden_states token_ids_i32 token_ids_i64 weight table row_stride vocab "
+    "weights_out ids_out tokens scale renormalize image_mask image_bias" + SERVING,
     "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
     "tokens row_stride scale renormalize" + SCORED,
     "dense_router_prefill": "hidden_states weight bias weights_out ids_out logits_out workspace "
@@ -238,7 +240,7 @@ def test_no_entry_for_the_device_is_a_failure(folder, machine, monkeypatch):
 
 
 def test_an_entry_without_cases_is_a_failure(folder, machine):
-    unknown = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, entry("hash_gate", digest="9")))
+    unknown = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, entry("no_kernel", digest="9")))
     (folder / "manifest.json").write_bytes(dump_manifest(unknown))
     lines = []
     assert not verify.run(folder, False, lines.append)

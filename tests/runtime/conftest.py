@@ -72,6 +72,24 @@ def hash_contract() -> Contract:
 ONE = GridAxis("constant")
 
 
+def gate_contract() -> Contract:
+    return Contract(
+        parameters=tuple(
+            parameter
+            for parameter in parameters(
+                "hidden_states=ptr:bf16 token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 "
+                "weight=ptr:bf16 table=ptr:i32 row_stride=i64 vocab=i32 weights_out=ptr:f32 "
+                "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
+            )
+            if not parameter.name.startswith("given_ids")
+        ),
+        grid=(GridAxis("ceil", argument="tokens"), ONE, ONE),
+        block=(64, 1, 1),
+        programmatic_dependent_launch=True,
+        limits={"tokens": (1, 2**31 - 1)},
+    )
+
+
 def select_contract(longest: int) -> Contract:
     return Contract(
         parameters=parameters(
@@ -433,6 +451,28 @@ def _run_hash(a: Any, entry: Entry) -> None:
     _store(a, a.tokens, result)
 
 
+def _run_gate(a: Any, entry: Entry) -> None:
+    sizes = entry.constants
+    hidden, experts = int(sizes["HIDDEN"]), int(sizes["EXPERTS"])
+    a.top_k = int(sizes["TOP_K"])
+    assert bool(a.token_ids_i32) != bool(a.token_ids_i64)
+    assert a.hidden_states % 16 == 0
+    assert a.row_stride % 8 == 0
+    dtype = torch.int32 if a.token_ids_i32 else torch.int64
+    served = _served(a, experts)
+    assert sizes["IMAGES"] or "image_mask" not in served
+    result = spec.hash_gate(
+        view(a.hidden_states, torch.bfloat16, a.tokens, hidden, stride=a.row_stride),
+        view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens),
+        view(a.weight, torch.bfloat16, experts, hidden),
+        view(a.table, torch.int32, a.vocab, a.top_k),
+        a.scale,
+        bool(a.renormalize),
+        **served,
+    )
+    _store(a, a.tokens, result)
+
+
 def _run_select(a: Any, entry: Entry) -> None:
     scores = view(a.scores, torch.float32, a.rows, a.row_length, stride=a.row_stride)
     a.weights_out = a.values_out
@@ -516,6 +556,7 @@ def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> Non
 
 EXECUTE: dict[str, Callable[[Any, Entry], None]] = {
     "hash_router": _run_hash,
+    "hash_gate": _run_gate,
     "topk_select": _run_select,
     "activation_topk": _run_activation,
     "dense_router_decode": _run_dense,
@@ -532,6 +573,7 @@ def build() -> SimpleNamespace:
         code=code_of,
         dense=dense_contract,
         entry=make_entry,
+        gate=gate_contract,
         hash=hash_contract,
         numerics=NUMERICS,
         prefill=prefill_contract,

@@ -28,10 +28,11 @@ from router_runtime.kernels import kernels_on
 from router_runtime.resolve import Request
 from tests.bench import cli, host, peers, report, startup
 from tests.bench import run as run_
-from tests.bench.artifacts import dense_variants, edition, entries_here
+from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.chain import CACHES, INPUT_BYTES, Output, make_chain, make_layers, plan
 from tests.bench.contenders import (
     CONTENDERS,
+    GATE,
     MM,
     MODES,
     OURS,
@@ -83,9 +84,13 @@ def test_peers_with_a_missing_figure_are_refused():
 
 
 def test_bars():
-    assert [PEERS.bar(tokens) for tokens in (1, 64, 65, 128, 16384, 16385)] == [
+    assert [PEERS.bar(OURS, tokens) for tokens in (1, 64, 65, 128, 16384, 16385)] == [
         *(0.6, 0.6, None, 0.75, 0.75, None)
     ]
+    assert [PEERS.bar(GATE, tokens) for tokens in (1, 4, 5, 8, 64, 128, 1024, 4096)] == [
+        *(0.65, 0.65, None, 0.5, 0.5, 1.0, 1.0, None)
+    ]
+    assert PEERS.bar(MM, 1) is None
     assert PEERS.host_bar == 0.6
 
 
@@ -535,7 +540,7 @@ def test_an_edition_keeps_the_evidence_and_only_one_dense_kernel(build, tmp_path
     copy = edition(folder, tmp_path / "copy", only=only)
     assert (copy / "evidence" / "a.json").is_file()
     kept = read_manifest(copy).entries
-    assert dense_variants(kept) == [only]
+    assert variants_of(OURS, kept) == [only]
     assert {entry.kernel for entry in kept} == {entry.kernel for entry in entries} - {
         "dense_router_prefill"
     }
@@ -547,7 +552,7 @@ def test_entries_of_another_target_are_not_timed(build, tmp_path):
     folder = build.artifacts(tmp_path / "artifacts", [*build.small(), *build.small("sm_100a")])
     here = entries_here(folder, (9, 0))
     assert {entry.target for entry in here} == {"sm_90a"}
-    assert "hash_router" not in {entry.kernel for entry in here}
+    assert "topk_select" not in {entry.kernel for entry in here}
 
 
 # --- options ---
@@ -693,7 +698,7 @@ def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, m
     assert settings.variants == {"dense_router_decode": "other"}
     for mode in MODES:
         kept = read_manifest(settings.folders[mode]).entries
-        assert dense_variants(kept) == [("dense_router_decode", "other")]
+        assert variants_of(OURS, kept) == [("dense_router_decode", "other")]
         dependent = any(entry.contract.programmatic_dependent_launch for entry in kept)
         assert dependent is (mode == "pdl")
     everything = names(dataclasses.replace(options, variants={}), "all")

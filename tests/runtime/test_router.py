@@ -96,7 +96,7 @@ def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
         ({"routed_scaling_factor": -1.0}, "found -1.0"),
         ({"routed_scaling_factor": 1.01e18}, "routed_scaling_factor"),
         ({"routed_scaling_factor": "1.5"}, "found '1.5'"),
-        ({"mode": "hash_table"}, "mode: expected 'dense' or 'hash'"),
+        ({"mode": "hash_table"}, "mode: expected .*'hash_gate'"),
         ({"mode": "hash"}, "vocab_size: expected an integer from 1"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"renormalize": 1}, "renormalize: expected True or False"),
@@ -515,7 +515,7 @@ def test_update_waits_on_both_sides(gpu: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_hash_routers_have_no_weights() -> None:
-    with pytest.raises(InputError, match="a dense router, found \"mode 'hash'\""):
+    with pytest.raises(InputError, match="a router with a weight, found \"mode 'hash'\""):
         Router(HASH, table=table_of(), device="cpu").update_weights(bias=weights_of()[1])
 
 

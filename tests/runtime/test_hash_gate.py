@@ -1,0 +1,264 @@
+"""Mode ``hash_gate``: what it refuses, and that both its devices and the op give the oracle's
+result, with serving inputs and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from build_kernels.catalog import MODELS
+from build_kernels.plan import plan
+from router_runtime import ops, spec
+from router_runtime.errors import InputError, ResolutionError
+from router_runtime.kernels import kernels_on
+from router_runtime.router import Router, RouterConfig, _CudaHashGate, _Weights
+
+H, E, K, V = 128, 24, 4, 50
+CONFIG = RouterConfig(H, E, K, 1.5, mode="hash_gate", vocab_size=V)
+SHAPE = {"HIDDEN": H, "EXPERTS": E, "TOP_K": K}
+TAG = "gathered"
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT, IMAGE_BIAS = draw(E, H).bfloat16(), draw(E, seed=1)
+TABLE = torch.randint(0, E, (V, K), generator=torch.Generator().manual_seed(1))
+
+
+def hidden(tokens: int) -> Tensor:
+    return draw(tokens, H, seed=tokens).bfloat16()
+
+
+def token_ids(tokens: int) -> Tensor:
+    """Some known, some not."""
+    return torch.arange(tokens) * 7 % (V + 9) - 3
+
+
+def expected(tokens: int, weight: Tensor = WEIGHT, **inputs: Any) -> tuple[Tensor, Tensor]:
+    return spec.hash_gate(hidden(tokens), token_ids(tokens), weight, TABLE, 1.5, **inputs)
+
+
+def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1].to(found[1].dtype))
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    made = Router(CONFIG, weight=WEIGHT, table=TABLE, image_bias=IMAGE_BIAS, device="cpu")
+    router_id = ops.register_router(made)
+    yield made
+    ops.unregister_router(router_id)
+
+
+@pytest.fixture
+def gate(gpu: Any, build: SimpleNamespace, tmp_path: Path) -> Any:
+    """The fake driver with three variants: two by number of tokens, one for images."""
+    gpu.entries = [
+        build.entry(
+            "hash_gate",
+            build.gate(),
+            model="small",
+            variant=variant,
+            constants=SHAPE | {"IMAGES": images},
+            numerics=TAG,
+            latency=latency,
+        )
+        for variant, images, latency in (
+            ("portable", 0, ((8, 1.0), (64, 9.0))),
+            ("many_tokens", 0, ((8, 2.0), (64, 3.0))),
+            ("images", 1, ()),
+        )
+    ]
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    return gpu
+
+
+def on_gpu(image_bias: Tensor | None = IMAGE_BIAS, **variants: str) -> Router:
+    """A router whose backend is the CUDA one, on CPU memory."""
+    made = Router(CONFIG, weight=WEIGHT, table=TABLE, image_bias=image_bias, device="cpu")
+    assert made._weights is not None
+    made._backend = _CudaHashGate(CONFIG, made._weights, TABLE.int(), kernels_on(0), variants)
+    return made
+
+
+def test_refused_tensors_and_calls(router: Router) -> None:
+    for tensors, message in (
+        ({"weight": WEIGHT}, r"expected \['weight', 'table'\], found \['weight'\]"),
+        ({"weight": WEIGHT, "table": TABLE, "bias": draw(E)}, "tensors of a hash_gate router"),
+        ({"weight": WEIGHT, "table": TABLE - 1}, "entries from 0 to 23"),
+        ({"weight": WEIGHT, "table": TABLE[1:]}, r"table: expected .*\[50, 4\]"),
+        ({"weight": WEIGHT * torch.nan, "table": TABLE}, "weight: expected finite values"),
+        ({"weight": WEIGHT, "table": TABLE, "image_bias": draw(E + 1)}, "image_bias: expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Router(CONFIG, **tensors, device="cpu")
+    with pytest.raises(InputError, match="vocab_size: expected"):
+        RouterConfig(H, E, K, 1.5, mode="hash_gate")
+    x, words = hidden(3), token_ids(3)
+    for call, message in (
+        (lambda: router(x), "no token ids in mode"),
+        (lambda: router(x, words[:2]), r"token_ids: expected .*\[3\] on cpu"),
+        (lambda: router(x, words.float()), "token_ids: expected"),
+        (lambda: router(x.float(), words), "hidden_states: expected"),
+        (lambda: router.forward_with_logits(x), "a dense router"),
+        (lambda: router.update_weights(bias=draw(E)), "bias: expected a dense router"),
+        (lambda: ops.hash_gate(x, words, router.router_id, E - 1, K), "'num_experts': 23"),
+        (lambda: ops.dense_router(x, router.router_id, E, K), "'mode': 'hash_gate'"),
+        (lambda: ops.hash_router(words, router.router_id, K), "'mode': 'hash_gate'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_other_modes_take_no_token_ids() -> None:
+    dense = Router(RouterConfig(H, E, K, 1.5), weight=WEIGHT, bias=IMAGE_BIAS, device="cpu")
+    with pytest.raises(InputError, match=r"found .*token ids in mode"):
+        dense(hidden(3), token_ids(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [0, 1, 60])
+def test_cpu(router: Router, tokens: int, dtype: torch.dtype) -> None:
+    words = token_ids(tokens).to(dtype)
+    same(router(hidden(tokens), words), expected(tokens))
+    op = ops.hash_gate(hidden(tokens), words, router.router_id, E, K)
+    same(op, expected(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("tokens", "served_by"), [(1, "portable"), (8, "portable"), (60, "many")])
+def test_cuda(gate: Any, tokens: int, served_by: str, dtype: torch.dtype) -> None:
+    made = on_gpu()
+    assert [span.entry.variant for span in made.spans] == ["portable", "many_tokens"]
+    same(made(hidden(tokens), token_ids(tokens).to(dtype)), expected(tokens))
+    (launch,) = gate.launches
+    assert launch.grid == (tokens, 1, 1)
+    assert launch.arguments["serving"] == 0
+    place = 0 if served_by == "portable" else 1
+    assert tokens <= made.spans[place].high
+
+
+@pytest.mark.parametrize("name", ["many_tokens", "portable"])
+def test_a_named_variant_serves_all(gate: Any, name: str) -> None:
+    assert [span.entry.variant for span in on_gpu(hash_gate=name).spans] == [name]
+
+
+def test_layouts_are_handled(gate: Any) -> None:
+    made, x, words = on_gpu(), hidden(9), token_ids(9)
+    odd = torch.empty(9 * H + 1, dtype=torch.bfloat16)[1:].view(9, H).copy_(x)
+    for layout in (x.repeat_interleave(2, 0)[::2], x.T.contiguous().T, odd):
+        same(made(layout, words.repeat_interleave(3)[::3]), expected(9))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_serving_inputs(device: str, gate: Any, router: Router) -> None:
+    made = on_gpu() if device == "cuda" else router
+    tokens = 30
+    x, words = hidden(tokens), token_ids(tokens)
+    images, padding = torch.arange(tokens) % 3 == 1, torch.arange(tokens) % 5 == 2
+    valid = torch.tensor([27], dtype=torch.int32)
+    dropped = padding | (torch.arange(tokens) >= 27)
+    wanted = expected(tokens, image_mask=images, image_bias=IMAGE_BIAS, padding=dropped)
+    inputs = {"is_padding": padding, "num_valid_tokens": valid, "image_mask": images}
+    same(made(x, words, **inputs), wanted)
+    same(made(x, words, **inputs, ids_dtype=torch.int64), wanted)
+    same(made(x, words, is_padding=padding), expected(tokens, padding=padding))
+    weights, ids = torch.empty(tokens, K), torch.empty(tokens, K, dtype=torch.int64)
+    made.forward_out(x, words, weights_out=weights, ids_out=ids, **inputs)
+    same((weights, ids), wanted)
+    expert_map = torch.arange(E * 2).view(E, 2).flip(0)
+    counts = torch.arange(E) % 2 + 1
+    made.set_expert_map(expert_map, counts)
+    weights, physical, logical = made.forward_mapped(x, words, **inputs)
+    same((weights, logical), wanted)
+    rows = torch.arange(tokens)
+    assert torch.equal(physical, spec.physical_ids(wanted[1], rows, expert_map, counts))
+
+
+def test_image_tokens_need_an_image_bias(gate: Any) -> None:
+    images = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(InputError, match="image_mask: expected a router with an image_bias"):
+        on_gpu(None)(hidden(3), token_ids(3), image_mask=images)
+
+
+def test_image_variant_is_required_at_construction(
+    gpu: Any, build: SimpleNamespace, tmp_path: Path
+) -> None:
+    constants = SHAPE | {"IMAGES": 0}
+    gpu.entries = [
+        build.entry("hash_gate", build.gate(), model="s", constants=constants, numerics=TAG)
+    ]
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    assert on_gpu(None).spans
+    with pytest.raises(ResolutionError, match="IMAGES is 0, not 1"):
+        on_gpu()
+
+
+def test_update_keeps_the_address(gate: Any) -> None:
+    made, other = on_gpu(), draw(E, H, seed=9).bfloat16()
+    made.update_weights(weight=other)
+    same(made(hidden(5), token_ids(5)), expected(5, other))
+    assert made._weights is not None
+    assert gate.launches[0].arguments["weight"] == made._weights.weight.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_and_compile(router: Router) -> None:
+    number = router.router_id
+    images = torch.arange(5) % 2 == 0
+    for inputs in ({}, {"image_mask": images, "ids_dtype": torch.int64}):
+        arguments = (hidden(5), token_ids(5), number, E, K)
+        torch.library.opcheck(torch.ops.dsv4.hash_gate.default, arguments, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, words: router(x, words), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for tokens in (3, 4, 9):
+        same(compiled(hidden(tokens), token_ids(tokens)), expected(tokens))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: Path) -> None:
+    """The catalog's own contracts: who serves what, and one numerics tag for all."""
+    from build_kernels.kernels.hash_gate import contract
+
+    gpu.execute = False
+    jobs = plan(targets=["sm_90a"], kernels=["hash_gate"], models=[model.name])
+    gpu.entries = [
+        build.entry(
+            "hash_gate",
+            contract.contract(job.constants),
+            model=job.model,
+            variant=job.variant,
+            constants=job.constants,
+            numerics=contract.numerics(job.constants),
+            latency=job.latency,
+        )
+        for job in jobs
+    ]
+    assert len({entry.numerics for entry in gpu.entries}) == 1
+    assert all(job.latency for job in jobs if not job.constants["IMAGES"])
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    config = RouterConfig(
+        model.hidden, model.experts, model.top_k, model.scale, mode="hash_gate", vocab_size=11
+    )
+    weights = _Weights(config, torch.device("cpu"), True)
+    table = torch.zeros(11, model.top_k, dtype=torch.int32)
+    path = _CudaHashGate(config, weights, table, kernels_on(0), {})
+    assert [span.entry.variant for span in path.spans] == ["portable", "more_tokens", "many_tokens"]
+    for span in path.spans:
+        rows = torch.zeros(span.low, model.hidden, dtype=torch.bfloat16)
+        path.route(rows, torch.zeros(span.low, dtype=torch.int64))
+        (launch,) = gpu.launches[-1:]
+        assert launch.block == (32 * span.entry.constants["WARPS"], 1, 1)
+        assert launch.arguments["vocab"] == 11
