@@ -329,13 +329,14 @@ def _hash_gate(constants: Constants, limits: Limits) -> Iterator[Case]:
         sizes = shape | {"tokens": tokens} | defaults | sizes
         return Case("hash_gate", name, pattern, sizes, scale, renormalize, variations)
 
+    largest = limits.get("tokens", (1, max(_GATE_TOKENS)))[1]
     for tokens in _within(limits, "tokens", _GATE_TOKENS):
         yield case("random", tokens, scale=2.5, variations=True)
     for pattern in _GATE_PATTERNS:
         yield case(pattern, PATTERN_TOKENS, variations=pattern in ("infinities", "nan_rows"))
     for bits in (32, 64):
-        yield case("out_of_range", 257, index_bits=bits)
-    yield case("random", 1000, vocab=129280)
+        yield case("out_of_range", min(257, largest), index_bits=bits)
+    yield case("random", min(1000, largest), vocab=129280)
     yield case("out_of_range", PATTERN_TOKENS, vocab=1)
     for sentinel in (0, 2**31 - 1):
         yield case("out_of_range", PATTERN_TOKENS, sentinel=sentinel)
@@ -347,14 +348,17 @@ def _hash_gate(constants: Constants, limits: Limits) -> Iterator[Case]:
         yield case("random", PATTERN_TOKENS, padding=padding)
     images = bool(constants.get("IMAGES"))
     yield from _served(
-        (case("random", 65, variations=True), case("out_of_range", 257)),
+        (
+            case("random", min(65, largest), variations=True),
+            case("out_of_range", min(257, largest)),
+        ),
         images=images,
         replay=False,
     )
     if not images:
         return
     # Image tokens among the others: the rules of a dense router for what selects by scores.
-    yield case("random", 65, images=1, variations=True)
+    yield case("random", min(65, largest), images=1, variations=True)
     for pattern in ("ties", "equal", "bias_8", "infinities", "nan_rows", "special_bias"):
         yield case(pattern, PATTERN_TOKENS, images=1)
     yield case("out_of_range", PATTERN_TOKENS, images=1)
