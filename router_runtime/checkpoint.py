@@ -45,7 +45,7 @@ _SCHEMES = {
 _PREFIXES = ("", "model.", "model.language_model.", "language_model.", "language_model.model.")
 
 #: Which tensors a router of each mode is built from.
-_NEEDED = {"dense": ("weight", "bias"), "hash": ("table",), "hash_gate": ("weight", "table")}
+TENSORS = {"dense": ("weight", "bias"), "hash": ("table",), "hash_gate": ("weight", "table")}
 #: Modes that score experts, and so may select those of image tokens by another bias.
 _SCORING = ("dense", "hash_gate")
 
@@ -301,7 +301,7 @@ def gate_tensors(
     source: _Source
     source = _InMemory(tensors) if isinstance(tensors, Mapping) else _Files(Path(tensors))
     gate, names = _gate(source, layer)
-    needed = _NEEDED[mode]
+    needed = TENSORS[mode]
     if mode == "dense" and "table" in names:
         raise InputError(
             explain(

@@ -56,13 +56,8 @@ HIDDEN_MULTIPLE = 64
 HASH = "hash_router"
 GATE = "hash_gate"
 
-#: Mode -> the kernels that serve it, and the tensors that a Router of it is made from.
+#: The kernels that serve each mode.
 _KERNELS = {"dense": DENSE, "hash": (HASH,), "hash_gate": (GATE,)}
-_TENSORS = {
-    "dense": ("weight", "bias"),
-    "hash": ("table",),
-    "hash_gate": ("weight", "table"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +174,7 @@ class Router:
             expected = f"kernels of a {config.mode} router, {list(used)}"
             raise wrong_value("variants", expected, unknown)
         given = {"weight": weight, "bias": bias, "table": table}
-        wanted = _TENSORS[config.mode]
+        wanted = checkpoint.TENSORS[config.mode]
         named = [name for name, tensor in given.items() if tensor is not None]
         if image_bias is not None and "weight" not in wanted:
             raise wrong_value("image_bias", "a router with a weight", f"mode {config.mode!r}")
@@ -491,7 +486,7 @@ class Router:
         """
         if self._weights is None:
             raise wrong_value("update_weights", "a router with a weight", "mode 'hash'")
-        if bias is not None and "bias" not in _TENSORS[self.config.mode]:
+        if bias is not None and "bias" not in checkpoint.TENSORS[self.config.mode]:
             raise wrong_value("bias", "a dense router", f"mode {self.config.mode!r}")
         if weight is None and bias is None and image_bias is None:
             raise wrong_value("update_weights", "a weight, a bias or both", "neither")
@@ -519,10 +514,10 @@ class Router:
         config = self.config
         for tokens in [span.low for span in self.spans] or [1]:
             rows = []
-            if "weight" in _TENSORS[config.mode]:
+            if "weight" in checkpoint.TENSORS[config.mode]:
                 shape = (tokens, config.hidden_size)
                 rows.append(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
-            if "table" in _TENSORS[config.mode]:
+            if "table" in checkpoint.TENSORS[config.mode]:
                 rows.append(torch.zeros(tokens, dtype=torch.int64, device=self.device))
             self._backend.route(*rows)
         if self.device.type == "cuda":
