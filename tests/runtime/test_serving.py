@@ -365,7 +365,7 @@ def test_image_masks_need_a_bias(hashed: Router) -> None:
         router.update_weights(image_bias=IMAGE_BIAS)
     with pytest.raises(InputError, match="image_bias: expected finite"):
         Router(CONFIG, weight=WEIGHT, bias=BIAS, image_bias=BIAS / 0, device="cpu")
-    with pytest.raises(InputError, match="image_bias: expected a dense router"):
+    with pytest.raises(InputError, match="image_bias: expected a router with a weight"):
         Router(HASH, table=TABLE, image_bias=BIAS, device="cpu")
 
 
