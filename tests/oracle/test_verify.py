@@ -298,6 +298,8 @@ def test_contracts_ask_for_nothing_else(kernel):
             constants = {**numerics.CONSTANTS, **variant.constants}
             if model is not None:
                 constants |= model.constants() | dict(variant.tuned.get(model.name, {}))
+            if hasattr(module, "derive"):
+                constants = {**module.derive(constants), **constants}
             contract = module.contract(constants)
             names = {parameter.name for parameter in contract.parameters}
             names -= {recipe.parameter for recipe in contract.repacks}
