@@ -268,6 +268,7 @@ class Bench:
     dense: list[Router]
     maps: tuple[Tensor, Tensor]
     hashed: list[tuple[Router, Tensor]]
+    gated: list[tuple[Router, Tensor]]
 
     @classmethod
     def build(cls, device: str, model: tuple[int, int, int], draw: Draw) -> Bench:
@@ -307,10 +308,25 @@ class Bench:
             router.set_expert_map(table, counts)
             register_router(router)
             hashed.append((router, ids))
-        return cls(device, experts, k, hidden, vocab, dense, (table, counts), hashed)
+        gated = []
+        for sentinel, bias in ((-1, draw.normal(experts)), (-77, draw.floats(1, experts)[0])):
+            ids = draw.integers(0, experts, vocab, k)
+            router = Router(
+                RouterConfig(
+                    hidden, experts, k, 2.5, mode="hash_gate", vocab_size=vocab, sentinel=sentinel
+                ),
+                weight=(draw.normal(experts, hidden) * hidden**-0.5).bfloat16(),
+                table=ids,
+                image_bias=bias.nan_to_num(0.0, 3e38, -3e38),
+                device=device,
+            )
+            router.set_expert_map(table, counts)
+            register_router(router)
+            gated.append((router, ids))
+        return cls(device, experts, k, hidden, vocab, dense, (table, counts), hashed, gated)
 
     def close(self) -> None:
-        for router in (*self.dense, *(router for router, _ in self.hashed)):
+        for router in (*self.dense, *(router for router, _ in (*self.hashed, *self.gated))):
             unregister_router(router.router_id, force=True)
 
     def serving(self, draw: Draw, rows: int, images: bool) -> tuple[dict[str, Any], Tensor | None]:
@@ -393,6 +409,32 @@ class Bench:
             exact=torch.where(known.unsqueeze(1), looked_up, router.config.sentinel),
         )
 
+    def hash_gate(self, draw: Draw, rows: int) -> Case:
+        router, table = draw.choose.choice(self.gated)
+        keywords, padding = self.serving(draw, rows, images=True)
+        token_ids = draw.ids(self.vocab, rows)
+        known = (token_ids >= 0) & (token_ids < self.vocab)
+        exact = None
+        if "image_mask" not in keywords:
+            looked_up = table[torch.where(known, token_ids, 0).long()]
+            if padding is not None:
+                known = known & ~padding
+            exact = torch.where(known.unsqueeze(1), looked_up, router.config.sentinel)
+        return Case(
+            "hash_gate",
+            [draw.bf16(rows, self.hidden), token_ids, router.router_id, self.experts, self.k],
+            keywords,
+            rows,
+            self.k,
+            self.experts,
+            router.config.sentinel,
+            padding,
+            mapped=self.maps if draw.choose.random() < 0.3 else None,
+            ids_dtype=draw.choose.choice((torch.int32, torch.int64)),
+            distinct=False,
+            exact=exact,
+        )
+
     def activation_topk(self, draw: Draw, rows: int) -> Case:
         experts = draw.choose.choice((self.experts, 7, 33, 300, 1000))
         k = draw.choose.randint(1, min(32, experts))
@@ -428,7 +470,7 @@ class Bench:
         )
 
 
-OPS = ("dense_router", "dense_router_replay", "hash_router", "activation_topk")
+OPS = ("dense_router", "dense_router_replay", "hash_router", "hash_gate", "activation_topk")
 
 
 def select_violations(ops: Any, draw: Draw, rows: int, device: str) -> list[str]:
