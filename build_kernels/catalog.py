@@ -34,7 +34,8 @@ class Model:
 class Variant:
     """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
     for the models it names, and with ``tuned_only`` no other model has the variant. ``targets`` are
-    those that its instructions exist on; empty means all.
+    those that its instructions exist on; empty means all. ``shares`` are kernels whose folders hold
+    sources of this variant too.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Variant:
     tuned: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     tuned_only: bool = False
+    shares: tuple[str, ...] = ()
 
     def suits(self, model: Model | None) -> bool:
         return not self.tuned_only or (model is not None and model.name in self.tuned)
@@ -166,6 +168,18 @@ KERNELS = (
                 {"MAX_TOKENS": 32, "TOKENS_TILE": 16},
                 tuned={"dsv4-pro": _PRO_DECODE, "dsv41-flash": _FLASH41_DECODE},
                 tuned_only=True,
+            ),
+            # The split form of dense_router_prefill.
+            Variant(
+                "tcgen05",
+                {"MAX_TOKENS": 64, "TCGEN05": 1},
+                tuned={
+                    "dsv4-flash": {"GROUPS": 1, "CLUSTER_K": 16, "TOKENS_TILE": 16},
+                    "dsv4-pro": {"GROUPS": 3, "CLUSTER_K": 14, "TOKENS_TILE": 32},
+                    "dsv41-flash": {"GROUPS": 3, "CLUSTER_K": 10, "TOKENS_TILE": 32},
+                },
+                targets=("sm_100a", "sm_103a"),
+                shares=("dense_router_prefill",),
             ),
         ),
     ),

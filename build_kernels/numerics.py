@@ -45,8 +45,13 @@ EPILOGUE_VERSION = 1
 
 def dense_tag(constants: Mapping[str, int | float]) -> str:
     """What decides the bits of a dense result: MMA family, chunk, epilogue. Entries that share it
-    give the same bits."""
-    return f"bf16-k16-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+    give the same bits.
+
+    mma.sync and wgmma are one family: they were compared. tcgen05 is another until somebody has
+    compared it on a device that has it; ``router-runtime verify`` does within a family.
+    """
+    family = "bf16-tcgen05-k16-f32" if "TCGEN05" in constants else "bf16-k16-f32"
+    return f"{family}/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
 
 
 def gather_tag(constants: Mapping[str, int | float]) -> str:

@@ -90,12 +90,17 @@ def plan(
         chosen: list[Model | None] = [None]
         if kernel.per_model:
             chosen = [m for m in known_models.values() if not models or m.name in models]
-        files = _source_files(kernel.name, kernel.language)
+        own_files = _source_files(kernel.name, kernel.language)
         for model in chosen:
             for variant in kernel.variants:
                 if not variant.suits(model):
                     continue
                 constants = _constants(kernel, model, variant)
+                if constants is None:
+                    continue
+                files = dict(own_files)
+                for shared in variant.shares:
+                    files |= _source_files(shared, kernel.language)
                 digest = source_digest(
                     files,
                     json.dumps(constants, sort_keys=True, allow_nan=False),
@@ -152,9 +157,12 @@ def read_model(path: Path) -> Model:
     return model
 
 
-def _constants(kernel: Kernel, model: Model | None, variant: Variant) -> dict[str, int | float]:
+def _constants(
+    kernel: Kernel, model: Model | None, variant: Variant
+) -> dict[str, int | float] | None:
     """All compile-time constants of one cubin; a more specific source replaces a general one. What
-    nobody stated the kernel's contract may derive, by ``derive(constants)``.
+    nobody stated the kernel's contract may derive, by ``derive(constants)``; None from it says that
+    the model has no such variant.
     """
     merged: dict[str, int | float] = dict(CONSTANTS) if kernel.scores else {}
     merged |= variant.constants
@@ -163,12 +171,15 @@ def _constants(kernel: Kernel, model: Model | None, variant: Variant) -> dict[st
     contract = _contract(kernel)
     if hasattr(contract, "derive"):
         try:
-            merged = {**contract.derive(merged), **merged}
+            derived = contract.derive(merged)
         except ValueError as error:
             where = f"kernel {kernel.name}" + (f", model {model.name}" if model else "")
             raise BuildError(
                 f"{where}: {error}; next: --kernel to build the others, or another model"
             ) from error
+        if derived is None:
+            return None
+        merged = {**derived, **merged}
     return dict(sorted(merged.items()))
 
 

@@ -232,6 +232,10 @@ def load_shared_f32(address: Int32) -> Float32:
     return Float32(asm(T.f32(), [address], "ld.shared.f32 $0, [$1];", "=f,r,~{memory}"))
 
 
+def load_shared_b32(address: Int32) -> Int32:
+    return Int32(asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}"))
+
+
 def load_shared_v2(address: Int32) -> list[Int32]:
     result = asm(
         struct(T.i32(), 2), [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r,~{memory}"

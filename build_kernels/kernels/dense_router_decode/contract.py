@@ -6,17 +6,23 @@ from collections.abc import Mapping
 
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
+from build_kernels.kernels.dense_router_prefill.contract import split_contract, split_derive
+from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
 
 
-def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
+def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float] | None:
     """A geometry for a model that the catalog does not tune."""
+    if "TCGEN05" in constants:
+        return split_derive(constants)
     names = ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK", "MAX_TOKENS", "TOKENS_TILE")
     return Geometry.search(*(int(constants[name]) for name in names)).constants()
 
 
 def contract(constants: Mapping[str, int | float]) -> Contract:
+    if "TCGEN05" in constants:
+        return split_contract(SplitGeometry.of(constants))
     g = Geometry.of(constants)
     return Contract(
         parameters=(

@@ -37,6 +37,7 @@ from build_kernels.kernels.dense_router_decode.geometry import (
     MMA_N,
     Geometry,
 )
+from build_kernels.kernels.dense_router_prefill import split_tcgen05
 
 
 class DenseRouterDecode:
@@ -426,5 +427,7 @@ class DenseRouterDecode:
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
+    if "TCGEN05" in constants:
+        return split_tcgen05.program(constants)
     kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "ptr:f32", "ptr:u32", "i64")
     return DenseRouterDecode(Geometry.of(constants)), finish.arguments(*kinds)

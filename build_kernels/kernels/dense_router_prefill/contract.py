@@ -18,6 +18,14 @@ def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
     return {"CLUSTER_E": cluster_e, "CLUSTER_T": 1, "PASSES": 1}
 
 
+def split_derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float] | None:
+    """A division for the split form, or None where it has none."""
+    if "TOKENS_TILE" in constants:
+        return {}
+    found = SplitGeometry.search(constants)
+    return found.constants() if found else None
+
+
 def contract(constants: Mapping[str, int | float]) -> Contract:
     if "TOKENS_TILE" in constants:
         return split_contract(SplitGeometry.of(constants))

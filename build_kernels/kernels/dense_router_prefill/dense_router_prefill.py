@@ -31,7 +31,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
-from build_kernels.kernels.dense_router_prefill import split_k
+from build_kernels.kernels.dense_router_prefill import split_k, split_tcgen05
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
     LANES,
@@ -759,6 +759,8 @@ def own_rank(values: Sequence[Int32], member: Int32) -> Int32:
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
     if "TOKENS_TILE" in constants:
+        if "TCGEN05" in constants:
+            return split_tcgen05.program(constants)
         return split_k.program(constants)
     kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "i64")
     return DenseRouterPrefill(Geometry.of(constants)), finish.arguments(*kinds)

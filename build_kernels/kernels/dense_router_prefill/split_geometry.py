@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from build_kernels.kernels.common import tcgen05_layout
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
     LANES,
@@ -13,6 +14,11 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     WARPGROUP,
     ceil_div,
 )
+
+#: What a search may choose: more threads would leave too few registers for a tile's sums.
+MAX_GROUPS = 8
+MAX_CLUSTER = 16
+MAX_THREADS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,8 @@ class SplitGeometry:
     slice of some chunks of it, a warpgroup 64 experts over one chunk: a tile of weights of 32 KiB,
     in shared memory before the hidden states exist. A token's chunks are added by one block of its
     cluster; where there are several groups, the last one to finish a token merges.
+
+    With ``tcgen05`` one MMA takes 128 experts: a pair of warpgroups shares its accumulator.
     """
 
     hidden: int
@@ -33,6 +41,7 @@ class SplitGeometry:
     groups: int
     cluster_k: int
     tokens_tile: int
+    tcgen05: bool = False
 
     @classmethod
     def of(cls, constants: Mapping[str, int | float]) -> SplitGeometry:
@@ -45,11 +54,14 @@ class SplitGeometry:
             groups=int(constants["GROUPS"]),
             cluster_k=int(constants["CLUSTER_K"]),
             tokens_tile=int(constants["TOKENS_TILE"]),
+            tcgen05=bool(constants.get("TCGEN05", 0)),
         )
-        if g.hidden % (g.k_chunk * g.cluster_k) or g.tokens_tile % 8:
+        step = 16 if g.tcgen05 else 8
+        if g.hidden % (g.k_chunk * g.cluster_k) or g.tokens_tile % step:
             raise ValueError(
                 f"expected chunks of {g.k_chunk} that divide evenly among {g.cluster_k} blocks and "
-                f"tiles of a multiple of 8 tokens, found hidden {g.hidden}, tokens {g.tokens_tile}"
+                f"tiles of a multiple of {step} tokens, "
+                f"found hidden {g.hidden}, tokens {g.tokens_tile}"
             )
         # A stage is released when the chunk's next one is being multiplied.
         if g.hidden_stages < min(g.block_chunks + 1, g.blocks) or g.sums_buffers < 1:
@@ -59,10 +71,37 @@ class SplitGeometry:
             )
         return g
 
+    @classmethod
+    def search(cls, constants: Mapping[str, int | float]) -> SplitGeometry | None:
+        """The division with the fewest groups of experts, then the fewest hidden elements a block,
+        that fits; None where there is none."""
+        chunks = int(constants["HIDDEN"]) // int(constants["K_CHUNK"])
+        for groups in range(1, MAX_GROUPS + 1):
+            for cluster_k in reversed(range(1, MAX_CLUSTER + 1)):
+                if chunks % cluster_k:
+                    continue
+                division = {"GROUPS": groups, "CLUSTER_K": cluster_k, "TOKENS_TILE": 32}
+                try:
+                    g = cls.of({**constants, **division})
+                except ValueError:
+                    continue
+                if g.threads <= MAX_THREADS:
+                    return g
+        return None
+
+    def constants(self) -> dict[str, int]:
+        """What ``search`` chooses, as compile-time constants."""
+        return {
+            "GROUPS": self.groups,
+            "CLUSTER_K": self.cluster_k,
+            "TOKENS_TILE": self.tokens_tile,
+        }
+
     # --- experts ---
     @property
     def m_tiles(self) -> int:
-        return ceil_div(self.experts, MMA_M * self.groups)
+        together = tcgen05_layout.MMA_M // MMA_M if self.tcgen05 else 1
+        return ceil_div(self.experts, MMA_M * self.groups * together) * together
 
     @property
     def group_experts(self) -> int:
@@ -124,6 +163,21 @@ class SplitGeometry:
     @property
     def threads(self) -> int:
         return self.consumers + (LANES if self.rings else 0)
+
+    # --- tensor memory ---
+    @property
+    def pairs(self) -> int:
+        """Groups of 128 experts."""
+        return self.group_experts // tcgen05_layout.MMA_M
+
+    @property
+    def tensor_columns(self) -> int:
+        """An accumulator of ``tokens_tile`` columns for every pair and chunk of the slice.
+
+        All blocks that share a multiprocessor get theirs: 64 KiB of weights come with each
+        accumulator, so shared memory runs out first.
+        """
+        return tcgen05_layout.allocation(self.pairs * self.block_chunks * self.tokens_tile)
 
     # --- tokens ---
     @property
@@ -217,11 +271,24 @@ class SplitGeometry:
 
     @property
     def barriers(self) -> int:
-        return self.blocks + 2 * self.hidden_stages + self.parts
+        """Full ones of weights, full and empty ones of hidden states, of the sums that come; with
+        ``tcgen05`` those of accumulators, one a chunk."""
+        chunks = self.block_chunks if self.tcgen05 else 0
+        return self.blocks + 2 * self.hidden_stages + self.parts + chunks
+
+    @property
+    def accumulated_offset(self) -> int:
+        return self.barrier_offset + 8 * (self.barriers - self.block_chunks)
+
+    @property
+    def tensor_address_offset(self) -> int:
+        """Where the address of the tensor memory is left: behind the barriers."""
+        return self.barrier_offset + 8 * self.barriers
 
     @property
     def shared_bytes(self) -> int:
-        return self.barrier_offset + ceil_div(8 * self.barriers, 16) * 16
+        address = 8 if self.tcgen05 else 0
+        return self.barrier_offset + ceil_div(8 * self.barriers + address, 16) * 16
 
     # --- the merge across groups ---
     @property

@@ -139,6 +139,7 @@ class SplitPrefill:
                 if expert < g.experts:
                     value = ptx.load_global_f32(bias.toint() + Int64(expert) * 4)
                 ptx.store_shared_f32(biases + place * 4, value)
+        self.acquire(shared, warp)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
 
@@ -186,6 +187,7 @@ class SplitPrefill:
                 shared, biases, logits_out.toint(), slots, first_token, part_k, group, thread
             )
             self.sync_consumers()
+            self.give_back(shared, warp)
 
             def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
                 row = shared + slot * g.slot_bytes
@@ -236,7 +238,7 @@ class SplitPrefill:
             ptx.barrier_init(weight_full + 8 * stage, 1)
         for stage in range(g.hidden_stages):
             ptx.barrier_init(hidden_full + 8 * stage, 1)
-            ptx.barrier_init(hidden_empty + 8 * stage, g.m_tiles * (WARPGROUP // LANES))
+            ptx.barrier_init(hidden_empty + 8 * stage, self.releases)
         for part in range(g.parts):
             ptx.barrier_init(sums_full + 8 * part, 1)
         ptx.barrier_init_fence()
@@ -377,6 +379,21 @@ class SplitPrefill:
         warpgroup.wait_group(0)
         return sums
 
+    @property
+    def releases(self) -> int:
+        """Arrivals that release a stage of hidden states: of every warp that reads it."""
+        return self.g.m_tiles * (WARPGROUP // LANES)
+
+    def acquire(self, shared: Int32, warp: Int32) -> None:
+        """Before the block's first barrier: what ``multiply`` needs beside registers."""
+
+    def give_back(self, shared: Int32, warp: Int32) -> None:
+        """After a barrier that follows ``multiply``: what ``acquire`` took."""
+
+    def first_row(self, warp: Int32) -> Int32:
+        """The first of the 16 experts whose sums a warp has: lane l those of l / 4 and 8 more."""
+        return self.task(warp)[0] * MMA_M + ptx.remainder(warp, 4) * 16
+
     def task(self, warp: Int32) -> tuple[Int32, Int32]:
         """(m-tile, chunk of the slice) of a warp's warpgroup."""
         number = ptx.quotient(warp, WARPGROUP // LANES)
@@ -389,8 +406,8 @@ class SplitPrefill:
         the two experts of a token become neighbours in memory.
         """
         g = self.g
-        m_tile, chunk = self.task(warp)
-        place = m_tile * MMA_M + ptx.remainder(warp, 4) * 16 + ptx.quotient(lane, 4) * 2
+        chunk = self.task(warp)[1]
+        place = self.first_row(warp) + ptx.quotient(lane, 4) * 2
         target = buffer + (lane & 3) * (2 * g.sums_row_bytes)
         target = target + (chunk * g.group_experts + place) * 4
         for eight in range(g.part_tokens // 8):
@@ -484,7 +501,9 @@ class SplitPrefill:
                 ptx.store_shared_v2(target, key, ptx.bits(score))
 
 
-def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:
+def program(
+    constants: Mapping[str, int | float], form: type[SplitPrefill] = SplitPrefill
+) -> tuple[Callable[..., None], tuple[object, ...]]:
     """The host function and placeholder arguments to compile it with."""
     kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "ptr:f32", "ptr:u32", "i64")
-    return SplitPrefill(SplitGeometry.of(constants)), finish.arguments(*kinds)
+    return form(SplitGeometry.of(constants)), finish.arguments(*kinds)

@@ -1,0 +1,326 @@
+"""The tensor-core kernels of sm_100a and sm_103a, without the device: nobody here has one.
+
+Descriptors and fragments are compared with the DSL's own layout algebra; then the kernels' index
+arithmetic is walked through, from the weights' packed image to the logits' places, by running its
+Python against a model of the hardware (tensor_core.py). What neither can show: that the hardware is
+as its manual says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from build_kernels import plan
+from build_kernels.catalog import Model
+from build_kernels.kernels.common import tcgen05_layout
+from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
+from build_kernels.kernels.dense_router_prefill import split_k, split_tcgen05
+from build_kernels.kernels.dense_router_prefill.contract import split_contract
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, MMA_K
+from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from tests.kernels.tensor_core import BASE, Block, Memory, Sums, exact, operand_address, to_bf16
+
+#: A model of a user, whose geometry nobody tuned: experts that fill no group, few chunks.
+OWN = Model("own", 1024, 144, 6, 1.0, 0, 100)
+
+JOBS = {
+    f"{job.kernel}-{job.model}-{job.variant}": job.constants
+    for job in plan.plan(targets=["sm_100a"], extra_models=[OWN])
+    if "TCGEN05" in job.constants
+}
+
+
+def geometry(constants: Mapping[str, int | float]) -> SplitGeometry:
+    return SplitGeometry.of(constants)
+
+
+def algebra(experts: int, tokens: int, folder: Path) -> dict[str, Any]:
+    """What the DSL says, in a process of its own: it takes its target from the environment."""
+    root = Path(__file__).parents[2]
+    said = subprocess.run(
+        [sys.executable, root / "tests/kernels/tcgen05_algebra.py", str(experts), str(tokens)],
+        cwd=folder,
+        env=os.environ | {"CUTE_DSL_ARCH": "sm_100a", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("experts", "tokens"),
+    sorted({(geometry(c).group_experts, geometry(c).tokens_tile) for c in JOBS.values()}),
+)
+def test_descriptors_and_fragments_are_those_of_the_dsl(
+    experts: int, tokens: int, tmp_path: Path
+) -> None:
+    said = algebra(experts, tokens, tmp_path)
+    expected = [
+        [
+            PACKED_STAGE.descriptor
+            + (stage * experts * K_BLOCK * 2 + step * PACKED_STAGE.step_bytes) // 16,
+            SWIZZLED_ROWS.descriptor
+            + (stage * tokens * K_BLOCK * 2 + step * SWIZZLED_ROWS.step_bytes) // 16,
+            tcgen05_layout.instruction_descriptor(tokens),
+        ]
+        for step in range(K_BLOCK // MMA_K)
+        for stage in range(2)
+    ]
+    assert said["mma"] == expected
+    # A row of the accumulator is a lane of tensor memory, in the upper half of an address.
+    assert said["accumulator"] == [[lane << 16 | c for c in range(tokens)] for lane in range(128)]
+    # The DSL has four warps, each with the first half of its lanes.
+    for thread, registers in enumerate(said["load"]):
+        warp, lane = divmod(thread, LANES)
+        for register, place in enumerate(registers):
+            row, column = tcgen05_layout.fragment(lane, register)
+            assert place == [tcgen05_layout.first_lane(warp, 0) + row, column]
+
+
+@pytest.mark.parametrize("constants", JOBS.values(), ids=JOBS)
+def test_budgets(constants: Mapping[str, int | float]) -> None:
+    g = geometry(constants)
+    columns = g.tensor_columns
+    assert columns in (32, 64, 128, 256, 512)
+    assert columns >= g.pairs * g.block_chunks * g.tokens_tile
+    assert g.shared_bytes <= 227 * 1024
+    # Barriers and the address, 8 bytes each, lie behind everything else.
+    places = {g.accumulated_offset + 8 * chunk for chunk in range(g.block_chunks)}
+    places.add(g.tensor_address_offset)
+    assert min(places) >= g.barrier_offset + 8 * (g.blocks + 2 * g.hidden_stages + g.parts)
+    assert max(places) + 8 <= g.shared_bytes
+    assert g.barrier_offset % 8 == 0
+    # A warp reads 16 of the 128 rows of a pair; together the warps read every sum once.
+    assert g.consumers == g.group_experts * g.block_chunks * 2
+
+
+@pytest.mark.parametrize(("experts", "chunks"), [(128, 1), (256, 1), (384, 1), (128, 2)])
+def test_blocks_of_one_multiprocessor_all_get_tensor_memory(experts: int, chunks: int) -> None:
+    """Blocks of later launches join as long as shared memory allows; a block that had to wait for
+    columns could hold up a cluster that another one waits for."""
+    constants = {**next(iter(JOBS.values())), "EXPERTS": experts, "GROUPS": 1, "CLUSTER_K": 2}
+    served = 0
+    for tokens in range(16, 257, 16):
+        try:
+            g = SplitGeometry.of({**constants, "HIDDEN": 512 * chunks, "TOKENS_TILE": tokens})
+        except ValueError:
+            continue
+        served += 1
+        assert 228 * 1024 // (g.shared_bytes + 1024) * g.tensor_columns <= 512
+    assert served
+
+
+def test_wrong_geometries_are_refused() -> None:
+    constants = next(iter(JOBS.values()))
+    for wrong, said in (
+        ({"TOKENS_TILE": 24}, "multiple of 16"),
+        ({"CLUSTER_K": 3}, "divide evenly"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SplitGeometry.of({**constants, **wrong})
+
+
+@pytest.mark.parametrize("columns", [0, 513])
+def test_an_allocation_that_does_not_exist_is_refused(columns: int) -> None:
+    with pytest.raises(ValueError, match="1 to 512 columns"):
+        tcgen05_layout.allocation(columns)
+
+
+@pytest.mark.parametrize("n", [0, 8, 24, 272])
+def test_a_shape_that_does_not_exist_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match="16 to 256 columns"):
+        tcgen05_layout.instruction_descriptor(n)
+
+
+def test_loads_cover_every_column_once() -> None:
+    for columns in range(8, 257, 8):
+        repeats = tcgen05_layout.repeats(columns)
+        assert sum(repeats) * 8 == columns
+        assert all(r & (r - 1) == 0 and r <= 32 for r in repeats)
+
+
+def test_swizzled_steps_stay_in_their_rows() -> None:
+    """A step's descriptor starts inside the first row: the swizzle still sees the row's bits."""
+    for step in range(4):
+        descriptor = SWIZZLED_ROWS.descriptor + (4096 + step * SWIZZLED_ROWS.step_bytes) // 16
+        for row in range(24):
+            for k in range(16):
+                chunk = (step * 16 + k) // 8
+                assert operand_address(descriptor, row, k) == (
+                    4096 + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2
+                )
+
+
+class Running:
+    """Stands for a module of kernels/common: the functions of the block that runs at the time."""
+
+    def __init__(self) -> None:
+        self.block: Block | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Running:
+    """The two modules of the split form, run as plain Python."""
+    proxy = Running()
+    constexpr = types.SimpleNamespace(range_constexpr=range, const_expr=bool)
+    lanes = types.SimpleNamespace(
+        arch=types.SimpleNamespace(lane_idx=lambda: proxy.thread % LANES, sync_warp=lambda: None)
+    )
+    scoring = types.SimpleNamespace(
+        score=lambda logit: np.float32(0),
+        ordered_key=lambda logit, score, bias: 0,
+        stored_logit=lambda logit: int(np.float32(logit).view(np.uint32)),
+    )
+    for module in (split_k, split_tcgen05):
+        for name in ("ptx", "bulk"):
+            monkeypatch.setattr(module, name, proxy)
+        monkeypatch.setattr(module, "cutlass", constexpr)
+        monkeypatch.setattr(module, "Int32", int)
+        monkeypatch.setattr(module, "Float32", np.float32)
+    monkeypatch.setattr(split_tcgen05, "tcgen05", proxy)
+    monkeypatch.setattr(split_tcgen05, "cute", lanes)
+    monkeypatch.setattr(split_k, "Int64", int)
+    monkeypatch.setattr(split_k, "scoring", scoring)
+    return proxy
+
+
+def packed(g: SplitGeometry, weight: Sums) -> Any:
+    """The weights as the runtime packs them, by the contract's recipe."""
+    (recipe,) = split_contract(g).repacks
+    padded = np.zeros((recipe.rows, g.hidden), np.float32)
+    padded[: len(weight)] = weight
+    return to_bf16(padded).reshape(recipe.shape).transpose(recipe.order)
+
+
+@pytest.mark.parametrize(
+    ("constants", "tokens"),
+    [
+        ({**JOBS["dense_router_decode-dsv4-flash-tcgen05"], "HIDDEN": 512, "CLUSTER_K": 2}, 13),
+        ({**JOBS["dense_router_decode-dsv4-pro-tcgen05"], "HIDDEN": 1024, "CLUSTER_K": 2}, 33),
+        (JOBS["dense_router_decode-own-tcgen05"], 5),
+    ],
+    ids=["flash", "pro", "own"],
+)
+def test_every_logit_comes_from_its_own_operands(
+    constants: Mapping[str, int | float], tokens: int, running: Running
+) -> None:
+    """The walk: packed image and tensor map -> stages -> descriptors -> MMAs -> tensor memory ->
+    registers -> staged rows -> the owner's sums -> the logits' places."""
+    g = SplitGeometry.of(constants)
+    assert not g.rings
+    generator = np.random.default_rng(7)
+    weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
+    memory = Memory()
+    image = memory.add(packed(g, weight))
+    logits = np.full((tokens, g.experts), np.nan, np.float32)
+    out = memory.add(logits)
+    (box,) = split_contract(g).tensor_maps
+    for group in range(g.groups):
+        for tile in range(-(-tokens // g.tokens_tile)):
+            for address, value in route(
+                g, running, memory, image, out, to_bf16(hidden), box.box[1], group, tile
+            ).items():
+                place = divmod((address - out) // 4, g.experts)
+                assert np.isnan(logits[place])
+                logits[place] = np.uint32(value).view(np.float32)
+    assert np.array_equal(logits, hidden @ weight.T)
+
+
+def route(
+    g: SplitGeometry,
+    running: Running,
+    memory: Memory,
+    image: int,
+    out: int,
+    hidden: Any,
+    box: int,
+    group: int,
+    tile: int,
+) -> dict[int, int]:
+    """What one cluster stores to global memory, by address."""
+    kernel = split_tcgen05.SplitTcgen05(g)
+    first_token = tile * g.tokens_tile
+    tile_tokens = min(len(hidden) - first_token, g.tokens_tile)
+    cluster: list[Block] = []
+    sums: dict[tuple[int, int], list[np.float32]] = {}
+    shared, ring = BASE, BASE + g.weight_bytes
+    weight_full = shared + g.barrier_offset
+    hidden_full = weight_full + 8 * g.blocks
+    hidden_empty = hidden_full + 8 * g.hidden_stages
+    sums_full = hidden_empty + 8 * g.hidden_stages
+    for part_k in range(g.cluster_k):
+        running.block = block = Block(cluster, memory, hidden, box)
+        kernel.start(weight_full, hidden_full, hidden_empty, sums_full, part_k, tile_tokens)
+        kernel.feed_weight(image, shared, weight_full, part_k, group)
+        undecorated(kernel, "acquire")(shared, split_tcgen05.ALLOCATOR)
+        kernel.feed_hidden(0, ring, hidden_full, hidden_empty, first_token, part_k)
+        for block.thread in range(g.consumers):
+            warp, lane = divmod(block.thread, LANES)
+            sums[part_k, block.thread] = undecorated(kernel, "multiply")(
+                shared, ring, weight_full, hidden_full, hidden_empty, warp, lane
+            )
+            kernel.issue = block.nothing  # type: ignore[method-assign]
+        del kernel.issue
+        undecorated(kernel, "give_back")(shared, split_tcgen05.ALLOCATOR)
+        assert block.tensor is None
+        assert all(
+            barrier.phases == 1
+            for address, barrier in block.barriers.items()
+            if not hidden_empty <= address < sums_full + 8 * g.parts
+        )
+    for part in range(g.parts):
+        staged = shared + g.staged_offset + part % g.sums_buffers * g.part_tokens * g.sums_row_bytes
+        for part_k, block in enumerate(cluster):
+            running.block = block
+            for thread in range(g.consumers):
+                kernel.stage(sums[part_k, thread], staged, part, *divmod(thread, LANES))
+            # As ``send`` does, one row a token.
+            for token in range(min(g.part_tokens, tile_tokens - part * g.part_tokens)):
+                slot, owner = divmod(part * g.part_tokens + token, g.cluster_k)
+                block.copy_bulk_to_peer(
+                    block.map_shared(shared + slot * g.slot_bytes + part_k * g.sums_bytes, owner),
+                    staged + token * g.sums_row_bytes,
+                    g.sums_bytes,
+                    block.map_shared(sums_full + 8 * part, owner),
+                )
+    stored: dict[int, int] = {}
+    for part_k, block in enumerate(cluster):
+        running.block = block
+        for part in range(g.parts):
+            block.wait(sums_full + 8 * part, 0)
+        kernel.sync_consumers = block.nothing  # type: ignore[method-assign]
+        for thread in range(g.consumers):
+            before = block.shared.copy()
+            undecorated(kernel, "score")(
+                shared,
+                shared + g.bias_offset,
+                out,
+                kernel.owned(tile_tokens, part_k),
+                first_token,
+                part_k,
+                group,
+                thread,
+            )
+            block.shared[:] = before  # the scores would take the place of sums
+        stored |= block.stored
+    return stored
+
+
+def undecorated(kernel: Any, name: str) -> Any:
+    """A method as it was written, without the tracer's decorator."""
+    return types.MethodType(getattr(type(kernel), name).__wrapped__, kernel)
