@@ -177,6 +177,17 @@ def _mismatches(contract: Contract, facts: Cubin, counts: Mapping[str, int]) -> 
             f"{'a' if contract.programmatic_dependent_launch else 'no'} griddepcontrol.wait, "
             f"found {'one' if waits else 'none'}"
         )
+    tensor = cubin.tensor_core(counts)
+    if bool(tensor.allocations) != bool(tensor.releases):
+        yield (
+            "tensor memory: expected every allocation to be given back, found "
+            f"{tensor.allocations} instructions that allocate and {tensor.releases} that release"
+        )
+    if tensor.multiplications and not (tensor.allocations and tensor.commits and tensor.loads):
+        yield (
+            "tensor memory: expected accumulators to be allocated, committed and loaded, found "
+            f"{tensor}"
+        )
 
 
 class _Previous:

@@ -114,6 +114,34 @@ def census(listing: str) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+@dataclass(frozen=True, slots=True)
+class TensorCore:
+    """What a listing has of the tensor core with its own memory (sm_100a, sm_103a), which
+    instructions stand for it: ``allocations`` of columns (a try, and one more where it waits),
+    ``releases`` of them, ``multiplications``, ``commits`` of those to an mbarrier, ``loads``."""
+
+    allocations: int
+    releases: int
+    multiplications: int
+    commits: int
+    loads: int
+
+
+def tensor_core(counts: Mapping[str, int]) -> TensorCore:
+    """The tensor-core facts of an instruction census."""
+
+    def total(pattern: str) -> int:
+        return sum(count for name, count in counts.items() if re.match(pattern, name))
+
+    return TensorCore(
+        allocations=total(r"UTCATOMSWS\.FIND_AND_SET\b"),
+        releases=total(r"UTCATOMSWS\.AND\b"),
+        multiplications=total(r"UTC[A-Z0-9]*MMA\b"),
+        commits=total(r"UTCBAR\b"),
+        loads=total(r"LDTM\b"),
+    )
+
+
 def resources(cubin: Cubin, counts: Mapping[str, int]) -> Resources:
     """The manifest's resource record for a cubin with this instruction census."""
     moved = {"LDL": 0, "STL": 0}

@@ -195,11 +195,13 @@ def dispatch(
     """Divide batches among the entries that serve ``requests``, by their limits of tokens and by
     the latencies that were measured.
 
-    What serves one token fixes the ``numerics`` tag of all: an entry with another tag, or with none
-    to compare, would make a token's bits depend on the size of its batch, and is refused.
+    One ``numerics`` tag serves all: an entry with another tag, or with none to compare, would make
+    a token's bits depend on the size of its batch, and is refused. The tag is that of an entry of
+    the best standing that serves one token; of several, the one whose entries are together the
+    fastest, every measured number of tokens weighing alike.
     """
     found = [resolve(request, device, manifest, status) for request in requests]
-    alone = _cheapest(found, 1, 1)
+    alone = _leader(found)
     if alone is None:
         return Dispatch((), tuple(found))
     found = [_agreeing(resolution, alone) for resolution in found]
@@ -240,9 +242,39 @@ def _agreeing(resolution: Resolution, first: Entry) -> Resolution:
     return dataclasses.replace(resolution, choice=choice, candidates=tuple(candidates))
 
 
+def _leader(resolutions: Sequence[Resolution]) -> Entry | None:
+    """The entry whose ``numerics`` tag all others must have."""
+    ranked = _ranked(resolutions, 1, 1)
+    if not ranked:
+        return None
+    best = ranked[0][0]
+    leaders: dict[str | None, Entry] = {}
+    for standing, entry in ranked:
+        if standing == best:
+            leaders.setdefault(entry.numerics, entry)
+    entries = list(_accepted(resolutions))
+    measured = sorted({tokens for entry in entries for tokens, _ in entry.latency})
+
+    def together(leader: Entry) -> float:
+        tag = leader.numerics
+        own = [e for e in entries if e is leader or (tag is not None and e.numerics == tag)]
+        return sum(
+            math.log(min(_microseconds(entry, tokens) for entry in own)) for tokens in measured
+        )
+
+    # Of equals the first: the one that would serve one token if there were no others.
+    return min(leaders.values(), key=together)
+
+
 def _cheapest(resolutions: Sequence[Resolution], low: int, high: int) -> Entry | None:
-    """The entry for batches of ``low`` to ``high`` tokens: of the best standing, then the fastest
-    as measured for ``high``, then the closest fit.
+    """The first of ``_ranked``, if any."""
+    ranked = _ranked(resolutions, low, high)
+    return ranked[0][1] if ranked else None
+
+
+def _ranked(resolutions: Sequence[Resolution], low: int, high: int) -> list[tuple[object, Entry]]:
+    """(standing, entry) of those that serve batches of ``low`` to ``high`` tokens, by standing,
+    then the latency as measured for ``high``, then the closest fit.
     """
     ranked = []
     for resolution in resolutions:
@@ -251,9 +283,8 @@ def _cheapest(resolutions: Sequence[Resolution], low: int, high: int) -> Entry |
             if found.accepted and limits[0] <= low and high <= limits[1]:
                 _, standing, *fit = _preference(found, resolution.request)
                 ranked.append((standing, _microseconds(found.entry, high), limits[1], fit, found))
-    if not ranked:
-        return None
-    return min(ranked, key=lambda item: item[:-1])[-1].entry
+    ranked.sort(key=lambda item: item[:-1])
+    return [(item[0], item[-1].entry) for item in ranked]
 
 
 def _microseconds(entry: Entry, tokens: int) -> float:

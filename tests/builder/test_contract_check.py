@@ -34,6 +34,14 @@ CUBIN = Cubin(
     required_cluster=None,
 )
 WAIT = {"ACQBULK": 1}
+TENSOR_CORE = {
+    "LDTM.16": 1,
+    "UTCATOMSWS.AND": 1,
+    "UTCATOMSWS.FIND_AND_SET.ALIGN": 2,
+    "UTCBAR": 1,
+    "UTCBAR.MULTICAST": 1,
+    "UTCHMMA": 8,
+}
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -56,6 +64,7 @@ def _check(
         ({"programmatic_dependent_launch": True}, {}, WAIT),
         ({"dynamic_shared_memory": SHARED_MEMORY_LIMIT - 16}, {"static_shared_memory": 16}, {}),
         ({"block": (1024, 1, 1)}, {"registers": REGISTER_FILE // 1024}, {}),
+        ({}, {}, TENSOR_CORE),
     ],
 )
 def test_what_fits_is_accepted(
@@ -107,6 +116,16 @@ def test_what_fits_is_accepted(
         ({}, {}, WAIT, "expected no griddepcontrol.wait, found one"),
         ({"parameters": (Parameter("x", "ptr:f99"),)}, {}, {}, "expected a type of"),
         ({"block": (2048, 1, 1)}, {}, {}, "expected at most 1024 threads"),
+        (
+            {},
+            {},
+            {**TENSOR_CORE, "UTCATOMSWS.AND": 0},
+            "every allocation to be given back, found 2 instructions that allocate and 0",
+        ),
+        ({}, {}, {"UTCATOMSWS.AND": 1}, "found 0 instructions that allocate and 1"),
+        ({}, {}, {"UTCHMMA": 4}, "to be allocated, committed and loaded, found .*allocations=0"),
+        ({}, {}, {**TENSOR_CORE, "LDTM.16": 0}, "found .*commits=2, loads=0"),
+        ({}, {}, {**TENSOR_CORE, "UTCBAR": 0, "UTCBAR.MULTICAST": 0}, "found .*commits=0"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -141,6 +141,42 @@ def test_census_counts_instructions_by_name() -> None:
     assert (used.spill_stores, used.spill_loads) == (16 + 8 + 4 + 4 + 1, 8)
 
 
+TENSOR = r"""
+extern "C" __global__ void tensor(int* x)
+{
+    __shared__ unsigned slot, barrier[2];
+    unsigned where = __cvta_generic_to_shared(&slot), done = __cvta_generic_to_shared(barrier);
+    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 64;" ::"r"(where));
+    __syncthreads();
+    unsigned address = *(volatile unsigned*)&slot;
+    asm volatile("{ .reg .pred p, e; setp.ne.b32 p, 0, 0; elect.sync _|e, -1;\n"
+                 "@e tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %1, 136316048, p;\n"
+                 "@e tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%2]; }"
+                 ::"r"(address), "l"(1ull << 46), "r"(done));
+    int a, b;
+    asm volatile("tcgen05.ld.sync.aligned.32x32b.x2.b32 {%0, %1}, [%2];\n"
+                 "tcgen05.wait::ld.sync.aligned;" : "=r"(a), "=r"(b) : "r"(address));
+    x[threadIdx.x] = a + b;
+    asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 64;" ::"r"(address));
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
+def test_the_tensor_core_is_found_in_the_census(compile_cuda: Compile, target: str) -> None:
+    """Compiled, not run: it is no kernel that does anything."""
+    found = cubin.tensor_core(
+        cubin.census(cubin.sass(compile_cuda(TENSOR, target), toolchain.nvdisasm()))
+    )
+    assert found.allocations >= 1
+    assert (found.releases, found.multiplications, found.commits, found.loads) == (1, 1, 1, 1)
+
+
+def test_no_tensor_core_is_none(compile_cuda: Compile) -> None:
+    counts = cubin.census(cubin.sass(compile_cuda(LOCAL), toolchain.nvdisasm()))
+    assert cubin.tensor_core(counts) == cubin.TensorCore(0, 0, 0, 0, 0)
+
+
 def test_two_entry_functions_are_refused(compile_cuda: Compile) -> None:
     with pytest.raises(BuildError, match=r"one entry function, found \['one', 'two'\]"):
         cubin.read(compile_cuda(TWO), "test")

@@ -227,7 +227,7 @@ def test_standing_comes_before_speed(build: SimpleNamespace) -> None:
 @pytest.mark.parametrize("tag", ["bf16-k16-f32/chunk256/epilogue1", None])
 def test_numerics_must_agree(build: SimpleNamespace, tag: str | None) -> None:
     """A prefill kernel of other bits is refused, with the reason, and the decode kernel serves."""
-    decode, prefill = phase(build, "decode"), phase(build, "prefill", numerics=tag)
+    decode, prefill = phase(build, "decode"), phase(build, "prefill", low=2, numerics=tag)
     found = divide(build, [decode, prefill])
     assert spans_of(found) == [(1, 2**20, "decode", "portable")]
     assert (
@@ -237,6 +237,31 @@ def test_numerics_must_agree(build: SimpleNamespace, tag: str | None) -> None:
     named = dispatch(requests, H100, build.manifest([decode, prefill]), lambda entry: "verified")
     with pytest.raises(ResolutionError, match=f"its numerics are {tag}, those of"):
         named.require()
+
+
+def test_of_two_tags_the_faster_set_serves(build: SimpleNamespace) -> None:
+    """Blackwell, all verified there: the portable decode kernel is the fastest for one token, but
+    only the tcgen05 pair has a kernel for many."""
+    portable = phase(build, "decode", 64, target="sm_100a")
+    own = {"target": "sm_100a", "variant": "tcgen05", "numerics": "bf16-tcgen05-k16-f32/x"}
+    decode = phase(build, "decode", 64, latency=((1, 5.0), (64, 7.0)), **own)
+    prefill = phase(build, "prefill", 2**22, **own)
+    entries = [portable, decode, prefill]
+    found = divide(build, entries, device=B200)
+    assert spans_of(found) == [(1, 64, "decode", "tcgen05"), (65, 2**22, "prefill", "tcgen05")]
+    assert f"its numerics are {TAG}, those of {decode.key} are" in found.resolutions[0].trace()
+    # Slow ones do not displace what is better on the whole.
+    slow = [dataclasses.replace(e, latency=((1, 50.0), (1024, 900.0))) for e in (decode, prefill)]
+    found = divide(build, [portable, *slow], device=B200)
+    assert [span[2:] for span in spans_of(found)] == [("decode", "portable")]
+    # And the proven ones come first, however slow.
+    found = divide(
+        build,
+        entries,
+        lambda e: "source-verified" if e is portable else "unproven",
+        B200,
+    )
+    assert [span[2:] for span in spans_of(found)] == [("decode", "portable")]
 
 
 def test_entries_without_a_tag_do_not_mix(build: SimpleNamespace) -> None:
