@@ -275,6 +275,39 @@ KERNELS = (
                 },
                 targets=("sm_90a",),
             ),
+            # The same forms on the tensor core with its own memory: first the split one.
+            Variant(
+                "tcgen05_256",
+                {"MAX_TOKENS": 256, "TCGEN05": 1},
+                tuned={
+                    "dsv4-flash": {"TOKENS_TILE": 32, "GROUPS": 1, "CLUSTER_K": 16},
+                    "dsv4-pro": {"TOKENS_TILE": 128, "GROUPS": 3, "CLUSTER_K": 14},
+                    "dsv41-flash": {"TOKENS_TILE": 128, "GROUPS": 3, "CLUSTER_K": 10},
+                },
+                targets=("sm_100a", "sm_103a"),
+                tuned_only=True,
+            ),
+            Variant(
+                "tcgen05_middle",
+                {"TCGEN05": 1},
+                tuned={
+                    "dsv4-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
+                    "dsv4-pro": {"CLUSTER_E": 4, "CLUSTER_T": 1, "PASSES": 1},
+                    "dsv41-flash": {"CLUSTER_E": 4, "CLUSTER_T": 1, "PASSES": 1},
+                },
+                targets=("sm_100a", "sm_103a"),
+                tuned_only=True,
+            ),
+            Variant(
+                "tcgen05",
+                {"TCGEN05": 1},
+                tuned={
+                    "dsv4-flash": {"CLUSTER_E": 1, "CLUSTER_T": 2, "PASSES": 1},
+                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
+                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
+                },
+                targets=("sm_100a", "sm_103a"),
+            ),
         ),
     ),
 )

@@ -12,6 +12,8 @@ wants them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cutlass import Float32, Int32, Int64
 from cutlass.cutlass_dsl import T
 
@@ -55,16 +57,41 @@ def load(address: Int32, columns: int) -> list[Float32]:
     the compiler that a register is not there before the wait.
     """
     registers = columns // 2
+    names = [f"${i}" for i in range(registers)]
+    text = _loads(f"${registers}", columns, names)
+    constraints = ",".join(["=f"] * registers) + ",r,~{memory}"
+    result = asm(struct(T.f32(), registers), [address], text, constraints)
+    return unpack(result, Float32, T.f32(), registers)
+
+
+def add(address: Int32, columns: int, sums: Sequence[Float32]) -> list[Float32]:
+    """``sums`` plus what ``load`` would read, each rounded once.
+
+    One piece of assembly: the compiler would else begin every load of a row before the first
+    addition, and run out of registers.
+    """
+    registers = columns // 2
+    names = [f"t{i}" for i in range(registers)]
+    lines = [f"{{ .reg .f32 t<{registers}>;", _loads(f"${registers}", columns, names)]
+    lines += [f"add.rn.f32 ${i}, ${i}, t{i};" for i in range(registers)]
+    ties = [str(i) for i in range(registers)]
+    result = asm(
+        struct(T.f32(), registers),
+        [address, *sums],
+        "\n".join(lines) + " }",
+        ",".join([*["=f"] * registers, "r", *ties, "~{memory}"]),
+    )
+    return unpack(result, Float32, T.f32(), registers)
+
+
+def _loads(address: str, columns: int, registers: Sequence[str]) -> str:
     lines, first = [], 0
     for repeat in repeats(columns):
-        names = ",".join(f"${first + i}" for i in range(4 * repeat))
-        place = f"[${registers} + {first * 2}]"
+        names = ",".join(registers[first : first + 4 * repeat])
+        place = f"[{address} + {first * 2}]"
         lines.append(f"tcgen05.ld.sync.aligned.16x256b.x{repeat}.b32 {{{names}}}, {place};")
         first += 4 * repeat
-    lines.append("tcgen05.wait::ld.sync.aligned;")
-    constraints = ",".join(["=f"] * registers) + ",r,~{memory}"
-    result = asm(struct(T.f32(), registers), [address], "\n".join(lines), constraints)
-    return unpack(result, Float32, T.f32(), registers)
+    return "\n".join([*lines, "tcgen05.wait::ld.sync.aligned;"])
 
 
 # --- multiply -------------------------------------------------------------------------------------

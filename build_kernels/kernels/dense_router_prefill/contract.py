@@ -13,8 +13,9 @@ from router_runtime.manifest import Contract, GridAxis, Parameter, Repack, Tenso
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:
     """A division for a model that the catalog does not tune: a block's partial sums and totals of
-    192 experts fill the registers."""
-    cluster_e = next(e for e in (1, 2, 4, 8) if ceil_div(int(constants["EXPERTS"]), e) <= 192)
+    192 experts fill the registers; with the partial sums in tensor memory, 256."""
+    most = 256 if "TCGEN05" in constants else 192
+    cluster_e = next(e for e in (1, 2, 4, 8) if ceil_div(int(constants["EXPERTS"]), e) <= most)
     return {"CLUSTER_E": cluster_e, "CLUSTER_T": 1, "PASSES": 1}
 
 

@@ -41,10 +41,6 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     Geometry,
 )
 
-#: Registers of a thread that multiplies, and of one that feeds.
-CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
-
 #: Named barrier of the consumers.
 CONSUMERS = 1
 
@@ -72,6 +68,10 @@ class Rings:
 
 
 class DenseRouterPrefill:
+    #: Registers of a thread that multiplies, and of one that feeds.
+    consumer_registers = 240
+    producer_registers = 24
+
     def __init__(self, geometry: Geometry) -> None:
         self.g = geometry
 
@@ -145,11 +145,12 @@ class DenseRouterPrefill:
         if thread == 0:
             for stage in cutlass.range_constexpr(g.hidden_stages):
                 ptx.barrier_init(hidden_full + 8 * stage, 1)
-                ptx.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
+                ptx.barrier_init(hidden_empty + 8 * stage, self.releases * g.cluster_e)
             for stage in cutlass.range_constexpr(g.weight_stages):
                 ptx.barrier_init(weight_full + 8 * stage, 1)
-                ptx.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
+                ptx.barrier_init(weight_empty + 8 * stage, self.releases * g.cluster_t)
             ptx.barrier_init_fence()
+        self.acquire(shared, warp)
         for i in cutlass.range_constexpr(-(-g.padded_experts // g.threads)):
             expert = thread + i * g.threads
             if expert < g.padded_experts:
@@ -165,7 +166,10 @@ class DenseRouterPrefill:
         cute.arch.sync_threads()
 
         if warp >= g.consumer_warps:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(self.producer_registers)
+            self.assist(
+                shared, hidden_full, hidden_empty, weight_full, weight_empty, part_e, part_t, warp
+            )
             if warp == g.consumer_warps:
                 if lane == 0:
                     tensor_map = bulk.tensor_map_address(hidden_states)
@@ -186,7 +190,7 @@ class DenseRouterPrefill:
             self.meet()
             self.part()
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.consumer_registers)
             totals = self.multiply(
                 shared, hidden_full, hidden_empty, weight_full, weight_empty, part_e, part_t, thread
             )
@@ -212,6 +216,27 @@ class DenseRouterPrefill:
                 cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
             self.select(routing, shared, first_token, part_e, part_t, thread)
             self.part()
+
+    @property
+    def releases(self) -> int:
+        """Arrivals of a block that release a stage: of every warp that multiplies."""
+        return self.g.consumer_warps
+
+    def acquire(self, shared: Int32, warp: Int32) -> None:
+        """Before the block's first barrier: what ``multiply`` needs beside registers."""
+
+    def assist(
+        self,
+        shared: Int32,
+        hidden_full: Int32,
+        hidden_empty: Int32,
+        weight_full: Int32,
+        weight_empty: Int32,
+        part_e: Int32,
+        part_t: Int32,
+        warp: Int32,
+    ) -> None:
+        """What the warps beside the multiplying and the feeding ones do meanwhile."""
 
     def meet(self) -> None:
         """Every block of the cluster has multiplied, and its logits and masks can be read."""
@@ -762,5 +787,11 @@ def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], 
         if "TCGEN05" in constants:
             return split_tcgen05.program(constants)
         return split_k.program(constants)
+    form = DenseRouterPrefill
+    if "TCGEN05" in constants:
+        # That module is made from this one.
+        from build_kernels.kernels.dense_router_prefill.tile_tcgen05 import TileTcgen05
+
+        form = TileTcgen05
     kinds = ("ptr:bf16", "ptr:bf16", "ptr:f32", "i64")
-    return DenseRouterPrefill(Geometry.of(constants)), finish.arguments(*kinds)
+    return form(Geometry.of(constants)), finish.arguments(*kinds)

@@ -6,12 +6,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from build_kernels.kernels.common import tcgen05_layout
+
 #: One pipeline stage holds this many hidden elements: 128 bytes, the width of the swizzle.
 K_BLOCK = 64
 MMA_M = 64
 MMA_K = 16
 LANES = 32
 WARPGROUP = 128
+
+#: Accumulators in tensor memory: one is multiplied into while the other is added to the totals.
+ACCUMULATORS = 2
+
+#: Tiles of 128 experts whose totals for 128 tokens fit the registers of two warpgroups.
+MAX_ROW_TILES = 2
 
 #: Dynamic shared memory of one block on every target, in bytes.
 MAX_SHARED_BYTES = 227 * 1024
@@ -29,6 +37,9 @@ class Geometry:
     the ``cluster_t`` blocks of one part of the experts share its weights. A block multiplies its
     part of the experts in ``passes`` passes over each chunk, so that only one pass's partial sums
     need registers beside the totals.
+
+    With ``tcgen05`` the partial sums lie in tensor memory: two accumulators take turns, each of
+    ``row_tiles`` times 128 experts by the tile's tokens, and one pass is enough.
     """
 
     hidden: int
@@ -38,10 +49,11 @@ class Geometry:
     cluster_e: int
     cluster_t: int
     passes: int
+    tcgen05: bool = False
 
     @classmethod
     def of(cls, constants: Mapping[str, int | float]) -> Geometry:
-        return cls(
+        g = cls(
             hidden=int(constants["HIDDEN"]),
             experts=int(constants["EXPERTS"]),
             top_k=int(constants["TOP_K"]),
@@ -49,7 +61,14 @@ class Geometry:
             cluster_e=int(constants["CLUSTER_E"]),
             cluster_t=int(constants["CLUSTER_T"]),
             passes=int(constants["PASSES"]),
+            tcgen05="TCGEN05" in constants,
         )
+        if g.tcgen05 and (g.passes > 1 or g.row_tiles > MAX_ROW_TILES):
+            raise ValueError(
+                f"expected one pass over at most {MAX_ROW_TILES * tcgen05_layout.MMA_M} experts a "
+                f"block, found {g.passes} over {g.block_experts}"
+            )
+        return g
 
     # --- tiles ---
     @property
@@ -65,7 +84,7 @@ class Geometry:
     def mma_n(self) -> int:
         """Experts of one pass: the N of the MMA, divisible among the blocks that share its
         weights."""
-        step = 8 * self.cluster_t
+        step = max(8 * self.cluster_t, 16 if self.tcgen05 else 8)
         return ceil_div(self.experts, self.cluster_e * self.passes * step) * step
 
     @property
@@ -80,6 +99,20 @@ class Geometry:
     def cluster(self) -> int:
         return self.cluster_e * self.cluster_t
 
+    # --- tensor memory ---
+    @property
+    def row_tiles(self) -> int:
+        """MMAs of 128 experts that a block's part takes; the last one may have idle rows."""
+        return ceil_div(self.block_experts, tcgen05_layout.MMA_M)
+
+    @property
+    def accumulator_columns(self) -> int:
+        return self.row_tiles * self.tokens_tile
+
+    @property
+    def tensor_columns(self) -> int:
+        return tcgen05_layout.allocation(ACCUMULATORS * self.accumulator_columns)
+
     # --- hidden dimension ---
     @property
     def blocks(self) -> int:
@@ -92,6 +125,10 @@ class Geometry:
     @property
     def full_chunks(self) -> int:
         return self.blocks // self.chunk_blocks
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.blocks, self.chunk_blocks)
 
     @property
     def last_blocks(self) -> int:
@@ -147,7 +184,14 @@ class Geometry:
 
     @property
     def ring_bytes(self) -> int:
-        return MAX_SHARED_BYTES - self.bias_bytes - 512
+        return MAX_SHARED_BYTES - self.bias_bytes - 512 - self.idle_bytes
+
+    @property
+    def idle_bytes(self) -> int:
+        """What the idle rows read beyond the last stage of weights: anything, but there."""
+        if not self.tcgen05:
+            return 0
+        return (self.row_tiles * tcgen05_layout.MMA_M - self.block_experts) * K_BLOCK * 2
 
     @property
     def hidden_stages(self) -> int:
@@ -174,8 +218,19 @@ class Geometry:
         return self.bias_offset + self.bias_bytes
 
     @property
-    def shared_bytes(self) -> int:
+    def accumulator_offset(self) -> int:
+        """With ``tcgen05``: full and empty barriers of the accumulators, then their address."""
         return self.barrier_offset + 16 * (self.hidden_stages + self.weight_stages)
+
+    @property
+    def tensor_address_offset(self) -> int:
+        return self.accumulator_offset + 16 * ACCUMULATORS
+
+    @property
+    def shared_bytes(self) -> int:
+        if not self.tcgen05:
+            return self.accumulator_offset
+        return max(self.tensor_address_offset + 16, self.bias_offset + self.idle_bytes)
 
     # After the multiplication the rings hold the logits and the masks of candidates.
     @property
