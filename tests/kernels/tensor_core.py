@@ -1,14 +1,15 @@
 """A multiprocessor's tensor core of sm_100a in numpy, from the PTX manual: the other opinion.
 
-``Block`` runs the kernels' own Python, one statement after the other, in place of the functions of
-kernels/common: addresses are integers, shared memory is an array of bytes, an mbarrier counts.
-Whatever would wait for something that has not happened fails. Sums are FP32 of small integers, so
-exact in any order.
+A ``Block`` stands in for the functions of kernels/common while the kernels' own Python runs:
+addresses are integers, shared memory is an array of bytes, an mbarrier counts. A wait is that of
+Python threads: what never comes ends the test. Sums are FP32 of small numbers, so exact in any
+order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,24 +74,46 @@ class Memory:
         return found
 
 
+#: Seconds after which something that a thread waits for is held never to come.
+PATIENCE = 20
+
+
 class Barrier:
+    """An mbarrier: a phase is over when all arrivals and all expected bytes have come."""
+
     def __init__(self, arrivals: int) -> None:
         self.arrivals, self.left, self.bytes, self.phases = arrivals, arrivals, 0, 0
+        self.turn = threading.Condition()
+        self.over = False
 
     def arrive(self, expected: int = 0) -> None:
-        assert self.left > 0
-        self.left -= 1
-        self.bytes += expected
-        self.settle()
+        with self.turn:
+            assert self.left > 0
+            self.left -= 1
+            self.bytes += expected
+            self.settle()
 
     def receive(self, size: int) -> None:
-        self.bytes -= size
-        self.settle()
+        with self.turn:
+            self.bytes -= size
+            self.settle()
 
     def settle(self) -> None:
         if self.left == 0 and self.bytes == 0:
             self.left = self.arrivals
             self.phases += 1
+            self.turn.notify_all()
+
+    def wait(self, parity: int) -> None:
+        """As the hardware: until the phase that runs has the other parity."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.over or self.phases % 2 != parity, timeout=PATIENCE)
+            assert self.phases % 2 != parity, "a wait for what never comes"
+
+    def give_up(self) -> None:
+        with self.turn:
+            self.over = True
+            self.turn.notify_all()
 
 
 class Block:
@@ -104,8 +127,11 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.tensor: Sums | None = None
         self.tensor_columns = 0
-        self.thread = 0
         self.stored: dict[int, int] = {}
+        self.here = threading.local()
+        #: Barriers of the warps whose lanes run side by side, and of those that meet as a block.
+        self.lanes: dict[int, threading.Barrier] = {}
+        self.consumers: threading.Barrier | None = None
 
     # --- arithmetic ---
     quotient = staticmethod(lambda a, b: a // b)
@@ -118,6 +144,24 @@ class Block:
     bits = staticmethod(lambda value: int(np.float32(value).view(np.uint32)))
     from_bits = staticmethod(lambda value: np.uint32(value).view(np.float32))
     add_rn = staticmethod(lambda a, b: np.float32(a) + np.float32(b))
+
+    # --- threads ---
+    def sync_warp(self) -> None:
+        """Nothing for a warp that one Python thread stands for."""
+        if barrier := self.lanes.get(self.here.thread // 32):
+            barrier.wait()
+
+    def meet(self) -> None:
+        assert self.consumers is not None
+        self.consumers.wait()
+
+    def abandon(self) -> None:
+        """Let nobody wait any longer."""
+        for barrier in (*self.lanes.values(), self.consumers):
+            if barrier is not None:
+                barrier.abort()
+        for phases in self.barriers.values():
+            phases.give_up()
 
     # --- shared memory ---
     def at(self, address: int, size: int) -> Bytes:
@@ -141,6 +185,12 @@ class Block:
         found: np.float32 = self.at(address, 4).view(np.float32)[0]
         return found
 
+    def load_shared_f32x2(self, address: int) -> list[np.float32]:
+        return list(self.at(address, 8).view(np.float32))
+
+    def store_shared_f32(self, address: int, value: np.float32) -> None:
+        self.at(address, 4).view(np.float32)[0] = value
+
     def store_shared_v2(self, address: int, a: int, b: int) -> None:
         self.at(address, 8).view(np.uint32)[:] = (a, b)
 
@@ -157,6 +207,22 @@ class Block:
         assert size % 16 == 0
         self.at(remote, size)[:] = self.at(shared, size)
         self.barrier(barrier).receive(size)
+
+    def peers(self, blocks: int) -> list[Block]:
+        assert 0 < blocks < 1 << len(self.cluster)
+        return [block for block in self.cluster if blocks >> block.rank & 1]
+
+    def copy_bulk_multicast(
+        self, shared: int, address: int, size: int, barrier: int, blocks: int
+    ) -> None:
+        for block in self.peers(blocks):
+            block.copy_bulk(shared, address, size, barrier)
+
+    def copy_tile_multicast(
+        self, shared: int, tensor_map: int, x: int, y: int, barrier: int, blocks: int
+    ) -> None:
+        for block in self.peers(blocks):
+            block.copy_tile(shared, tensor_map, x, y, barrier)
 
     def copy_tile(self, shared: int, tensor_map: int, x: int, y: int, barrier: int) -> None:
         """A box of 64 elements by ``box`` rows; rows beyond the matrix arrive as zeros."""
@@ -181,7 +247,7 @@ class Block:
         self.barrier(address).arrive(size)
 
     def wait(self, address: int, parity: int) -> None:
-        assert self.barrier(address).phases % 2 != parity, "a wait for what never comes"
+        self.barrier(address).wait(parity)
 
     def barrier_wait(self, address: int) -> None:
         self.wait(address, 0)
@@ -228,10 +294,14 @@ class Block:
     def commit(self, barrier: int) -> None:
         self.arrive(barrier)
 
+    def commit_multicast(self, barrier: int, blocks: int) -> None:
+        for block in self.peers(blocks):
+            block.arrive(barrier)
+
     def load(self, address: int, columns: int) -> list[np.float32]:
-        """For the thread that ``thread`` names: 16 lanes x 256 bits, again and again."""
+        """For the thread that ``here`` names: 16 lanes x 256 bits, again and again."""
         assert self.tensor is not None
-        warp, lane = divmod(self.thread, 32)
+        warp, lane = divmod(self.here.thread, 32)
         first, column = address >> 16, address & 0xFFFF
         assert first % 16 == 0
         assert first // 32 == warp % 4, "a warp reaches 32 lanes of its own"
@@ -243,11 +313,34 @@ class Block:
             for i in range(columns // 2)
         ]
 
+    def add(self, address: int, columns: int, sums: Sequence[np.float32]) -> list[np.float32]:
+        return [a + b for a, b in zip(sums, self.load(address, columns), strict=True)]
+
     @staticmethod
     def nothing(*_: object) -> None:
         """Fences, and what only orders."""
 
     fence_before = fence_after = relinquish = barrier_init_fence = fence_async_shared = nothing
+
+
+def together(tasks: Sequence[Callable[[], None]], abandon: Callable[[], None]) -> None:
+    """Run all at once; raises what the first one raised, ``abandon`` then frees the others."""
+    failures: list[BaseException] = []
+
+    def guarded(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            failures.append(error)
+            abandon()
+
+    threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def exact(rows: Sequence[int], generator: np.random.Generator) -> Sums:
