@@ -1,8 +1,8 @@
 """Prints, as JSON, what the DSL's own layout algebra says about MMAs on sm_100a.
 
-Run in a scratch folder with CUTE_DSL_ARCH=sm_100a: tcgen05_algebra.py EXPERTS TOKENS. The operands
-are declared by their layouts in memory alone, the weights' packed stages and the hidden states'
-swizzled rows; the descriptors are read off the PTX, for every step of two stages.
+Run in a scratch folder with CUTE_DSL_ARCH=sm_100a: tcgen05_algebra.py EXPERTSxTOKENS ... The
+operands are declared by their layouts in memory alone, the weights' packed stages and the hidden
+states' swizzled rows; the descriptors are read off the PTX, for every step of two stages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ K_BLOCK = 64
 #: Registers of a thread in a load of 16 columns.
 LOADED = 8
 
-found: dict[str, Any] = {}
-
 
 class Algebra:
     def __init__(self, experts: int, tokens: int) -> None:
         self.experts, self.tokens = experts, tokens
+        self.found: dict[str, Any] = {}
 
     @cute.jit
     def __call__(self) -> None:
@@ -70,7 +69,7 @@ class Algebra:
         for step in cutlass.range_constexpr(K_BLOCK // 16):
             for stage in cutlass.range_constexpr(STAGES):
                 cute.gemm(mma, sums, a[None, None, step, stage], b[None, None, step, stage], sums)
-        found["accumulator"] = [
+        self.found["accumulator"] = [
             [int(cute.crd2idx(((row, column), 0, 0), sums.layout)) for column in range(self.tokens)]
             for row in range(128)
         ]
@@ -81,7 +80,7 @@ class Algebra:
             sums[(None, None), 0, 0],
         )
         rows, columns = load.tiler_mn
-        found["load"] = [
+        self.found["load"] = [
             [self.place(load, rows, columns, thread, register) for register in range(LOADED)]
             for thread in range(128)
         ]
@@ -106,10 +105,13 @@ def multiplications(ptx: str) -> list[tuple[int, int, int]]:
 
 
 def main() -> None:
-    experts, tokens = int(sys.argv[1]), int(sys.argv[2])
     options = (cute.OptLevel(3), cute.GPUArch("sm_100a"), cute.KeepPTX(True), cute.KeepCUBIN(True))
-    found["mma"] = multiplications(cute.compile[options](Algebra(experts, tokens)).__ptx__)
-    print(json.dumps(found))
+    said = {}
+    for stage in sys.argv[1:]:
+        algebra = Algebra(*map(int, stage.split("x")))
+        algebra.found["mma"] = multiplications(cute.compile[options](algebra).__ptx__)
+        said[stage] = algebra.found
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,14 @@ STAGES = {(g.group_experts, g.tokens_tile) for g in SPLIT.values()}
 STAGES |= {(g.block_experts, g.tokens_tile) for g in TILE.values()}
 
 
-def algebra(experts: int, tokens: int, folder: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def algebra(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the DSL says, in a process of its own: it takes its target from the environment."""
     root = Path(__file__).parents[2]
+    stages = [f"{experts}x{tokens}" for experts, tokens in STAGES]
     said = subprocess.run(
-        [sys.executable, root / "tests/kernels/tcgen05_algebra.py", str(experts), str(tokens)],
-        cwd=folder,
+        [sys.executable, root / "tests/kernels/tcgen05_algebra.py", *stages],
+        cwd=tmp_path_factory.mktemp("algebra"),
         env=os.environ | {"CUTE_DSL_ARCH": "sm_100a", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
@@ -82,9 +84,9 @@ def algebra(experts: int, tokens: int, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("experts", "tokens"), sorted(STAGES))
 def test_descriptors_and_fragments_are_those_of_the_dsl(
-    experts: int, tokens: int, tmp_path: Path
+    experts: int, tokens: int, algebra: dict[str, Any]
 ) -> None:
-    said = algebra(experts, tokens, tmp_path)
+    said = algebra[f"{experts}x{tokens}"]
     expected = [
         [
             PACKED_STAGE.descriptor
@@ -126,8 +128,8 @@ def test_budgets_of_the_tile_form(g: Geometry) -> None:
     assert g.accumulator_offset % 8 == 0
     assert g.tensor_address_offset == g.accumulator_offset + 32
     assert g.tensor_address_offset + 4 <= g.shared_bytes
-    # The logits and masks that replace the rings end before the biases.
-    assert g.mask_offset + g.tokens_tile * g.mask_row_bytes <= g.bias_offset
+    # What replaces the rings ends before the biases.
+    assert g.image_bias_offset + g.padded_experts * 4 <= g.bias_offset
     # A warpgroup's threads hold 64 rows of a tile of 128 experts, all tokens.
     assert g.row_tiles * 128 * g.tokens_tile == 2 * 128 * (g.accumulator_columns // 2)
 

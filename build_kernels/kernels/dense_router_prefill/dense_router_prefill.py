@@ -506,8 +506,27 @@ class DenseRouterPrefill:
         row = ptx.quotient(thread, LANES) * 16 + ptx.quotient(ptx.remainder(thread, LANES), 4)
         return [row, row + 8]
 
+    def store_logits(
+        self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
+    ) -> None:
+        """Store this thread's logits as the rows that ``select`` reads."""
+        g = self.g
+        quad = ptx.remainder(thread, LANES) & 3
+        row = self.screened_rows(thread)[0]
+        pairs = g.mma_n // 8
+        for half in range(2):
+            place = shared + (row + 8 * half) * g.logit_row_bytes + quad * 8
+            for pair in range(g.block_experts // 8):
+                first = 2 * half + 4 * (pair % pairs)
+                values = [Float32(totals[pair // pairs][first + i]) for i in range(2)]
+                bulk.store_shared_f32x2(place + pair * 32, *values)
+
     def screen(
-        self, totals: list[cute.Tensor], shared: Int32, biases: Sequence[Int32], thread: Int32
+        self,
+        totals: Sequence[Sequence[Float32]],
+        shared: Int32,
+        biases: Sequence[Int32],
+        thread: Int32,
     ) -> None:
         """Store this thread's logits, and for each of its two tokens the mask of candidates among
         them: bit p stands for column 8 (p / 2) + 2 quad + p % 2 of the block's experts.
@@ -526,11 +545,7 @@ class DenseRouterPrefill:
         def logit(half: int, pair: int, i: int) -> Float32:
             return Float32(totals[pair // pairs][i + 2 * half + 4 * (pair % pairs)])
 
-        for half in range(2):
-            place = shared + (row + 8 * half) * g.logit_row_bytes + quad * 8
-            for pair in range(g.block_experts // 8):
-                values = [logit(half, pair, i) for i in range(2)]
-                bulk.store_shared_f32x2(place + pair * 32, *values)
+        self.store_logits(totals, shared, thread)
         scores = [
             [
                 [screened(logit(half, pair, i)) for i in range(2)]

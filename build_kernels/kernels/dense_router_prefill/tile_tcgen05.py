@@ -10,6 +10,9 @@ anyway, into the registers from which it screens: two tokens a thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import cutlass
 from cutlass import Float32, Int32, cute
 
@@ -25,6 +28,7 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     LANES,
     MMA_K,
     WARPGROUP,
+    Geometry,
 )
 
 #: Columns that are read from tensor memory at a time: few registers beside the totals.
@@ -32,9 +36,6 @@ LOADED = 32
 
 
 class TileTcgen05(DenseRouterPrefill):
-    consumer_registers = 232
-    producer_registers = 40
-
     @property
     def releases(self) -> int:
         return 1
@@ -205,7 +206,7 @@ class TileTcgen05(DenseRouterPrefill):
         part_e: Int32,
         part_t: Int32,
         thread: Int32,
-    ) -> list[cute.Tensor]:
+    ) -> list[StoredLogits]:
         """This thread's logits: two tokens, a quarter of the block's experts, as ``screen`` takes
         them."""
         g = self.g
@@ -234,7 +235,7 @@ class TileTcgen05(DenseRouterPrefill):
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
         self.leave(sums, shared, lanes, lane)
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumers * WARPGROUP)
-        return [self.own_logits(shared, thread)]
+        return [StoredLogits(g, shared, thread)]
 
     def first_lane(self, warp: Int32) -> Int32:
         """The first of the 16 rows of every 128 experts that a warp adds: the two warpgroups divide
@@ -268,16 +269,27 @@ class TileTcgen05(DenseRouterPrefill):
                 place + column * g.logit_row_bytes + row * 4, Float32(sums[first + register])
             )
 
-    def own_logits(self, shared: Int32, thread: Int32) -> cute.Tensor:
-        """The accumulator fragment that ``screen`` takes: tokens are its rows, experts its
-        columns."""
-        g = self.g
+    def store_logits(
+        self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
+    ) -> None:
+        """They are stored: ``totals`` reads them."""
+
+
+class StoredLogits(Sequence[Float32]):
+    """An accumulator fragment, tokens its rows and experts its columns, that is read from the
+    stored logits value by value: it takes no registers."""
+
+    def __init__(self, geometry: Geometry, shared: Int32, thread: Int32) -> None:
+        self.g = geometry
         lane = ptx.remainder(thread, LANES)
         row = ptx.quotient(thread, LANES) * 16 + ptx.quotient(lane, 4)
-        logits = cute.make_rmem_tensor(g.block_experts // 2, Float32)
-        for half in range(2):
-            place = shared + (row + 8 * half) * g.logit_row_bytes + (lane & 3) * 8
-            for pair in range(g.block_experts // 8):
-                for i, value in enumerate(bulk.load_shared_f32x2(place + pair * 32)):
-                    logits[i + 2 * half + 4 * pair] = value
-        return logits
+        self.place = shared + row * geometry.logit_row_bytes + (lane & 3) * 8
+
+    def __len__(self) -> int:
+        return self.g.block_experts // 2
+
+    def __getitem__(self, register: Any) -> Any:
+        row, column = tcgen05_layout.fragment(0, register)
+        if register >= len(self):
+            raise IndexError(register)
+        return ptx.load_shared_f32(self.place + row * self.g.logit_row_bytes + column * 4)
