@@ -192,6 +192,41 @@ def test_a_contract_derives_what_nobody_stated(
         plan.plan(models=("dsv4-pro",))
 
 
+def test_a_contract_may_have_no_form_for_a_model(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Contract:
+        @staticmethod
+        def derive(constants: dict[str, int]) -> dict[str, int] | None:
+            return None if "TILE" in constants and constants["HIDDEN"] == 7168 else {}
+
+    monkeypatch.setattr(plan, "_contract", lambda kernel: Contract)
+    keys = [job.key for job in plan.plan(targets=("sm_90a",), kernels=("shift",))]
+    assert "shift/dsv4-pro/sm_90a/a" in keys
+    assert "shift/dsv4-pro/sm_90a/b" not in keys
+    assert "shift/dsv4-flash/sm_90a/b" in keys
+
+
+def test_a_variant_may_share_the_sources_of_another_kernel(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = kernels / "kernels" / "other"
+    other.mkdir()
+    for name in ("other.py", "contract.py"):
+        (other / name).write_text("")
+    variants = (Variant("a"), Variant("b", shares=("other",)))
+    monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, variants),))
+
+    def digests() -> dict[str, str]:
+        return {job.variant: job.source_sha256 for job in plan.plan(targets=("sm_90a",))}
+
+    before = digests()
+    (other / "form.py").write_text("# new")
+    after = digests()
+    assert before["a"] == after["a"]
+    assert before["b"] != after["b"]
+
+
 def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
     digests: dict[tuple[str, str | None, str], set[str]] = {}
     for job in plan.plan():

@@ -19,7 +19,7 @@ from build_kernels.numerics import CONSTANTS
 from build_kernels.plan import plan
 from router_runtime import rows, spec
 from router_runtime.kernels import kernels_on
-from router_runtime.resolve import DENSE
+from router_runtime.resolve import DENSE, DeviceFacts, Request, dispatch
 from router_runtime.router import RouterConfig, _CudaDense, _CudaHash, _Weights
 
 DECODE, PREFILL = DENSE
@@ -82,16 +82,60 @@ def test_dense_router_binds(catalog: Any, model: Any, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("target", DEFAULT_TARGETS)
 def test_dense_variants_agree_and_are_measured(target: str) -> None:
-    """One numerics tag for all variants of a model, and figures to choose among them."""
+    """One numerics tag for all variants of a model, another one for all its tcgen05 variants, and
+    figures to choose among them."""
     dense = [job for job in plan(targets=[target]) if job.kernel in (DECODE, PREFILL)]
     assert {job.model for job in dense} == {model.name for model in MODELS}
     for model in MODELS:
         jobs = [job for job in dense if job.model == model.name]
-        tags = {contract_module(job.kernel).numerics(job.constants) for job in jobs}
-        assert len(tags) == 1
+        tags: dict[bool, set[str]] = {}
+        for job in jobs:
+            tag = contract_module(job.kernel).numerics(job.constants)
+            tags.setdefault("tcgen05" in job.variant, set()).add(tag)
+        assert all(len(found) == 1 for found in tags.values())
+        assert len(set.union(*tags.values())) == len(tags)
+        assert (True in tags) == (target != "sm_90a")
         assert all(job.latency for job in jobs)
         # The portable variant serves any number of tokens, whatever else a device can run.
         assert f"{DECODE}/{model.name}/{target}/portable" in {job.key for job in jobs}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
+def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> None:
+    """Today the portable kernels serve, being verified elsewhere; once this device has verified
+    everything, a set of tcgen05 kernels that serves every batch; and whoever names it, gets it."""
+    entries = [
+        build.entry(
+            job.kernel,
+            contract_module(job.kernel).contract(job.constants),
+            model=job.model,
+            target=target,
+            variant=job.variant,
+            constants=job.constants,
+            numerics=contract_module(job.kernel).numerics(job.constants),
+            latency=job.latency,
+        )
+        for job in plan(targets=[target], models=[model.name])
+        if job.kernel in DENSE
+    ]
+    device = DeviceFacts(10, int(target[5]), 13000, 148, 227 * 1024)
+    shape = {"HIDDEN": model.hidden, "EXPERTS": model.experts, "TOP_K": model.top_k}
+    manifest = build.manifest(entries)
+
+    def served(status: Any, **variants: str) -> set[str]:
+        requests = [Request(k, shape, variant=variants.get(k)) for k in DENSE]
+        spans = dispatch(requests, device, manifest, status).require()
+        return {span.entry.variant for span in spans}
+
+    def today(entry: Any) -> str:
+        return "source-verified" if entry.variant.startswith("portable") else "unproven"
+
+    assert all(variant.startswith("portable") for variant in served(today))
+    verified = served(lambda entry: "verified")
+    assert {variant.partition("_")[0] for variant in verified} == {"tcgen05"}
+    assert "tcgen05" in verified
+    assert served(today, **dict.fromkeys(DENSE, "tcgen05")) == {"tcgen05"}
 
 
 def test_hash_router_binds(catalog: Any) -> None:

@@ -1,0 +1,61 @@
+"""The cubins that use the tensor core of sm_100a and sm_103a, as far as they can be judged here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from build_kernels import cubin, plan, toolchain
+from build_kernels.build import inspect
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, Geometry
+from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from build_kernels.plan import Job
+from build_kernels.worker import Worker
+
+STEPS = K_BLOCK // MMA_K
+JOBS = {job.key: job for job in plan.plan() if "TCGEN05" in job.constants}
+
+
+@pytest.fixture(scope="module", params=["sm_100a", "sm_103a"])
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    found = Worker(request.param)
+    yield found
+    found.close()
+
+
+def found_in(worker: Worker, kernel: str, model: str, variant: str) -> tuple[Job, cubin.TensorCore]:
+    """Compile; what the listing has. ``inspect`` has checked the contract, and here: no spills."""
+    job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
+    data = worker.compile(job)
+    used = inspect(job, data).resources
+    assert (used.spill_stores, used.spill_loads, used.local_memory) == (0, 0, 0)
+    return job, cubin.tensor_core(cubin.census(cubin.sass(data, toolchain.nvdisasm())))
+
+
+def test_the_split_form_issues_every_step_once(worker: Worker) -> None:
+    job, found = found_in(worker, "dense_router_decode", "dsv4-flash", "tcgen05")
+    g = SplitGeometry.of(job.constants)
+    assert found.multiplications == g.blocks * g.pairs * STEPS
+    assert found.commits == g.block_chunks
+    assert found.loads == 1
+    assert (found.allocations > 0, found.releases) == (True, 1)
+
+
+def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: Worker) -> None:
+    job, found = found_in(worker, "dense_router_prefill", "dsv4-flash", "tcgen05")
+    g = Geometry.of(job.constants)
+    assert g.last_blocks == 0
+    assert found.multiplications == g.chunk_blocks * g.row_tiles * STEPS
+    # Two rings' stages, and the accumulator.
+    assert found.commits == 2 * g.chunk_blocks + 1
+    assert found.loads == g.accumulator_columns // 32
+    assert (found.allocations > 0, found.releases) == (True, 1)
+
+
+def test_every_model_has_them_on_both_targets() -> None:
+    for model in ("dsv4-flash", "dsv4-pro", "dsv41-flash"):
+        for target in ("sm_100a", "sm_103a"):
+            assert f"dense_router_decode/{model}/{target}/tcgen05" in JOBS
+            assert f"dense_router_prefill/{model}/{target}/tcgen05" in JOBS
+    assert not any("sm_90a" in key or "sm_100f" in key for key in JOBS)
