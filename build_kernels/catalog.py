@@ -288,17 +288,6 @@ KERNELS = (
                 tuned_only=True,
             ),
             Variant(
-                "tcgen05_middle",
-                {"TCGEN05": 1},
-                tuned={
-                    "dsv4-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
-                    "dsv4-pro": {"CLUSTER_E": 4, "CLUSTER_T": 1, "PASSES": 1},
-                    "dsv41-flash": {"CLUSTER_E": 4, "CLUSTER_T": 1, "PASSES": 1},
-                },
-                targets=("sm_100a", "sm_103a"),
-                tuned_only=True,
-            ),
-            Variant(
                 "tcgen05",
                 {"TCGEN05": 1},
                 tuned={
