@@ -361,6 +361,8 @@ def test_a_signed_manifest_needs_signed_cubins(
     with pytest.raises(TrustError, match=r"signature over .*\.cubin.*not among them"):
         load(release, fake.entries)
     assert "cuLibraryLoadData" not in fake.calls
+    with pytest.raises(TrustError, match="not among them"):  # as doctor reads them
+        artifacts.read_cubin(fake.entries[0], release.folder)
 
 
 def test_a_router_and_the_ops_are_bound_by_it(
