@@ -412,6 +412,13 @@ def test_rubbish(folder: Path, name: str) -> None:
         load_all(folder)
 
 
+@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_not_json(name: str) -> None:
+    """Wherever they stand, and whatever the format says of the value."""
+    with pytest.raises(ManifestError, match=f"expected finite numbers, found {name}"):
+        format_.parse_json(f'{{"any": [{name}]}}'.encode(), "a document")
+
+
 @pytest.mark.parametrize(
     ("name", "limit"), [("manifest", "_MAX_MANIFEST"), ("evidence", "_MAX_RECORD")]
 )
