@@ -15,7 +15,7 @@ from pathlib import Path
 from router_runtime import driver, trust
 from router_runtime.artifacts import find_artifacts, read_cubin, read_manifest
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence import folders, read_evidence, status
+from router_runtime.evidence import Evidence, folders, read_evidence, status
 from router_runtime.manifest import Entry, Manifest, ManifestError, Target
 from router_runtime.resolve import (
     DENSE,
@@ -53,7 +53,7 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
     echo(f"toolchain   {', '.join(f'{name} {version}' for name, version in packages)}")
     intact = _check_cubins(manifest, folder, echo)
     try:
-        evidence = read_evidence(folder)
+        evidence = Evidence(read_evidence(folder).records)  # every one, needed or not
     except (RouterRuntimeError, ValueError) as error:
         echo(f"evidence    {error}")
         return False

@@ -22,7 +22,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,9 @@ FORMAT_VERSION = 1
 #: Names a user's own folder of evidence.
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_EVIDENCE"
 RECORD_AGAIN = "delete it and run on such a GPU: router-runtime verify --record"
+
+#: Is given a file's path and the bytes that were read, and raises if they may not be used.
+Admit = Callable[[Path, bytes], None]
 
 Status = Literal["verified", "source-verified", "unproven"]
 
@@ -115,6 +118,35 @@ class Evidence:
 
     records: tuple[Record, ...] = ()
 
+    def of(self, prefix: str) -> Iterator[Record]:
+        """The records of the cubins whose file names start like this."""
+        return (record for record in self.records if record.file.startswith(prefix))
+
+
+class EvidenceFiles:
+    """The records of folders, each read and checked when it is first asked for: a record bears the
+    name of its cubin, and a process needs those of a few.
+    """
+
+    def __init__(self, files: Iterable[tuple[Path, Admit | None]]) -> None:
+        self._files = tuple(files)
+        self._read: dict[Path, Record] = {}
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every record, in the order of the files."""
+        return tuple(self.of(""))
+
+    def of(self, prefix: str) -> Iterator[Record]:
+        """The records of the cubins whose file names start like this. Raises ArtifactError or
+        TrustError for the first that is not valid.
+        """
+        for path, admit in self._files:
+            if path.name.startswith(prefix):
+                if path not in self._read:
+                    self._read[path] = _read_record(path, admit)
+                yield self._read[path]
+
 
 def toolchain_sha256(toolchain: Toolchain) -> str:
     """Digest of the packages and flags that compiled an entry."""
@@ -122,16 +154,19 @@ def toolchain_sha256(toolchain: Toolchain) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def status(entry: Entry, manifest: Manifest, evidence: Evidence) -> Status:
+def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles) -> Status:
     """The standing of an entry, from the records that are current.
 
     ``verified``: a record of this very cubin. ``source-verified``: a record of a cubin for another
     target with the same source and the same toolchain. Else ``unproven``.
     """
-    for record in evidence.records:
-        if record.sha256 == entry.sha256 and record.matches(entry) and record.current:
-            return "verified"
-    for record in evidence.records:
+    own = entry.file.removesuffix("cubin")
+    if any(record.matches(entry) and record.current for record in evidence.of(own)):
+        return "verified"
+    found: Status = "unproven"
+    for record in evidence.of(f"{entry.kernel}-"):
+        if record.matches(entry) and record.current:
+            return "verified"  # the same bytes under another model's name
         same_source = (record.source_sha256, record.kernel) == (entry.source_sha256, entry.kernel)
         if (
             same_source
@@ -139,8 +174,8 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence) -> Status:
             and record.toolchain_sha256 == toolchain_sha256(manifest.toolchain)
             and record.current
         ):
-            return "source-verified"
-    return "unproven"
+            found = "source-verified"
+    return found
 
 
 def dumps(record: Record) -> bytes:
@@ -262,11 +297,11 @@ def folders(artifacts: Path) -> tuple[Path, ...]:
     return (shipped,) if own is None or own.resolve() == shipped.resolve() else (shipped, own)
 
 
-def read_evidence(artifacts: Path) -> Evidence:
-    """Every record that counts for an artifacts folder: the shipped ones and the user's own.
+def read_evidence(artifacts: Path) -> EvidenceFiles:
+    """The records that count for an artifacts folder: the shipped ones and the user's own.
 
     Under a signature policy the shipped ones must be signed, and the user's own be declared
-    trusted. Raises ArtifactError or TrustError.
+    trusted. Raises ArtifactError or TrustError, here or when a record is asked for.
     """
     shipped, *own = folders(artifacts)
 
@@ -274,7 +309,7 @@ def read_evidence(artifacts: Path) -> Evidence:
         name = f"{EVIDENCE_NAME}/{path.name}"
         trust.admit(name, hashlib.sha256(data).hexdigest(), path)
 
-    records = load_evidence(shipped, admit).records
+    files: list[tuple[Path, Admit | None]] = [(path, admit) for path in _paths(shipped)]
     for folder in own:
         if not folder.is_dir():
             raise ArtifactError(
@@ -286,41 +321,44 @@ def read_evidence(artifacts: Path) -> Evidence:
                 )
             )
         trust.admit_local_evidence(folder)
-        records += load_evidence(folder).records
-    return Evidence(records)
+        files += [(path, None) for path in _paths(folder)]
+    return EvidenceFiles(files)
 
 
-def load_evidence(folder: Path, admit: Callable[[Path, bytes], None] | None = None) -> Evidence:
+def load_evidence(folder: Path) -> Evidence:
     """Every record of a folder; none if the folder does not exist. Raises ArtifactError for a file
-    that is not a record or does not bear its record's name. ``admit`` is given each file's path and
-    bytes before they are parsed.
+    that is not a record or does not bear its record's name.
     """
-    records = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        try:
-            data = read_file(path, _MAX_RECORD, "record", RECORD_AGAIN)
-            if admit is not None:
-                admit(path, data)
-            record = loads(data)
-        except TrustError:
-            raise
-        except (ArtifactError, ManifestError) as error:
-            raise ArtifactError(
-                explain(
-                    f"evidence {path}", expected="a valid record", found=error, remedy=RECORD_AGAIN
-                )
-            ) from error
-        if path.name != record.file_name:
-            raise ArtifactError(
-                explain(
-                    f"evidence {path}",
-                    expected=f"the name {record.file_name}",
-                    found=path.name,
-                    remedy="rename it back, or " + RECORD_AGAIN,
-                )
+    return Evidence(tuple(_read_record(path) for path in _paths(folder)))
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json")) if folder.is_dir() else []
+
+
+def _read_record(path: Path, admit: Admit | None = None) -> Record:
+    """The record in a file. ``admit`` is given its path and bytes before they are parsed."""
+    try:
+        data = read_file(path, _MAX_RECORD, "record", RECORD_AGAIN)
+        if admit is not None:
+            admit(path, data)
+        record = loads(data)
+    except TrustError:
+        raise
+    except (ArtifactError, ManifestError) as error:
+        raise ArtifactError(
+            explain(f"evidence {path}", expected="a valid record", found=error, remedy=RECORD_AGAIN)
+        ) from error
+    if path.name != record.file_name:
+        raise ArtifactError(
+            explain(
+                f"evidence {path}",
+                expected=f"the name {record.file_name}",
+                found=path.name,
+                remedy="rename it back, or " + RECORD_AGAIN,
             )
-        records.append(record)
-    return Evidence(tuple(records))
+        )
+    return record
 
 
 def require_writable(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from router_runtime import driver, trust
@@ -14,7 +14,14 @@ from router_runtime.evidence import folders, read_evidence, status
 from router_runtime.launch import LoadedKernel
 from router_runtime.loader import load_entry
 from router_runtime.manifest import MANIFEST_NAME, Entry
-from router_runtime.resolve import Dispatch, Request, Resolution, dispatch, resolve
+from router_runtime.resolve import (
+    Dispatch,
+    Request,
+    Resolution,
+    asking,
+    dispatch,
+    resolve,
+)
 
 
 class Kernels:
@@ -37,10 +44,13 @@ class Kernels:
         return known
 
     def resolve(self, request: Request) -> Resolution:
-        return resolve(request, self.facts, self.manifest, self.status)
+        return resolve(request, self.facts, self.manifest, self._standing_for([request]))
 
     def dispatch(self, requests: Sequence[Request]) -> Dispatch:
-        return dispatch(requests, self.facts, self.manifest, self.status)
+        return dispatch(requests, self.facts, self.manifest, self._standing_for(requests))
+
+    def _standing_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
+        return asking(requests, self.facts, self.status)
 
     def load(self, request: Request) -> LoadedKernel:
         """The loaded kernel that serves ``request``. Raises ResolutionError if none does."""

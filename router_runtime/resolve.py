@@ -34,6 +34,9 @@ DENSE = ("dense_router_decode", "dense_router_prefill")
 
 _BUILD = "make build-cubins"
 
+#: The standing of an entry that cannot serve for another reason: its evidence need not be read.
+NOT_ASKED = "not asked"
+
 _STANDING = {"verified": 0, "source-verified": 1}
 _SPECIFICITY = {"a": 0, "f": 1, "": 2}
 
@@ -145,6 +148,25 @@ def resolve(
     candidates.sort(key=lambda candidate: _preference(candidate, request))
     choice = candidates[0].entry if candidates and candidates[0].accepted else None
     return Resolution(request, device, choice, tuple(candidates))
+
+
+def asking(
+    requests: Sequence[Request], device: DeviceFacts, status: Callable[[Entry], str]
+) -> Callable[[Entry], str]:
+    """``status`` for the entries that could serve one of the requests by their target and their
+    constants, ``NOT_ASKED`` for the others: evidence takes time to read, and a process serves one
+    model on one kind of device.
+    """
+
+    def standing(entry: Entry) -> str:
+        here = Target.parse(entry.target).runs_on(device.major, device.minor)
+        fits = any(
+            all(entry.constants.get(name) == value for name, value in request.constants.items())
+            for request in requests
+        )
+        return status(entry) if here and fits else NOT_ASKED
+
+    return standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +354,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     if request.variant is not None:
         if entry.variant != request.variant:
             reasons.append(f"the caller asked for variant {request.variant}")
-    elif status not in _STANDING:
+    elif status not in _STANDING and not (status == NOT_ASKED and reasons):
         reasons.append(f"{status}: no evidence that this digest or its source is right on a device")
     return tuple(reasons)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ DISTRIBUTION = "dsv4-router-runtime"
 _MAX_ENVELOPE = 16 * 2**20
 _MAX_KEY = 64 * 2**10
 _MAX_SIGNATURES = 16
+
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----")
+#: What precedes the key in a SubjectPublicKeyInfo (RFC 8410).
+_ED25519 = bytes.fromhex("302a300506032b6570032100")
 
 _VERIFY_RELEASE = "take both from one release, and see: build-kernels verify-release"
 
@@ -193,15 +198,14 @@ def verify_envelope(data: bytes, public_key: Any) -> Statement:
     ``public_key`` is an ``Ed25519PublicKey``. The key ids in the envelope are hints that anyone can
     write, so they are ignored. Raises TrustError or ManifestError.
     """
-    from cryptography.exceptions import InvalidSignature
-
+    invalid, _, _ = _library()
     payload, signatures = _parse_envelope(data)
     kind = provenance.PAYLOAD_TYPE.encode()
     message = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
     for signature in signatures:
         try:
             public_key.verify(signature, message)
-        except InvalidSignature:
+        except invalid:
             continue
         return provenance.statement_loads(payload)
     raise TrustError(
@@ -277,11 +281,13 @@ def _check_release(what: str, distribution: str, version: str) -> None:
         )
 
 
-def _load_key(public_key: bytes | str | os.PathLike[str]) -> Any:
+def _library() -> tuple[Any, Any, Any]:
+    """The library's exceptions for a wrong signature and for what its build cannot do, and its type
+    of key. Raises TrustError if it is absent or broken.
+    """
     try:
-        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError as error:
         raise TrustError(
             explain(
@@ -291,34 +297,59 @@ def _load_key(public_key: bytes | str | os.PathLike[str]) -> Any:
                 remedy=f"run: pip install '{DISTRIBUTION}[signature]'",
             )
         ) from error
+    return InvalidSignature, UnsupportedAlgorithm, Ed25519PublicKey
+
+
+def _load_key(public_key: bytes | str | os.PathLike[str]) -> Any:
+    _, unsupported, key_type = _library()
     where = "given as bytes"
     if isinstance(public_key, bytes):
         pem = public_key
     else:
         where = os.fspath(public_key)
         try:
-            pem = Path(where).read_bytes()[:_MAX_KEY]
+            with open(where, "rb") as file:
+                pem = file.read(_MAX_KEY)
         except OSError as error:
             raise TrustError(
                 explain(
                     "public key", expected=f"a readable {where}", found=error, remedy="name the key"
                 )
             ) from error
-    found: object
+    raw = _raw_key(pem, f"public key {where}")
     try:
-        found = load_pem_public_key(pem)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        found = error
-    if not isinstance(found, Ed25519PublicKey):
+        return key_type.from_public_bytes(raw)
+    except (unsupported, ValueError) as error:
         raise TrustError(
             explain(
                 f"public key {where}",
+                expected="an ed25519 key that the package cryptography can use",
+                found=error,
+                remedy="use a build of it that has ed25519",
+            )
+        ) from error
+
+
+def _raw_key(pem: bytes, what: str) -> bytes:
+    """The 32 bytes of an ed25519 key in PEM. Of this one kind of key every file is the same but for
+    them; the library's own reader knows all kinds, and importing it doubles the time that a policy
+    takes to set.
+    """
+    match = _PEM.fullmatch(pem.strip())
+    try:
+        found = base64.b64decode(b"".join(match[1].split()), validate=True) if match else b""
+    except binascii.Error:
+        found = b""
+    if not found.startswith(_ED25519) or len(found) != len(_ED25519) + 32:
+        raise TrustError(
+            explain(
+                what,
                 expected="an ed25519 public key in PEM",
-                found=found if isinstance(found, Exception) else type(found).__name__,
+                found="a key of another kind" if found else "no key",
                 remedy="use the public half of the key that the release was signed with",
             )
         )
-    return found
+    return found.removeprefix(_ED25519)
 
 
 def _set(wanted: Policy) -> None:

@@ -32,6 +32,7 @@ from router_runtime.resolve import (
     MINIMUM_DRIVER,
     DeviceFacts,
     Request,
+    asking,
     dispatch,
     resolve,
 )
@@ -114,12 +115,21 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
         manifest = artifacts.read_manifest(folder)
     with timed("evidence"):
         found = evidence.read_evidence(folder)
+    known: dict[str, str] = {}
+    reading = 0.0
 
-    def standing(entry: Entry) -> str:
-        return evidence.status(entry, manifest, found)
+    def status(entry: Entry) -> str:
+        nonlocal reading
+        if entry.key not in known:
+            start = time.perf_counter()
+            known[entry.key] = evidence.status(entry, manifest, found)
+            reading += (time.perf_counter() - start) * 1e3
+        return known[entry.key]
 
     with timed("resolution"):
-        chosen = _chosen(model, manifest, device, standing)
+        chosen = _chosen(model, manifest, device, status)
+    times["evidence"] += reading
+    times["resolution"] -= reading
     with timed("cubins"):
         for entry in chosen:
             artifacts.read_cubin(entry, folder)
@@ -127,25 +137,23 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
 
 
 def _chosen(
-    model: str, manifest: Manifest, device: DeviceFacts, standing: Callable[[Entry], str]
+    model: str, manifest: Manifest, device: DeviceFacts, status: Callable[[Entry], str]
 ) -> list[Entry]:
-    """What a Router of the model and every op without one load."""
+    """What a Router of the model, in every mode, and the ops without one load."""
     sizes = next(
         entry.constants
         for entry in manifest.entries
         if entry.model == model and entry.kernel in DENSE
     )
-    names = ("HIDDEN", "EXPERTS", "TOP_K")
-    constants = {name: sizes[name] for name in names}
-    dense = dispatch([Request(kernel, constants) for kernel in DENSE], device, manifest, standing)
+    constants = {name: sizes[name] for name in ("HIDDEN", "EXPERTS", "TOP_K")}
+    requests = [Request(kernel, constants) for kernel in DENSE]
+    dense = dispatch(requests, device, manifest, asking(requests, device, status))
     chosen = [span.entry for span in dense.require()]
-    for kernel in sorted({entry.kernel for entry in manifest.entries} - set(DENSE)):
-        candidates = resolve(Request(kernel), device, manifest, standing).candidates
-        chosen += [
-            candidate.entry
-            for candidate in candidates
-            if candidate.accepted and candidate.entry.model in (None, model)
-        ]
+    others = {entry.kernel: entry.model for entry in manifest.entries if entry.kernel not in DENSE}
+    for kernel, owner in sorted(others.items()):
+        request = Request(kernel, constants if owner is not None else {})
+        found = resolve(request, device, manifest, asking([request], device, status))
+        chosen += [candidate.entry for candidate in found.candidates if candidate.accepted]
     return chosen
 
 

@@ -402,8 +402,32 @@ def test_a_named_folder_is_used_or_refused(tmp_path, own):
         evidence.read_evidence(tmp_path)
 
 
+def test_a_record_is_read_when_it_decides(record, tmp_path):
+    """One that is about another kernel is left alone; doctor reads them all."""
+    folder = tmp_path / "evidence"
+    evidence.write_record(record, folder)
+    other = folder / "hash_router-any-sm_90a-portable-0.nvidia-h100-80gb-hbm3.json"
+    other.write_text("rubbish")
+    found = evidence.read_evidence(tmp_path)
+    manifest = Manifest("ef" * 32, TOOLCHAIN, ())
+    assert evidence.status(entry_of(record), manifest, found) == "verified"
+    with pytest.raises(ArtifactError, match="expected a valid record"):
+        assert found.records
+    other.unlink()
+    assert evidence.read_evidence(tmp_path).records == (record,)
+
+
+def test_the_same_bytes_under_another_name_are_verified(record, tmp_path):
+    """A model of the user's own with a known model's sizes compiles to the same cubin."""
+    evidence.write_record(record, tmp_path / "evidence")
+    file = record.file.replace("-any-", "-mine-")
+    mine = entry_of(record, model="mine", file=file)
+    manifest = Manifest("ef" * 32, TOOLCHAIN, (mine,))
+    assert evidence.status(mine, manifest, evidence.read_evidence(tmp_path)) == "verified"
+
+
 def test_own_evidence_is_as_strict(record, tmp_path, own):
     path = evidence.write_record(record, own)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match="expected a valid record"):
-        evidence.read_evidence(tmp_path)
+        status(entry_of(record), *evidence.read_evidence(tmp_path).records)

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from router_runtime.errors import ResolutionError
-from router_runtime.resolve import MINIMUM_DRIVER, DeviceFacts, Request, dispatch, resolve
+from router_runtime.resolve import (
+    MINIMUM_DRIVER,
+    NOT_ASKED,
+    DeviceFacts,
+    Request,
+    asking,
+    dispatch,
+    resolve,
+)
 
 H100 = DeviceFacts(9, 0, MINIMUM_DRIVER, 132, 227 * 1024)
 B200 = dataclasses.replace(H100, major=10)
@@ -74,6 +82,32 @@ def test_blackwell_today_takes_the_source_verified_portable_variant(build: Simpl
         build, [portable, native, hopper], lambda e: standing[e.key], B200, variant="tcgen05"
     )
     assert forced.choice is native
+
+
+def test_evidence_is_asked_for_only_where_it_decides(build: SimpleNamespace) -> None:
+    entries = [
+        *(dense(build), dense(build, variant="second"), dense(build, target="sm_100a")),
+        dense(build, constants=SHAPE | {"HIDDEN": 7168}, model="pro"),
+    ]
+    asked: list[str] = []
+
+    def status(entry: Any) -> str:
+        asked.append(entry.variant)
+        return "verified"
+
+    request = Request("dense_router_decode", SHAPE)
+    found = resolve(request, H100, build.manifest(entries), asking([request], H100, status))
+    assert found.choice in entries[:2]
+    assert sorted(asked) == ["portable", "second"]
+    assert found.trace().count("[not asked]: ") == 2
+    assert "no evidence" not in found.trace()
+
+
+def test_what_was_not_asked_is_not_proven(build: SimpleNamespace) -> None:
+    """Whoever answers so for an entry that could serve does not make it serve."""
+    found = decide(build, [dense(build)], NOT_ASKED)
+    assert found.choice is None
+    assert "no evidence that this digest" in found.trace()
 
 
 def test_tightest_capacity_wins(build: SimpleNamespace) -> None:

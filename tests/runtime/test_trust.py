@@ -257,8 +257,11 @@ def test_a_correct_call_after_a_failed_one(release: Release, fake: Any) -> None:
     ("key", "message"),
     [
         (b"", "expected an ed25519 public key in PEM"),
-        (b"-----BEGIN PUBLIC KEY-----\nMCowBQ\n-----END PUBLIC KEY-----\n", "in PEM"),
-        (releases.pem(X25519PrivateKey.generate()), "found X25519PublicKey"),
+        (b"-----BEGIN PUBLIC KEY-----\nMCowB\n-----END PUBLIC KEY-----\n", "found no key"),
+        (releases.pem(KEY).replace(b"MCow", b""), "found a key of another kind"),
+        (releases.pem(KEY) * 2, "found no key"),
+        (releases.pem(KEY).replace(b"PUBLIC", b"PRIVATE"), "found no key"),
+        (releases.pem(X25519PrivateKey.generate()), "found a key of another kind"),
         ("/nowhere/key.pub", "expected a readable /nowhere/key.pub"),
     ],
 )
@@ -300,7 +303,7 @@ def newer_manifest_and_cubins(release: Release, build: SimpleNamespace) -> None:
 
 
 def other_evidence(release: Release, build: SimpleNamespace) -> None:
-    path = next((release.folder / "evidence").iterdir())
+    (path,) = (release.folder / "evidence").glob("hash_router-*")
     rewrite(path, lambda document: document.update(driver=12090))
 
 
@@ -314,13 +317,13 @@ def other_marker(release: Release, build: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "name"),
+    ("attack", "name", "kernel"),
     [
-        (other_manifest, MANIFEST_NAME),
-        (newer_manifest_and_cubins, MANIFEST_NAME),
-        (other_evidence, r"evidence/.*\.json"),
-        (more_evidence, r"evidence/.*another-gpu\.json.*which is not among them"),
-        (other_marker, r"release\.json"),
+        (other_manifest, MANIFEST_NAME, ""),
+        (newer_manifest_and_cubins, MANIFEST_NAME, ""),
+        (other_evidence, r"evidence/.*\.json", "hash_router"),
+        (more_evidence, r"evidence/.*another-gpu\.json.*not among them", "hash_router"),
+        (other_marker, r"release\.json", ""),
     ],
 )
 def test_files_that_are_not_signed(
@@ -329,12 +332,14 @@ def test_files_that_are_not_signed(
     build: SimpleNamespace,
     attack: Callable[[Release, SimpleNamespace], None],
     name: str,
+    kernel: str,
 ) -> None:
+    """Nothing is loaded, or, where it is about the evidence of one kernel, not that one."""
     require(release)
     attack(release, build)
     with pytest.raises(TrustError, match=rf"signature over .*{name}"):
         load(release, fake.entries)
-    assert "cuLibraryLoadData" not in fake.calls
+    assert not [call for call in fake.calls if call.startswith(f"cuFuncLoad {kernel}")]
 
 
 def test_an_older_signed_manifest_with_newer_cubins(
