@@ -39,6 +39,9 @@ from router_runtime.resolve import (
 
 ROOT = Path(__file__).parents[2]
 
+#: Kernels of ops that take no Router: their own first call loads them.
+WITHOUT_A_ROUTER = ("activation_topk", "topk_select")
+
 #: The most that all checks together may take.
 BAR_MS = 50.0
 PROCESSES = 5
@@ -139,7 +142,7 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
 def _chosen(
     model: str, manifest: Manifest, device: DeviceFacts, status: Callable[[Entry], str]
 ) -> list[Entry]:
-    """What a Router of the model, in every mode, and the ops without one load."""
+    """What a Router of the model loads, in every mode."""
     sizes = next(
         entry.constants
         for entry in manifest.entries
@@ -149,7 +152,8 @@ def _chosen(
     requests = [Request(kernel, constants) for kernel in DENSE]
     dense = dispatch(requests, device, manifest, asking(requests, device, status))
     chosen = [span.entry for span in dense.require()]
-    others = {entry.kernel: entry.model for entry in manifest.entries if entry.kernel not in DENSE}
+    taken = (*DENSE, *WITHOUT_A_ROUTER)
+    others = {entry.kernel: entry.model for entry in manifest.entries if entry.kernel not in taken}
     for kernel, owner in sorted(others.items()):
         request = Request(kernel, constants if owner is not None else {})
         found = resolve(request, device, manifest, asking([request], device, status))
