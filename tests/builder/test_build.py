@@ -243,6 +243,8 @@ def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     temporary.mkdir()
     script = KILLED.format(target="build.inspect", step=1).replace("SIGKILL", "SIGINT")
     script = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n" + script
+    # A shell starts what it puts into the background with SIGINT ignored.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + script
     result = fresh.python(script)
     assert result.returncode == 1
     assert "Aborted!" in result.stderr
