@@ -99,7 +99,11 @@ def test_dense_kernels_get_the_same_inputs():
     prefill = {c.name: c for c in suite.cases("dense_router_prefill", constants, {})}
     assert {65, 129, 257, 1000} <= {case.sizes["tokens"] for case in prefill.values()}
     for case in decode:
-        assert prefill[case.name].seed == case.seed
+        if case.name in prefill:
+            assert prefill[case.name].seed == case.seed
+        else:  # one of 65 tokens for the other kernel
+            assert case.serving
+            assert case.sizes["tokens"] == 64
     digests = [
         inputs.digest(inputs.make_inputs(case)) for case in (decode[0], prefill[decode[0].name])
     ]
