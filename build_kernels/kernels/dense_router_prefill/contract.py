@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
+from build_kernels.kernels.dense_router_prefill.rows_geometry import RowsGeometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.numerics import dense_tag
 from router_runtime.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
@@ -30,6 +31,8 @@ def split_derive(constants: Mapping[str, int | float]) -> Mapping[str, int | flo
 def contract(constants: Mapping[str, int | float]) -> Contract:
     if "TOKENS_TILE" in constants:
         return split_contract(SplitGeometry.of(constants))
+    if "TILE_TOKENS" in constants:
+        return rows_contract(RowsGeometry.of(constants))
     g = Geometry.of(constants)
     return Contract(
         parameters=(
@@ -76,6 +79,30 @@ def split_contract(g: SplitGeometry) -> Contract:
         tensor_maps=(tensor_map(g.tokens_tile),),
         repacks=(stage_image(g.padded_experts, g.hidden),),
         limits={"tokens": (1, g.max_tokens)},
+    )
+
+
+def rows_contract(g: RowsGeometry) -> Contract:
+    return Contract(
+        parameters=(
+            Parameter("hidden_states", "tensormap"),
+            Parameter("packed_weight", "ptr:bf16"),
+            Parameter("bias", "ptr:f32"),
+            Parameter("logits_out", "ptr:f32"),
+            *ROUTING,
+        ),
+        grid=(
+            GridAxis("constant", g.cluster_x),
+            GridAxis("ceil", g.cluster_t, "tokens", g.tile_tokens * g.cluster_t),
+            GridAxis("constant"),
+        ),
+        block=(g.threads, 1, 1),
+        cluster=(g.cluster_x, g.cluster_t, 1),
+        dynamic_shared_memory=g.shared_bytes,
+        programmatic_dependent_launch=True,
+        tensor_maps=(tensor_map(g.tile_tokens),),
+        repacks=(stage_image(g.padded_experts, g.hidden),),
+        limits={"tokens": (1, 1 << 22)},
     )
 
 

@@ -1,0 +1,189 @@
+"""Selection on few experts, for the forms with many tokens: bounds of a key by hardware
+approximations, the threshold that follows, and lists of the best ranks so far.
+
+A rank is a 64-bit number, (ordered key, ~expert): the larger one is selected first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute
+
+from build_kernels.kernels.common import bulk, finish, ptx, scoring
+from build_kernels.kernels.common.parameters import Routing
+
+#: A screened score is within this share of the exact one, and this distance: ex2.approx and
+#: lg2.approx err by 2^-22, the argument of ex2 by 104 * 2^-23, and the root of an error of 3e-7 is
+#: below 2^-10.
+SCREEN_RELATIVE = 2.0**-15
+SCREEN_ABSOLUTE = 2.0**-10
+
+
+def screened(logit: Float32) -> Float32:
+    """sqrt(softplus(logit)) by hardware approximations."""
+    linear = ptx.min_f32(ptx.max_f32(logit, Float32(0.0)), scoring.constant("LOGIT_MAX"))
+    exponential = bulk.exp2_approx(
+        ptx.mul_rn(ptx.abs_f32(logit), scoring.constant("EXP_NEG_LOG2E"))
+    )
+    logarithm = bulk.log2_approx(ptx.add_rn(exponential, Float32(1.0)))
+    return bulk.sqrt_approx(ptx.fma_rn(logarithm, Float32(0.6931471805599453), linear))
+
+
+def low(score: Float32, bias: Float32) -> Float32:
+    """A lower bound of the key, from a screened score."""
+    bound = ptx.fma_rn(score, Float32(1.0 - SCREEN_RELATIVE), Float32(-SCREEN_ABSOLUTE))
+    return ptx.add_rn(bound, bias)
+
+
+def high(score: Float32, bias: Float32) -> Float32:
+    """An upper bound of the key, from a screened score."""
+    bound = ptx.fma_rn(score, Float32(1.0 + SCREEN_RELATIVE), Float32(SCREEN_ABSOLUTE))
+    return ptx.add_rn(bound, bias)
+
+
+def threshold(best: Sequence[Float32], lanes: int, top_k: int, bounds: int = 0) -> Float32:
+    """A lower bound of the k-th largest key of a token, given the largest lower bounds of groups of
+    experts, so many for each of the ``lanes`` neighbouring threads that hold the token: the k-th
+    largest of them. Beyond ``bounds`` of them, neighbours' groups are united.
+    """
+    values = list(best)
+    distance = 1
+    while distance < lanes:
+        others = [ptx.from_bits(bulk.shuffle_xor(ptx.bits(value), distance)) for value in values]
+        if bounds and len(values) * (lanes // distance) > bounds:
+            values = [ptx.max_f32(a, b) for a, b in zip(values, others, strict=True)]
+        else:
+            values += others
+        distance *= 2
+    # The (n - k + 1) smallest in ascending order, by insertion.
+    smallest: list[Float32] = []
+    keep = len(values) - top_k + 1
+    for value in values:
+        for place in range(len(smallest)):
+            lower = ptx.min_f32(smallest[place], value)
+            value = ptx.max_f32(smallest[place], value)
+            smallest[place] = lower
+        if len(smallest) < keep:
+            smallest.append(value)
+    return smallest[-1]
+
+
+def insert(ranks: cute.Tensor, value: Int64, top_k: int) -> None:
+    """Insert into the descending list, dropping its last."""
+    before = [Int64(ranks[i]) for i in range(top_k)]
+    over = [bulk.above(value, rank) for rank in before]
+    for i in range(top_k):
+        shifted = value if i == 0 else ptx.select(over[i - 1], before[i - 1], value)
+        ranks[i] = ptx.select(over[i], shifted, before[i])
+
+
+def merge_lanes(best: Sequence[Int64], lanes: int) -> list[Int64]:
+    """The best ranks of so many neighbouring threads, in every one of them."""
+    merged_ = list(best)
+    distance = 1
+    while distance < lanes:
+        merged_ = merged(merged_, [shuffled(rank, distance) for rank in merged_])
+        distance *= 2
+    return merged_
+
+
+def shuffled(rank: Int64, lanes: int) -> Int64:
+    high, low = bulk.halves(rank)
+    return bulk.pack(bulk.shuffle_xor(high, lanes), bulk.shuffle_xor(low, lanes))
+
+
+def merged(a: Sequence[Int64], b: Sequence[Int64]) -> list[Int64]:
+    """The largest len(a) of two descending lists, descending: a bitonic merge."""
+    size = 1
+    while size < len(a):
+        size *= 2
+    left: list[Any] = [*a, *[None] * (size - len(a))]
+    right: list[Any] = [*b, *[None] * (size - len(b))]
+    values = [ordered(x, y)[0] for x, y in zip(left, reversed(right), strict=True)]
+    step = size // 2
+    while step > 0:
+        for i in range(size):
+            if i & step == 0:
+                values[i], values[i + step] = ordered(values[i], values[i + step])
+        step //= 2
+    return values[: len(a)]
+
+
+def ordered(a: Any, b: Any) -> tuple[Any, Any]:
+    """(larger, smaller); None is below every rank."""
+    if a is None or b is None:
+        return (b, a) if a is None else (a, b)
+    first = bulk.above(a, b)
+    return ptx.select(first, a, b), ptx.select(first, b, a)
+
+
+def logit_at(column: Int32, rows: list[Int32], part_experts: int) -> Float32:
+    """The logit of an expert, from the rows of a token in the blocks that hold its parts."""
+    row = rows[0]
+    for part in range(1, len(rows)):
+        row = ptx.select(ptx.less(column, Int32(part * part_experts)), row, rows[part])
+    return bulk.load_cluster_f32(row + ptx.remainder(column, part_experts) * 4)
+
+
+@cute.jit
+def finish_token(
+    routing: Routing,
+    best: list[Int64],
+    rows: list[Int32],
+    part_experts: cutlass.Constexpr[int],
+    token: Int32,
+    valid: Boolean,
+    given: Int32,
+    padding: Int32,
+    leader: Int32,
+    member: Int32,
+    members: cutlass.Constexpr[int],
+    experts: cutlass.Constexpr[int],
+) -> None:
+    """Weigh and store a token's experts by ``members`` lanes from ``leader`` on, all of which have
+    the best ranks: member i answers for the ranks i, i + members, ...
+
+    ``given`` and ``padding`` are not 0 where the caller has chosen the experts, or nobody.
+    """
+    top_k = len(best)
+    turns = -(-top_k // members)
+    chosen = ptx.both(valid, ptx.equal(given | padding, Int32(0)))
+    ids = [ptx.select(chosen, ~bulk.halves(rank)[1], Int32(0)) for rank in best]
+    own_experts, own_scores = [], []
+    for turn in cutlass.range_constexpr(turns):
+        expert = own_rank(ids[turn * members :][:members], member)
+        rank = ptx.min_s32(turn * members + member, Int32(top_k - 1))
+        if given != 0:
+            expert = finish.given_id(routing, token, rank, top_k, experts)
+        if padding != 0:
+            expert = Int32(-1)
+        score = scoring.score(logit_at(ptx.max_s32(expert, Int32(0)), rows, part_experts))
+        own_experts.append(expert)
+        own_scores.append(ptx.select(ptx.less(expert, Int32(0)), Float32(0.0), score))
+    total = Float32(0.0)
+    for rank in cutlass.range_constexpr(top_k):
+        score = ptx.from_bits(
+            ptx.broadcast(ptx.bits(own_scores[rank // members]), leader + rank % members)
+        )
+        total = score if cutlass.const_expr(rank == 0) else ptx.add_rn(total, score)
+    divisor = ptx.add_rn(total, scoring.constant("RENORM_EPSILON"))
+    for turn in cutlass.range_constexpr(turns):
+        rank = turn * members + member
+        share = ptx.div_rn(own_scores[turn], divisor)
+        weight = ptx.mul_rn(
+            ptx.select(ptx.equal(routing.renormalize, Int32(0)), own_scores[turn], share),
+            routing.scale,
+        )
+        if ptx.both(valid, ptx.less(rank, Int32(top_k))):
+            finish.store(routing, token, rank, top_k, weight, own_experts[turn])
+
+
+def own_rank(values: Sequence[Int32], member: Int32) -> Int32:
+    """values[member]; any of them for a member beyond."""
+    own = values[-1]
+    for i in reversed(range(len(values) - 1)):
+        own = ptx.select(ptx.equal(member, Int32(i)), values[i], own)
+    return own
