@@ -502,6 +502,7 @@ class ExpertRows:
         credit = received + 8 * g.consumer_warps
         bulk.wait(received + 8 * warp, turn & 1)
         first = shared + g.received_offset + warp * g.warp_bytes + lane * 16
+        seen = Int32(1)
         for source in cutlass.range_constexpr(g.split_k):
             slot = ptx.min_s32(self.slot(Int32(source), share), Int32(g.split_k - 2))
             mine = ptx.equal(share, Int32(source))
@@ -510,10 +511,14 @@ class ExpertRows:
                 for i in cutlass.range_constexpr(4):
                     term = ptx.select(mine, Float32(own[4 * column + i]), ptx.from_bits(got[i]))
                     totals[4 * column + i] = ptx.add_rn(Float32(totals[4 * column + i]), term)
+                    seen = seen | got[i]
         if turn < g.rounds - 1:
             self.expect_sums(received, place)
-            cute.arch.sync_warp()
-            if lane < g.split_k - 1:
+            # The room may be given away only when the loads have returned: MMAs can hold them back
+            # for longer than the others need to fill it again. So the arrival depends on their
+            # values; none of them leaves ``seen`` zero.
+            seen = ptx.redux_max_u32(seen)
+            if lane < g.split_k - 1 and seen != 0:
                 peer = ptx.remainder(share + 1 + lane, g.split_k)
                 block = self.block_at(part_e, peer, part_t)
                 bulk.arrive_remote(ptx.map_shared(credit + 8 * warp, block))
