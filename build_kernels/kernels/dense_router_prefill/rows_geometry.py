@@ -57,6 +57,12 @@ class RowsGeometry:
                 f"tiles of a multiple of {COLUMN} tokens and {MMA_M} experts, found hidden "
                 f"{g.hidden}, {g.tile_tokens} tokens, {g.tile_experts} experts"
             )
+        # A share that adds nothing would be ahead of those that wait for each other's sums.
+        if g.columns < g.split_k:
+            raise ValueError(
+                f"expected tiles of at least {COLUMN} tokens for each of {g.split_k} shares, found "
+                f"{g.tile_tokens} tokens"
+            )
         if g.stages < 2 or g.epilogue_bytes > g.ring_bytes or g.cluster > 16:
             raise ValueError(
                 f"expected two stages and the logits in {MAX_SHARED_BYTES} bytes, clusters of at "
