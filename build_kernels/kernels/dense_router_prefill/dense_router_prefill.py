@@ -636,9 +636,15 @@ class DenseRouterPrefill:
         best = screening.merge_lanes([Int64(ranks[i]) for i in range(g.top_k)], g.token_threads)
 
         rows = [self.at_part(logits, Int32(part), part_t) for part in range(g.cluster_e)]
+        experts = screening.own_ranks(best, member, g.token_threads)
+        scores = [
+            scoring.score(screening.logit_at(expert, rows, g.block_experts)) for expert in experts
+        ]
         screening.finish_token(
             routing,
-            best,
+            experts,
+            scores,
+            g.top_k,
             rows,
             g.block_experts,
             token,

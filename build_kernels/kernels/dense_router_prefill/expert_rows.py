@@ -15,9 +15,10 @@ tokens. A launch is
    number in the other shares, by bulk copies, and adds what it got while the next chunk is being
    multiplied;
 4. the logits go to shared memory, a row a token. A few threads a token bound its keys
-   (screening.py); whatever may be among the best becomes a candidate;
-5. the parts of the experts divide the tokens that they hold; the owner of a token reads the
-   candidates of all parts, scores them exactly, ranks them and stores.
+   (screening.py); whatever may be among the best becomes a candidate. The parts of the experts
+   divide the tokens that they hold, and the owner of a token is sent its candidates;
+5. it scores them exactly and ranks them by counting, and stores. A token with more candidates than
+   its list holds, by ties, say, is ranked from all its logits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
@@ -36,6 +37,8 @@ from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
 from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     COLUMN,
     COLUMN_BYTES,
+    LISTED,
+    RANKED,
     RowsGeometry,
 )
 from build_kernels.kernels.dense_router_prefill.rows_wgmma import WgmmaRows
@@ -160,6 +163,8 @@ class ExpertRows:
             elif warp == g.consumer_warps + 1 and lane == 0:
                 first = packed_weight.toint() + Int64(part_e * g.weight_stage_bytes)
                 self.feed_weight(first, shared, full, weight_empty, part_e, share, part_t)
+            self.retire()
+            self.await_retired()
             self.meet()
             self.part()
         else:
@@ -169,6 +174,7 @@ class ExpertRows:
             )
             # The ring becomes the epilogue's: everything sent to it has arrived and been read.
             self.sync_consumers()
+            self.retire()
             self.store_logits(totals, shared, warp, lane)
             self.sync_consumers()
             # The hidden states' arrival implies it; it stands here for what is read from here on.
@@ -186,6 +192,7 @@ class ExpertRows:
             )
             if logits_out.toint() != 0:
                 self.export(shared, logits_out.toint(), first_held, end_held, part_e, thread)
+            self.await_retired()
             self.screen(routing, shared, first_held, images, part_e, share, part_t, thread)
             self.meet()
             if cutlass.const_expr(g.cluster_e == 1):
@@ -219,8 +226,18 @@ class ExpertRows:
     def sync_consumers(self) -> None:
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=self.g.consumers)
 
+    def retire(self) -> None:
+        """This block's ring is at the others' disposal. Relaxed: its reads are complete."""
+        if self.g.cluster_e > 1:
+            cute.arch.cluster_arrive_relaxed()
+
+    def await_retired(self) -> None:
+        """Every ring of the cluster may hold candidates."""
+        if self.g.cluster_e > 1:
+            cute.arch.cluster_wait()
+
     def meet(self) -> None:
-        """The parts of the experts have multiplied, and their logits and masks can be read."""
+        """All candidates have been sent, and logits can be read."""
         if self.g.cluster_e > 1:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -594,26 +611,78 @@ class ExpertRows:
         part_t: Int32,
         thread: Int32,
     ) -> None:
-        """Leave the masks of candidates of the held tokens, ``token_threads`` threads a token."""
+        """Send the candidates of the held tokens to their owners, ``token_threads`` threads a
+        token: up to LISTED of a part's, and how many there are."""
         g = self.g
+        # First all masks: their arithmetic overlaps.
+        tasks = []
         for turn in cutlass.range_constexpr(g.screen_passes):
             index = thread + turn * g.consumers
+            held = ptx.less(index, Int32(g.held_tokens * g.token_threads))
             token = ptx.min_s32(ptx.quotient(index, g.token_threads), Int32(g.held_tokens - 1))
             biases = self.biases_of(routing, shared, images, first_held + token)
             biases = biases + part_e * (g.tile_experts * 4)
-            part = ptx.remainder(index, g.token_threads)
-            masks = self.candidates(shared, biases, token, part)
-            if index < g.held_tokens * g.token_threads:
-                place = shared + g.mask_offset + (token * g.mask_words + part * g.thread_words) * 4
-                for word in cutlass.range_constexpr(g.thread_words):
-                    ptx.store_shared_b32(place + 4 * word, masks[word])
+            member = ptx.remainder(index, g.token_threads)
+            tasks.append((held, token, member, self.candidates(shared, biases, token, member)))
+        for held, token, member, masks in tasks:
+            self.send(shared, held, token, member, masks, part_e, share, part_t)
 
-    def candidates(self, shared: Int32, biases: Int32, token: Int32, part: Int32) -> list[Int32]:
+    @cute.jit
+    def send(
+        self,
+        shared: Int32,
+        held: Boolean,
+        token: Int32,
+        member: Int32,
+        masks: list[Int32],
+        part_e: Int32,
+        share: Int32,
+        part_t: Int32,
+    ) -> None:
+        """Send this thread's candidates of a token to the token's owner."""
+        g = self.g
+        owner = self.block_at(ptx.quotient(token, g.owned_tokens), share, part_t)
+        row = ptx.remainder(token, g.owned_tokens)
+        count = ptx.population(masks[0])
+        for word in cutlass.range_constexpr(1, g.thread_words):
+            count = count + ptx.population(masks[word])
+        place, total = self.before(count, member)
+        if held:
+            if member == 0:
+                target = shared + g.count_offset + (row * g.cluster_e + part_e) * 4
+                bulk.store_cluster_b32(self.at_block(target, owner), total)
+            target = shared + g.list_offset + row * g.list_row_bytes + part_e * (LISTED * 8)
+            target = self.at_block(target, owner)
+            logits = shared + token * g.logit_row_bytes
+            for word in cutlass.range_constexpr(g.thread_words):
+                mask = masks[word]
+                while mask != 0 and place < LISTED:
+                    number = bulk.lowest_bit(mask) + 32 * word
+                    column = member * g.thread_experts + (number ^ (self.scatter(member) * 4))
+                    logit = ptx.load_shared_f32(logits + column * 4)
+                    expert = part_e * g.tile_experts + column
+                    bulk.store_cluster_v2(target + place * 8, ptx.bits(logit), expert)
+                    mask = mask & (mask - 1)
+                    place = place + 1
+
+    def before(self, count: Int32, member: Int32) -> tuple[Int32, Int32]:
+        """(sum of the counts of a token's members before this one, sum of all)"""
+        before, total = Int32(0), count
+        distance = 1
+        while distance < self.g.token_threads:
+            other = bulk.shuffle_xor(total, distance)
+            later = ptx.equal(member & distance, Int32(distance))
+            before = ptx.select(later, before + other, before)
+            total = total + other
+            distance *= 2
+        return before, total
+
+    def candidates(self, shared: Int32, biases: Int32, token: Int32, member: Int32) -> list[Int32]:
         """The mask of one thread's candidates among its experts of its token."""
         g = self.g
-        own = part * (g.thread_experts * 4)
+        own = member * (g.thread_experts * 4)
         row = shared + token * g.logit_row_bytes + own
-        flip = self.scatter(part)
+        flip = self.scatter(member)
         quads = g.thread_experts // 4
         offsets = [(flip ^ quad) * 16 for quad in range(quads)]
 
@@ -627,7 +696,7 @@ class ExpertRows:
             for i, bias in enumerate(four(biases + own + offset)):
                 number = (4 * quad + i) % groups
                 best[number] = ptx.max_f32(best[number], screening.low(scores[quad][i], bias))
-        threshold = screening.threshold(best, g.token_threads, g.top_k, g.bounds)
+        threshold = screening.threshold_of_many(best, g.token_threads, g.top_k, g.bounds)
         masks = [Int32(0) for _ in range(g.thread_words)]
         for quad, offset in enumerate(offsets):
             for i, bias in enumerate(four(biases + own + offset)):
@@ -651,105 +720,142 @@ class ExpertRows:
         part_t: Int32,
         thread: Int32,
     ) -> None:
-        """Rank the candidates of this block's tokens, ``rank_threads`` threads a token."""
+        """Rank the candidates of this block's tokens, ``rank_threads`` threads a token: a candidate
+        counts those above it."""
         g = self.g
         member = ptx.remainder(thread, g.rank_threads)
-        place = ptx.quotient(thread, g.rank_threads)
-        row = ptx.min_s32(part_e * g.owned_tokens + place, Int32(g.held_tokens - 1))
-        token = first_held + part_e * g.owned_tokens + place
-        valid = ptx.both(ptx.less(place, Int32(g.owned_tokens)), ptx.less(token, end_held))
-        biases = shared + g.bias_offset
-        # Whether somebody else has chosen the experts: the caller, or nobody for a padding token.
-        given, padding = Int32(0), Int32(0)
-        if routing.serving != 0 and valid:
-            images = Int32(0)
-            if routing.image_mask.toint() != 0:
-                images = Int32(1)
-            biases = self.biases_of(routing, shared, images, token)
-            given = finish.replays(routing)
-            padding = finish.is_padding(routing, token)
-        ranked = ptx.both(valid, ptx.equal(given | padding, Int32(0)))
-        logits, masks = [], []
-        for part in cutlass.range_constexpr(g.cluster_e):
-            block = self.block_at(Int32(part), share, part_t)
-            words_of = g.mask_offset + (row * g.mask_words + member * g.rank_words) * 4
-            logits.append(self.at_block(shared + row * g.logit_row_bytes, block))
-            masks.append(self.at_block(shared + words_of, block))
-        words = cute.make_rmem_tensor(g.cluster_e * g.rank_words, Int32)
-        for i in cutlass.range_constexpr(g.cluster_e * g.rank_words):
-            part, word = divmod(i, g.rank_words)
-            found = bulk.load_cluster_b32(masks[part] + 4 * word)
-            words[i] = ptx.select(ranked, found, Int32(0))
+        leader = ptx.remainder(thread, LANES) - member
+        for turn in cutlass.range(g.rank_passes, unroll=1):
+            place = ptx.quotient(thread + turn * g.consumers, g.rank_threads)
+            row = ptx.min_s32(place, Int32(g.owned_tokens - 1))
+            held = ptx.min_s32(part_e * g.owned_tokens + row, Int32(g.held_tokens - 1))
+            token = first_held + part_e * g.owned_tokens + place
+            valid = ptx.both(ptx.less(place, Int32(g.owned_tokens)), ptx.less(token, end_held))
+            biases = shared + g.bias_offset
+            # Whether somebody else has chosen: the caller, or nobody for a padding token.
+            given, padding = Int32(0), Int32(0)
+            if routing.serving != 0 and valid:
+                images = Int32(0)
+                if routing.image_mask.toint() != 0:
+                    images = Int32(1)
+                biases = self.biases_of(routing, shared, images, token)
+                given = finish.replays(routing)
+                padding = finish.is_padding(routing, token)
+            ranked = ptx.both(valid, ptx.equal(given | padding, Int32(0)))
+            logits = []
+            for part in cutlass.range_constexpr(g.cluster_e):
+                block = self.block_at(Int32(part), share, part_t)
+                logits.append(self.at_block(shared + held * g.logit_row_bytes, block))
+            counts = [
+                ptx.load_shared_b32(shared + g.count_offset + (row * g.cluster_e + part) * 4)
+                for part in range(g.cluster_e)
+            ]
+            # Where they do not fit, as with many ties: every expert of the token.
+            total, most = counts[0], counts[0]
+            for count in counts[1:]:
+                total, most = total + count, ptx.max_s32(most, count)
+            fits = ptx.both(ptx.less(total, Int32(RANKED + 1)), ptx.less(most, Int32(LISTED + 1)))
+            total = ptx.select(ptx.both(ranked, fits), total, Int32(0))
+            # Threads without a token have a row of their own.
+            own_row = ptx.min_s32(place, Int32(g.owned_tokens))
+            slots = shared + g.slot_offset + own_row * g.slot_row_bytes
+            records = shared + g.record_offset + own_row * (g.top_k * 16)
+            ranks, scores = [], []
+            for turn_ in cutlass.range_constexpr(RANKED // g.rank_threads):
+                number = turn_ * g.rank_threads + member
+                entry, inside = Int32(0), number
+                for part in cutlass.range_constexpr(g.cluster_e - 1):
+                    beyond = ptx.less(counts[part] - 1, inside)
+                    here = ptx.equal(entry, Int32(part * LISTED))
+                    moves = ptx.both(beyond, here)
+                    entry = ptx.select(moves, Int32((part + 1) * LISTED), entry)
+                    inside = ptx.select(moves, inside - counts[part], inside)
+                some = ptx.less(number, total)
+                address = shared + g.list_offset + row * g.list_row_bytes
+                logit, expert = ptx.load_shared_v2(
+                    ptx.select(some, address + (entry + inside) * 8, address)
+                )
+                logit = ptx.from_bits(logit)
+                expert = ptx.select(some, expert, Int32(0))
+                score = scoring.score(logit)
+                key = scoring.ordered_key(logit, score, ptx.load_shared_f32(biases + expert * 4))
+                key = ptx.select(some, key, Int32(0))
+                ptx.store_shared_v2(slots + number * 8, ~expert, key)
+                ranks.append(bulk.pack(key, ~expert))
+                scores.append(score)
+            cute.arch.sync_warp()
+            above = [Int32(0) for _ in ranks]
+            for pair in cutlass.range(ptx.quotient(total + 1, 2), unroll=4):
+                words = ptx.load_shared_v4(slots + pair * 16)
+                for low, high in ((words[0], words[1]), (words[2], words[3])):
+                    other = bulk.pack(high, low)
+                    above = [
+                        count + ptx.select(bulk.above(other, rank), Int32(1), Int32(0))
+                        for count, rank in zip(above, ranks, strict=True)
+                    ]
+            for turn_ in cutlass.range_constexpr(len(ranks)):
+                key, inverse = bulk.halves(ranks[turn_])
+                if key != 0 and above[turn_] < g.top_k:
+                    ptx.store_shared_v2(
+                        records + above[turn_] * 16, ~inverse, ptx.bits(scores[turn_])
+                    )
+            lacking = ptx.both(ranked, ptx.equal(total, Int32(0)))
+            if ptx.ballot(lacking) != 0:
+                self.rank_all(lacking, biases, logits, records, member)
+            cute.arch.sync_warp()
+            own_experts, own_scores = [], []
+            for first in cutlass.range_constexpr(0, g.top_k, g.rank_threads):
+                number = ptx.min_s32(first + member, Int32(g.top_k - 1))
+                expert, score = ptx.load_shared_v2(records + number * 16)
+                own_experts.append(expert)
+                own_scores.append(ptx.from_bits(score))
+            screening.finish_token(
+                routing,
+                own_experts,
+                own_scores,
+                g.top_k,
+                logits,
+                g.tile_experts,
+                token,
+                valid,
+                given,
+                padding,
+                leader,
+                member,
+                g.rank_threads,
+                g.experts,
+            )
+
+    @cute.jit
+    def rank_all(
+        self,
+        wanted: Boolean,
+        biases: Int32,
+        logits: list[Int32],
+        records: Int32,
+        member: Int32,
+    ) -> None:
+        """Leave the records of a token that has more candidates than are listed. A whole warp
+        comes here."""
+        g = self.g
         ranks = cute.make_rmem_tensor(g.top_k, Int64)
         for i in cutlass.range_constexpr(g.top_k):
             ranks[i] = Int64(0)
-        # Two at a time, and two ahead: what one waits for hides behind the arithmetic of the other,
-        # and the next loads behind both.
-        first, second = self.take(words, member), self.take(words, member)
-        first_logit, second_logit = self.load_if(first, logits), self.load_if(second, logits)
-        while first >= 0:
-            third, fourth = self.take(words, member), self.take(words, member)
-            third_logit, fourth_logit = self.load_if(third, logits), self.load_if(fourth, logits)
-            one = self.rank_of(first, first_logit, biases)
-            other = self.rank_of(second, second_logit, biases)
-            screening.insert(ranks, one, g.top_k)
-            screening.insert(ranks, other, g.top_k)
-            first, second = third, fourth
-            first_logit, second_logit = third_logit, fourth_logit
+        for expert in cutlass.range(member, g.experts, g.rank_threads, unroll=1):
+            logit = screening.logit_at(expert, logits, g.tile_experts)
+            bias = ptx.load_shared_f32(biases + expert * 4)
+            key = scoring.ordered_key(logit, scoring.score(logit), bias)
+            screening.insert(ranks, bulk.pack(key, ~expert), g.top_k)
         best = screening.merge_lanes([Int64(ranks[i]) for i in range(g.top_k)], g.rank_threads)
-        screening.finish_token(
-            routing,
-            best,
-            logits,
-            g.tile_experts,
-            token,
-            valid,
-            given,
-            padding,
-            ptx.remainder(thread, LANES) - member,
-            member,
-            g.rank_threads,
-            g.experts,
-        )
-
-    def rank_of(self, column: Int32, logit: Float32, biases: Int32) -> Int64:
-        """The rank of a candidate; 0, which is below all, for the column -1."""
-        none = ptx.less(column, Int32(0))
-        bias = ptx.load_shared_f32(biases + ptx.max_s32(column, Int32(0)) * 4)
-        key = scoring.ordered_key(logit, scoring.score(logit), bias)
-        return ptx.select(none, Int64(0), bulk.pack(key, ~column))
+        if wanted and member == 0:
+            for i in cutlass.range_constexpr(g.top_k):
+                expert = ~bulk.halves(best[i])[1]
+                score = scoring.score(screening.logit_at(expert, logits, g.tile_experts))
+                ptx.store_shared_v2(records + i * 16, expert, ptx.bits(score))
 
     def at_block(self, address: Int32, block: Int32) -> Int32:
         """The same shared address in a block of the cluster."""
-        return address if self.g.cluster_e == 1 else ptx.map_shared(address, block)
-
-    def take(self, words: cute.Tensor, member: Int32) -> Int32:
-        """Remove the first candidate from the masks; its expert, or -1 if there is none."""
-        g = self.g
-        left = [Int32(words[i]) for i in range(g.cluster_e * g.rank_words)]
-        first, index, word = Int32(-1), Int32(0), Int32(0)
-        for i in reversed(range(len(left))):
-            none = ptx.equal(left[i], Int32(0))
-            part, number = divmod(i, g.rank_words)
-            word = ptx.select(none, word, left[i])
-            first = ptx.select(none, first, Int32(part * g.tile_experts))
-            index = ptx.select(none, index, Int32(number))
-        earlier = Int32(0)
-        for i in range(len(left)):
-            # Only the word that was taken loses its lowest bit.
-            mine = ptx.equal(earlier, Int32(0))
-            words[i] = ptx.select(mine, left[i] & (left[i] - 1), left[i])
-            earlier = earlier | left[i]
-        index = member * g.rank_words + index
-        part = ptx.quotient(index, g.thread_words)
-        bit = ptx.remainder(index, g.thread_words) * 32 + bulk.lowest_bit(word)
-        column = first + part * g.thread_experts + (bit ^ (self.scatter(part) * 4))
-        return ptx.select(ptx.less(first, Int32(0)), first, column)
-
-    def load_if(self, column: Int32, logits: list[Int32]) -> Float32:
-        """The logit of that expert; of the first one for -1."""
-        column = ptx.max_s32(column, Int32(0))
-        return screening.logit_at(column, logits, self.g.tile_experts)
+        return ptx.map_shared(address, block)
 
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:

@@ -18,6 +18,10 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
 COLUMN = 8
 COLUMN_BYTES = LANES * 16
 
+#: Candidates of a token that a part of the experts sends at most, and that are ranked at most.
+LISTED = 32
+RANKED = 32
+
 
 @dataclass(frozen=True, slots=True)
 class RowsGeometry:
@@ -157,16 +161,17 @@ class RowsGeometry:
         they hold."""
         return ceil_div(self.held_tokens, self.cluster_e)
 
-    # --- screening ---
+    # --- selection ---
     @property
     def token_threads(self) -> int:
         """Threads that screen the experts of one token."""
-        return min((2, 4, 8, 16), key=self.screen_cost)
+        fitting = [n for n in (2, 4, 8, 16) if self.tile_experts % (4 * n) == 0]
+        return min(fitting, key=self.screen_cost)
 
     def screen_cost(self, token_threads: int) -> int:
-        """Instructions of a thread: 22 an expert, about 60 for the threshold."""
-        passes = ceil_div(self.held_tokens * token_threads, self.consumers)
-        return passes * (self.tile_experts // token_threads * 22 + 60)
+        """Instructions of a scheduler's warps: 22 an expert, about 100 for the rest."""
+        warps = ceil_div(self.held_tokens * token_threads, LANES)
+        return ceil_div(warps, 4) * (self.tile_experts // token_threads * 22 + 100)
 
     @property
     def screen_passes(self) -> int:
@@ -182,28 +187,21 @@ class RowsGeometry:
         return ceil_div(self.thread_experts, 32)
 
     @property
-    def mask_words(self) -> int:
-        return self.token_threads * self.thread_words
-
-    @property
     def bounds(self) -> int:
-        """Groups of experts whose largest bounds give a token's threshold: a power of two."""
-        return 1 << (self.top_k + 1).bit_length()
+        """Groups of experts whose largest bounds give a token's threshold: a power of two, at least
+        twice ``top_k``. With 16 groups of 192 experts, 14 are candidates for 6 ranks; with 8, 19.
+        """
+        return 1 << (2 * self.top_k - 1).bit_length()
 
     @property
     def rank_threads(self) -> int:
         """Threads that rank one token's candidates."""
-        fitting = [
-            n
-            for n in (2, 4, 8, 16)
-            if self.mask_words % n == 0 and self.owned_tokens * n <= self.consumers
-        ]
-        return max(fitting, default=2)
+        fitting = [n for n in (4, 8, 16, 32) if self.owned_tokens * n <= self.consumers]
+        return max(fitting, default=4)
 
     @property
-    def rank_words(self) -> int:
-        """Words of each part's mask that one of them takes."""
-        return self.mask_words // self.rank_threads
+    def rank_passes(self) -> int:
+        return ceil_div(self.owned_tokens * self.rank_threads, self.consumers)
 
     # --- shared memory, in bytes: the ring of stages ---
     @property
@@ -276,14 +274,40 @@ class RowsGeometry:
         return (self.tile_experts + 4) * 4
 
     @property
-    def mask_offset(self) -> int:
+    def image_bias_offset(self) -> int:
+        """Biases of image tokens."""
         return self.held_tokens * self.logit_row_bytes
 
     @property
-    def image_bias_offset(self) -> int:
-        """Biases of image tokens, behind the masks."""
-        return ceil_div(self.mask_offset + self.held_tokens * self.mask_words * 4, 16) * 16
+    def count_offset(self) -> int:
+        """How many candidates each part has sent for a token."""
+        return self.image_bias_offset + self.bias_bytes
+
+    @property
+    def list_offset(self) -> int:
+        return ceil_div(self.count_offset + self.owned_tokens * self.cluster_e * 4, 16) * 16
+
+    @property
+    def list_row_bytes(self) -> int:
+        """(logit, expert) of a token's candidates, LISTED for each part. Rows are padded, so that
+        neighbouring ones start in different banks."""
+        return self.cluster_e * LISTED * 8 + 16
+
+    @property
+    def slot_offset(self) -> int:
+        return self.list_offset + self.owned_tokens * self.list_row_bytes
+
+    @property
+    def slot_row_bytes(self) -> int:
+        """(~expert, key) of a token's candidates: its ranks, as 64-bit numbers. There is one row
+        more than tokens, for threads that have none; and one of records."""
+        return RANKED * 8 + 16
+
+    @property
+    def record_offset(self) -> int:
+        """(expert, score) of a token's ranks, 16 bytes each."""
+        return self.slot_offset + (self.owned_tokens + 1) * self.slot_row_bytes
 
     @property
     def epilogue_bytes(self) -> int:
-        return self.image_bias_offset + self.bias_bytes
+        return self.record_offset + (self.owned_tokens + 1) * self.top_k * 16
