@@ -1,4 +1,4 @@
-"""The tensor-core instructions agree: ``mma.sync`` of the decode kernel and ``wgmma`` of the prefill
+"""Tensor-core instructions agree: ``mma.sync`` of the decode kernel and ``wgmma`` of the prefill
 forms that can store their logits give the same bits, over more than 1e7 logits of every exponent,
 subnormal, cancelled and with the operands' roles swapped. Zero differing bits.
 """

@@ -1,0 +1,144 @@
+"""The geometry of the prefill form with experts as MMA rows: budgets, what its blocks agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from build_kernels import catalog
+from build_kernels.kernels.dense_router_prefill.contract import contract
+from build_kernels.kernels.dense_router_prefill.geometry import MAX_SHARED_BYTES
+from build_kernels.kernels.dense_router_prefill.rows_geometry import (
+    COLUMN,
+    LISTED,
+    RANKED,
+    RowsGeometry,
+)
+from build_kernels.numerics import CONSTANTS
+from router_runtime.manifest import GridAxis, validate_contract
+
+
+def rows_variants() -> Iterator[tuple[str, dict[str, int | float]]]:
+    models = {model.name: model for model in catalog.MODELS}
+    for kernel in catalog.KERNELS:
+        for variant in kernel.variants:
+            for name, tuned in variant.tuned.items():
+                if "TILE_TOKENS" in tuned:
+                    constants = {**CONSTANTS, **models[name].constants(), **tuned}
+                    yield f"{variant.name}-{name}", constants
+
+
+VARIANTS = dict(rows_variants())
+
+
+def constants(**changes: int) -> dict[str, int | float]:
+    return {**next(iter(VARIANTS.values())), **changes}
+
+
+@pytest.fixture(params=VARIANTS)
+def g(request: pytest.FixtureRequest) -> RowsGeometry:
+    return RowsGeometry.of(VARIANTS[request.param])
+
+
+def test_catalog_has_the_form() -> None:
+    assert len(VARIANTS) >= 3
+
+
+def test_budgets(g: RowsGeometry) -> None:
+    assert g.shared_bytes <= MAX_SHARED_BYTES
+    assert g.epilogue_bytes <= g.ring_bytes
+    assert g.ring_bytes % 1024 == 0
+    assert g.stage_bytes % 1024 == 0
+    registers = g.consumers * g.consumer_registers + 128 * g.producer_registers
+    assert registers <= 65536
+    # Partial sums, totals, what was kept of the own columns; and some 40 for everything else.
+    kept = 4 * g.held_columns * (2 if g.split_k > 1 else 1)
+    assert 4 * g.columns + kept + 40 <= g.consumer_registers
+
+
+def test_contract(g: RowsGeometry) -> None:
+    found = contract(next(c for c in VARIANTS.values() if RowsGeometry.of(c) == g))
+    validate_contract(found, "dense_router_prefill")
+    assert found.parameters[0].type == "tensormap"
+    tile = g.tile_tokens * g.cluster_t
+    assert found.grid[1] == GridAxis("ceil", g.cluster_t, "tokens", tile)
+    assert found.cluster_size == g.cluster <= 16
+
+
+def test_shares_divide_the_columns(g: RowsGeometry) -> None:
+    columns = [
+        column
+        for share in range(g.split_k)
+        for column in range(g.first_column(share), g.first_column(share + 1))
+    ]
+    assert columns == list(range(g.columns))
+    counts = [g.column_count(share) for share in range(g.split_k)]
+    assert max(counts) == g.held_columns
+    assert min(counts) > 0
+
+
+def test_shares_divide_the_chunks(g: RowsGeometry) -> None:
+    assert g.rounds * g.split_k * g.k_chunk == g.hidden
+
+
+@pytest.mark.parametrize("peers", ["cluster_e", "cluster_t"])
+def test_blocks_take_turns_in_filling(g: RowsGeometry, peers: str) -> None:
+    """Whoever fills a stage again is told by the release of its last content, once."""
+    count = getattr(g, peers)
+    told: dict[tuple[int, int], int] = {}
+    waits: dict[tuple[int, int], int] = {}
+    for number in range(g.blocks):
+        stage, filler = number % g.stages, number % count
+        if number >= g.stages:
+            waits[filler, stage] = waits.get((filler, stage), 0) + 1
+            # The release of the content before has gone to this block, and to no other.
+            assert told[filler, stage] == waits[filler, stage]
+        following = number + g.stages
+        if following < g.blocks:
+            key = following % count, stage
+            told[key] = told.get(key, 0) + 1
+    assert told == waits
+
+
+def test_screening_reads_without_bank_conflicts(g: RowsGeometry) -> None:
+    quads = g.thread_experts // 4
+    assert quads * 4 == g.thread_experts
+    assert g.token_threads * g.thread_experts == g.tile_experts
+    if quads & (quads - 1):
+        return
+    for quad in range(quads):
+        for first in range(0, 32, 8):
+            banks = []
+            for lane in range(first, first + 8):
+                token, member = divmod(lane, g.token_threads)
+                flip = member * max(1, 8 // g.token_threads) // max(1, g.token_threads // 4)
+                word = token * g.logit_row_bytes // 4 + member * g.thread_experts
+                banks.append((word + ((flip & (quads - 1)) ^ quad) * 4) % 32)
+            assert len(set(banks)) == 8
+
+
+def test_every_token_has_an_owner_and_threads(g: RowsGeometry) -> None:
+    assert g.owned_tokens * g.cluster_e >= g.held_tokens == g.held_columns * COLUMN
+    assert g.rank_passes * g.consumers >= g.owned_tokens * g.rank_threads
+    assert RANKED % g.rank_threads == 0
+    assert g.top_k <= RANKED
+    assert g.top_k <= LISTED
+    # A threshold is the k-th largest of so many groups' bounds.
+    assert g.bounds >= 2 * g.top_k
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"TILE_TOKENS": 44},
+        {"TILE_EXPERTS": 96},
+        {"SPLIT_K": 3},
+        {"TILE_TOKENS": 512},
+        {"CLUSTER_T": 32},
+        {"SPLIT_K": 4, "TILE_TOKENS": 16},
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        RowsGeometry.of(constants(**changes))
