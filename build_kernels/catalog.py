@@ -240,6 +240,83 @@ KERNELS = (
                 targets=("sm_90a",),
                 tuned_only=True,
             ),
+            # Experts are the rows of the MMA: one wave of tiles of as many tokens as it takes.
+            # No evidence so far.
+            Variant(
+                "wgmma_512",
+                tuned={
+                    "dsv4-flash": {
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 4,
+                    },
+                    "dsv4-pro": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 4,
+                    },
+                    "dsv41-flash": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 4,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
+            Variant(
+                "wgmma_1024",
+                tuned={
+                    "dsv4-flash": {
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 4,
+                        "SPLIT_K": 2,
+                    },
+                    "dsv4-pro": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 4,
+                        "SPLIT_K": 2,
+                    },
+                    "dsv41-flash": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 4,
+                        "SPLIT_K": 2,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
+            Variant(
+                "wgmma_4096",
+                tuned={
+                    "dsv4-flash": {
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 72,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 1,
+                    },
+                    "dsv4-pro": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 72,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 1,
+                    },
+                    "dsv41-flash": {
+                        "TILE_EXPERTS": 192,
+                        "TILE_TOKENS": 72,
+                        "CLUSTER_T": 2,
+                        "SPLIT_K": 1,
+                    },
+                },
+                targets=("sm_90a",),
+                tuned_only=True,
+            ),
             # Large batches: tiles of 128 tokens, each divided among ever fewer blocks.
             Variant(
                 "wgmma_narrow",

@@ -153,15 +153,6 @@ def load_cluster_b32(address: Int32) -> Int32:
     return Int32(asm(T.i32(), [address], "ld.shared::cluster.b32 $0, [$1];", "=r,r,~{memory}"))
 
 
-def store_cluster_b32(address: Int32, value: Int32) -> None:
-    """Store to the shared memory of any block of the cluster."""
-    asm(None, [address, value], "st.shared::cluster.b32 [$0], $1;", "r,r,~{memory}")
-
-
-def store_cluster_v2(address: Int32, a: Int32, b: Int32) -> None:
-    asm(None, [address, a, b], "st.shared::cluster.v2.b32 [$0], {$1,$2};", "r,r,r,~{memory}")
-
-
 # --- approximate arithmetic, for screening only ---------------------------------------------------
 
 

@@ -113,11 +113,6 @@ def equal(a: Int32, b: Int32) -> Boolean:
     return Boolean(arith.cmpi(arith.CmpIPredicate.eq, a.ir_value(), b.ir_value()))
 
 
-def population(mask: Int32) -> Int32:
-    """How many bits are set."""
-    return Int32(pure(T.i32(), [mask], "popc.b32 $0, $1;", "=r,r"))
-
-
 def at_least_u32(a: Int32, b: Int32) -> Boolean:
     """a >= b as unsigned numbers."""
     return Boolean(arith.cmpi(arith.CmpIPredicate.uge, a.ir_value(), b.ir_value()))

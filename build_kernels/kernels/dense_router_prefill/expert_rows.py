@@ -32,7 +32,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
-from build_kernels.kernels.dense_router_prefill import screening
+from build_kernels.kernels.dense_router_prefill import rows_ptx, screening
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
 from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     COLUMN,
@@ -643,14 +643,14 @@ class ExpertRows:
         g = self.g
         owner = self.block_at(ptx.quotient(token, g.owned_tokens), share, part_t)
         row = ptx.remainder(token, g.owned_tokens)
-        count = ptx.population(masks[0])
+        count = rows_ptx.population(masks[0])
         for word in cutlass.range_constexpr(1, g.thread_words):
-            count = count + ptx.population(masks[word])
+            count = count + rows_ptx.population(masks[word])
         place, total = self.before(count, member)
         if held:
             if member == 0:
                 target = shared + g.count_offset + (row * g.cluster_e + part_e) * 4
-                bulk.store_cluster_b32(self.at_block(target, owner), total)
+                rows_ptx.store_cluster_b32(self.at_block(target, owner), total)
             target = shared + g.list_offset + row * g.list_row_bytes + part_e * (LISTED * 8)
             target = self.at_block(target, owner)
             logits = shared + token * g.logit_row_bytes
@@ -661,7 +661,7 @@ class ExpertRows:
                     column = member * g.thread_experts + (number ^ (self.scatter(member) * 4))
                     logit = ptx.load_shared_f32(logits + column * 4)
                     expert = part_e * g.tile_experts + column
-                    bulk.store_cluster_v2(target + place * 8, ptx.bits(logit), expert)
+                    rows_ptx.store_cluster_v2(target + place * 8, ptx.bits(logit), expert)
                     mask = mask & (mask - 1)
                     place = place + 1
 
