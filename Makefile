@@ -41,6 +41,14 @@ test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
 
+# The loader asks for one kernel parameter too many, to see that there is none: no error of ours.
+.PHONY: sanitize
+sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+	        $(PYTHON_GPU) -m tests.gpu.sanitize || exit 1; \
+	done
+
 verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence
 	$(PYTHON_GPU) -m router_runtime verify --record
 
