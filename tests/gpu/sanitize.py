@@ -2,7 +2,8 @@
 
 ``make sanitize`` runs it under memcheck, racecheck and synccheck in turn. Nothing is judged here:
 the suite does that, and under a sanitizer even one large batch takes minutes. So: one case of every
-pattern, and random rows in every number up to ``MOST_ROWS``.
+pattern and each combination of serving inputs, and random rows in every number up to
+``MOST_ROWS``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def small(cases: Iterable[Case]) -> Iterator[Case]:
         rows = case.sizes.get("tokens", case.sizes.get("rows", 0))
         if rows > MOST_ROWS:
             continue
-        sign = (case.pattern, rows if case.pattern == "random" else 0)
+        sign = (case.pattern, case.serving, rows if case.pattern == "random" else 0)
         if sign not in seen:
             seen.add(sign)
             yield case
@@ -54,12 +55,15 @@ def main() -> int:
                 name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
                 for name, value in make_inputs(case).items()
             }
-            rows = inputs[ROWS[case.kernel]].shape[0]
-            shapes = [(case.sizes["top_k"], torch.float32), (case.sizes["top_k"], torch.int32)]
+            rows, k = inputs[ROWS[case.kernel]].shape[0], case.sizes["top_k"]
+            weights = torch.empty(rows, k, device=DEVICE)
+            integers = torch.int64 if inputs.get("wide_ids") else torch.int32
+            ids, logical_ids = torch.empty(2, rows, k, dtype=integers, device=DEVICE)
+            outputs = [weights, ids]
             if stores_logits:
-                shapes.append((case.sizes["experts"], torch.float32))
-            outputs = [torch.empty(rows, k, dtype=dtype, device=DEVICE) for k, dtype in shapes]
-            run(inputs, *outputs)
+                outputs.append(torch.empty(rows, case.sizes["experts"], device=DEVICE))
+            mapped = {"logical_ids": logical_ids} if "expert_map" in inputs else {}
+            run(inputs, *outputs, **mapped)
             torch.cuda.synchronize()
             launches += 1
         print(f"{entry.key}", flush=True)
