@@ -34,75 +34,76 @@ def contract(constants: Mapping[str, int | float]) -> Contract:
     if "TILE_TOKENS" in constants:
         return rows_contract(RowsGeometry.of(constants))
     g = Geometry.of(constants)
-    return Contract(
-        parameters=(
-            Parameter("hidden_states", "tensormap"),
-            Parameter("packed_weight", "ptr:bf16"),
-            Parameter("bias", "ptr:f32"),
-            *ROUTING,
-        ),
+    return _contract(
+        g,
+        own=(),
         grid=(
             GridAxis("constant", g.cluster_e),
             GridAxis("ceil", g.cluster_t, "tokens", g.tokens_tile * g.cluster_t),
             GridAxis("constant"),
         ),
-        block=(g.threads, 1, 1),
         cluster=(g.cluster_e, g.cluster_t, 1),
-        dynamic_shared_memory=g.shared_bytes,
-        programmatic_dependent_launch=True,
-        tensor_maps=(tensor_map(g.owned_tokens),),
-        repacks=(stage_image(g.padded_experts, g.hidden),),
-        limits={"tokens": (1, 1 << 22)},
+        box_rows=g.owned_tokens,
     )
 
 
 def split_contract(g: SplitGeometry) -> Contract:
-    return Contract(
-        parameters=(
-            Parameter("hidden_states", "tensormap"),
-            Parameter("packed_weight", "ptr:bf16"),
-            Parameter("bias", "ptr:f32"),
-            Parameter("logits_out", "ptr:f32"),
-            Parameter("workspace", "ptr:u32"),
-            *ROUTING,
-        ),
+    return _contract(
+        g,
+        own=(Parameter("logits_out", "ptr:f32"), Parameter("workspace", "ptr:u32")),
         grid=(
             GridAxis("constant", g.cluster_k),
             GridAxis("ceil", 1, "tokens", g.tokens_tile),
             GridAxis("constant", g.groups),
         ),
-        block=(g.threads, 1, 1),
         cluster=(g.cluster_k, 1, 1),
-        dynamic_shared_memory=g.shared_bytes,
-        programmatic_dependent_launch=True,
+        box_rows=g.tokens_tile,
+        max_tokens=g.max_tokens,
         workspace_bytes=g.workspace_bytes,
-        tensor_maps=(tensor_map(g.tokens_tile),),
-        repacks=(stage_image(g.padded_experts, g.hidden),),
-        limits={"tokens": (1, g.max_tokens)},
     )
 
 
 def rows_contract(g: RowsGeometry) -> Contract:
-    return Contract(
-        parameters=(
-            Parameter("hidden_states", "tensormap"),
-            Parameter("packed_weight", "ptr:bf16"),
-            Parameter("bias", "ptr:f32"),
-            Parameter("logits_out", "ptr:f32"),
-            *ROUTING,
-        ),
+    return _contract(
+        g,
+        own=(Parameter("logits_out", "ptr:f32"),),
         grid=(
             GridAxis("constant", g.cluster_x),
             GridAxis("ceil", g.cluster_t, "tokens", g.tile_tokens * g.cluster_t),
             GridAxis("constant"),
         ),
-        block=(g.threads, 1, 1),
         cluster=(g.cluster_x, g.cluster_t, 1),
+        box_rows=g.tile_tokens,
+    )
+
+
+def _contract(
+    g: Geometry | SplitGeometry | RowsGeometry,
+    own: tuple[Parameter, ...],
+    grid: tuple[GridAxis, GridAxis, GridAxis],
+    cluster: tuple[int, int, int],
+    box_rows: int,
+    max_tokens: int = 1 << 22,
+    workspace_bytes: int = 0,
+) -> Contract:
+    """What the forms have in common: hidden states by a tensor map, weights as a stage image."""
+    return Contract(
+        parameters=(
+            Parameter("hidden_states", "tensormap"),
+            Parameter("packed_weight", "ptr:bf16"),
+            Parameter("bias", "ptr:f32"),
+            *own,
+            *ROUTING,
+        ),
+        grid=grid,
+        block=(g.threads, 1, 1),
+        cluster=cluster,
         dynamic_shared_memory=g.shared_bytes,
         programmatic_dependent_launch=True,
-        tensor_maps=(tensor_map(g.tile_tokens),),
+        workspace_bytes=workspace_bytes,
+        tensor_maps=(tensor_map(box_rows),),
         repacks=(stage_image(g.padded_experts, g.hidden),),
-        limits={"tokens": (1, 1 << 22)},
+        limits={"tokens": (1, max_tokens)},
     )
 
 

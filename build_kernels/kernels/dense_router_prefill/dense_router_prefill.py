@@ -23,15 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
-from build_kernels.kernels.dense_router_prefill import expert_rows, split_k, split_tcgen05
+from build_kernels.kernels.dense_router_prefill import (
+    expert_rows,
+    screening,
+    split_k,
+    split_tcgen05,
+)
 from build_kernels.kernels.dense_router_prefill.geometry import (
     K_BLOCK,
     LANES,
@@ -40,15 +44,10 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     WARPGROUP,
     Geometry,
 )
+from build_kernels.kernels.dense_router_prefill.hidden_map import hidden_map
 
 #: Named barrier of the consumers.
 CONSUMERS = 1
-
-#: A screened score is within this share of the exact one, and this distance: ex2.approx and
-#: lg2.approx err by 2^-22, the argument of ex2 by 104 * 2^-23, and the root of an error of 3e-7 is
-#: below 2^-10.
-SCREEN_RELATIVE = 2.0**-15
-SCREEN_ABSOLUTE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,7 @@ class DenseRouterPrefill:
     ) -> None:
         g = self.g
         tokens = routing.tokens
-        # Only the type of the atom matters: it becomes the tensor-map parameter, which the runtime
-        # encodes by the recipe in contract.py.
-        matrix = cute.make_tensor(
-            hidden_states, cute.make_layout((tokens, g.hidden), stride=(row_stride, 1))
-        )
-        box = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3),
-            0,
-            cute.make_layout((g.owned_tokens, K_BLOCK), stride=(K_BLOCK, 1)),
-        )
-        tensor_map, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), matrix, box, (g.owned_tokens, K_BLOCK)
-        )
+        tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.owned_tokens)
         tiles = ptx.quotient(
             tokens + (g.tokens_tile * g.cluster_t - 1), g.tokens_tile * g.cluster_t
         )
@@ -548,7 +535,7 @@ class DenseRouterPrefill:
         self.store_logits(totals, shared, thread)
         scores = [
             [
-                [screened(logit(half, pair, i)) for i in range(2)]
+                [screening.screened(logit(half, pair, i)) for i in range(2)]
                 for pair in range(g.block_experts // 8)
             ]
             for half in range(2)
@@ -558,26 +545,17 @@ class DenseRouterPrefill:
             bias = biases_of_pair(pair)
             for half in range(2):
                 for i in range(2):
-                    low = ptx.fma_rn(
-                        scores[half][pair][i],
-                        Float32(1.0 - SCREEN_RELATIVE),
-                        Float32(-SCREEN_ABSOLUTE),
-                    )
+                    low = screening.low(scores[half][pair][i], bias[half][i])
                     group = pair % g.groups
-                    key = ptx.add_rn(low, bias[half][i])
-                    best[half][group] = ptx.max_f32(best[half][group], key)
-        thresholds = [self.threshold(best[half]) for half in range(2)]
+                    best[half][group] = ptx.max_f32(best[half][group], low)
+        thresholds = [screening.threshold(best[half], 4, g.top_k) for half in range(2)]
         masks = [[Int32(0) for _ in range(g.mask_words)] for _ in range(2)]
         for pair in range(g.block_experts // 8):
             bias = biases_of_pair(pair)
             for half in range(2):
                 for i in range(2):
-                    high = ptx.fma_rn(
-                        scores[half][pair][i],
-                        Float32(1.0 + SCREEN_RELATIVE),
-                        Float32(SCREEN_ABSOLUTE),
-                    )
-                    near = bulk.not_less(ptx.add_rn(high, bias[half][i]), thresholds[half])
+                    high = screening.high(scores[half][pair][i], bias[half][i])
+                    near = bulk.not_less(high, thresholds[half])
                     word, bit = divmod(2 * pair + i, 32)
                     flag = (1 << bit) - (1 << 32 if bit == 31 else 0)
                     masks[half][word] = masks[half][word] | ptx.select(near, Int32(flag), Int32(0))
@@ -590,24 +568,6 @@ class DenseRouterPrefill:
             )
             for word in range(g.mask_words):
                 ptx.store_shared_b32(place + 4 * word, masks[half][word])
-
-    def threshold(self, best: Sequence[Float32]) -> Float32:
-        """A lower bound of the k-th largest key of a token, given the largest lower bounds of the
-        groups of this thread: the k-th largest over the four threads that hold the token."""
-        values = list(best)
-        for lanes in (1, 2):
-            values += [ptx.from_bits(bulk.shuffle_xor(ptx.bits(value), lanes)) for value in values]
-        # The (n - k + 1) smallest in ascending order, by insertion.
-        smallest: list[Float32] = []
-        keep = len(values) - self.g.top_k + 1
-        for value in values:
-            for place in range(len(smallest)):
-                lower = ptx.min_f32(smallest[place], value)
-                value = ptx.max_f32(smallest[place], value)
-                smallest[place] = lower
-            if len(smallest) < keep:
-                smallest.append(value)
-        return smallest[-1]
 
     # --- steps 2 to 7: the candidates' exact scores, ranks and weights ----------------------------
 
@@ -659,21 +619,19 @@ class DenseRouterPrefill:
             key = scoring.ordered_key(
                 logit, scoring.score(logit), ptx.load_shared_f32(biases + expert * 4)
             )
-            self.insert(ranks, bulk.pack(key, ~expert))
+            screening.insert(ranks, bulk.pack(key, ~expert), g.top_k)
             column = following
             logit = ahead
-        best = [Int64(ranks[i]) for i in range(g.top_k)]
-        lanes = 1
-        while cutlass.const_expr(lanes < g.token_threads):
-            best = merged(best, [shuffled(rank, lanes) for rank in best])
-            lanes *= 2
+        best = screening.merge_lanes([Int64(ranks[i]) for i in range(g.top_k)], g.token_threads)
 
         # Member i answers for the ranks i, i + token_threads, ...
         turns = -(-g.top_k // g.token_threads)
         experts = [ptx.select(ranked, ~bulk.halves(rank)[1], Int32(0)) for rank in best]
         own_experts, own_scores = [], []
         for turn in cutlass.range_constexpr(turns):
-            expert = own_rank(experts[turn * g.token_threads :][: g.token_threads], member)
+            expert = screening.own_rank(
+                experts[turn * g.token_threads :][: g.token_threads], member
+            )
             rank = ptx.min_s32(turn * g.token_threads + member, Int32(g.top_k - 1))
             if given != 0:
                 expert = finish.given_id(routing, token, rank, g.top_k, g.experts)
@@ -685,25 +643,17 @@ class DenseRouterPrefill:
             score = scoring.score(bulk.load_cluster_f32(place))
             own_experts.append(expert)
             own_scores.append(ptx.select(ptx.less(expert, Int32(0)), Float32(0.0), score))
-        leader = ptx.remainder(thread, LANES) - member
-        total = Float32(0.0)
-        for rank in cutlass.range_constexpr(g.top_k):
-            score = ptx.from_bits(
-                ptx.broadcast(
-                    ptx.bits(own_scores[rank // g.token_threads]), leader + rank % g.token_threads
-                )
-            )
-            total = score if cutlass.const_expr(rank == 0) else ptx.add_rn(total, score)
-        divisor = ptx.add_rn(total, scoring.constant("RENORM_EPSILON"))
-        for turn in cutlass.range_constexpr(turns):
-            rank = turn * g.token_threads + member
-            share = ptx.div_rn(own_scores[turn], divisor)
-            weight = ptx.mul_rn(
-                ptx.select(ptx.equal(routing.renormalize, Int32(0)), own_scores[turn], share),
-                routing.scale,
-            )
-            if ptx.both(valid, ptx.less(rank, Int32(g.top_k))):
-                finish.store(routing, token, rank, g.top_k, weight, own_experts[turn])
+        screening.weigh(
+            routing,
+            own_experts,
+            own_scores,
+            g.top_k,
+            token,
+            valid,
+            ptx.remainder(thread, LANES) - member,
+            member,
+            g.token_threads,
+        )
 
     def at_part(self, address: Int32, part_e: Int32, part_t: Int32) -> Int32:
         """The same shared address in the tile's block that holds this part of the experts."""
@@ -738,62 +688,6 @@ class DenseRouterPrefill:
         """The logit in that column; of the first one where there is no column."""
         safe = ptx.select(ptx.less(column, Int32(0)), Int32(0), column)
         return bulk.load_cluster_f32(logits + safe * 4)
-
-    def insert(self, ranks: cute.Tensor, value: Int64) -> None:
-        """Insert into the descending list, dropping its last."""
-        before = [Int64(ranks[i]) for i in range(self.g.top_k)]
-        over = [bulk.above(value, rank) for rank in before]
-        for i in range(self.g.top_k):
-            shifted = value if i == 0 else ptx.select(over[i - 1], before[i - 1], value)
-            ranks[i] = ptx.select(over[i], shifted, before[i])
-
-
-def screened(logit: Float32) -> Float32:
-    """sqrt(softplus(logit)) by hardware approximations."""
-    linear = ptx.min_f32(ptx.max_f32(logit, Float32(0.0)), scoring.constant("LOGIT_MAX"))
-    exponential = bulk.exp2_approx(
-        ptx.mul_rn(ptx.abs_f32(logit), scoring.constant("EXP_NEG_LOG2E"))
-    )
-    logarithm = bulk.log2_approx(ptx.add_rn(exponential, Float32(1.0)))
-    return bulk.sqrt_approx(ptx.fma_rn(logarithm, Float32(0.6931471805599453), linear))
-
-
-def shuffled(rank: Int64, lanes: int) -> Int64:
-    high, low = bulk.halves(rank)
-    return bulk.pack(bulk.shuffle_xor(high, lanes), bulk.shuffle_xor(low, lanes))
-
-
-def merged(a: Sequence[Int64], b: Sequence[Int64]) -> list[Int64]:
-    """The largest len(a) of two descending lists, descending: a bitonic merge."""
-    size = 1
-    while size < len(a):
-        size *= 2
-    left: list[Any] = [*a, *[None] * (size - len(a))]
-    right: list[Any] = [*b, *[None] * (size - len(b))]
-    values = [ordered(x, y)[0] for x, y in zip(left, reversed(right), strict=True)]
-    step = size // 2
-    while step > 0:
-        for i in range(size):
-            if i & step == 0:
-                values[i], values[i + step] = ordered(values[i], values[i + step])
-        step //= 2
-    return values[: len(a)]
-
-
-def ordered(a: Any, b: Any) -> tuple[Any, Any]:
-    """(larger, smaller); None is below every rank."""
-    if a is None or b is None:
-        return (b, a) if a is None else (a, b)
-    first = bulk.above(a, b)
-    return ptx.select(first, a, b), ptx.select(first, b, a)
-
-
-def own_rank(values: Sequence[Int32], member: Int32) -> Int32:
-    """values[member]; any of them for a member beyond."""
-    own = values[-1]
-    for i in reversed(range(len(values) - 1)):
-        own = ptx.select(ptx.equal(member, Int32(i)), values[i], own)
-    return own
 
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:

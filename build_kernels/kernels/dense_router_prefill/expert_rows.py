@@ -28,12 +28,12 @@ from functools import partial
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.dense_router_prefill import rows_ptx, screening
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
+from build_kernels.kernels.dense_router_prefill.hidden_map import hidden_map
 from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     COLUMN,
     COLUMN_BYTES,
@@ -63,19 +63,7 @@ class ExpertRows:
     ) -> None:
         g = self.g
         tokens = routing.tokens
-        # Only the type of the atom matters: it becomes the tensor-map parameter, which the runtime
-        # encodes by the recipe in contract.py.
-        matrix = cute.make_tensor(
-            hidden_states, cute.make_layout((tokens, g.hidden), stride=(row_stride, 1))
-        )
-        box = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3),
-            0,
-            cute.make_layout((g.tile_tokens, K_BLOCK), stride=(K_BLOCK, 1)),
-        )
-        tensor_map, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), matrix, box, (g.tile_tokens, K_BLOCK)
-        )
+        tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.tile_tokens)
         tiles = ptx.quotient(
             tokens + (g.tile_tokens * g.cluster_t - 1), g.tile_tokens * g.cluster_t
         )

@@ -197,11 +197,8 @@ def finish_token(
     members: cutlass.Constexpr[int],
     experts: cutlass.Constexpr[int],
 ) -> None:
-    """Weigh and store a token's experts by ``members`` lanes from ``leader`` on: member i answers
-    for the ranks i, i + members, ... and brings their experts and scores.
-
-    ``given`` and ``padding`` are not 0 where the caller has chosen the experts, or nobody; ``rows``
-    are the token's logits in the blocks that hold ``part_experts`` each.
+    """``weigh`` for a token of which ``given`` or ``padding`` are not 0 where the caller has chosen
+    the experts, or nobody. ``rows`` are its logits in the blocks that hold ``part_experts`` each.
     """
     chosen_experts, chosen_scores = [], []
     for turn in cutlass.range_constexpr(-(-top_k // members)):
@@ -214,31 +211,40 @@ def finish_token(
             expert = Int32(-1)
         chosen_experts.append(expert)
         chosen_scores.append(ptx.select(ptx.less(expert, Int32(0)), Float32(0.0), score))
+    weigh(routing, chosen_experts, chosen_scores, top_k, token, valid, leader, member, members)
+
+
+@cute.jit
+def weigh(
+    routing: Routing,
+    own_experts: list[Int32],
+    own_scores: list[Float32],
+    top_k: cutlass.Constexpr[int],
+    token: Int32,
+    valid: Boolean,
+    leader: Int32,
+    member: Int32,
+    members: cutlass.Constexpr[int],
+) -> None:
+    """Weigh and store a token's experts by ``members`` lanes from ``leader`` on: member i answers
+    for the ranks i, i + members, ... and brings their experts and scores.
+    """
     total = Float32(0.0)
     for rank in cutlass.range_constexpr(top_k):
         score = ptx.from_bits(
-            ptx.broadcast(ptx.bits(chosen_scores[rank // members]), leader + rank % members)
+            ptx.broadcast(ptx.bits(own_scores[rank // members]), leader + rank % members)
         )
         total = score if cutlass.const_expr(rank == 0) else ptx.add_rn(total, score)
     divisor = ptx.add_rn(total, scoring.constant("RENORM_EPSILON"))
     for turn in cutlass.range_constexpr(-(-top_k // members)):
         rank = turn * members + member
-        share = ptx.div_rn(chosen_scores[turn], divisor)
+        share = ptx.div_rn(own_scores[turn], divisor)
         weight = ptx.mul_rn(
-            ptx.select(ptx.equal(routing.renormalize, Int32(0)), chosen_scores[turn], share),
+            ptx.select(ptx.equal(routing.renormalize, Int32(0)), own_scores[turn], share),
             routing.scale,
         )
         if ptx.both(valid, ptx.less(rank, Int32(top_k))):
-            finish.store(routing, token, rank, top_k, weight, chosen_experts[turn])
-
-
-def own_ranks(best: Sequence[Int64], member: Int32, members: int) -> list[Int32]:
-    """The experts of the ranks that a member answers for."""
-    experts = [ptx.max_s32(~bulk.halves(rank)[1], Int32(0)) for rank in best]
-    return [
-        own_rank(experts[first : first + members], member)
-        for first in range(0, len(experts), members)
-    ]
+            finish.store(routing, token, rank, top_k, weight, own_experts[turn])
 
 
 def own_rank(values: Sequence[Int32], member: Int32) -> Int32:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
@@ -36,6 +36,7 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_M,
     WARPGROUP,
 )
+from build_kernels.kernels.dense_router_prefill.hidden_map import hidden_map
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 
 #: Named barrier of the warps that multiply.
@@ -66,19 +67,7 @@ class SplitPrefill:
     ) -> None:
         g = self.g
         tokens = routing.tokens
-        # Only the type of the atom matters: it becomes the tensor-map parameter, which the runtime
-        # encodes by the recipe in contract.py.
-        matrix = cute.make_tensor(
-            hidden_states, cute.make_layout((tokens, g.hidden), stride=(row_stride, 1))
-        )
-        box = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3),
-            0,
-            cute.make_layout((g.tokens_tile, K_BLOCK), stride=(K_BLOCK, 1)),
-        )
-        tensor_map, _ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), matrix, box, (g.tokens_tile, K_BLOCK)
-        )
+        tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.tokens_tile)
         self.dense_router_prefill(
             tensor_map,
             packed_weight,
