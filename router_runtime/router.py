@@ -15,7 +15,7 @@ import dataclasses
 import os
 import typing
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol, Unpack
 
@@ -397,17 +397,17 @@ class Router:
 
         The first call fixes the number of replicas; from then on it is ``update_expert_map``.
         """
-        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
-        if self._expert_map is None:
-            if self.device.type == "cuda":
-                refuse_capture("set_expert_map")
-            stored = ExpertMap(
-                *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
-            )
-            self._write(lambda: _copy_map(stored, checked))
-            self._expert_map = stored
+        if self._expert_map is not None:
+            self.update_expert_map(expert_map, replica_counts)
             return
-        self.update_expert_map(*checked)
+        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        if self.device.type == "cuda":
+            refuse_capture("set_expert_map")
+        stored = ExpertMap(
+            *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
+        )
+        self._write(lambda: _copy_map(stored, checked))
+        self._expert_map = stored
 
     def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
         """Replace the expert map in place: captured graphs stay valid and use the new one.
@@ -427,10 +427,7 @@ class Router:
 
     def _serve(self, tensor: Tensor, call: Call) -> Results:
         """A call with serving inputs, from a method or an op."""
-        outputs = call.outputs
-        if self._expert_map is None and (
-            call.mapped or (outputs is not None and outputs.logical_ids is not None)
-        ):
+        if call.mapped and self._expert_map is None:
             raise wrong_value("a mapped call", "a router with an expert map", "one without")
         return self._backend.serve(tensor, call, self._expert_map)
 
@@ -710,6 +707,12 @@ class _Plan:
         self.highs = [span.high for span in spans]
         self.launchers = [launchers[span.entry.key] for span in spans]
 
+    def parts(self, tokens: int) -> Iterator[slice]:
+        """The rows of each launch of a batch. No bit depends on where it is cut."""
+        most = self.highs[-1]
+        for start in range(0, tokens, most):
+            yield slice(start, min(start + most, tokens))
+
 
 class _CudaDense:
     """The kernels that the resolver divided the batches among."""
@@ -773,13 +776,10 @@ class _CudaDense:
         if results.logits is not None:
             self._recording.require()
             plan = self._recording_plan
-        # No bit depends on where a batch is cut.
-        most = plan.highs[-1]
-        for start in range(0, tokens, most):
-            rows = slice(start, min(start + most, tokens))
+        for rows in plan.parts(tokens):
             part = results.part(rows)
             served = call.arguments(rows, part, expert_map)
-            self._launch(plan, tensor[rows], rows.stop - start, *part[:3], served)
+            self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3], served)
         return results
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -807,7 +807,9 @@ class _CudaDense:
     ) -> None:
         place = bisect.bisect_left(plan.highs, tokens)
         if place == len(plan.highs):
-            self._split(plan, tensor, tokens, weights, ids, logits)
+            for rows in plan.parts(tokens):
+                part = Results(weights, ids, logits).part(rows)
+                self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3])
             return
         launcher = plan.launchers[place]
         # ``tensor`` becomes the copy, if there is one: it has to live until the launch.
@@ -826,28 +828,6 @@ class _CudaDense:
             0 if logits is None else logits.data_ptr(),
             served,
         )
-
-    def _split(
-        self,
-        plan: _Plan,
-        tensor: Tensor,
-        tokens: int,
-        weights: Tensor,
-        ids: Tensor,
-        logits: Tensor | None,
-    ) -> None:
-        """Launch by parts. No bit depends on where a batch is cut."""
-        most = plan.highs[-1]
-        for start in range(0, tokens, most):
-            part = slice(start, min(start + most, tokens))
-            self._launch(
-                plan,
-                tensor[part],
-                part.stop - start,
-                weights[part],
-                ids[part],
-                None if logits is None else logits[part],
-            )
 
 
 class _CudaHash:

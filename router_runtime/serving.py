@@ -88,6 +88,10 @@ class Call:
     mapped: bool = False
     outputs: Results | None = None
 
+    def __post_init__(self) -> None:
+        if self.outputs is not None:
+            self.mapped = self.outputs.logical_ids is not None
+
     @classmethod
     def taking(cls, inputs: dict[str, Any], **wanted: Any) -> Call:
         """A call with those of ``inputs`` that belong to every op; they are removed."""
@@ -137,7 +141,6 @@ class Call:
     ) -> Results:
         outputs = self.outputs
         assert outputs is not None
-        self.mapped = outputs.logical_ids is not None
         chosen = (tokens, top_k)
         integers = (torch.int32, torch.int64)
         for name, tensor, dtypes, shape in (
