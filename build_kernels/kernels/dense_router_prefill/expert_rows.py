@@ -249,6 +249,10 @@ class ExpertRows:
         whole, more = divmod(self.g.columns, self.g.split_k)
         return share * whole + ptx.min_s32(share, Int32(more))
 
+    def column_count(self, share: Int32) -> Int32:
+        """How many columns a share adds."""
+        return self.first_column(share + 1) - self.first_column(share)
+
     # --- producers ------------------------------------------------------------------------------
 
     @cute.jit
@@ -475,7 +479,7 @@ class ExpertRows:
                 + warp * g.warp_bytes
                 + self.slot(share, peer) * g.slot_bytes
             )
-            columns = self.first_column(peer + 1) - self.first_column(peer)
+            columns = self.column_count(peer)
             ptx.copy_bulk_to_peer(
                 ptx.map_shared(target, block),
                 staged + self.slot(peer, share) * g.slot_bytes,
@@ -533,7 +537,7 @@ class ExpertRows:
         """This warp's sums of one chunk, from all other shares."""
         g = self.g
         _, share, _, warp, lane = place
-        columns = self.first_column(share + 1) - self.first_column(share)
+        columns = self.column_count(share)
         if lane == 0:
             ptx.barrier_expect(received + 8 * warp, columns * ((g.split_k - 1) * COLUMN_BYTES))
 
@@ -638,9 +642,9 @@ class ExpertRows:
         if held:
             if member == 0:
                 target = shared + g.count_offset + (row * g.cluster_e + part_e) * 4
-                rows_ptx.store_cluster_b32(self.at_block(target, owner), total)
+                rows_ptx.store_cluster_b32(ptx.map_shared(target, owner), total)
             target = shared + g.list_offset + row * g.list_row_bytes + part_e * (LISTED * 8)
-            target = self.at_block(target, owner)
+            target = ptx.map_shared(target, owner)
             logits = shared + token * g.logit_row_bytes
             for word in cutlass.range_constexpr(g.thread_words):
                 mask = masks[word]
@@ -733,7 +737,7 @@ class ExpertRows:
             logits = []
             for part in cutlass.range_constexpr(g.cluster_e):
                 block = self.block_at(Int32(part), share, part_t)
-                logits.append(self.at_block(shared + held * g.logit_row_bytes, block))
+                logits.append(ptx.map_shared(shared + held * g.logit_row_bytes, block))
             counts = [
                 ptx.load_shared_b32(shared + g.count_offset + (row * g.cluster_e + part) * 4)
                 for part in range(g.cluster_e)
@@ -840,10 +844,6 @@ class ExpertRows:
                 expert = ~bulk.halves(best[i])[1]
                 score = scoring.score(screening.logit_at(expert, logits, g.tile_experts))
                 ptx.store_shared_v2(records + i * 16, expert, ptx.bits(score))
-
-    def at_block(self, address: Int32, block: Int32) -> Int32:
-        """The same shared address in a block of the cluster."""
-        return ptx.map_shared(address, block)
 
 
 def program(constants: Mapping[str, int | float]) -> tuple[Callable[..., None], tuple[object, ...]]:

@@ -2,8 +2,8 @@
 
 What expert_rows.py asks of a multiplication: ``multiply`` adds one stage to the chunk's partial
 sums, or starts them; ``wait`` returns when all but so many of the last stages have been read and
-added; ``partial`` are this thread's sums, four for each column of 8 tokens, of which
-``expert_of``  and ``token_of`` tell the row and the column.
+added; ``column`` gives this thread's four sums of a column of 8 tokens, of which ``expert_of`` and
+``token_of`` tell the row and the place in the column.
 """
 
 from __future__ import annotations

@@ -85,40 +85,13 @@ class TileTcgen05(DenseRouterPrefill):
             empty = full + 8 * ACCUMULATORS
             tile = Int32((1 << g.cluster_e) - 1) << (part_t * g.cluster_e)
             part = Int32(sum(1 << (i * g.cluster_e) for i in range(g.cluster_t))) << part_e
-            h, hp, w, wp = Int32(0), Int32(0), Int32(0), Int32(0)
+            rings = (hidden_full, weight_full, hidden_empty, weight_empty, tile, part)
+            places = (Int32(0), Int32(0), Int32(0), Int32(0))
             for chunk in cutlass.range(g.full_chunks, unroll=1):
-                h, hp, w, wp = self.multiply_chunk(
-                    chunk,
-                    g.chunk_blocks,
-                    tensor,
-                    shared,
-                    hidden_full,
-                    weight_full,
-                    h,
-                    hp,
-                    w,
-                    wp,
-                    hidden_empty,
-                    weight_empty,
-                    tile,
-                    part,
-                )
+                places = self.multiply_chunk(chunk, g.chunk_blocks, tensor, shared, rings, *places)
             if cutlass.const_expr(g.last_blocks > 0):
                 self.multiply_chunk(
-                    Int32(g.full_chunks),
-                    g.last_blocks,
-                    tensor,
-                    shared,
-                    hidden_full,
-                    weight_full,
-                    h,
-                    hp,
-                    w,
-                    wp,
-                    hidden_empty,
-                    weight_empty,
-                    tile,
-                    part,
+                    Int32(g.full_chunks), g.last_blocks, tensor, shared, rings, *places
                 )
             self.drain(empty, ACCUMULATORS, g.chunks)
             if cutlass.const_expr(g.cluster > 1):
@@ -141,23 +114,19 @@ class TileTcgen05(DenseRouterPrefill):
         blocks: int,
         tensor: Int32,
         shared: Int32,
-        hidden_full: Int32,
-        weight_full: Int32,
+        rings: tuple[Int32, ...],
         h: Int32,
         hp: Int32,
         w: Int32,
         wp: Int32,
-        hidden_empty: Int32,
-        weight_empty: Int32,
-        tile: Int32,
-        part: Int32,
     ) -> tuple[Int32, ...]:
         """Issue the MMAs of a chunk of so many blocks, k ascending, the first one from zero.
 
         A stage is released at all blocks that fill it, by a commit; the last commit hands the
-        accumulator over.
+        accumulator over. Of either ring, a stage and its parity come in and go out.
         """
         g = self.g
+        hidden_full, weight_full, hidden_empty, weight_empty, tile, part = rings
         place, turn = ptx.remainder(chunk, ACCUMULATORS), ptx.quotient(chunk, ACCUMULATORS)
         full = shared + g.accumulator_offset + 8 * place
         bulk.wait(full + 8 * ACCUMULATORS, ptx.remainder(turn, 2) ^ 1)
