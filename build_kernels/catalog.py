@@ -215,6 +215,8 @@ KERNELS = (
                 targets=("sm_90a",),
                 tuned_only=True,
             ),
+            # From here on, where not said otherwise, experts are the rows of the MMA: one wave of
+            # tiles of as many tokens as it takes.
             Variant(
                 "wgmma_256",
                 tuned={
@@ -225,23 +227,21 @@ KERNELS = (
                         "MAX_TOKENS": 256,
                     },
                     "dsv4-pro": {
-                        "TOKENS_TILE": 128,
-                        "GROUPS": 3,
-                        "CLUSTER_K": 14,
-                        "MAX_TOKENS": 256,
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 1,
+                        "SPLIT_K": 4,
                     },
                     "dsv41-flash": {
-                        "TOKENS_TILE": 128,
-                        "GROUPS": 3,
-                        "CLUSTER_K": 10,
-                        "MAX_TOKENS": 256,
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 40,
+                        "CLUSTER_T": 1,
+                        "SPLIT_K": 5,
                     },
                 },
                 targets=("sm_90a",),
                 tuned_only=True,
             ),
-            # Experts are the rows of the MMA: one wave of tiles of as many tokens as it takes.
-            # No evidence so far.
             Variant(
                 "wgmma_512",
                 tuned={
@@ -317,32 +317,7 @@ KERNELS = (
                 targets=("sm_90a",),
                 tuned_only=True,
             ),
-            # Large batches: tiles of 128 tokens, each divided among ever fewer blocks.
-            Variant(
-                "wgmma_narrow",
-                tuned={
-                    "dsv4-flash": {
-                        "TOKENS_TILE": 160,
-                        "GROUPS": 1,
-                        "CLUSTER_K": 16,
-                        "MAX_TOKENS": 1024,
-                    },
-                    "dsv4-pro": {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1},
-                    "dsv41-flash": {"CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1},
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            Variant(
-                "wgmma_middle",
-                tuned={
-                    "dsv4-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
-                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
-                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 2, "PASSES": 1},
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
+            # Large batches: tiles of 128 tokens.
             Variant(
                 "wgmma_wide",
                 tuned={

@@ -115,8 +115,10 @@ class RowsGeometry:
 
     @property
     def consumer_registers(self) -> int:
-        """What the register file leaves each thread that multiplies, at most 240."""
-        left = 65536 - WARPGROUP * self.producer_registers
+        """What a block's registers leave each thread that multiplies, at most 240. A block has what
+        its threads were launched with: asking for more would wait forever."""
+        launched = 65536 // self.threads // 8 * 8 * self.threads
+        left = launched - WARPGROUP * self.producer_registers
         return min(240, left // self.consumers // 8 * 8)
 
     # --- hidden dimension ---
