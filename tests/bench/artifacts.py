@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from build_kernels.catalog import Model
 from router_runtime.artifacts import EVIDENCE_NAME, read_manifest
 from router_runtime.manifest import MANIFEST_NAME, Entry, Target, dumps
 
@@ -54,7 +55,17 @@ def entries_here(folder: Path, capability: tuple[int, int]) -> list[Entry]:
     ]
 
 
-def variants_of(family: str, entries: list[Entry]) -> list[tuple[str, str]]:
-    """Every (kernel, variant) among ``entries`` whose kernel starts so, in their order."""
-    found = [(entry.kernel, entry.variant) for entry in entries if entry.kernel.startswith(family)]
+def variants_of(family: str, model: Model, entries: list[Entry]) -> list[tuple[str, str]]:
+    """Every (kernel, variant) among ``entries`` whose kernel starts so and that routes batches of
+    the model by itself, in their order. A variant may exist for some models only, and those that
+    select image tokens serve nothing else.
+    """
+    wanted = model.constants()
+    found = [
+        (entry.kernel, entry.variant)
+        for entry in entries
+        if entry.kernel.startswith(family)
+        and wanted.items() <= entry.constants.items()
+        and not entry.constants.get("IMAGES")
+    ]
     return list(dict.fromkeys(found))

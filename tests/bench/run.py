@@ -67,6 +67,7 @@ class Run:
         self._host: list[HostCell] = []
         self._startup: list[startup.StartupCell] = []
         self._routers: dict[str, int] = {}
+        self._made: dict[str, dict[Mode, Path]] = {}
         self._folder: Path | None = None
         if machine.device.type == "cuda":
             self._folder = find_artifacts(options.artifacts).resolve()
@@ -130,28 +131,31 @@ class Run:
         for line in ([""] if lines else []) + list(lines):
             self._echo(line)
 
-    def _contenders(self) -> list[Contender]:
+    def _contenders(self, model: Model) -> list[Contender]:
         options = self._options
         folders = self._editions("product", None)
         contenders = field(options.contenders, folders, options.variants)
         if not options.alone:
             return contenders
-        # In place of the product: each of the kernels that it could choose from.
+        # In place of the product: each of the kernels that it could choose from for this model.
         others = [contender for contender in contenders if family(contender.name) is None]
         wanted = options.variants
         by_itself = [
             alone(self._editions(f"{kernel}-{variant}", (kernel, variant)), kernel, variant)
             for ours in dict.fromkeys(filter(None, map(family, options.contenders)))
-            for kernel, variant in variants_of(ours, self._here)
+            for kernel, variant in variants_of(ours, model, self._here)
             if kernel not in wanted or variant in wanted[kernel]
         ]
         return by_itself + others
 
     def _editions(self, name: str, only: tuple[str, str] | None) -> dict[Mode, Path]:
+        """The folder of each mode; made when first asked for, and for every model."""
         folder = self._folder
         if folder is None:
             return {}
-        folders: dict[Mode, Path] = {}
+        if name in self._made:
+            return self._made[name]
+        folders: dict[Mode, Path] = self._made.setdefault(name, {})
         for mode in self._options.modes:
             if mode == "pdl" and only is None:
                 folders[mode] = folder
@@ -186,8 +190,8 @@ class Run:
 
     def _measure_latency(self) -> None:
         options = self._options
-        contenders = self._contenders()
         for model in options.models:
+            contenders = self._contenders(model)
             figures = self._peers.models.get(model.name)
             least = figures.routers if figures else 2
             latencies = Latencies(

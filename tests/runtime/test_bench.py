@@ -51,6 +51,8 @@ from tests.runtime import releases
 FLASH, PRO, FLASH41 = MODELS
 H100_L2 = 50 << 20
 PEERS = peers.load()
+#: The model of ``build.small``, whose shape the dry run's has.
+SMALL: dict[str, Any] = {"model": "small", "constants": cli.TINY.constants()}
 
 
 # --- the peers' figures ---
@@ -510,6 +512,17 @@ def test_startup_is_held_to_its_bar():
 # --- editions of the artifacts ---
 
 
+class Pretended(Cpu):
+    """A machine that says it is a GPU, and on which nothing is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cuda", 0)
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "compute_capability": [9, 0]}
+
+
 def test_an_edition_launches_the_same_cubins_without_dependent_launch(gpu, build, tmp_path):
     folder = tmp_path / "artifacts"
     plain = edition(folder, tmp_path / "plain", dependent=False)
@@ -532,7 +545,7 @@ def test_an_edition_launches_the_same_cubins_without_dependent_launch(gpu, build
 def test_an_edition_keeps_the_evidence_and_only_one_dense_kernel(build, tmp_path):
     entries = [
         *build.small(),
-        build.entry("dense_router_decode", build.dense(128, 24), model="small", variant="other"),
+        build.entry("dense_router_decode", build.dense(128, 24), **SMALL, variant="other"),
     ]
     folder = build.artifacts(tmp_path / "artifacts", entries)
     (folder / "evidence").mkdir()
@@ -541,12 +554,84 @@ def test_an_edition_keeps_the_evidence_and_only_one_dense_kernel(build, tmp_path
     copy = edition(folder, tmp_path / "copy", only=only)
     assert (copy / "evidence" / "a.json").is_file()
     kept = read_manifest(copy).entries
-    assert variants_of(OURS, kept) == [only]
+    assert variants_of(OURS, cli.TINY, kept) == [only]
     assert {entry.kernel for entry in kept} == {entry.kernel for entry in entries} - {
         "dense_router_prefill"
     }
     assert all((copy / entry.file).is_file() for entry in kept)
     assert len(list(copy.glob("*.cubin"))) == len(kept)
+
+
+def test_a_variant_is_timed_alone_for_the_models_that_have_it(build, tmp_path):
+    wide = {"HIDDEN": 256, "EXPERTS": 24, "TOP_K": 4}
+    entries = [
+        *build.small(),
+        build.entry(
+            "dense_router_decode", build.dense(256, 24), model="wide", constants=wide, variant="few"
+        ),
+        build.entry("hash_gate", build.gate(), model="wide", constants=wide | {"IMAGES": 0}),
+        build.entry(
+            "hash_gate",
+            build.gate(),
+            model="wide",
+            constants=wide | {"IMAGES": 1},
+            variant="images",
+        ),
+    ]
+    here = entries_here(build.artifacts(tmp_path / "artifacts", entries), (9, 0))
+    assert set(variants_of(OURS, cli.TINY, here)) == {
+        ("dense_router_decode", "portable"),
+        ("dense_router_prefill", "portable"),
+    }
+    assert variants_of("hash_gate", cli.TINY, here) == []
+    model = dataclasses.replace(cli.TINY, hidden=256)
+    assert variants_of(OURS, model, here) == [("dense_router_decode", "few")]
+    assert variants_of("hash_gate", model, here) == [("hash_gate", "portable")]
+
+
+def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, monkeypatch):
+    """One run: the editions are made once, and no cell is asked of a variant that is not there."""
+    wide = {"HIDDEN": 256, "EXPERTS": 24, "TOP_K": 4}
+    entries = [
+        *build.small(),
+        build.entry(
+            "dense_router_decode", build.dense(256, 24), model="wide", constants=wide, variant="few"
+        ),
+    ]
+    timed: dict[str, list[str]] = {}
+
+    class Told:
+        routers = 1
+
+        def __init__(self, machine, model, contenders, *rest):
+            timed[model.name] = [contender.name for contender in contenders]
+
+        def cells(self, tokens):
+            return iter(())
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run_, "Latencies", Told)
+    folder = build.artifacts(tmp_path / "artifacts", entries)
+    options = run_.Options(
+        models=[cli.TINY, dataclasses.replace(cli.TINY, name="wide", hidden=256)],
+        tokens=(1,),
+        contenders=(OURS, MM),
+        modes=MODES,
+        replays=1,
+        parts=("latency",),
+        artifacts=folder,
+        variants={},
+        alone=True,
+        out=tmp_path / "out",
+    )
+    run = run_.Run(options, Pretended(), tmp_path / "scratch", print)
+    assert run.run() is True
+    assert timed == {
+        "tiny": ["dense_router_decode/portable", "dense_router_prefill/portable", MM],
+        "wide": ["dense_router_decode/few", MM],
+    }
 
 
 def test_entries_of_another_target_are_not_timed(build, tmp_path):
@@ -665,7 +750,7 @@ def test_variants_make_a_contender_each():
 def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, monkeypatch):
     entries = [
         *build.small(),
-        build.entry("dense_router_decode", build.dense(128, 24), model="small", variant="other"),
+        build.entry("dense_router_decode", build.dense(128, 24), **SMALL, variant="other"),
     ]
     folder = build.artifacts(tmp_path / "artifacts", entries)
     options = run_.Options(
@@ -681,15 +766,9 @@ def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, m
         out=tmp_path / "out",
     )
 
-    class Gpu(Cpu):
-        def facts(self) -> dict[str, Any]:
-            return {**super().facts(), "compute_capability": [9, 0]}
-
-    def names(options: run_.Options, scratch: str) -> dict[str, Contender]:
-        machine = Gpu()
-        machine.device = torch.device("cuda", 0)
-        run = run_.Run(options, machine, tmp_path / scratch, print)
-        return {contender.name: contender for contender in run._contenders()}
+    def names(options: run_.Options, scratch: str, model: Model = cli.TINY) -> dict[str, Contender]:
+        run = run_.Run(options, Pretended(), tmp_path / scratch, print)
+        return {contender.name: contender for contender in run._contenders(model)}
 
     found = names(options, "one")
     decode = "dense_router_decode/other"
@@ -699,11 +778,13 @@ def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, m
     assert settings.variants == {"dense_router_decode": "other"}
     for mode in MODES:
         kept = read_manifest(settings.folders[mode]).entries
-        assert variants_of(OURS, kept) == [("dense_router_decode", "other")]
+        assert variants_of(OURS, cli.TINY, kept) == [("dense_router_decode", "other")]
         dependent = any(entry.contract.programmatic_dependent_launch for entry in kept)
         assert dependent is (mode == "pdl")
     everything = names(dataclasses.replace(options, variants={}), "all")
     assert {"dense_router_decode/portable", decode, MM} <= set(everything)
+    other = dataclasses.replace(cli.TINY, name="another", hidden=256)
+    assert list(names(dataclasses.replace(options, variants={}), "another", other)) == [MM]
     product = names(dataclasses.replace(options, alone=False, variants={}), "product")
     assert list(product) == [OURS, MM]
     assert product[OURS].settings.folders["pdl"] == folder
