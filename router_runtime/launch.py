@@ -15,12 +15,13 @@ copies arguments and configuration before it returns, so a thread's next launch 
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from router_runtime import driver
@@ -166,12 +167,13 @@ class LoadedKernel:
         api = driver.bindings()
         self._launch_kernel = api.cuLaunchKernelEx
         self._local = threading.local()
+        self._unbound: BoundLaunch | None = None
         _kernels.add(self)
 
     def __repr__(self) -> str:
         return f"LoadedKernel({self.entry.key} on cuda:{self.device})"
 
-    @property
+    @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
         """The names that a launch must be given: the parameters, and what the grid and the tensor
         maps refer to.
@@ -183,11 +185,18 @@ class LoadedKernel:
 
     def launch(self, stream: int, /, **arguments: Any) -> None:
         """Launch on a raw stream handle. Pointers may be tensors, addresses or None (null)."""
-        self.bind((), **arguments)(stream)
+        self._check_names(arguments)
+        names = self.arguments
+        if self._unbound is None:
+            self._unbound = self.bind(names)
+        self._unbound(stream, *(self.value_of(name, arguments[name]) for name in names))
 
     def bind(self, varying: tuple[str, ...], /, **fixed: Any) -> BoundLaunch:
         """Fix some arguments; ``varying`` names the others in the order the launcher takes them."""
-        given = [*varying, *fixed]
+        self._check_names([*varying, *fixed])
+        return BoundLaunch(self, varying, fixed)
+
+    def _check_names(self, given: Iterable[str]) -> None:
         if sorted(given) != sorted(self.arguments):
             raise InputError(
                 explain(
@@ -197,7 +206,6 @@ class LoadedKernel:
                     remedy="pass each argument once, by name",
                 )
             )
-        return BoundLaunch(self, varying, fixed)
 
     def value_of(self, name: str, value: Any) -> Any:
         """What the argument ``name`` becomes in the packed arguments."""
