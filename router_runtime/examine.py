@@ -8,15 +8,16 @@ token the same bits at every row position, in every batch size and beside any ne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from router_runtime.inputs import Inputs
-from router_runtime.judge import Verdict, judge
+from router_runtime.inputs import Inputs, digest
+from router_runtime.judge import Oracle, Verdict
 from router_runtime.suite import Case
 
 #: 32-bit words before and after each output: 256 bytes keep the output's alignment.
@@ -50,6 +51,45 @@ class Run(Protocol):
     def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None: ...
 
 
+class Trial:
+    """A case with its inputs, on the CPU and on a device, and with what is expected of them. All
+    kernels that compute the same can be examined on one of these: every part is made when it is
+    first asked for, and kept.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs, device: str) -> None:
+        self.case, self.inputs, self.device = case, inputs, device
+        self.oracle = Oracle(case, inputs)
+
+    @functools.cached_property
+    def inputs_sha256(self) -> str:
+        return digest(self.inputs)
+
+    @functools.cached_property
+    def on_device(self) -> Inputs:
+        """The inputs on the device; a kernel is given copies."""
+        return _copied(self.inputs, self.device)
+
+    def nbytes(self) -> int:
+        """What is kept so far, on either side."""
+        return sum(tensor.nbytes for tensor in _tensors([vars(self), vars(self.oracle)]))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, Case):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
 #: What a kernel wrote: values and ids, the logits if they were asked for, the logical ids if there
 #: is an expert map.
 Outputs = Mapping[str, Tensor]
@@ -67,41 +107,53 @@ class _Guarded:
         inner = self._buffer[_GUARD_WORDS : words - _GUARD_WORDS]
         self.tensor = inner.view(dtype).view(rows, k)
 
-    def bands_intact(self) -> bool:
+    def bands_intact(self) -> Tensor:
         bands = torch.cat((self._buffer[:_GUARD_WORDS], self._buffer[-_GUARD_WORDS:]))
-        return bool((bands == self._poison).all())
+        return (bands == self._poison).all()
 
 
-def examine(
-    case: Case, inputs: Inputs, run: Run, device: str, largest_batch: int, logits: bool = False
-) -> Verdict:
-    """Everything that the suite asks of one case with its inputs.
+class _Check(NamedTuple):
+    """What is wrong unless ``fine``, one bool on the device. It is read with many others at once:
+    to wait for each would take longer than the launches.
+    """
+
+    problem: str
+    fine: Tensor
+    arrangement: str = ""
+
+
+def _failed(checks: list[_Check]) -> list[_Check]:
+    fine = torch.stack([check.fine for check in checks]).tolist()
+    return [check for check, passed in zip(checks, fine, strict=True) if not passed]
+
+
+def examine(trial: Trial, run: Run, largest_batch: int, logits: bool = False) -> Verdict:
+    """Everything that the suite asks of a kernel in one case.
 
     ``largest_batch`` is the kernel's limit of rows. With ``logits`` the kernel can store them, and
     is asked to; storing them must change nothing else.
     """
-    on_device = _transfer(inputs, device)
-    found, problems = _twice(case, run, on_device, logits)
+    case, given = trial.case, _copied(trial.on_device, trial.device)
+    found, checks = _twice(case, run, given, logits)
     if logits:
-        without, more = _twice(case, run, on_device, False)
-        problems += more
-        if not _same_bits(without, {name: found[name] for name in without}):
-            problems.append("storing logits changes the other outputs")
-    before, after = _words(inputs), _words(on_device)
-    problems += [
-        f"changed its input {name}"
+        without, more = _twice(case, run, given, False)
+        same = _same_bits(without, {name: found[name] for name in without})
+        checks += [*more, _Check("storing logits changes the other outputs", same)]
+    before, after = _words(trial.on_device), _words(given)
+    checks += [
+        _Check(f"changed its input {name}", (words == after[name]).all())
         for name, words in before.items()
-        if not torch.equal(words, after[name].cpu())
     ]
+    problems = [check.problem for check in _failed(checks)]
     if case.variations:
-        problems += _vary(case, run, (inputs, on_device), device, largest_batch, found)
-    verdict = judge(case, inputs, **found)
+        problems += _vary(case, run, given, largest_batch, found)
+    verdict = trial.oracle.judge(**{name: output.cpu() for name, output in found.items()})
     return dataclasses.replace(verdict, problems=(*verdict.problems, *problems))
 
 
-def _twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outputs, list[str]]:
-    """Outputs of the second of two runs, on the CPU, and what was wrong with either."""
-    problems = []
+def _twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outputs, list[_Check]]:
+    """Outputs of the second of two runs, and what to check of either."""
+    checks = []
     results: list[Outputs] = []
     for poison in _POISONS:
         rows = inputs[ROWS[case.kernel]]
@@ -121,48 +173,67 @@ def _twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outputs,
             run(inputs, *written, logical_ids=logical.tensor)
         else:
             run(inputs, *written)
-        for name, output in guarded.items():
-            if not output.bands_intact():
-                problems.append(f"wrote outside its output {name}")
-        results.append({name: output.tensor.cpu() for name, output in guarded.items()})
-    if not _same_bits(*results):
-        problems.append("two runs differ: not deterministic, or an output element was not written")
-    return results[1], problems
+        checks += [
+            _Check(f"wrote outside its output {name}", output.bands_intact())
+            for name, output in guarded.items()
+        ]
+        results.append({name: output.tensor for name, output in guarded.items()})
+    differ = "two runs differ: not deterministic, or an output element was not written"
+    return results[1], [*checks, _Check(differ, _same_bits(*results))]
 
 
-def _vary(
-    case: Case,
-    run: Run,
-    both: tuple[Inputs, Inputs],
-    device: str,
-    largest_batch: int,
-    expected: Outputs,
-) -> list[str]:
-    """Batch invariance: rows of rearranged batches against the same rows of the first batch.
-
-    ``both`` are the inputs on the CPU and on the device.
+def _vary(case: Case, run: Run, given: Inputs, largest_batch: int, expected: Outputs) -> list[str]:
+    """Batch invariance: rows of rearranged batches against the same rows of the first batch. What
+    is wrong with the first arrangement that is not right.
     """
     name = ROWS[case.kernel]
-    inputs, on_device = both
-    rows = inputs[name]
+    rows = given[name]
     assert isinstance(rows, Tensor)
-    for what, order, strangers in _arrangements(rows.shape[0], largest_batch):
-        batch = rows[order]
-        batch[strangers] = math.nan
-        batch[strangers[::2]] = math.inf
-        kept = torch.ones(len(order), dtype=torch.bool)
-        kept[strangers] = False
-        moved = {**on_device, name: batch.to(device)}
+    checks = []
+    for arranged in _arranged(rows.shape[0], largest_batch, str(rows.device)):
+        batch = rows[arranged.order]
+        batch[arranged.strangers] = math.nan
+        batch[arranged.strangers[::2]] = math.inf
+        moved = {**given, name: batch}
         for beside in set(_BESIDE_ROWS) - {name}:
-            if isinstance(value := inputs.get(beside), Tensor):
-                moved[beside] = value[order].to(device)
-        found, problems = _twice(case, run, moved, "logits" in expected)
-        wanted = {name: output[order[kept]] for name, output in expected.items()}
-        if not _same_bits({name: output[kept] for name, output in found.items()}, wanted):
-            problems.append("bits of a token depend on its batch")
-        if problems:
-            return [f"{problem} ({what})" for problem in problems]
-    return []
+            if isinstance(value := given.get(beside), Tensor):
+                moved[beside] = value[arranged.order]
+        found, more = _twice(case, run, moved, "logits" in expected)
+        wanted = {name: output[arranged.sources] for name, output in expected.items()}
+        same = _same_bits({name: output[arranged.kept] for name, output in found.items()}, wanted)
+        more.append(_Check("bits of a token depend on its batch", same))
+        checks += [check._replace(arrangement=arranged.what) for check in more]
+    failed = _failed(checks)
+    return [
+        f"{check.problem} ({check.arrangement})"
+        for check in failed
+        if check.arrangement == failed[0].arrangement
+    ]
+
+
+class _Arrangement(NamedTuple):
+    """Which row stands where, the positions given to strangers, those of the others, and the rows
+    that stand at these.
+    """
+
+    what: str
+    order: Tensor
+    strangers: Tensor
+    kept: Tensor
+    sources: Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def _arranged(rows: int, largest: int, device: str) -> list[_Arrangement]:
+    """The arrangements on a device. Remembered: many cases have as many rows."""
+    found = []
+    for what, order, strangers in _arrangements(rows, largest):
+        others = torch.ones(len(order), dtype=torch.bool)
+        others[strangers] = False
+        kept = others.nonzero().flatten()
+        parts = (each.to(device) for each in (order, strangers, kept, order[kept]))
+        found.append(_Arrangement(what, *parts))
+    return found
 
 
 def _arrangements(rows: int, largest: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -179,14 +250,14 @@ def _arrangements(rows: int, largest: int) -> Iterator[tuple[str, Tensor, Tensor
             yield f"batch of {size} among NaN and inf", order, torch.arange(1, size, 2)
 
 
-def _transfer(inputs: Inputs, device: str) -> Inputs:
-    """The inputs on a device, strides and gaps included (``Tensor.to`` would close the gaps)."""
-    moved: dict[str, Tensor | int | float] = dict(inputs)
+def _copied(inputs: Inputs, device: str) -> Inputs:
+    """Copies on a device, strides and gaps included (``Tensor.to`` would close the gaps)."""
+    copies: dict[str, Tensor | int | float] = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             storage = _storage(value).to(device, copy=True)
-            moved[name] = storage.as_strided(value.shape, value.stride(), value.storage_offset())
-    return moved
+            copies[name] = storage.as_strided(value.shape, value.stride(), value.storage_offset())
+    return copies
 
 
 def _storage(tensor: Tensor) -> Tensor:
@@ -203,8 +274,12 @@ def _words(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _same_bits(found: Outputs, expected: Outputs) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[name].contiguous().view(torch.int32), b.contiguous().view(torch.int32))
-        for name, b in expected.items()
-    )
+def _same_bits(found: Outputs, expected: Outputs) -> Tensor:
+    """Whether outputs of the same names are equal bit for bit: one bool on their device."""
+
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().view(torch.int32)
+
+    return torch.stack(
+        [(bits(found[name]) == bits(wanted)).all() for name, wanted in expected.items()]
+    ).all()

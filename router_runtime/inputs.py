@@ -29,6 +29,9 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
+#: Words drawn at a time: few enough for a cache, enough to keep the threads of a pass at work.
+_BLOCK = 1 << 18
+
 
 class Random:
     """Reproducible random tensors for one case; every call uses the next stream."""
@@ -41,11 +44,14 @@ class Random:
         """Random 64-bit words (int64)."""
         self._stream += 1
         start = self._seed * _GAMMA + self._stream * _MIX_1
-        z = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64)
-        z = z * _signed(_GAMMA) + _signed(start)
-        z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
-        z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
-        return (z ^ _shift_right(z, 31)).reshape(shape)
+        words = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64)
+        # Block by block and in place, so that what a pass writes is at hand for the next.
+        for z in _blocks(words):
+            z.mul_(_signed(_GAMMA)).add_(_signed(start))
+            z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MIX_1))
+            z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MIX_2))
+            z.bitwise_xor_(_shift_right(z, 31))
+        return words.reshape(shape)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers of [low, high), int64. The span stays far below 2^40, so the bias is nil."""
@@ -58,8 +64,13 @@ class Random:
     def normal(self, *shape: int) -> Tensor:
         """fp32, near normal with deviation 1.15, at most 4: four 16-bit uniforms, added exactly."""
         words = self.words(*shape)
-        fields = [_shift_right(words, shift) & 0xFFFF for shift in (0, 16, 32, 48)]
-        return (fields[0] + fields[1] + fields[2] + fields[3] - 2 * 0xFFFF).float() * 2.0**-15
+        found = torch.empty(shape, dtype=torch.float32)
+        pairs = 0x0000FFFF0000FFFF
+        for z, block in zip(_blocks(words), _blocks(found), strict=True):
+            # Two sums of two fields in one word, then their sum.
+            two = (z >> 16).bitwise_and_(pairs).add_(z & pairs)
+            block.copy_((two >> 32).add_(two & 0xFFFFFFFF).sub_(2 * 0xFFFF)).mul_(2.0**-15)
+        return found
 
     def uniform(self, low: int, high: int, *shape: int) -> Tensor:
         """fp32, uniform in [low, high) in steps of 2^-12."""
@@ -90,6 +101,11 @@ def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
     return state.hexdigest()
 
 
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The elements of a contiguous tensor, ``_BLOCK`` at a time."""
+    return torch.split(tensor.view(-1), _BLOCK)
+
+
 def _signed(value: int) -> int:
     """The int64 of the same low 64 bits."""
     value &= _MASK
@@ -98,7 +114,7 @@ def _signed(value: int) -> int:
 
 def _shift_right(words: Tensor, count: int) -> Tensor:
     """Logical shift: torch's ``>>`` on int64 copies the sign."""
-    return (words >> count) & (_MASK >> count) if count else words
+    return (words >> count).bitwise_and_(_MASK >> count)
 
 
 def _strided(rows: Tensor, padding: int) -> Tensor:

@@ -22,6 +22,7 @@ is what evidence records.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,6 +94,95 @@ class Verdict:
     worst: Mapping[str, float]
 
 
+class Oracle:
+    """What the mathematics says about one case's inputs. Every part is worked out when it is first
+    asked for, and kept: it is the same for every kernel that is given them.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.case, self.inputs = case, inputs
+
+    def tensor(self, name: str) -> Tensor:
+        return _tensor(self.inputs, name)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The intervals and the ids of a case that scores experts."""
+        inputs = self.inputs
+        if self.case.kernel == "hash_gate":
+            # Only image tokens are ranked.
+            bias = inputs.get("image_bias", torch.zeros(self.case.sizes["experts"]))
+            return _refer(self, _tensor({"bias": bias}, "bias"))
+        reference = _refer(self, self.tensor("bias"))
+        if "image_mask" not in inputs:
+            return reference
+        of_images = _refer(self, self.tensor("image_bias"))
+        return _either(self.tensor("image_mask"), of_images, reference)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """Of a dense router, in float64."""
+        return spec.dense_logits64(self.tensor("hidden_states"), self.tensor("weight"))
+
+    @functools.cached_property
+    def logit_slack(self) -> Tensor:
+        """How far a correct kernel's logits may be from ``logits``."""
+        x, weight = self.tensor("hidden_states"), self.tensor("weight")
+        return TOLERANCES["LOGIT"] * spec.dense_logits64(x.abs(), weight.abs())
+
+    @functools.cached_property
+    def weight_rows(self) -> Tensor:
+        """A label for each expert: equal labels have the same row of weights."""
+        bits = self.tensor("weight").view(torch.int16)
+        labels: Tensor = torch.unique(bits, dim=0, return_inverse=True)[1]
+        return labels
+
+    @functools.cached_property
+    def looked_up(self) -> tuple[Tensor, Tensor]:
+        """What a table gives: the weights of hash_router, and the ids."""
+        token_ids, table = self.tensor("token_ids"), self.tensor("table")
+        sentinel, padding = int(self.inputs["sentinel"]), _padding(self.inputs, len(token_ids))
+        return spec.hash_router(token_ids, table, table.shape[1], sentinel, padding)
+
+    @functools.cached_property
+    def selected(self) -> tuple[Tensor, Tensor]:
+        """What topk_select gives."""
+        return spec.topk_select(self.tensor("scores"), int(self.inputs["top_k"]))
+
+    @functools.cached_property
+    def expected_ids(self) -> tuple[Tensor, Tensor]:
+        """The ids, and which rows are clear: what evidence is recomputed from."""
+        kernel = self.case.kernel
+        if kernel == "hash_gate":
+            return _gate_ids(self)
+        if self.case.serving:
+            return _served_ids(self)
+        if kernel not in ("hash_router", "topk_select"):
+            return self.reference.ids, self.reference.clear
+        ids = (self.looked_up if kernel == "hash_router" else self.selected)[1]
+        return ids, torch.ones(ids.shape[0], dtype=torch.bool)
+
+    def judge(
+        self,
+        values: Tensor,
+        ids: Tensor,
+        logits: Tensor | None = None,
+        logical_ids: Tensor | None = None,
+    ) -> Verdict:
+        """Judge the outputs of a kernel, on the CPU: weights (or selected values) and ids, the
+        logits of a dense one if it stored them, the logical ids where there is an expert map.
+        """
+        if not self.case.serving:
+            return _judge_plain(self, values, ids, logits)
+        logical = ids if logical_ids is None else logical_ids
+        verdict = _judge_served(self, values, logical, logits)
+        problems = verdict.problems
+        if logical_ids is not None:
+            problems += tuple(_check_map(self.inputs, ids, logical_ids))
+        bits = digest({"values": values, "ids": ids, "logical_ids": logical})
+        return dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
+
+
 def judge(
     case: Case,
     inputs: Inputs,
@@ -101,44 +191,33 @@ def judge(
     logits: Tensor | None = None,
     logical_ids: Tensor | None = None,
 ) -> Verdict:
-    """Judge the outputs of a kernel, on the CPU: weights (or selected values) and ids, the logits
-    of a dense one if it stored them, the logical ids where there is an expert map.
-    """
-    if not case.serving:
-        return _judge_plain(case, inputs, values, ids, logits)
-    logical = ids if logical_ids is None else logical_ids
-    verdict = _judge_served(case, inputs, values, logical, logits)
-    problems = verdict.problems
-    if logical_ids is not None:
-        problems += tuple(_check_map(inputs, ids, logical_ids))
-    bits = digest({"values": values, "ids": ids, "logical_ids": logical})
-    return dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
+    """``Oracle.judge`` of one kernel's outputs."""
+    return Oracle(case, inputs).judge(values, ids, logits, logical_ids)
 
 
-def _judge_plain(
-    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None
-) -> Verdict:
-    if case.kernel == "hash_router":
-        return _judge_exact(*_hash_reference(inputs), values, ids)
-    if case.kernel == "topk_select":
-        return _judge_exact(
-            *spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"])), values, ids
-        )
-    if case.kernel == "hash_gate":
-        return _judge_gate(case, inputs, values, ids)
-    return _judge_scored(inputs, refer(case, inputs), values, ids, logits)
+def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``Oracle.expected_ids``."""
+    return Oracle(case, inputs).expected_ids
 
 
-def _judge_scored(
-    inputs: Inputs, reference: Reference, values: Tensor, ids: Tensor, logits: Tensor | None
-) -> Verdict:
+def _judge_plain(oracle: Oracle, values: Tensor, ids: Tensor, logits: Tensor | None) -> Verdict:
+    kernel = oracle.case.kernel
+    if kernel == "hash_router":
+        return _judge_exact(*oracle.looked_up, values, ids)
+    if kernel == "topk_select":
+        return _judge_exact(*oracle.selected, values, ids)
+    if kernel == "hash_gate":
+        return _judge_gate(oracle, values, ids)
+    verdict = _judge_scored(oracle.inputs, oracle.reference, values, ids)
+    return verdict if logits is None else _with_logits(oracle, logits, verdict)
+
+
+def _judge_scored(inputs: Inputs, reference: Reference, values: Tensor, ids: Tensor) -> Verdict:
     problems, reordered = _check_ids(reference, ids)
     worst = {"weight": 0.0, "weight_relative": 0.0}
     if not problems:
         found, worst = _check_weights(reference, inputs, values, ids)
         problems += found
-    if logits is not None:
-        problems += _check_logits(inputs, logits, worst)
     return Verdict(
         problems=tuple(problems),
         rows=ids.shape[0],
@@ -150,20 +229,14 @@ def _judge_scored(
     )
 
 
-def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The oracle's ids and which rows are clear: what evidence is recomputed from."""
-    if case.kernel == "hash_gate":
-        return _gate_ids(case, inputs)
-    if case.serving:
-        return _served_ids(case, inputs)
-    if case.kernel == "hash_router":
-        ids = _hash_reference(inputs)[1]
-    elif case.kernel == "topk_select":
-        ids = spec.topk_select(_tensor(inputs, "scores"), int(inputs["top_k"]))[1]
-    else:
-        reference = refer(case, inputs)
-        return reference.ids, reference.clear
-    return ids, torch.ones(ids.shape[0], dtype=torch.bool)
+def _with_logits(oracle: Oracle, logits: Tensor, verdict: Verdict) -> Verdict:
+    """The verdict on a kernel that has stored these logits too."""
+    problems, worst = _check_logits(oracle, logits)
+    return dataclasses.replace(
+        verdict,
+        problems=(*verdict.problems, *problems),
+        worst={**verdict.worst, "logit": worst},
+    )
 
 
 def clear_ids_sha256(ids: Tensor, clear: Tensor) -> str:
@@ -176,36 +249,21 @@ def clear_ids_sha256(ids: Tensor, clear: Tensor) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def refer(case: Case, inputs: Inputs) -> Reference:
-    """The intervals and the ids of a case that scores experts."""
-    if case.kernel == "hash_gate":
-        # Only image tokens are ranked.
-        bias = inputs.get("image_bias", torch.zeros(case.sizes["experts"]))
-        return _refer(case, inputs, _tensor({"bias": bias}, "bias"))
-    reference = _refer(case, inputs, _tensor(inputs, "bias"))
-    if "image_mask" not in inputs:
-        return reference
-    of_images = _refer(case, inputs, _tensor(inputs, "image_bias"))
-    return _either(_tensor(inputs, "image_mask"), of_images, reference)
-
-
-def _refer(case: Case, inputs: Inputs, bias: Tensor) -> Reference:
-    if case.kernel == "activation_topk":
-        logits = _tensor(inputs, "logits")
-        top_k = int(inputs["top_k"])
+def _refer(oracle: Oracle, bias: Tensor) -> Reference:
+    if oracle.case.kernel == "activation_topk":
+        logits = oracle.tensor("logits")
+        top_k = int(oracle.inputs["top_k"])
         z, slack = logits.double(), torch.zeros(logits.shape, dtype=torch.float64)
         clamped = logits.clamp(-spec.LOGIT_MAX, spec.LOGIT_MAX)
         same = _value_bits(clamped) << 32 | _value_bits(bias)
     else:
-        x, weight = _tensor(inputs, "hidden_states"), _tensor(inputs, "weight")
-        top_k = case.sizes["top_k"]
-        twin, same_bias = _first_twins(weight, bias)
+        top_k = oracle.case.sizes["top_k"]
+        twin, same_bias = _first_twins(oracle.weight_rows, bias)
         # Twins have one logit, also where a matrix product rounds two of its columns differently.
-        z = spec.dense_logits64(x, weight)[:, twin]
-        slack = TOLERANCES["LOGIT"] * spec.dense_logits64(x.abs(), weight.abs())[:, twin]
+        z, slack = oracle.logits[:, twin], oracle.logit_slack[:, twin]
         slack = torch.where(z.isfinite(), slack, torch.zeros_like(slack))
         # Infinite logits are known exactly after the clamp: only their biases tell them apart.
-        experts = weight.shape[0]
+        experts = len(bias)
         same = torch.where(z == torch.inf, experts + same_bias, twin)
         same = torch.where(z == -torch.inf, 2 * experts + same_bias, same)
     scores = _score_interval(z, slack)
@@ -219,16 +277,6 @@ def _tensor(inputs: Inputs, name: str) -> Tensor:
     value = inputs[name]
     assert isinstance(value, Tensor)
     return value
-
-
-def _hash_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return spec.hash_router(
-        _tensor(inputs, "token_ids"),
-        _tensor(inputs, "table"),
-        _tensor(inputs, "table").shape[1],
-        int(inputs["sentinel"]),
-        _padding(inputs, _tensor(inputs, "token_ids").shape[0]),
-    )
 
 
 # --- serving inputs -------------------------------------------------------------------------------
@@ -272,10 +320,11 @@ def _rows_of(reference: Reference, rows: Tensor) -> Reference:
     )
 
 
-def _served_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _served_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
     """``expected_ids`` of a case with serving inputs: logical ids, the sentinel for no expert."""
+    case, inputs = oracle.case, oracle.inputs
     if case.kernel == "hash_router":
-        ids = _hash_reference(inputs)[1]
+        ids = oracle.looked_up[1]
         return ids, torch.ones(ids.shape[0], dtype=torch.bool)
     padding = _padding(inputs, case.sizes["tokens"])
     if "given_ids" in inputs:
@@ -284,8 +333,7 @@ def _served_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
         ids = torch.where(exists, ids, torch.full_like(ids, spec.NO_EXPERT)).int()
         clear = torch.ones_like(padding)
     else:
-        reference = refer(case, inputs)
-        ids, clear = reference.ids, reference.clear | padding
+        ids, clear = oracle.reference.ids, oracle.reference.clear | padding
     ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, spec.NO_EXPERT), ids)
     return spec.with_sentinel(ids, int(inputs["sentinel"])), clear
 
@@ -297,22 +345,22 @@ def _gate_ranked(inputs: Inputs) -> Tensor:
     return images & ~padding
 
 
-def _gate_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _gate_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
     """``expected_ids`` of hash_gate: the table's rows, and the ranked ids of images."""
-    ranked, ids = _gate_ranked(inputs), _hash_reference(inputs)[1]
+    ranked, ids = _gate_ranked(oracle.inputs), oracle.looked_up[1]
     if not bool(ranked.any()):
         return ids, torch.ones_like(ranked)
-    reference = refer(case, inputs)
+    reference = oracle.reference
     ids = torch.where(ranked.unsqueeze(1), reference.ids, ids)
     return ids, reference.clear | ~ranked
 
 
-def _judge_gate(case: Case, inputs: Inputs, weights: Tensor, ids: Tensor) -> Verdict:
+def _judge_gate(oracle: Oracle, weights: Tensor, ids: Tensor) -> Verdict:
     """Judge weights and logical ids of hash_gate."""
-    expected, clear = _gate_ids(case, inputs)
-    ranked, reference = _gate_ranked(inputs), refer(case, inputs)
+    inputs, (expected, clear) = oracle.inputs, oracle.expected_ids
+    ranked, reference = _gate_ranked(inputs), oracle.reference
     # The look-up's own weights are zero where there is no expert.
-    routed = ranked | (_hash_reference(inputs)[0] > 0).any(dim=1)
+    routed = ranked | (oracle.looked_up[0] > 0).any(dim=1)
     problems, reordered, worst = [], 0, {"weight": 0.0, "weight_relative": 0.0}
     wrong = (ids != expected).any(dim=1) & ~ranked
     if wrong.any():
@@ -337,17 +385,16 @@ def _judge_gate(case: Case, inputs: Inputs, weights: Tensor, ids: Tensor) -> Ver
     )
 
 
-def _judge_served(
-    case: Case, inputs: Inputs, values: Tensor, ids: Tensor, logits: Tensor | None
-) -> Verdict:
+def _judge_served(oracle: Oracle, values: Tensor, ids: Tensor, logits: Tensor | None) -> Verdict:
     """Judge weights and logical ids of a case with serving inputs."""
-    if case.kernel == "hash_router":
-        return _judge_exact(*_hash_reference(inputs), values, ids)
-    if case.kernel == "hash_gate":
-        return _judge_gate(case, inputs, values, ids)
-    expected, clear = _served_ids(case, inputs)
+    inputs = oracle.inputs
+    if oracle.case.kernel == "hash_router":
+        return _judge_exact(*oracle.looked_up, values, ids)
+    if oracle.case.kernel == "hash_gate":
+        return _judge_gate(oracle, values, ids)
+    expected, clear = oracle.expected_ids
     padding = _padding(inputs, ids.shape[0])
-    reference = refer(case, inputs)
+    reference = oracle.reference
     problems: list[str] = []
     if "given_ids" in inputs:
         reordered, worst = 0, {"weight": 0.0, "weight_relative": 0.0}
@@ -367,14 +414,10 @@ def _judge_served(
             problems.append(_report(wrong, "padding is not the sentinel and zeros", ids, expected))
         others = (~padding).nonzero().flatten()
         rows = {name: inputs[name] for name in ("scale", "renormalize")}
-        verdict = _judge_scored(
-            rows, _rows_of(reference, others), values[others], ids[others], None
-        )
+        verdict = _judge_scored(rows, _rows_of(reference, others), values[others], ids[others])
         problems += verdict.problems
         reordered, worst = verdict.reordered, dict(verdict.worst)
-    if logits is not None:
-        problems += _check_logits(inputs, logits, worst)
-    return Verdict(
+    verdict = Verdict(
         problems=tuple(problems),
         rows=ids.shape[0],
         clear=int(clear.sum()),
@@ -383,6 +426,7 @@ def _judge_served(
         bits_sha256="",
         worst=worst,
     )
+    return verdict if logits is None else _with_logits(oracle, logits, verdict)
 
 
 def _check_map(inputs: Inputs, ids: Tensor, logical_ids: Tensor) -> list[str]:
@@ -419,13 +463,12 @@ def _value_bits(numbers: Tensor) -> Tensor:
     return stored.long() & 0xFFFFFFFF
 
 
-def _first_twins(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _first_twins(row: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """For each expert, the first with the same weight row and bias, and the first with the same
-    bias.
+    bias. ``row`` labels the rows.
     """
     bits = _value_bits(bias)
     same_bias = bits.unsqueeze(0) == bits.unsqueeze(1)
-    row = torch.unique(weight.view(torch.int16), dim=0, return_inverse=True)[1]
     same_row = row.unsqueeze(0) == row.unsqueeze(1)
     return (same_bias & same_row).int().argmax(dim=1), same_bias.int().argmax(dim=1)
 
@@ -526,20 +569,18 @@ def _check_weights(
     return problems, worst
 
 
-def _check_logits(inputs: Inputs, logits: Tensor, worst: dict[str, float]) -> list[str]:
+def _check_logits(oracle: Oracle, logits: Tensor) -> tuple[list[str], float]:
     """Stored logits: within the bound of the exact ones, infinite where those are, and every NaN
-    under its one pattern of bits. Adds to ``worst``.
+    under its one pattern of bits. What is wrong, and the worst error as a fraction of its bound.
     """
-    x, weight = _tensor(inputs, "hidden_states"), _tensor(inputs, "weight")
-    exact = spec.dense_logits64(x, weight)
-    allowed = TOLERANCES["LOGIT"] * spec.dense_logits64(x.abs(), weight.abs())
+    exact, allowed = oracle.logits, oracle.logit_slack
     error = (logits.double() - exact).abs()
     within = torch.where(exact.isfinite(), error <= allowed, logits.double() == exact)
     nan = logits.view(torch.int32) == spec.NAN_LOGIT_BITS
     wrong = ~torch.where(exact.isnan(), nan, within).all(dim=1)
     finite = exact.isfinite() & (allowed > 0)
-    worst["logit"] = _largest((error / allowed)[finite])
-    return [_report(wrong, "logits out of bounds", logits, exact)] if wrong.any() else []
+    problems = [_report(wrong, "logits out of bounds", logits, exact)] if wrong.any() else []
+    return problems, _largest((error / allowed)[finite])
 
 
 def _judge_exact(

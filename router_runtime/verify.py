@@ -6,6 +6,7 @@ ops, so that every entry is examined and not only those that the resolver would 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,19 +19,24 @@ from router_runtime import driver, evidence, suite, trust
 from router_runtime.artifacts import EVIDENCE_NAME, read_manifest
 from router_runtime.errors import ArtifactError, DriverError, TrustError, explain
 from router_runtime.evidence import CaseRecord, Record
-from router_runtime.examine import Run, examine
-from router_runtime.inputs import Inputs, digest, make_inputs
+from router_runtime.examine import Run, Trial, examine
+from router_runtime.inputs import Inputs, make_inputs
 from router_runtime.launch import LoadedKernel
 from router_runtime.loader import load_entry
 from router_runtime.manifest import Entry, Manifest, Target
 from router_runtime.repack import repacked
 from router_runtime.resolve import DeviceFacts
 from router_runtime.serving import SERVED
+from router_runtime.suite import Case
 
 Echo = Callable[[str], object]
 
 #: (numerics tag, seed of a case) -> the first entry that ran it, and the digest of its bits.
 _Siblings = dict[tuple[str, int], tuple[str, str]]
+
+#: Memory for what entries share, on the host and the device together. The largest model here needs
+#: three quarters of it.
+_KEPT_BYTES = 2 * 2**30
 
 _HEADER = ("entry", "cases", "rows", "clear", "reordered", "error/bound", "relative", "s", "result")
 
@@ -112,6 +118,50 @@ class KernelRun:
         return arguments
 
 
+class _Trials:
+    """The trials of the entries that compute the same for the same model, made once for all of
+    them: drawing inputs and working out what is expected of them takes longer than the launches.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._of: object = None
+        self._kept: dict[object, tuple[Trial, int]] = {}
+
+    def turn_to(self, entry: Entry) -> None:
+        """Forget what the entry shares with no other."""
+        if self._of != _shared_by(entry):
+            self._of = _shared_by(entry)
+            self._kept.clear()
+
+    def trial(self, case: Case) -> Trial:
+        """Of a case, for any kernel that computes the same."""
+        if found := self._kept.get(_identity(case)):
+            return found[0]
+        return Trial(case, make_inputs(case), self._device)
+
+    def keep(self, trial: Trial) -> None:
+        """For later entries, while there is room."""
+        key, size = _identity(trial.case), trial.nbytes()
+        if size + sum(other for _, other in self._kept.values()) <= _KEPT_BYTES:
+            self._kept.setdefault(key, (trial, size))
+
+    def drop(self, trial: Trial) -> None:
+        """A kernel that did wrong may have written anywhere, even into what is kept."""
+        self._kept.pop(_identity(trial.case), None)
+
+
+def _shared_by(entry: Entry) -> tuple[str, str]:
+    """Equal for entries that share cases. They are examined one after the other."""
+    return entry.model or "", suite.family(entry.kernel)
+
+
+def _identity(case: Case) -> object:
+    """Equal for cases that have the same inputs and the same launches."""
+    fields = dataclasses.asdict(case) | {"kernel": suite.family(case.kernel)}
+    return tuple(sorted(fields.pop("sizes").items())), tuple(fields.items())
+
+
 def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> bool:
     """Verify every entry that the current device loads; True if there are some and all pass.
 
@@ -135,11 +185,14 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
         )
     index = torch.cuda.current_device()
     facts = driver.device_facts(index)
-    here = [
-        entry
-        for entry in manifest.entries
-        if Target.parse(entry.target).runs_on(facts.major, facts.minor)
-    ]
+    here = sorted(
+        (
+            entry
+            for entry in manifest.entries
+            if Target.parse(entry.target).runs_on(facts.major, facts.minor)
+        ),
+        key=_shared_by,
+    )
     echo(f"{driver.device_name(index)}, {facts}, torch {torch.__version__}")
     echo(f"oracle suite {suite.suite_sha256()[:16]}, {len(here)} entries of {artifacts}")
     if not here:
@@ -151,9 +204,11 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
     rows: list[tuple[str, ...]] = [_HEADER]
     failures: list[str] = []
     siblings: _Siblings = {}
+    trials = _Trials(f"cuda:{index}")
     for entry in here:
         started = time.perf_counter()
-        problems, found = _verify_entry(entry, manifest, artifacts, index, siblings)
+        trials.turn_to(entry)
+        problems, found = _verify_entry(entry, manifest, artifacts, index, siblings, trials)
         row = _row(entry, found, time.perf_counter() - started, problems)
         rows.append(row)
         echo(f"{row[-1]:4}  {entry.key}")
@@ -188,7 +243,12 @@ def _check_folder(folder: Path, artifacts: Path) -> None:
 
 
 def _verify_entry(
-    entry: Entry, manifest: Manifest, artifacts: Path, index: int, siblings: _Siblings
+    entry: Entry,
+    manifest: Manifest,
+    artifacts: Path,
+    index: int,
+    siblings: _Siblings,
+    trials: _Trials,
 ) -> tuple[list[str], list[CaseRecord]]:
     """Problems and the record of every case that ran.
 
@@ -206,13 +266,17 @@ def _verify_entry(
     problems: list[str] = []
     found: list[CaseRecord] = []
     for case in cases:
-        inputs = make_inputs(case)
+        trial = trials.trial(case)
         try:
-            verdict = examine(case, inputs, kernel_run, device, largest, logits)
+            verdict = examine(trial, kernel_run, largest, logits)
         except RuntimeError as error:
             # A CUDA error may be sticky: whatever ran next on this device would fail with it.
             return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found
         problems += [f"{case.name}: {problem}" for problem in verdict.problems]
+        if verdict.problems:
+            trials.drop(trial)
+        else:
+            trials.keep(trial)
         if entry.numerics is not None:
             # The seed stands for kernels that compute the same, model, sizes and pattern.
             name = (entry.numerics, case.seed)
@@ -223,7 +287,7 @@ def _verify_entry(
             CaseRecord(
                 name=case.name,
                 seed=case.seed,
-                inputs_sha256=digest(inputs),
+                inputs_sha256=trial.inputs_sha256,
                 rows=verdict.rows,
                 clear=verdict.clear,
                 reordered=verdict.reordered,

@@ -11,7 +11,7 @@ import pytest
 
 from router_runtime import evidence, inputs, suite
 from router_runtime.errors import ArtifactError
-from router_runtime.examine import examine
+from router_runtime.examine import Trial, examine
 from router_runtime.judge import clear_ids_sha256, expected_ids
 from router_runtime.manifest import (
     Contract,
@@ -96,7 +96,7 @@ def record(outputs):
             values.copy_(found_values)
             ids.copy_(found_ids)
 
-        verdict = examine(case, given, run, "cpu", 64)
+        verdict = examine(Trial(case, given, "cpu"), run, 64)
         assert not verdict.problems
         found.append(
             evidence.CaseRecord(

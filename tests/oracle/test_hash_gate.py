@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from router_runtime import inputs, spec, suite
-from router_runtime.examine import examine
+from router_runtime.examine import Trial, examine
 
 CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
 
@@ -171,7 +171,7 @@ def problems(outputs):
                 chosen = spec.with_sentinel(physical, given["sentinel"])
             ids.copy_(chosen)
 
-        found = examine(case, given, run, "cpu", 64).problems
+        found = examine(Trial(case, given, "cpu"), run, 64).problems
         if found:
             return found
     return ()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from router_runtime import inputs, spec, suite
-from router_runtime.examine import examine
+from router_runtime.examine import Trial, examine
 from router_runtime.judge import TOLERANCES, expected_ids
 
 DENSE, GATE = "dense_router_decode", "hash_gate"
@@ -48,7 +48,7 @@ def problems(subject, for_case):
     """Every problem that the suite finds, until the first case that has some."""
     for case in suite.cases(*subject):
         given = inputs.make_inputs(case)
-        found = examine(case, given, for_case(case), "cpu", largest(subject[2])).problems
+        found = examine(Trial(case, given, "cpu"), for_case(case), largest(subject[2])).problems
         if found:
             return [f"{case.name}: {problem}" for problem in found]
     return []
@@ -58,7 +58,9 @@ def test_the_oracle_passes(subject, outputs):
     clear = rows = 0
     for case in suite.cases(*subject):
         given = inputs.make_inputs(case)
-        verdict = examine(case, given, runner(outputs)(case), "cpu", min(largest(subject[2]), 130))
+        verdict = examine(
+            Trial(case, given, "cpu"), runner(outputs)(case), min(largest(subject[2]), 130)
+        )
         assert verdict.problems == ()
         assert all(error <= 1 for error in verdict.worst.values())
         clear, rows = clear + verdict.clear, rows + verdict.rows
@@ -131,7 +133,7 @@ def with_logits(outputs, change, *, weights=False):
                 if weights:
                     values.view(torch.int32)[:, 0] ^= 1
 
-        verdict = examine(case, given, run, "cpu", 64, logits=True)
+        verdict = examine(Trial(case, given, "cpu"), run, 64, logits=True)
         if verdict.problems:
             return verdict.problems
         assert verdict.worst["logit"] <= 1

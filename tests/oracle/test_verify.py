@@ -13,7 +13,7 @@ import torch
 
 from router_runtime import evidence, spec, suite, verify
 from router_runtime.errors import ArtifactError
-from router_runtime.examine import examine
+from router_runtime.examine import Trial, examine
 from router_runtime.inputs import make_inputs
 from router_runtime.manifest import (
     Contract,
@@ -78,12 +78,11 @@ DENSE = {
     "limits": {"tokens": (1, 16)},
     "numerics": "bf16-k16-f32/chunk128/epilogue1",
 }
+LOGITS = (Parameter("logits_out", "ptr:f32"),)
 ENTRIES = (
     entry("hash_router", limits={"top_k": (1, 8)}, digest="1"),
     entry("topk_select", limits={"row_length": (1, 64), "top_k": (1, 4)}, digest="2"),
-    entry(
-        "dense_router_decode", parameters=(Parameter("logits_out", "ptr:f32"),), digest="3", **DENSE
-    ),
+    entry("dense_router_decode", parameters=LOGITS, digest="3", **DENSE),
     entry("hash_router", target="sm_100a", limits={"top_k": (1, 8)}, digest="4"),
 )
 
@@ -118,11 +117,12 @@ def machine(monkeypatch, outputs):
             if f"{self.entry.kernel} in one bit" in broken:
                 values.view(torch.int32)[:, 0] += (values[:, 0] > 0).int()
 
-    def on_cpu(case, given, run, device, largest, logits):
-        assert device == "cuda:0"
-        assert logits == (case.kernel == "dense_router_decode")
+    def on_cpu(trial, run, largest, logits):
+        assert trial.device == "cuda:0"
+        case = trial.case
+        assert logits == (run.entry.kernel == "dense_router_decode")
         run.case = case
-        return examine(case, given, run, "cpu", largest, logits)
+        return examine(Trial(case, trial.inputs, "cpu"), run, largest, logits)
 
     monkeypatch.setattr(verify, "load_entry", lambda entry, *_: entry)
     monkeypatch.setattr(verify, "KernelRun", Kernel)
@@ -228,6 +228,82 @@ def test_kernels_of_one_numerics_tag_must_agree_bit_for_bit(folder, machine):
         lines = []
         assert verify.run(folder, False, lines.append) == (not message)
         assert message in "\n".join(lines)
+
+
+def three_alike(folder):
+    """A decode and two prefill entries of one model, and one of another model that draws its own
+    inputs.
+    """
+    alike = [
+        entry(kernel, digest=digest, **DENSE)
+        for kernel, digest in (
+            ("dense_router_decode", "a"),
+            ("dense_router_prefill", "b"),
+            ("dense_router_prefill", "c"),
+        )
+    ]
+    alike[0] = dataclasses.replace(
+        alike[0], contract=dataclasses.replace(alike[0].contract, parameters=LOGITS)
+    )
+    alike[2] = dataclasses.replace(
+        alike[2], variant="wide", file=alike[2].file.replace("portable", "wide")
+    )
+    other = DENSE | {"constants": {"HIDDEN": 64, "EXPERTS": 16, "TOP_K": 4}}
+    small = entry("dense_router_prefill", digest="d", **other)
+    small = dataclasses.replace(
+        small,
+        model="small",
+        file=artifact_name(small.kernel, "small", "sm_90a", "portable", "d" * 64),
+    )
+    manifest = Manifest("0" * 64, Toolchain({}, {}), (small, *alike))
+    (folder / "manifest.json").write_bytes(dump_manifest(manifest))
+    return len(suite.cases("dense_router_decode", DENSE["constants"], DENSE["limits"]))
+
+
+def test_inputs_are_drawn_once_for_the_entries_that_share_them(folder, machine, monkeypatch):
+    """And what is recorded is what every entry by itself would have been given."""
+    cases = three_alike(folder)
+    drawn = []
+    monkeypatch.setattr(verify, "make_inputs", lambda case: drawn.append(case) or make_inputs(case))
+    assert verify.run(folder, True, lambda _: None)
+    assert len(drawn) == 2 * cases  # of two models
+    shared = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
+    assert len(shared) == 4
+    monkeypatch.setattr(verify, "_KEPT_BYTES", 0)
+    drawn.clear()
+    assert verify.run(folder, True, lambda _: None)
+    assert len(drawn) == 4 * cases
+    assert {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()} == shared
+
+
+def test_what_is_kept_is_bounded_and_forgotten(monkeypatch):
+    constants = {"HIDDEN": 64, "EXPERTS": 8, "TOP_K": 2}
+    first, second, *_ = suite.cases("dense_router_decode", constants, {"tokens": (1, 2)})
+    trials = verify._Trials("cpu")
+    trials.turn_to(entry("dense_router_decode"))
+    one = trials.trial(first)
+    assert trials.trial(first) is not one  # not before it has passed
+    trials.keep(one)
+    monkeypatch.setattr(verify, "_KEPT_BYTES", one.nbytes())
+    trials.keep(trials.trial(second))
+    assert trials.trial(first) is one
+    assert trials.trial(dataclasses.replace(first, kernel="dense_router_prefill")) is one
+    assert trials.trial(dataclasses.replace(first, sizes={**first.sizes, "padding": 8})) is not one
+    assert trials.trial(second) is not trials.trial(second)
+    trials.turn_to(entry("dense_router_prefill"))
+    assert trials.trial(first) is one
+    trials.turn_to(dataclasses.replace(entry("dense_router_prefill"), model="another"))
+    assert trials.trial(first) is not one
+
+
+def test_a_trial_that_found_something_is_not_kept(folder, machine, monkeypatch):
+    """Its copy of the inputs on the device may be what the kernel wrote into."""
+    cases = three_alike(folder)
+    drawn = []
+    monkeypatch.setattr(verify, "make_inputs", lambda case: drawn.append(case) or make_inputs(case))
+    machine.add("dense_router_decode")
+    assert not verify.run(folder, False, lambda _: None)
+    assert len(drawn) > 2 * cases
 
 
 def test_no_entry_for_the_device_is_a_failure(folder, machine, monkeypatch):
