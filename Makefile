@@ -43,10 +43,10 @@ test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU 
 
 # The loader asks for one kernel parameter too many, to see that there is none: no error of ours.
 .PHONY: sanitize
-sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer
+sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer; options: SANITIZE="dense_router_prefill/dsv4-pro"
 	for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-	        $(PYTHON_GPU) -m tests.gpu.sanitize || exit 1; \
+	        $(PYTHON_GPU) -m tests.gpu.sanitize $(SANITIZE) || exit 1; \
 	done
 
 verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence

@@ -1,75 +1,137 @@
-"""Every kernel that this GPU loads, on small cases of the oracle suite, for compute-sanitizer.
+"""Every kernel that this GPU loads, launched a few times, for compute-sanitizer.
 
-``make sanitize`` runs it under memcheck, racecheck and synccheck in turn. Nothing is judged here:
-the suite does that, and under a sanitizer even one large batch takes minutes. So: one case of every
-pattern and each combination of serving inputs, and random rows in every number up to
-``MOST_ROWS``.
+``make sanitize`` runs it under memcheck, racecheck and synccheck in turn. With arguments, of all
+entries only those whose name starts with one of them: ``python -m tests.gpu.sanitize
+dense_router_prefill/dsv4-pro``. Nothing is judged here: the oracle suite does that, and under a
+sanitizer its launches would take hours. So an entry is launched on the few cases that reach what a
+sanitizer looks at: random rows of which the last tile is ragged, every serving input that the
+kernel has, at once, with and without given ids, and a pattern of ties.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from router_runtime import driver, suite
 from router_runtime.artifacts import find_artifacts, read_manifest
+from router_runtime.errors import explain
 from router_runtime.examine import ROWS
-from router_runtime.inputs import make_inputs
+from router_runtime.inputs import Inputs, make_inputs
 from router_runtime.loader import load_entry
-from router_runtime.manifest import Target
+from router_runtime.manifest import Entry, Target
 from router_runtime.suite import Case
 from router_runtime.verify import KernelRun
 
-MOST_ROWS = 300
+#: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
+#: divides what that gives.
+ROWS_AT_MOST, BELOW_LIMIT = 129, 3
 DEVICE = "cuda:0"
 
-
-def small(cases: Iterable[Case]) -> Iterator[Case]:
-    """The cases to run: large rows cost a sanitizer as much as many rows."""
-    seen = set()
-    for case in cases:
-        rows = case.sizes.get("tokens", case.sizes.get("rows", 0))
-        if rows > MOST_ROWS:
-            continue
-        sign = (case.pattern, case.serving, rows if case.pattern == "random" else 0)
-        if sign not in seen:
-            seen.add(sign)
-            yield case
+#: Patterns in which keys tie, or stand in for it in a kernel that compares none.
+_TIES = ("ties", "repeated", "out_of_range")
 
 
-def main() -> int:
+def chosen(entry: Entry) -> Iterator[Case]:
+    """The cases to launch. They have the rows that suit them here, so they are not the suite's."""
+    cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+    most = entry.contract.limits.get("tokens", (1, 2**31 - 1))[1] - BELOW_LIMIT
+
+    def cut(case: Case, rows: int, serving: tuple[str, ...] = ()) -> Case:
+        sizes = dict(case.sizes)
+        if "tokens" in sizes:
+            sizes["tokens"] = min(rows, most)
+        return dataclasses.replace(case, sizes=sizes, serving=serving, variations=False)
+
+    plain = [case for case in cases if not case.serving]
+    random = [case for case in plain if case.pattern == "random"]
+    # Images of hash_gate are an input of some cases, as serving inputs are of others.
+    widest = max(random, key=lambda case: (case.sizes.get("images", 0), _size(case)))
+    yield cut(widest, ROWS_AT_MOST)
+    by_pattern = {case.pattern: case for case in plain}
+    yield cut(next(by_pattern[name] for name in _TIES if name in by_pattern), suite.PATTERN_TOKENS)
+    served = [case for case in cases if case.serving]
+    names = dict.fromkeys(name for case in served for name in case.serving)
+    # Given ids are not selected, by whatever bias.
+    for without in ("replay", "images") if "replay" in names else ("replay",):
+        if served:
+            yield cut(served[0], ROWS_AT_MOST, tuple(name for name in names if name != without))
+
+
+def _size(case: Case) -> int:
+    """What a row of the case costs: large rows cost a sanitizer as much as many."""
+    return case.sizes.get("row_length", case.sizes.get("experts", 0)) * case.sizes["top_k"]
+
+
+def named(entries: Sequence[Entry], prefixes: Sequence[str]) -> list[Entry]:
+    """Those whose key, with or without the target, starts with one of the prefixes; all of them if
+    there is none.
+    """
+    return [
+        entry
+        for entry in entries
+        if not prefixes
+        or entry.key.startswith(tuple(prefixes))
+        or entry.key.replace(f"/{entry.target}", "").startswith(tuple(prefixes))
+    ]
+
+
+def launch(run: KernelRun, case: Case, inputs: Inputs, stores_logits: bool) -> None:
+    rows = inputs[ROWS[case.kernel]]
+    assert isinstance(rows, torch.Tensor)
+    shape = rows.shape[0], case.sizes["top_k"]
+    integers = torch.int64 if inputs.get("wide_ids") else torch.int32
+    ids, logical_ids = torch.empty(2, *shape, dtype=integers, device=DEVICE)
+    outputs = [torch.empty(shape, device=DEVICE), ids]
+    if stores_logits:
+        outputs.append(torch.empty(shape[0], case.sizes["experts"], device=DEVICE))
+    run(inputs, *outputs, **({"logical_ids": logical_ids} if "expert_map" in inputs else {}))
+    torch.cuda.synchronize()
+
+
+def main(prefixes: Sequence[str]) -> int:
     artifacts = find_artifacts()
     manifest = read_manifest(artifacts)
     driver.initialise()
     facts = driver.device_facts(0)
+    here = [
+        entry
+        for entry in manifest.entries
+        if Target.parse(entry.target).runs_on(facts.major, facts.minor)
+    ]
+    entries = named(here, prefixes)
+    if not entries:
+        keys = [entry.key for entry in here]
+        print(
+            explain(
+                "entries to sanitize",
+                expected=f"some of {keys}",
+                found=list(prefixes) or "none for this GPU",
+                remedy="name the start of one, or run: make build-cubins",
+            )
+        )
+        return 1
+    begun = time.perf_counter()
     launches = 0
-    for entry in manifest.entries:
-        if not Target.parse(entry.target).runs_on(facts.major, facts.minor):
-            continue
+    for entry in entries:
+        started = time.perf_counter()
         run = KernelRun(load_entry(entry, manifest, artifacts, 0), DEVICE)
         stores_logits = any(item.name == "logits_out" for item in entry.contract.parameters)
-        for case in small(suite.cases(entry.kernel, entry.constants, entry.contract.limits)):
+        for case in chosen(entry):
             inputs = {
                 name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
                 for name, value in make_inputs(case).items()
             }
-            rows, k = inputs[ROWS[case.kernel]].shape[0], case.sizes["top_k"]
-            weights = torch.empty(rows, k, device=DEVICE)
-            integers = torch.int64 if inputs.get("wide_ids") else torch.int32
-            ids, logical_ids = torch.empty(2, rows, k, dtype=integers, device=DEVICE)
-            outputs = [weights, ids]
-            if stores_logits:
-                outputs.append(torch.empty(rows, case.sizes["experts"], device=DEVICE))
-            mapped = {"logical_ids": logical_ids} if "expert_map" in inputs else {}
-            run(inputs, *outputs, **mapped)
-            torch.cuda.synchronize()
+            launch(run, case, inputs, stores_logits)
             launches += 1
-        print(f"{entry.key}", flush=True)
-    print(f"{launches} launches")
-    return 0 if launches else 1
+        print(f"{time.perf_counter() - started:7.1f} s  {entry.key}", flush=True)
+    print(f"{time.perf_counter() - begun:7.1f} s  {launches} launches, {len(entries)} entries")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
