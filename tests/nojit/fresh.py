@@ -1,7 +1,15 @@
-"""An environment that holds the installed package, torch, cuda-python and nothing else."""
+"""An environment that holds the installed package, torch, cuda-python and nothing else.
+
+``python -m tests.nojit.fresh`` shows on this machine, with its GPU if there is one, that serving
+compiles nothing, writes nothing and starts nothing, and says what it found. If that fails, it says
+what is in the environment, everything that the process said, and which of the locks it ran into:
+those without which it goes through. ``--verify`` examines the kernels first and uses that as
+evidence, for when there is none or it is stale.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -9,11 +17,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from router_runtime.artifacts import find_artifacts
 from router_runtime.manifest import MANIFEST_NAME, artifact_name
+from tests.nojit.lockdown import LOCKS
 
 PACKAGE = Path(__file__).parents[2] / "router_runtime"
 SERVE = Path(__file__).with_name("serve.py")
@@ -45,11 +57,12 @@ def make_site(into: Path, artifacts: Path) -> Path:
     return into
 
 
-def run(site: Path, device: str) -> subprocess.CompletedProcess[str]:
+def run(site: Path, device: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Serve from ``site``: no PATH, an empty home and working folder that must stay empty, no
     compilation by the driver. Adds what was left in those folders to the output and fails for it.
+    ``without`` names locks to leave open.
     """
-    home = site.with_name(site.name + "-home")
+    home = site.with_name("-without-".join((site.name + "-home", *without)))
     home.mkdir()
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {
@@ -63,7 +76,7 @@ def run(site: Path, device: str) -> subprocess.CompletedProcess[str]:
         os.chmod(folder, 0o555)  # the superuser may write all the same: hence the locks
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-B", SERVE, site, device],
+            [sys.executable, "-I", "-S", "-B", SERVE, site, device, *without],
             cwd=home,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -80,6 +93,11 @@ def run(site: Path, device: str) -> subprocess.CompletedProcess[str]:
         done.stdout += f"left behind: {left}\n"
         done.returncode = done.returncode or 1
     return done
+
+
+def report(done: subprocess.CompletedProcess[str]) -> str:
+    """All that a run said."""
+    return f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 def exchange_for_ptx(folder: Path, target: str) -> None:
@@ -103,11 +121,13 @@ def _files(folder: Path) -> list[str]:
 def _closure() -> set[str]:
     """The installed distributions that ``ROOTS`` require, without compilers."""
     found: set[str] = set()
-    waiting = list(ROOTS)
+    asked: set[tuple[str, str]] = set()
+    waiting = [(root, "") for root in ROOTS]
     while waiting:
-        name = waiting.pop()
-        if name in found or name.startswith(ABSENT):
+        name, extra = waiting.pop()
+        if (name, extra) in asked or name.startswith(ABSENT):
             continue
+        asked.add((name, extra))
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
@@ -115,8 +135,10 @@ def _closure() -> set[str]:
         found.add(name)
         for line in distribution.requires or []:
             requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                waiting.append(requirement.name)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                required = canonicalize_name(requirement.name)
+                # torch names the parts of CUDA that it needs as extras of one package.
+                waiting += [(required, each) for each in ("", *requirement.extras)]
     return found
 
 
@@ -134,3 +156,56 @@ def _link(distribution: importlib.metadata.Distribution, into: Path) -> None:
         if not link.is_symlink() and not link.exists():
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(root.joinpath(*file.parts[:depth]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import torch
+
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.nojit.fresh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--artifacts", type=Path, help="the folder to serve from")
+    parser.add_argument("--verify", action="store_true", help="make evidence for it first")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="nojit-") as scratch:
+        folder = find_artifacts(given.artifacts)
+        if given.verify:
+            folder = _verified(folder, Path(scratch) / "artifacts")
+        site = make_site(Path(scratch) / "site", folder)
+        done = run(site, given.device)
+        print(report(done))
+        if done.returncode:
+            print(_environment())
+            for lock in LOCKS:
+                again = run(site, given.device, (lock,))
+                print(f"\nwithout the lock {lock!r}: {report(again)}")
+    return done.returncode
+
+
+def _verified(folder: Path, copy: Path) -> Path:
+    """A copy with evidence that is made now."""
+    from router_runtime import verify
+
+    copy.mkdir()
+    for file in [folder / MANIFEST_NAME, *folder.glob("*.cubin")]:
+        shutil.copy(file, copy)
+    verify.run(copy, True, lambda line: print(line, flush=True))
+    return copy
+
+
+def _environment() -> str:
+    """What a site consists of on this machine."""
+    lines = [f"python {sys.version} at {sys.executable}"]
+    for name in sorted(_closure()):
+        distribution = importlib.metadata.distribution(name)
+        files = "no list of files, so no link" if distribution.files is None else ""
+        where = distribution.locate_file("")
+        lines.append(f"{name} {distribution.version} in {where} {files}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

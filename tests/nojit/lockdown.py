@@ -1,16 +1,15 @@
 """Locks on a process: what compiles, writes, starts children or reaches a network fails there.
 
-Three layers. ``enter`` refuses the import of compilers. ``seal`` refuses, and remembers, what
-Python code tries; and it asks the kernel, so that for every library in the process no file grows,
-none is made, renamed or removed, no program starts and no internet socket opens. Linux; plain
-standard-library Python.
+``enter`` makes compilers look uninstalled. ``seal`` has three locks, by name: ``hook`` refuses, and
+remembers, what Python code tries; the other two are the kernel's, and hold for every library in the
+process: with ``limit`` no file grows, with ``filter`` none is made, renamed or removed, no program
+starts and no internet socket opens. Linux; plain standard-library Python.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import importlib.abc
 import os
 import platform
 import resource
@@ -25,9 +24,12 @@ COMPILERS = (
     *("cuda.bindings.nvjitlink", "cuda.bindings.runtime", "torch.utils.cpp_extension"),
 )
 
-#: Parts of the names of libraries that turn source, IR or PTX into machine code. The last is the
-#: driver's own: it is loaded when a module needs to be compiled.
-COMPILER_LIBRARIES = ("nvrtc", "nvvm", "nvptxcompiler", "libnvidia-ptxjitcompiler")
+#: Parts of the names of libraries that turn source, IR or PTX into machine code.
+COMPILER_LIBRARIES = ("nvrtc", "nvvm", "nvptxcompiler")
+#: Those that are the driver's own. It may load them before it knows that it has no use for them, so
+#: that they are there shows nothing: ``serve`` shows whether the driver would compile.
+DRIVER_LIBRARIES = ("libnvidia-ptxjitcompiler", "libnvidia-nvvm")
+LOCKS = ("limit", "filter", "hook")
 
 _STARTS = ("subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.")
 _CHANGES = (
@@ -41,10 +43,32 @@ _violations: list[str] = []
 _present: set[str] = set()
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+class _Without:
+    """A finder of modules that finds no compiler. Whoever asks whether one is there is told that it
+    is not, as torch does when it initialises CUDA; an error in place of an answer would end that.
+    """
+
+    def __init__(self, finder: Any) -> None:
+        self._finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if any(name == each or name.startswith(each + ".") for each in COMPILERS):
-            raise ImportError(f"{name} does not exist here")
+            return None
+        return self._finder.find_spec(name, path, target)
+
+
+def _callers() -> str:
+    """Who called what an audit hook was told of, the innermost first."""
+    found = []
+    frame = sys._getframe(2)
+    while frame is not None and len(found) < 12:
+        code = frame.f_code
+        found.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(found)
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -53,34 +77,51 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         path, _mode, flags = arguments
         wrong = bool(flags & _WRITING) and path != os.devnull
     elif event == "ctypes.dlopen":
-        wrong = any(part in str(arguments[0]) for part in COMPILER_LIBRARIES)
+        wrong = _is_one_of(COMPILER_LIBRARIES + DRIVER_LIBRARIES, str(arguments[0]))
     if wrong:
-        _violations.append(f"{event} {arguments}")
+        _violations.append(f"{event} {arguments}, called by {_callers()}")
         raise PermissionError(errno.EPERM, f"locked: {event} {arguments}")
 
 
 def enter() -> None:
-    """Refuse the import of compilers, for good."""
-    sys.meta_path.insert(0, _Finder())
+    """Make compilers look uninstalled, for good."""
+    sys.meta_path[:] = [_Without(finder) for finder in sys.meta_path]
 
 
-def _compilers_in_memory() -> set[str]:
+def _is_one_of(parts: tuple[str, ...], library: str) -> bool:
+    return any(part in library.rpartition("/")[2] for part in parts)
+
+
+def _in_memory(parts: tuple[str, ...]) -> set[str]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     libraries = {line.split(maxsplit=5)[-1] for line in maps}
-    return {each for each in libraries if any(part in each for part in COMPILER_LIBRARIES)}
+    return {each for each in libraries if _is_one_of(parts, each)}
+
+
+def driver_compilers() -> list[str]:
+    """Which of the driver's own compilers are in memory."""
+    return sorted(_in_memory(DRIVER_LIBRARIES))
 
 
 def violations() -> list[str]:
     """What was tried since ``seal``, what runs beside this process, and which compilers it has
-    loaded. torch loads NVRTC when it is imported, used or not.
+    loaded beyond those that were there: torch loads NVRTC when it is imported, used or not.
     """
     found = list(_violations)
     for task in Path("/proc/self/task").iterdir():
         children = (task / "children").read_text() if (task / "children").exists() else ""
-        found += [f"child process {child}" for child in children.split()]
-    found += [f"loaded: {library}" for library in sorted(_compilers_in_memory() - _present)]
+        found += [f"child process {child}: {_command(child)}" for child in children.split()]
+    loaded = _in_memory(COMPILER_LIBRARIES) - _in_memory(DRIVER_LIBRARIES) - _present
+    found += [f"loaded: {library}" for library in sorted(loaded)]
     found += [f"imported: {name}" for name in COMPILERS if name in sys.modules]
     return found
+
+
+def _command(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except OSError as error:
+        return str(error)
 
 
 # --- the kernel's locks --------------------------------------------------------------------------
@@ -121,11 +162,21 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 
 
-def seal() -> None:
+def seal(without: tuple[str, ...] = ()) -> None:
     """Refuse writes, children and connections on every thread of this process, for good. Raises
-    OSError if the kernel does not take part.
+    OSError if the kernel does not take part. ``without`` names the locks to leave open, to see
+    which of them somebody runs into.
     """
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # SIGXFSZ is ignored by Python: EFBIG
+    if "limit" not in without:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # SIGXFSZ is ignored by Python: EFBIG
+    if "filter" not in without:
+        _install_filter()
+    _present.update(_in_memory(COMPILER_LIBRARIES))
+    if "hook" not in without:
+        sys.addaudithook(_hook)
+
+
+def _install_filter() -> None:
     calls = _CALLS[platform.machine()]
     program = b"".join(_filter(calls))
     library = ctypes.CDLL(None, use_errno=True)
@@ -134,10 +185,9 @@ def seal() -> None:
     set_no_new_privileges, set_filter, on_all_threads = 38, 1, 1
     if library.prctl(set_no_new_privileges, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-    if library.syscall(calls["seccomp"], set_filter, on_all_threads, header):
-        raise OSError(ctypes.get_errno(), "seccomp(SECCOMP_SET_MODE_FILTER)")
-    _present.update(_compilers_in_memory())
-    sys.addaudithook(_hook)
+    if status := library.syscall(calls["seccomp"], set_filter, on_all_threads, header):
+        # Positive: the thread that has a filter of its own.
+        raise OSError(ctypes.get_errno(), f"seccomp(SECCOMP_SET_MODE_FILTER) returned {status}")
 
 
 def _filter(calls: dict[str, Any]) -> list[bytes]:

@@ -1,15 +1,16 @@
 """Run every op, and every kernel that a Router may pick, in a process that can compile nothing.
 
-``python -I -S -B serve.py SITE DEVICE``, with ``SITE`` made by ``fresh.make_site``. Prints one line
-for each op and exits with 0; or says what went wrong, or what was tried, and exits with 1.
+``python -I -S -B serve.py SITE DEVICE``, with ``SITE`` made by ``fresh.make_site``; after that,
+names of locks to leave open. Prints one line for each op and exits with 0; or says what went wrong,
+or what was tried, and exits with 1.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,24 @@ MODES = {
 }
 
 
-def main(site: str, device: str) -> int:
+def main(site: str, device: str, *without: str) -> int:
     sys.path.insert(0, str(Path(__file__).parent))
     import lockdown
 
     sys.path[0] = site
     lockdown.enter()
-    # Others' start comes before the seal: importing the bindings runs ldconfig, and a driver may
-    # run a helper that loads its kernel module. Whatever this package does comes after.
+    # Others' start comes before the seal: the bindings run ldconfig when they are imported or first
+    # used, and a driver may run a helper that loads its kernel module, or do something once when it
+    # loads machine code, which it does here for torch. Whatever this package does comes after.
     import torch
 
-    importlib.import_module("cuda.bindings.driver")
+    bindings = importlib.import_module("cuda.bindings.driver")
     if device != "cpu":
         torch.cuda.init()
-        torch.empty(1, device=device)
-    lockdown.seal()
+        bindings.cuInit(0)
+        torch.zeros(1, device=device).add_(1).item()
+        print(f"the driver's compilers before the seal: {lockdown.driver_compilers() or 'none'}")
+    lockdown.seal(without)
     import router_runtime
 
     if Path(router_runtime.__file__).parent != Path(site) / "router_runtime":
@@ -58,8 +62,46 @@ def main(site: str, device: str) -> int:
     for model in models(device):
         run_ops(model, device)
     tried = lockdown.violations()
+    if device != "cpu":
+        tried += would_have_compiled(lockdown.driver_compilers(), ptx_in_the_driver(device))
     print("\n".join(tried))
     return 1 if tried else 0
+
+
+#: An empty kernel that every device of compute capability 9.0 or more could compile.
+PTX = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry control()\n{\n ret;\n}\n\0"
+#: Results that say that this process has no compiler of PTX, by CUresult.
+NO_COMPILER = {221: "CUDA_ERROR_JIT_COMPILER_NOT_FOUND", 223: "CUDA_ERROR_JIT_COMPILATION_DISABLED"}
+
+
+def ptx_in_the_driver(device: str) -> int:
+    """A control after all serving: what the driver says to PTX, from loading it to the function.
+    0 if it has compiled it.
+    """
+    import torch
+
+    from router_runtime import driver
+
+    with driver.context(torch.device(device).index) as api:
+        status, library = api.cuLibraryLoadData(PTX, [], [], 0, [], [], 0)
+        if not status:
+            status, kernel = api.cuLibraryGetKernel(library, b"control")
+        if not status:
+            status, function = api.cuKernelGetFunction(kernel)
+        if not status:
+            (status,) = api.cuFuncLoad(function)
+    return int(status)
+
+
+def would_have_compiled(compilers: list[str], control: int) -> list[str]:
+    """What is wrong with a process that had those of the driver's compilers in memory when it had
+    served. One that then refuses PTX has compiled none, and neither has one without a compiler.
+    """
+    said = NO_COMPILER.get(control, f"CUresult {control}" if control else "compiled")
+    print(f"the driver's compilers after serving: {compilers or 'none'}; PTX then: {said}")
+    if not compilers or control in NO_COMPILER:
+        return []
+    return [f"loaded by the driver, which may have compiled with it: {name}" for name in compilers]
 
 
 def models(device: str) -> list[dict[str, int]]:
@@ -176,10 +218,8 @@ def make_router(mode: str, model: dict[str, int], device: str) -> Any:
 if __name__ == "__main__":
     try:
         status = main(*sys.argv[1:])
-    except Exception as error:  # a traceback would need files that are not here
-        frames = inspect.trace()
-        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        print(f"{' '.join(where)}: {type(error).__name__}: {error}")
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
         status = 1
     sys.stdout.flush()
     os._exit(status)  # libraries may tidy up after themselves at exit, which is no part of serving
