@@ -438,7 +438,7 @@ def _check_map(inputs: Inputs, ids: Tensor, logical_ids: Tensor) -> list[str]:
     if bool((known >= expert_map.shape[0]).any()):
         return []  # reported as wrong ids
     rows = torch.arange(len(ids))
-    expected = spec.with_sentinel(spec.physical_ids(known, rows, expert_map, counts), sentinel)
+    expected = spec.physical_ids(known, rows, expert_map, counts, sentinel)
     wrong = (ids != expected).any(dim=1)
     return [_report(wrong, "wrong physical ids", ids, expected)] if wrong.any() else []
 

@@ -18,7 +18,8 @@ All but the last take serving inputs (``serving.py``) as keywords, and have two 
 ``name.mapped`` applies the router's expert map, returns physical ids and, after the other results,
 the logical ones; ``name.out`` returns nothing and writes ``weights_out``, ``ids_out``
 (``logits_out``), and with ``logical_ids_out`` maps too. activation_topk is given what a router
-would own: ``image_bias``, ``sentinel``, ``expert_map`` and ``replica_counts``.
+would own: ``image_bias``, ``sentinel``, ``expert_map`` and ``replica_counts``. What stands in a map
+that it is given is returned as it stands there, whatever it is.
 """
 
 from __future__ import annotations

@@ -268,7 +268,8 @@ def _check_rules(
     """What a Router owns and this op is given. Refuses what does not fit ``logits``.
 
     The content of an expert map is not looked at: that would wait for the device. A count outside
-    [1, replicas] is taken for the nearest in it.
+    [1, replicas] is taken for the nearest in it; an entry is returned as the int32 that it is, also
+    a negative one, which a Router refuses.
     """
     experts, device = logits.shape[1], logits.device
     check_int("sentinel", sentinel, -(2**31), 2**31 - 1)

@@ -204,8 +204,9 @@ class Call:
         if results.logical_ids is not None and expert_map is not None:
             results.logical_ids.copy_(spec.with_sentinel(ids, sentinel))
             rows = torch.arange(ids.shape[0], device=ids.device)
-            ids = spec.physical_ids(ids, rows, *expert_map)
-        results.ids.copy_(spec.with_sentinel(ids, sentinel))
+            results.ids.copy_(spec.physical_ids(ids, rows, *expert_map, sentinel))
+        else:
+            results.ids.copy_(spec.with_sentinel(ids, sentinel))
         return results
 
 

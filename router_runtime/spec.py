@@ -22,7 +22,7 @@ What an engine may pass in beside that, per token:
                    is no expert: its score is 0
     padding token  k times no expert
     no expert      weight 0; its id is the sentinel
-    expert map     physical id = map[id, row modulo count[id]]; no expert stays no expert
+    expert map     physical id = map[id, row modulo count[id]], verbatim; no expert has no entry
 """
 
 from __future__ import annotations
@@ -161,16 +161,19 @@ def padding_rows(
     return padding
 
 
-def physical_ids(ids: Tensor, rows: Tensor, expert_map: Tensor, replica_counts: Tensor) -> Tensor:
-    """``expert_map[id, row modulo replica_counts[id]]``; ``NO_EXPERT`` stays.
+def physical_ids(
+    ids: Tensor, rows: Tensor, expert_map: Tensor, replica_counts: Tensor, sentinel: int
+) -> Tensor:
+    """``expert_map[id, row modulo replica_counts[id]]``, verbatim; the sentinel for ``NO_EXPERT``.
 
     ``ids`` ``[N, k]``, ``rows`` their numbers in the batch ``[N]``, ``expert_map`` ``[E, R]``,
-    ``replica_counts`` ``[E]``. A count outside [1, R] is taken for the nearest in it.
+    ``replica_counts`` ``[E]``. A count outside [1, R] is taken for the nearest in it. An entry of
+    the map is returned whatever it is: a negative one means nothing here.
     """
     experts = ids.clamp(min=0).long()
     counts = replica_counts[experts].clamp(1, expert_map.shape[1])
     mapped = expert_map[experts, (rows.unsqueeze(1) % counts).long()]
-    return torch.where(ids >= 0, mapped.int(), ids)
+    return torch.where(ids >= 0, mapped.int(), torch.full_like(ids, sentinel, dtype=torch.int32))
 
 
 def with_sentinel(ids: Tensor, sentinel: int) -> Tensor:

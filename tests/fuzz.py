@@ -445,7 +445,7 @@ class Bench:
         if draw.choose.random() < 0.3:
             # Nobody looked at these: counts of any bits are taken for the nearest that exists.
             width = draw.choose.randint(1, 4)
-            table = draw.integers(0, 2**31, experts, width).int()
+            table = draw.integers(-(2**31), 2**31, experts, width).int()
             counts = draw.ids(width, experts).clamp(-(2**31), 2**31 - 1).int()
             keywords |= {"expert_map": table, "replica_counts": counts}
             mapped = table, counts

@@ -86,8 +86,9 @@ def served_outputs(case, inputs):
         )
     if "expert_map" not in inputs:
         return values, spec.with_sentinel(ids, given.sentinel)
-    physical = spec.physical_ids(ids, rows, given.expert_map, given.replica_counts)
-    return (values, *(spec.with_sentinel(each, given.sentinel) for each in (physical, ids)))
+    maps = given.expert_map, given.replica_counts
+    physical = spec.physical_ids(ids, rows, *maps, given.sentinel)
+    return values, physical, spec.with_sentinel(ids, given.sentinel)
 
 
 @pytest.fixture(scope="session")

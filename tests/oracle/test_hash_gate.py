@@ -167,8 +167,7 @@ def problems(outputs):
                 known = torch.where(none, torch.full_like(chosen, -1), chosen)
                 rows = torch.arange(len(chosen))
                 maps = given["expert_map"], given["replica_counts"]
-                physical = spec.physical_ids(known, rows, *maps)
-                chosen = spec.with_sentinel(physical, given["sentinel"])
+                chosen = spec.physical_ids(known, rows, *maps, given["sentinel"])
             ids.copy_(chosen)
 
         found = examine(Trial(case, given, "cpu"), run, 64).problems

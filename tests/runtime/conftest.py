@@ -538,20 +538,20 @@ def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> Non
         stored = spec.with_sentinel(ids, getattr(a, "sentinel", -1))
         view(a.ids_out, torch.int32, count, a.top_k).copy_(stored)
         return
-    physical = ids
+    logical = physical = spec.with_sentinel(ids, a.sentinel)
     if a.expert_map:
         entries = max(int(ids.max()) + 1, 1)
         counts = view(a.replica_counts, torch.int32, entries)
         expert_map = view(a.expert_map, torch.int32, entries, a.replicas)
         rows_ = torch.arange(a.first_row, a.first_row + count)
-        physical = spec.physical_ids(ids, rows_, expert_map, counts)
+        physical = spec.physical_ids(ids, rows_, expert_map, counts, a.sentinel)
     for kept, narrow, wide in (
         (physical, a.ids_out, a.ids_out_i64),
-        (ids, a.logical_ids_out, a.logical_ids_out_i64),
+        (logical, a.logical_ids_out, a.logical_ids_out_i64),
     ):
         dtype = torch.int64 if wide else torch.int32
         if address := wide or narrow:
-            view(address, dtype, count, a.top_k).copy_(spec.with_sentinel(kept, a.sentinel))
+            view(address, dtype, count, a.top_k).copy_(kept)
 
 
 EXECUTE: dict[str, Callable[[Any, Entry], None]] = {

@@ -182,7 +182,7 @@ def test_serving_inputs(device: str, gate: Any, router: Router) -> None:
     weights, physical, logical = made.forward_mapped(x, words, **inputs)
     same((weights, logical), wanted)
     rows = torch.arange(tokens)
-    assert torch.equal(physical, spec.physical_ids(wanted[1], rows, expert_map, counts))
+    assert torch.equal(physical, spec.physical_ids(wanted[1], rows, expert_map, counts, -1))
 
 
 def test_image_tokens_need_an_image_bias(gate: Any) -> None:

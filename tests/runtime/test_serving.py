@@ -195,6 +195,30 @@ def test_activation_topk_replay(dense: Router) -> None:
     same(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_entry_of_a_map_is_returned_whatever_it_is(dtype: torch.dtype) -> None:
+    """As the kernels do: the op does not look at a map. A Router refuses such entries."""
+    logits, padding = torch.randn(6, E, generator=seeded(11)), mask(6, 3)
+    entries = torch.tensor([-1, -2, SENTINEL, -(2**31), 2**31 - 1, 0], dtype=torch.int32)
+    expert_map = entries.repeat(E)[:E].unsqueeze(1)
+    _, physical, logical = torch.ops.dsv4.activation_topk.mapped(
+        *(logits, BIAS, K, 1.5, True),
+        ids_dtype=dtype,
+        is_padding=padding,
+        sentinel=SENTINEL,
+        expert_map=expert_map,
+        replica_counts=torch.ones(E, dtype=torch.int32),
+    )
+    assert physical.dtype is dtype
+    expected = expert_map[:, 0][logical.clamp(min=0).long()]
+    expected = torch.where(padding.unsqueeze(1), SENTINEL, expected)
+    assert torch.equal(physical, expected.to(dtype))
+    assert int((physical < 0).sum()) > int((physical == SENTINEL).sum())
+    router = Router(CONFIG, weight=WEIGHT, bias=BIAS, device="cpu")
+    with pytest.raises(InputError, match=r"expert_map: expected entries from 0 to 2147483647"):
+        router.set_expert_map(expert_map, torch.ones(E, dtype=torch.int32))
+
+
 def test_a_count_outside_the_map_stays_inside_it() -> None:
     logits, expert_map = torch.randn(6, E), PHYSICAL.int()
     for wrong, right in ((0, 1), (-5, 1), (99, 3)):
