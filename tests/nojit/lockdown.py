@@ -44,18 +44,18 @@ _present: set[str] = set()
 
 
 class _Without:
-    """A finder of modules that finds no compiler. Whoever asks whether one is there is told that it
-    is not, as torch does when it initialises CUDA; an error in place of an answer would end that.
+    """A finder of modules that does not find some. Whoever asks whether one is there is told that
+    it is not, as torch asks when it initialises CUDA; an error for an answer would end that.
     """
 
-    def __init__(self, finder: Any) -> None:
-        self._finder = finder
+    def __init__(self, finder: Any, absent: tuple[str, ...]) -> None:
+        self._finder, self._absent = finder, absent
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._finder, name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if any(name == each or name.startswith(each + ".") for each in COMPILERS):
+        if any(name == each or name.startswith(each + ".") for each in self._absent):
             return None
         return self._finder.find_spec(name, path, target)
 
@@ -83,9 +83,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(errno.EPERM, f"locked: {event} {arguments}")
 
 
-def enter() -> None:
-    """Make compilers look uninstalled, for good."""
-    sys.meta_path[:] = [_Without(finder) for finder in sys.meta_path]
+def enter(absent: tuple[str, ...] = COMPILERS) -> None:
+    """Make compilers, or other modules, look uninstalled, for good."""
+    sys.meta_path[:] = [_Without(finder, absent) for finder in sys.meta_path]
 
 
 def _is_one_of(parts: tuple[str, ...], library: str) -> bool:
