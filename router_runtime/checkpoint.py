@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from router_runtime.errors import InputError, explain
+from router_runtime.errors import InputError, explain, install_extra
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -276,7 +276,7 @@ def _safe_open() -> Any:
                 "checkpoint files",
                 expected="the package safetensors",
                 found=error,
-                remedy="run: pip install safetensors, or pass a mapping of names to tensors",
+                remedy=f"{install_extra('safetensors')}, or pass a mapping of names to tensors",
             )
         ) from error
     return safe_open

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: The distribution of this package; those for some targets only add them: ``-sm90a``.
+DISTRIBUTION = "dsv4-router-runtime"
+
 
 class RouterRuntimeError(RuntimeError):
     """The base of every error that the runtime raises on purpose."""
@@ -30,3 +33,8 @@ class InputError(RouterRuntimeError, ValueError):
 def explain(what: str, *, expected: object, found: object, remedy: str) -> str:
     """The text of an error: ``what``, what was expected, what was found, what to do next."""
     return f"{what}: expected {expected}, found {found}; {remedy}"
+
+
+def install_extra(name: str) -> str:
+    """The command that installs what an optional part of this package needs."""
+    return f"run: pip install '{DISTRIBUTION}[{name}]'"

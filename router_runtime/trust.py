@@ -25,7 +25,13 @@ from typing import Any
 
 from router_runtime import __version__, provenance
 from router_runtime import manifest as format_
-from router_runtime.errors import ArtifactError, TrustError, explain
+from router_runtime.errors import (
+    DISTRIBUTION,
+    ArtifactError,
+    TrustError,
+    explain,
+    install_extra,
+)
 from router_runtime.files import read_file
 from router_runtime.manifest import ManifestError
 from router_runtime.provenance import Statement
@@ -33,9 +39,6 @@ from router_runtime.provenance import Statement
 PUBLIC_KEY_VARIABLE = "ROUTER_RUNTIME_PUBLIC_KEY"
 ENVELOPE_VARIABLE = "ROUTER_RUNTIME_ENVELOPE"
 LOCAL_EVIDENCE_VARIABLE = "ROUTER_RUNTIME_LOCAL_EVIDENCE"
-
-#: The distribution of this package; those for some targets only add them: ``-sm90a``.
-DISTRIBUTION = "dsv4-router-runtime"
 
 #: Far above what a release needs, far below what hurts.
 _MAX_ENVELOPE = 16 * 2**20
@@ -294,7 +297,7 @@ def _library() -> tuple[Any, Any, Any]:
                 "signature policy",
                 expected="the package cryptography",
                 found=error,
-                remedy=f"run: pip install '{DISTRIBUTION}[signature]'",
+                remedy=install_extra("signature"),
             )
         ) from error
     return InvalidSignature, UnsupportedAlgorithm, Ed25519PublicKey

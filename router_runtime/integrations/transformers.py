@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from router_runtime import ops
 from router_runtime.checks import MAX_EXPERTS, MAX_TOP_K, check_int, refuse_grad, wrong_tensor
-from router_runtime.errors import InputError, RouterRuntimeError, explain
+from router_runtime.errors import InputError, RouterRuntimeError, explain, install_extra
 from router_runtime.router import Router, RouterConfig
 
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
@@ -122,7 +122,7 @@ def _router_classes() -> tuple[type[nn.Module], type[nn.Module]]:
                 "install",
                 expected="a transformers release with DeepSeek-V4",
                 found=error,
-                remedy="run: pip install 'transformers>=5.23'",
+                remedy=install_extra("transformers"),
             )
         ) from error
     return modeling.DeepseekV4TopKRouter, modeling.DeepseekV4HashRouter

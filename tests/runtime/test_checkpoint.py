@@ -420,6 +420,6 @@ def test_files_without_the_package() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )
-    assert re.search(r"expected the package safetensors.*pip install safetensors", done.stdout), (
-        done.stderr
-    )
+    assert re.search(
+        r"expected the package safetensors.*pip install '.*\[safetensors\]'", done.stdout
+    ), done.stderr

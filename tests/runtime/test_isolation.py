@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from router_runtime.errors import install_extra
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BLOCK = """
-import importlib.abc, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        for prefix in {prefixes!r}:
-            if name == prefix or name.startswith(prefix + "."):
-                raise ImportError(f"{{name}} is blocked")
-        return None
-
-sys.meta_path.insert(0, Blocked())
+#: Makes modules look uninstalled. An error in place of an answer would end torch's own start, which
+#: asks for Triton.
+BLOCK = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests" / "nojit")!r})
+import lockdown
+del sys.path[0]
+lockdown.enter({{prefixes!r}})
 """
 
 COMPILERS = (
@@ -121,3 +122,12 @@ def test_missing_bindings_are_named() -> None:
     )
     assert "expected the package cuda-bindings" in done.stdout, done.stderr
     assert "pip install cuda-bindings" in done.stdout
+
+
+def test_every_extra_that_an_error_names_is_one() -> None:
+    """And every one has an error that names it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sources = (ROOT / "router_runtime").rglob("*.py")
+    named = re.findall(r"install_extra\(['\"](\w+)", "".join(each.read_text() for each in sources))
+    assert set(named) == set(project["optional-dependencies"])
+    assert install_extra("x") == f"run: pip install '{project['name']}[x]'"
