@@ -42,10 +42,18 @@ _State = tuple[tuple[int, int], ...]
 
 @dataclass(eq=False)
 class _Gate:
-    """What serves one module: its router (none for fp32), and the values that the router has."""
+    """What serves one module: its router (none for fp32), and the values that the router has.
+
+    ``earlier`` are routers that served it before, in another dtype or on another device, and that
+    captured graphs may still launch.
+    """
 
     router: Router | None
     state: _State
+    earlier: tuple[Router, ...] = ()
+
+    def routers(self) -> tuple[Router, ...]:
+        return self.earlier if self.router is None else (*self.earlier, self.router)
 
 
 _gates: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary()
@@ -100,17 +108,36 @@ def install(
     return list(found)
 
 
-def uninstall(model: nn.Module) -> list[str]:
-    """Give the routers of ``model`` their own ``forward`` back; returns the names of the modules
-    that had another.
+def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
+    """Give the routers of ``model`` their own ``forward`` back, and the memory of ours; returns the
+    names of the modules that had another.
+
+    A CUDA graph that has captured a module launches the router behind it, which is registered and
+    stays (``unregister_router``); then nothing is changed and InputError is raised. ``force``
+    uninstalls all the same: for when no such graph will be replayed again.
     """
-    names = []
-    for name, module in model.named_modules():
-        if _installed(module):
-            del module.forward
-            _gates.pop(module, None)
-            names.append(name)
-    return names
+    found = {name: module for name, module in model.named_modules() if _installed(module)}
+    gates = {name: _gates[module] for name, module in found.items() if module in _gates}
+    captured = [
+        name for name, gate in gates.items() if any(each._captured for each in gate.routers())
+    ]
+    if captured and not force:
+        raise InputError(
+            explain(
+                "uninstall",
+                expected="a model of which no CUDA graph has captured a router",
+                found=f"captured: {', '.join(captured)}; a replay would read its memory",
+                remedy="drop the graphs, then call uninstall(model, force=True)",
+            )
+        )
+    for module in found.values():
+        del module.forward
+        _gates.pop(module, None)
+    for gate in gates.values():
+        for router in gate.routers():
+            if router._router_id is not None:
+                ops.unregister_router(router._router_id, force=force)
+    return list(found)
 
 
 def _router_classes() -> tuple[type[nn.Module], type[nn.Module]]:
@@ -150,10 +177,11 @@ def _gate_for(
     state = _state(weight, bias)
     if known is not None and known.state == state:
         return known
+    before = () if known is None else tuple(each for each in known.routers() if each._captured)
     if weight.dtype is torch.float32:
         # One row, so that what it needs is loaded, or refused, here and not in a graph capture.
         _warm_up(weight, module.num_experts, module.top_k, scale)
-        return _Gate(None, state)
+        return _Gate(None, state, before)
     config = RouterConfig(module.hidden_dim, module.num_experts, module.top_k, scale)
     fp32 = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is None else bias.float()
     router = None if known is None else known.router
@@ -171,7 +199,7 @@ def _gate_for(
         )
     if hashed:
         _warm_up(weight, module.top_k, module.top_k, scale)
-    return _Gate(router, state)
+    return _Gate(router, state, tuple(each for each in before if each is not router))
 
 
 def _warm_up(weight: Tensor, experts: int, k: int, scale: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from router_runtime import InputError, ResolutionError, spec
+from router_runtime import InputError, ResolutionError, ops, spec
 from router_runtime.integrations.transformers import _gates, install, uninstall
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
@@ -51,7 +53,7 @@ def no_grad():
 def installed(bf16):
     install(bf16)
     yield bf16
-    uninstall(bf16)
+    uninstall(bf16, force=True)  # no test keeps its graphs
 
 
 def tokens(*shape):
@@ -173,6 +175,14 @@ def test_graph_of_a_moe_block(dtype, make_model):
             graph.replay()
             torch.cuda.synchronize()
             torch.testing.assert_close(output, block(x, batch))
+        captured = dtype is torch.bfloat16  # the others have no router
+        with pytest.raises(InputError, match="force=True") if captured else nullcontext():
+            uninstall(model)
+        del graph
+        registered = set(ops._routers)
+        uninstall(model, force=True)
+        assert len(registered - set(ops._routers)) == captured
+        install(model)
     uninstall(model)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router_runtime import spec
+from router_runtime import ops, spec
 from router_runtime.errors import InputError
+from router_runtime.integrations import transformers as integration
 from router_runtime.integrations.transformers import install, uninstall
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
@@ -252,19 +255,75 @@ def test_a_copy_needs_its_own_installation() -> None:
     twin(tokens(1, 5))
 
 
-def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
-    import gc
+@pytest.fixture
+def captured() -> Any:
+    """A model of which a graph has captured some gates, as ``Placement`` says on a GPU."""
 
-    from router_runtime.integrations import transformers as module
+    def capture(model: Any, count: int) -> list[Any]:
+        routers = [integration._gates[gate].router for gate in list(gates(model).values())[:count]]
+        for router in routers:
+            ops.register_router(router)
+            router._captured = True
+        return routers
 
+    return capture
+
+
+def test_uninstalling_a_captured_model_needs_force(captured: Any) -> None:
+    """Its graph would read memory that is gone; forced, nothing of it stays registered."""
+    model = make_model(torch.bfloat16)
+    names = install(model)
+    registered = set(ops._routers)
+    routers = captured(model, 2)
+    ids = [router.router_id for router in routers]
+    with pytest.raises(InputError, match=rf"captured: {names[0]}, {names[1]};.*force=True"):
+        uninstall(model)
+    model(tokens(1, 5))  # as it was
+    assert [ops.get_router(number) for number in ids] == routers
+    references = [weakref.ref(router) for router in routers]
+    del routers
+    assert uninstall(model, force=True) == names
+    assert set(ops._routers) == registered
     gc.collect()
-    before = len(module._gates), len(module._by_address)
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_uninstall_releases_what_was_registered() -> None:
     model = make_model(torch.bfloat16)
     install(model)
-    assert len(module._gates) == before[0] + LAYERS
+    registered = set(ops._routers)
+    number = ops.register_router(integration._gates[dense(model)[0]].router)
+    uninstall(model)
+    assert number not in ops._routers
+    assert set(ops._routers) == registered
+
+
+def test_a_captured_router_that_was_replaced_is_released_too(captured: Any) -> None:
+    model = make_model(torch.bfloat16)
+    install(model)
+    registered = set(ops._routers)
+    captured(model, LAYERS)
+    install(model)
+    model.float()  # these gates have no routers; the graph has the others'
+    install(model)
+    with pytest.raises(InputError, match="force=True"):
+        uninstall(model)
+    model.bfloat16()
+    install(model)
+    assert len(set(ops._routers) - registered) == LAYERS
+    uninstall(model, force=True)
+    assert set(ops._routers) == registered
+
+
+def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
+    gc.collect()
+    before = len(integration._gates), len(integration._by_address)
+    model = make_model(torch.bfloat16)
+    install(model)
+    assert len(integration._gates) == before[0] + LAYERS
     del model
     gc.collect()
-    assert (len(module._gates), len(module._by_address)) == before
+    assert (len(integration._gates), len(integration._by_address)) == before
 
 
 def spoiled(spoil: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -330,14 +389,13 @@ def test_gradients_are_refused() -> None:
 def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the module, and the command that builds the model."""
     from router_runtime.errors import ResolutionError
-    from router_runtime.integrations import transformers as module
     from router_runtime.kernels import kernels_on
     from router_runtime.router import _CudaDense, _Weights
 
     def router(config: Any, **_: Any) -> None:
         _CudaDense(config, _Weights(config, torch.device("cpu")), kernels_on(0), {})
 
-    monkeypatch.setattr(module, "Router", router)
+    monkeypatch.setattr(integration, "Router", router)
     model = make_model(torch.bfloat16)
     for gate in gates(model).values():
         gate.num_experts, gate.weight = 20, nn.Parameter(gate.weight[:20], requires_grad=False)
@@ -423,3 +481,4 @@ def test_without_transformers() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )
     assert "expected a transformers release with DeepSeek-V4" in done.stdout, done.stderr
+    assert "pip install 'dsv4-router-runtime[transformers]'" in done.stdout
