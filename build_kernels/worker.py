@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from build_kernels import cutedsl, nvrtc, toolchain
@@ -50,7 +50,7 @@ class Worker:
         try:
             # -P: the working directory is not searched for modules. -s: nor is the user's folder.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-m", "build_kernels.worker"],
+                [sys.executable, "-P", "-s", "-m", "build_kernels.worker", self._folder],
                 cwd=self._folder,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -97,14 +97,16 @@ class Worker:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The child's side: answer requests until standard input ends."""
-    folder = os.getcwd()
+    # Named by the parent, which made it: whoever starts a worker by hand loses no folder.
+    if len(arguments) != 1:
+        raise SystemExit(f"expected to be started by a build, found {len(arguments)} arguments")
     try:
         _serve()
     finally:
         # The parent removes it too; this is for a parent that was killed.
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(arguments[0], ignore_errors=True)
 
 
 def _serve() -> None:
@@ -154,4 +156,4 @@ def _headers(kernel: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

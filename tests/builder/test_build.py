@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 from build_kernels import build, publish
 from build_kernels.errors import BuildError
 from router_runtime.manifest import Manifest, loads
-from tests.builder.conftest import KEYS, Project, snapshot
+from tests.builder.conftest import KEYS, ROOT, Project, snapshot
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -250,6 +252,22 @@ def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     assert "Aborted!" in result.stderr
     assert not any(temporary.iterdir())
     assert not fresh.artifacts.exists()
+
+
+def test_a_worker_started_by_hand_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    result = subprocess.run(
+        [sys.executable, "-m", "build_kernels.worker"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "expected to be started by a build" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_an_ended_pool_starts_no_other_worker() -> None:
