@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels import cubin, plan, publish, toolchain
@@ -67,10 +68,8 @@ def build(jobs: Sequence[Job], out: Path, processes: int, progress: Progress) ->
     return manifest
 
 
-def inspect(job: Job, data: bytes) -> Entry:
-    """The manifest entry of a compiled job. Raises BuildError if the cubin is not what was asked
-    for or does not fit its contract.
-    """
+def identify(job: Job, data: bytes) -> Cubin:
+    """The facts of a compiled job. Raises BuildError if the cubin is not what was asked for."""
     facts = cubin.read(data, job.key)
     if facts.target != job.target:
         raise BuildError(f"{job.key}: expected a cubin for {job.target}, found {facts.target}")
@@ -78,8 +77,14 @@ def inspect(job: Job, data: bytes) -> Entry:
         raise BuildError(
             f'{job.key}: expected extern "C" __global__ {job.kernel}, found {facts.symbol}'
         )
+    return facts
+
+
+def inspect(job: Job, data: bytes, facts: Cubin, counts: Mapping[str, int]) -> Entry:
+    """The manifest entry of a compiled job whose code has these instructions. Raises BuildError if
+    the cubin does not fit its contract.
+    """
     contract, numerics = declared(job)
-    counts = cubin.census(cubin.sass(data, toolchain.nvdisasm()))
     check_contract(contract, facts, counts, job.key)
     sha256 = hashlib.sha256(data).hexdigest()
     return Entry(
@@ -235,12 +240,38 @@ def _kind(job: Job) -> str | None:
     return job.target if job.language == "cutedsl" else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    job: Job
+    data: bytes
+    facts: Cubin
+
+
 def _make(
     jobs: Sequence[Job], previous: _Previous, processes: int, progress: Progress
 ) -> list[tuple[Entry, bytes]]:
     """Compile (or reuse) and inspect every job. Raises BuildError with every failure."""
+    compiled, failures = _compile(jobs, previous, processes, progress)
+    made = []
+    for found, counts in _counted(compiled, processes):
+        try:
+            made.append((inspect(found.job, found.data, found.facts, counts), found.data))
+        except BuildError as error:
+            failures.append(str(error))
+    if failures:
+        raise BuildError(
+            "\n\n".join(sorted(failures))
+            + f"\n\n{len(failures)} of {len(jobs)} failed; nothing was published"
+        )
+    return made
+
+
+def _compile(
+    jobs: Sequence[Job], previous: _Previous, processes: int, progress: Progress
+) -> tuple[list[_Compiled], list[str]]:
+    """The cubin of every job that has one, and what is wrong with the others."""
     queue = _Queue(jobs)
-    made: list[tuple[Entry, bytes]] = []
+    made: list[_Compiled] = []
     failures: list[str] = []
     finished = threading.Lock()
 
@@ -249,11 +280,11 @@ def _make(
             started = time.monotonic()
             data = previous.cubin(job)
             how = "reused" if data is not None else "compiled"
-            outcome: tuple[Entry, bytes] | BuildError
+            outcome: _Compiled | BuildError
             try:
                 if data is None:
                     data = workers.of_kind(_kind(job)).compile(job)
-                outcome = inspect(job, data), data
+                outcome = _Compiled(job, data, identify(job, data))
             except BuildError as error:
                 outcome, how = error, "FAILED"
             with finished:
@@ -269,12 +300,26 @@ def _make(
     with _pool(queue, min(processes, len(jobs))) as (executor, workers):
         for future in [executor.submit(work, own) for own in workers]:
             future.result()
-    if failures:
-        raise BuildError(
-            "\n\n".join(sorted(failures))
-            + f"\n\n{len(failures)} of {len(jobs)} failed; nothing was published"
-        )
-    return made
+    return made, failures
+
+
+def _counted(
+    compiled: Sequence[_Compiled], processes: int
+) -> Iterator[tuple[_Compiled, Mapping[str, int]]]:
+    """Each with its instruction census. Targets are disassembled side by side."""
+    targets: dict[str, list[_Compiled]] = {}
+    for found in compiled:
+        targets.setdefault(found.facts.target, []).append(found)
+    # The largest first: the others fit beside it.
+    groups = sorted(targets.items(), key=lambda group: len(group[1]), reverse=True)
+
+    def census(group: tuple[str, list[_Compiled]]) -> list[dict[str, int]]:
+        target, members = group
+        return cubin.censuses([found.data for found in members], target, toolchain.nvdisasm())
+
+    with ThreadPoolExecutor(processes) as executor:
+        for (_, members), counts in zip(groups, executor.map(census, groups), strict=True):
+            yield from zip(members, counts, strict=True)
 
 
 class _Workers:

@@ -2,7 +2,8 @@
 
 A cubin is an ELF file for machine 190. The facts come from its symbol table, from the attribute
 records in ``.nv.info`` and ``.nv.info.<symbol>``, and from ``.note.nv.tkinfo``, the only place that
-tells ``sm_100a`` from ``sm_100f``. Instructions come from ``nvdisasm``.
+tells ``sm_100a`` from ``sm_100f``. Instructions come from ``nvdisasm``, which takes half a second
+to start: a build asks it once a target.
 
 Spills are read off the instructions, so that both compilers are measured alike: the bytes per
 thread of all ``STL`` (stores) and all ``LDL`` (loads), each counted once however often it runs.
@@ -11,12 +12,14 @@ Accesses to an array that the compiler had to keep in local memory count too: th
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import os
 import re
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +45,9 @@ _ATTR_PARAMETER = 0x17
 _ATTR_REGISTERS = 0x2F
 _ATTR_CLUSTER = 0x3D
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+)
 _ARCH = re.compile(r"(?:^|\s)-arch[= ](sm_\w+)")
 _LOCAL = re.compile(r"(LDL|STL)\b")
 _WIDTH = re.compile(r"\.(64|128|U8|S8|U16|S16)\b")
@@ -88,30 +93,27 @@ def read(data: bytes, where: str) -> Cubin:
 
 def sass(data: bytes, nvdisasm: Path) -> str:
     """The disassembly, as ``nvdisasm`` prints it."""
-    # A file without a name: nothing is left behind, however this process ends.
-    with os.fdopen(os.memfd_create("cubin"), "wb") as file:
-        file.write(data)
-        file.flush()
-        result = subprocess.run(
-            [nvdisasm, "-c", f"/proc/self/fd/{file.fileno()}"],
-            pass_fds=[file.fileno()],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if result.returncode:
-        raise BuildError(f"expected nvdisasm to read the cubin, found: {result.stderr.strip()}")
-    return result.stdout
+    return _disassembled(data, ("--print-code",), nvdisasm)
 
 
 def census(listing: str) -> dict[str, int]:
     """Instruction, modifiers included -> how often it stands in the listing."""
-    counts: collections.Counter[str] = collections.Counter()
-    for line in listing.splitlines():
-        match = _INSTRUCTION.match(line)
-        if match:
-            counts[match[1]] += 1
+    counts = collections.Counter(instruction for _, instruction in _instructions(listing))
     return dict(sorted(counts.items()))
+
+
+def censuses(cubins: Sequence[bytes], target: str, nvdisasm: Path) -> list[dict[str, int]]:
+    """The census of each of these cubins for one target. ``nvdisasm`` gets the code of all in one
+    piece, and an instruction counts for the cubin at whose place it stands.
+    """
+    codes = [_code(data) for data in cubins]
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    # Data flow does not end where a cubin does; nothing that is counted depends on it.
+    options = ("--binary", target.replace("sm_", "SM"), "--no-dataflow")
+    counts: list[collections.Counter[str]] = [collections.Counter() for _ in cubins]
+    for address, instruction in _instructions(_disassembled(b"".join(codes), options, nvdisasm)):
+        counts[bisect.bisect_right(ends, address)][instruction] += 1
+    return [dict(sorted(found.items())) for found in counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,36 @@ def resources(cubin: Cubin, counts: Mapping[str, int]) -> Resources:
         local_memory=cubin.local_memory,
         static_shared_memory=cubin.static_shared_memory,
     )
+
+
+def _disassembled(image: bytes, options: Sequence[str], nvdisasm: Path) -> str:
+    # A file without a name: nothing is left behind, however this process ends.
+    with os.fdopen(os.memfd_create("cubin"), "wb") as file:
+        file.write(image)
+        file.flush()
+        result = subprocess.run(
+            [nvdisasm, *options, f"/proc/self/fd/{file.fileno()}"],
+            pass_fds=[file.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise BuildError(f"expected nvdisasm to read the cubin, found: {result.stderr.strip()}")
+    return result.stdout
+
+
+def _instructions(listing: str) -> Iterator[tuple[int, str]]:
+    """Address and instruction, modifiers included, of every line that has one."""
+    for line in listing.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match:
+            yield int(match[1], 16), match[2]
+
+
+def _code(data: bytes) -> bytes:
+    """The machine code of the entry function and of whatever it calls."""
+    return b"".join(s.data for s in _sections(data, "cubin") if s.name.startswith(".text."))
 
 
 def _read(data: bytes, where: str) -> Cubin:

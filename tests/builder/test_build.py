@@ -183,7 +183,7 @@ def test_what_a_compiler_prints_is_not_taken_for_an_answer(project: Project) -> 
 
 
 # The driver lets a build run until its n-th rename (cubins first, the manifest last), or until it
-# is about to compile, and then kills it as a power cut would.
+# has compiled something or is about to inspect it, and then kills it as a power cut would.
 KILLED = """
 import os, signal
 from build_kernels import build, publish
@@ -206,8 +206,9 @@ main(["build"])
 @pytest.mark.parametrize(
     ("target", "step"),
     [
+        ("build.identify", 0),
+        ("build.identify", 3),
         ("build.inspect", 0),
-        ("build.inspect", 3),
         *(("os.replace", step) for step in range(7)),
         ("publish._prune", 1),
     ],
@@ -231,7 +232,8 @@ def test_a_killed_build_leaves_a_usable_folder(project: Project, target: str, st
 def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    script = KILLED.format(target="build.inspect", step=1)
+    # When the first CuTe DSL kernel was compiled, no worker is about to start.
+    script = KILLED.format(target="build.identify", step=2)
     script = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n" + script
     assert fresh.python(script).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
@@ -243,7 +245,7 @@ def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None
 def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    script = KILLED.format(target="build.inspect", step=1).replace("SIGKILL", "SIGINT")
+    script = KILLED.format(target="build.identify", step=1).replace("SIGKILL", "SIGINT")
     script = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n" + script
     # A shell starts what it puts into the background with SIGINT ignored.
     script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + script

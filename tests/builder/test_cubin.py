@@ -141,6 +141,29 @@ def test_census_counts_instructions_by_name() -> None:
     assert (used.spill_stores, used.spill_loads) == (16 + 8 + 4 + 4 + 1, 8)
 
 
+# A function that is called has a section of its own.
+CALL = """
+__device__ __noinline__ int called(int x) { return x * x + 1; }
+extern "C" __global__ void call(int* x) { *x = called(*x) + called(x[1]); }
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_100f", "sm_103a"])
+def test_cubins_are_counted_together_as_each_alone(compile_cuda: Compile, target: str) -> None:
+    sources = (CALL, LOCAL, PARAMETERS, CALL, DYNAMIC)
+    cubins = [compile_cuda(source, target) for source in sources]
+    alone = [cubin.census(cubin.sass(data, toolchain.nvdisasm())) for data in cubins]
+    assert cubin.censuses(cubins, target, toolchain.nvdisasm()) == alone
+    assert alone[0] == alone[3] != alone[1]
+    assert any(name.startswith("CALL") for name in alone[0])
+
+
+def test_what_the_disassembler_refuses_is_an_error(compile_cuda: Compile) -> None:
+    data = compile_cuda(TENSOR, "sm_100a")
+    with pytest.raises(BuildError, match="expected nvdisasm to read the cubin, found: nvdisasm er"):
+        cubin.censuses([data], "sm_90a", toolchain.nvdisasm())
+
+
 TENSOR = r"""
 extern "C" __global__ void tensor(int* x)
 {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from build_kernels import cutedsl
-from build_kernels.build import inspect
+from build_kernels.build import identify
 from build_kernels.errors import BuildError
 from build_kernels.plan import Job
 from build_kernels.worker import Worker
@@ -42,7 +42,7 @@ def test_a_cubin_for_another_target_is_refused(compile_cuda: Compile) -> None:
     with pytest.raises(
         BuildError, match="f/any/sm_100a/a: expected a cubin for sm_100a, found sm_100f"
     ):
-        inspect(job, data)
+        identify(job, data)
 
 
 def test_family_targets_differ_from_specific_ones(project: Project) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from build_kernels import cubin, plan, toolchain
-from build_kernels.build import inspect
+from build_kernels.build import identify, inspect
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.plan import Job
@@ -28,9 +28,10 @@ def found_in(worker: Worker, kernel: str, model: str, variant: str) -> tuple[Job
     """Compile; what the listing has. ``inspect`` has checked the contract, and here: no spills."""
     job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
     data = worker.compile(job)
-    used = inspect(job, data).resources
+    counts = cubin.census(cubin.sass(data, toolchain.nvdisasm()))
+    used = inspect(job, data, identify(job, data), counts).resources
     assert (used.spill_stores, used.spill_loads, used.local_memory) == (0, 0, 0)
-    return job, cubin.tensor_core(cubin.census(cubin.sass(data, toolchain.nvdisasm())))
+    return job, cubin.tensor_core(counts)
 
 
 def test_the_split_form_issues_every_step_once(worker: Worker) -> None:
