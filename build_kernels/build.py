@@ -212,23 +212,40 @@ class _Previous:
         return publish.verified(self._folder, entry.file, entry.sha256)
 
 
+#: The kind of worker that compiles CUDA C++; one that compiles CuTe DSL is called by its target.
+_CUDA = "cuda"
+
+
 class _Queue:
-    """Jobs by the kind of worker they need. A worker is kept busy with its own kind first; a new
-    one starts on the kind with the most jobs left.
+    """Jobs by the kind of worker they need. A worker is kept busy with its own kind first. A new
+    one begins a target of the CuTe DSL that none is at, for its jobs are the longest and starting
+    on them costs a second; else it takes the kind with the most jobs left. What remains for the
+    end is CUDA C++, in small pieces for everyone.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str | None, list[Job]] = {}
+        self._begun = {_CUDA}
+        self._waiting: dict[str, list[Job]] = {}
         for job in reversed(jobs):
             self._waiting.setdefault(_kind(job), []).append(job)
 
     def take(self, kind: str | None) -> Job | None:
+        """The next job for a worker of this kind; None says that there is no worker yet."""
         with self._lock:
-            if not self._waiting.get(kind):
-                kind = max(self._waiting, key=lambda k: len(self._waiting[k]), default=None)
-            waiting = self._waiting.get(kind)
-            return waiting.pop() if waiting else None
+            if kind not in self._waiting:
+                kind = max(
+                    self._waiting,
+                    key=lambda k: (k not in self._begun, len(self._waiting[k])),
+                    default=None,
+                )
+            if kind is None:
+                return None
+            self._begun.add(kind)
+            job = self._waiting[kind].pop()
+            if not self._waiting[kind]:
+                del self._waiting[kind]
+            return job
 
     def drop(self) -> None:
         """Forget what nobody has taken."""
@@ -236,8 +253,8 @@ class _Queue:
             self._waiting.clear()
 
 
-def _kind(job: Job) -> str | None:
-    return job.target if job.language == "cutedsl" else None
+def _kind(job: Job) -> str:
+    return job.target if job.language == "cutedsl" else _CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,18 +346,17 @@ class _Workers:
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._ended = False
+        #: None until there is one.
+        self.kind: str | None = None
 
-    @property
-    def kind(self) -> str | None:
-        return self._worker.target if self._worker else None
-
-    def of_kind(self, kind: str | None) -> Worker:
+    def of_kind(self, kind: str) -> Worker:
         with self._lock:
             if self._ended:
                 raise BuildError("interrupted")
-            if self._worker is None or self._worker.target != kind:
+            if self._worker is None or self.kind != kind:
                 self._close()
-                self._worker = Worker(kind)
+                self._worker = Worker(None if kind == _CUDA else kind)
+                self.kind = kind
             return self._worker
 
     def end(self) -> None:

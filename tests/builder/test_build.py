@@ -17,6 +17,7 @@ import pytest
 
 from build_kernels import build, publish
 from build_kernels.errors import BuildError
+from build_kernels.plan import Job
 from router_runtime.manifest import Manifest, loads
 from tests.builder.conftest import KEYS, ROOT, Project, snapshot
 
@@ -232,8 +233,8 @@ def test_a_killed_build_leaves_a_usable_folder(project: Project, target: str, st
 def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    # When the first CuTe DSL kernel was compiled, no worker is about to start.
-    script = KILLED.format(target="build.identify", step=2)
+    # When its second kernel was compiled, no worker is about to start.
+    script = KILLED.format(target="build.identify", step=1)
     script = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n" + script
     assert fresh.python(script).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
@@ -272,11 +273,26 @@ def test_a_worker_started_by_hand_removes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_workers_begin_with_the_targets_that_none_is_at() -> None:
+    jobs = [
+        *(Job("a", "cuda", None, "sm_90a", str(i), {}, "") for i in range(5)),
+        *(Job("b", "cutedsl", None, "sm_90a", str(i), {}, "") for i in range(3)),
+        *(Job("b", "cutedsl", None, "sm_100a", str(i), {}, "") for i in range(2)),
+    ]
+    queue = build._Queue(jobs)
+    begun = [queue.take(None) for _ in range(4)]
+    assert begun == [jobs[5], jobs[8], jobs[0], jobs[1]]
+    # Each keeps to its kind while there is any of it, then helps where most is left.
+    assert [queue.take("sm_100a") for _ in range(2)] == [jobs[9], jobs[2]]
+    assert [queue.take("sm_90a") for _ in range(3)] == [jobs[6], jobs[7], jobs[3]]
+    assert [queue.take("cuda") for _ in range(2)] == [jobs[4], None]
+
+
 def test_an_ended_pool_starts_no_other_worker() -> None:
     workers = build._Workers()
     workers.end()
     with pytest.raises(BuildError, match="interrupted"):
-        workers.of_kind(None)
+        workers.of_kind("sm_90a")
 
 
 def test_one_build_at_a_time_in_a_folder(project: Project, tmp_path: Path) -> None:
