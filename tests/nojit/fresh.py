@@ -38,6 +38,10 @@ ABSENT = ("triton", "setuptools")
 
 PTX = b".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry hash_router() { ret; }\n"
 
+#: Folders that the driver makes in a home when it starts, for what it may compile. Whatever it put
+#: there would be found.
+DRIVER_CACHE = (".nv", ".nv/ComputeCache")
+
 #: Kept from the caller's environment: where a machine keeps its driver, and which GPU to use.
 PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
@@ -58,9 +62,9 @@ def make_site(into: Path, artifacts: Path) -> Path:
 
 
 def run(site: Path, device: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Serve from ``site``: no PATH, an empty home and working folder that must stay empty, no
-    compilation by the driver. Adds what was left in those folders to the output and fails for it.
-    ``without`` names locks to leave open.
+    """Serve from ``site``: no PATH, an empty home and working folder that must stay empty but for
+    an empty cache of the driver's, no compilation by the driver. Adds what was left in those
+    folders to the output and fails for it. ``without`` names locks to leave open.
     """
     home = site.with_name("-without-".join((site.name + "-home", *without)))
     home.mkdir()
@@ -88,7 +92,8 @@ def run(site: Path, device: str, without: tuple[str, ...] = ()) -> subprocess.Co
     finally:
         for folder in (home, site):
             os.chmod(folder, 0o755)
-    left = sorted(_files(home) + [file for file in _files(site) if file not in before])
+    before += [str(home / folder) for folder in DRIVER_CACHE]
+    left = sorted(file for file in _files(home) + _files(site) if file not in before)
     if left:
         done.stdout += f"left behind: {left}\n"
         done.returncode = done.returncode or 1
