@@ -252,7 +252,7 @@ class BoundLaunch:
 
     __slots__ = (
         *("__weakref__", "_axes", "_fixed", "_kernel", "_launch", "_layout", "_local", "_maps"),
-        *("_order", "_pack_into", "_positions", "_template", "keep"),
+        *("_order", "_pack_into", "_positions", "_spare", "_template", "keep"),
     )
 
     def __init__(
@@ -285,6 +285,8 @@ class BoundLaunch:
         self._maps = [
             (index, positions[recipe.argument]) for index, recipe in enumerate(layout.maps)
         ]
+        # For the first thread that launches; there is seldom another.
+        self._spare = [_Block(contract, layout, self._template)]
         _launchers.add(self)
 
     def __call__(self, stream: int, *varying: Any) -> None:
@@ -309,9 +311,13 @@ class BoundLaunch:
             raise self._failed(status, values)
 
     def _block(self) -> _Block:
-        """The calling thread's block; made on the thread's first launch."""
-        self._kernel.enter_thread()
-        block = _Block(self._kernel.entry.contract, self._layout, self._template)
+        """The calling thread's block, on its first launch: the one that is there, or a new one."""
+        kernel = self._kernel
+        kernel.enter_thread()
+        try:
+            block = self._spare.pop()
+        except IndexError:
+            block = _Block(kernel.entry.contract, self._layout, self._template)
         self._local.block = block
         return block
 

@@ -507,18 +507,36 @@ class Router:
             torch.cuda.synchronize(self.device)
 
     def warmup(self) -> None:
-        """One dummy call of every kernel, so that torch's allocator and the driver are warm."""
-        config = self.config
+        """One dummy call of every kernel, so that torch's allocator and the driver are warm; of a
+        registered router by its op, so that torch's dispatcher is too.
+        """
+        backend = self._backend
         for tokens in [span.low for span in self.spans] or [1]:
-            rows = []
-            if "weight" in checkpoint.TENSORS[config.mode]:
-                shape = (tokens, config.hidden_size)
-                rows.append(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
-            if "table" in checkpoint.TENSORS[config.mode]:
-                rows.append(torch.zeros(tokens, dtype=torch.int64, device=self.device))
-            self._backend.route(*rows)
+            rows = self._dummies(tokens)
+            if self._router_id is None:
+                backend.route(*rows)
+            else:
+                self._op("", "default")(*rows, *self._numbers())
+        if isinstance(backend, _CudaDense):
+            known = {span.entry.key for span in self.spans}
+            for span in backend.recording_spans:
+                if span.entry.key not in known:
+                    backend.route_with_logits(*self._dummies(span.low))
+        if self._weights is not None and self._weights.image_bias is not None:
+            images = torch.ones(1, dtype=torch.bool, device=self.device)
+            self.forward(*self._dummies(1), image_mask=images)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _dummies(self, tokens: int) -> list[Tensor]:
+        """What this router's mode routes by, all zeros."""
+        rows = []
+        if "weight" in checkpoint.TENSORS[self.config.mode]:
+            shape = (tokens, self.config.hidden_size)
+            rows.append(torch.zeros(shape, dtype=torch.bfloat16, device=self.device))
+        if "table" in checkpoint.TENSORS[self.config.mode]:
+            rows.append(torch.zeros(tokens, dtype=torch.int64, device=self.device))
+        return rows
 
 
 def warmup_router_compilation(router: Router) -> None:
@@ -669,6 +687,7 @@ class _DenseLauncher:
         self.mapped = any(recipe.argument == "hidden_states" for recipe in contract.tensor_maps)
         self._hidden_size = config.hidden_size
         self._workspaces = Workspaces(contract.workspace_bytes, placement)
+        self._workspaces.address(placement.stream())  # made now, and not by the first call
         fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
         fixed |= {"renormalize": int(config.renormalize), "sentinel": config.sentinel}
         fixed["image_bias"] = weights.image_bias
@@ -750,8 +769,9 @@ class _CudaDense:
                 span.entry.key: span.entry for span in (*self.spans, *self._recording.spans)
             }.values()
         }
+        self.recording_spans = self._recording.spans
         self._plan = _Plan(self.spans, launchers)
-        self._recording_plan = _Plan(self._recording.spans, launchers)
+        self._recording_plan = _Plan(self.recording_spans, launchers)
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         placement = self._placement

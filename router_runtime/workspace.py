@@ -1,10 +1,10 @@
 """The zeroed buffers in which a kernel's blocks count each other; no two launches that can overlap
 share one.
 
-Launches on one stream follow each other, so they share one buffer. A captured launch can be
-replayed at any time on any stream, so each has its own, for the life of the router: a captured
-graph holds the address. Kernels leave a buffer zeroed where it matters, so it is zeroed once, when
-it is made.
+Launches on one stream follow each other, so they share one buffer: for the stream on which a router
+is built it is made then, for others by their first launch. A captured launch can be replayed at any
+time on any stream, so each has its own, for the life of the router: a captured graph holds the
+address. Kernels leave a buffer zeroed where it matters, so it is zeroed once, when it is made.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import inspect
 import math
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +24,14 @@ import torch
 from torch import Tensor
 
 from router_runtime import evidence as evidence_
-from router_runtime import kernels, ops, rows, spec
+from router_runtime import kernels, launch, ops, rows, spec
 from router_runtime.errors import InputError, ResolutionError
 from router_runtime.kernels import kernels_on
 from router_runtime.placement import Placement
 from router_runtime.router import (
     Router,
     RouterConfig,
+    _CpuDense,
     _CudaDense,
     _CudaHash,
     _Weights,
@@ -223,7 +226,7 @@ def test_dense_decode_and_prefill(gpu: Any, tokens: int, launched: str, renormal
     same(Router(config, weight=weight, bias=bias, device="cpu")(hidden(tokens)), expected)
     path, _ = cuda_dense(config)
     same(path.route(hidden(tokens)), expected)
-    assert [launch.symbol for launch in gpu.launches] == [{"D": D, "P": P}[it] for it in launched]
+    assert [each.symbol for each in gpu.launches] == [{"D": D, "P": P}[it] for it in launched]
     assert all(launch.stream == 7 for launch in gpu.launches)
 
 
@@ -238,7 +241,7 @@ def test_logits(gpu: Any, cpu_dense: Router, tokens: int) -> None:
         same(found[:2], spec.dense_router(x, weights.weight, weights.bias, K, 1.5))
         assert torch.equal(found[2].view(torch.int32), logits.view(torch.int32))
         assert (found[2][tokens // 2 :].view(torch.int32) == spec.NAN_LOGIT_BITS).all()
-    assert [launch.symbol for launch in gpu.launches] == [D] * -(-tokens // 8)
+    assert [each.symbol for each in gpu.launches] == [D] * -(-tokens // 8)
     path.route(x[:8])
     if tokens:
         assert gpu.launches[-1].arguments["logits_out"] == 0
@@ -620,7 +623,7 @@ def test_workspace_reaches_the_kernel(
     path, _ = cuda_dense()
     path.route(hidden(3))
     path.route(hidden(3))
-    first, second = (launch.arguments["workspace"] for launch in gpu.launches)
+    first, second = (each.arguments["workspace"] for each in gpu.launches)
     assert first == second != 0
 
 
@@ -722,4 +725,87 @@ def test_warmup(cpu_dense: Router, gpu: Any) -> None:
     path, _ = cuda_dense()
     cpu_dense._backend = path
     warmup_router_compilation(cpu_dense)
-    assert [launch.symbol for launch in gpu.launches] == [D, P]
+    assert [each.symbol for each in gpu.launches] == [D, P]
+
+
+def test_warmup_runs_kernels_that_only_logits_or_images_take(
+    gpu: Any, build: SimpleNamespace, tmp_path: Path
+) -> None:
+    quick = build.entry(
+        D,
+        build.dense(H, E, logits=False),
+        model="small",
+        variant="quick",
+        constants={"HIDDEN": H, "EXPERTS": E, "TOP_K": K},
+        numerics=build.numerics,
+    )
+    timed = {"quick": 2.0, "portable": 3.0}
+    gpu.entries = [
+        dataclasses.replace(entry, latency=((8, timed[entry.variant]),))
+        if entry.kernel == D
+        else entry
+        for entry in (*build.small(), quick)
+    ]
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    weight, bias = weights_of()
+    router = Router(CONFIG, weight=weight, bias=bias, image_bias=bias, device="cpu")
+    weights = router._weights
+    assert weights is not None
+    path = _CudaDense(CONFIG, weights, kernels_on(0), {})
+    weights.write(weight, bias, bias)
+    plain = {span.entry.key for span in path.spans}
+    only_logits = {span.entry.key for span in path.recording_spans} - plain
+    assert only_logits
+    router._backend = path
+    router.warmup()
+    assert len(gpu.launches) == len(path.spans) + len(only_logits) + 1
+    assert [bool(each.arguments["image_mask"]) for each in gpu.launches].count(True) == 1
+
+
+def test_warmup_of_a_registered_router_goes_through_its_op(
+    cpu_dense: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's dispatcher remembers an op that was called."""
+    called = []
+    route = _CpuDense.route
+
+    def spied(self: Any, tensor: Tensor) -> Any:
+        frames = inspect.stack(context=0)
+        called.append(any(frame.function == "_plain_dense_router" for frame in frames))
+        return route(self, tensor)
+
+    monkeypatch.setattr(_CpuDense, "route", spied)
+    cpu_dense.warmup()
+    router_id = ops.register_router(cpu_dense)
+    cpu_dense.warmup()
+    ops.unregister_router(router_id)
+    assert called == [False, True]
+
+
+def test_the_first_call_makes_nothing(
+    gpu: Any,
+    build: SimpleNamespace,
+    tmp_path: Path,
+    streams: Streams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The workspace of the stream and the argument memory are there from construction on."""
+    gpu.entries = build.small(workspace=100)
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    path, weights = cuda_dense()
+    wanted = spec.dense_router(hidden(3), weights.weight, weights.bias, K, 1.5)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("made by a call")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_Block", refused)
+        patch.setattr(Workspaces, "_zeros", refused)
+        same(path.route(hidden(3)), wanted)
+        same(
+            path.route(hidden(20)),
+            spec.dense_router(hidden(20), weights.weight, weights.bias, K, 1.5),
+        )
+        # Another thread makes its own.
+        with ThreadPoolExecutor(1) as pool, pytest.raises(AssertionError, match="made by a call"):
+            pool.submit(path.route, hidden(3)).result()
