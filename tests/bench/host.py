@@ -1,6 +1,10 @@
 """Host time: how long the caller's thread is busy with one eager call, and how the first call
 compares with the hundredth.
 
+What torch itself does at a first use of the sizes that a call returns is measured by itself, and
+first: ``torch.empty`` of a call's outputs. Of ours the first call is taken twice, of a router that
+has just been built and of one that has been warmed up too, as ``warmup_router_compilation`` does.
+
 Calls are submitted in batches that the GPU's queue holds with room to spare, after the previous
 batch has drained, so no call ever waits for the GPU. Contenders take turns batch by batch: what
 disturbs the machine disturbs them alike.
@@ -15,8 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from build_kernels.catalog import Model
-from router_runtime import ops, register_router, unregister_router
+from router_runtime import (
+    Router,
+    ops,
+    register_router,
+    unregister_router,
+    warmup_router_compilation,
+)
 from tests.bench.chain import make_inputs, make_layers
 from tests.bench.contenders import CONTENDERS, Settings, make_router
 from tests.bench.machine import Machine, attempt
@@ -27,21 +39,33 @@ CALLS_PER_BATCH = 100
 Call = Callable[[], object]
 
 ROUTER, OP, PEER = "Router(x)", "torch.ops.dsv4.dense_router", "mm+triton"
+OUTPUTS = "torch.empty"
 OURS = (ROUTER, OP)
 
 
 class Latency(NamedTuple):
-    """Microseconds from the call to its result on the device, for the first and hundredth call."""
+    """Microseconds from the call to its result on the device, for the first and hundredth call, and
+    for the first one after a warm-up.
+    """
 
     first_us: float
     hundredth_us: float
+    warmed_us: float | None = None
+
+
+class Subject(NamedTuple):
+    """What is called, and the router behind it if it is ours."""
+
+    call: Call
+    router: Router | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HostCell:
     """Microseconds of the host for one eager call, over batches. ``first_us`` and ``hundredth_us``
     are whole calls, waited for: the first of a router that has just been built, or of a function in
-    a process that has not called it yet.
+    a process that has not called it yet. ``warmed_us`` is the first of another router after its
+    warm-up.
     """
 
     model: str
@@ -52,6 +76,7 @@ class HostCell:
     high_us: float | None = None
     first_us: float | None = None
     hundredth_us: float | None = None
+    warmed_us: float | None = None
     error: str | None = None
 
 
@@ -80,6 +105,7 @@ def submit_times(
 
 def first_and_hundredth(call: Call, synchronize: Call) -> Latency:
     times = []
+    gc.collect()  # what was built before is not the first call's
     synchronize()
     for _ in range(100):
         start = time.perf_counter()
@@ -103,30 +129,47 @@ def measure(
     weight, bias = layers.weights[0], layers.biases[0]
     (x,) = make_inputs(model, tokens, 1, machine.device)
 
-    def direct() -> Call:
-        router = make_router(model, weight, bias, "pdl", settings)
-        return lambda: router(x)
+    def outputs() -> Subject:
+        shape, device = (tokens, model.top_k), machine.device
+        return Subject(
+            lambda: (
+                torch.empty(shape, dtype=torch.float32, device=device),
+                torch.empty(shape, dtype=torch.int32, device=device),
+            )
+        )
 
-    def through_torch() -> Call:
+    def direct() -> Subject:
+        router = make_router(model, weight, bias, "pdl", settings)
+        return Subject(lambda: router(x), router)
+
+    def through_torch() -> Subject:
         router = make_router(model, weight, bias, "pdl", settings)
         number, experts, k = register_router(router), model.experts, model.top_k
         registered.append(number)
-        return lambda: ops.dense_router(x, number, experts, k)
+        return Subject(lambda: ops.dense_router(x, number, experts, k), router)
 
-    def peer() -> Call:
+    def peer() -> Subject:
         route = CONTENDERS[PEER].make(layers, "pdl", settings)
-        return lambda: route(0, x)
+        return Subject(lambda: route(0, x))
 
     registered: list[int] = []
     calls: dict[str, Call] = {}
     latencies: dict[str, Latency] = {}
     failed: list[HostCell] = []
     try:
-        for name, make in ((ROUTER, direct), (OP, through_torch), (PEER, peer)):
+        makers = {OUTPUTS: outputs, ROUTER: direct, OP: through_torch, PEER: peer}
+        for name, make in makers.items():
 
-            def begin(make: Callable[[], Call] = make) -> tuple[Call, Latency]:
-                call = make()
-                return call, first_and_hundredth(call, machine.synchronize)
+            def begin(make: Callable[[], Subject] = make) -> tuple[Call, Latency]:
+                call, router = make()
+                latency = first_and_hundredth(call, machine.synchronize)
+                if router is not None:
+                    other = make()
+                    assert other.router is not None
+                    warmup_router_compilation(other.router)
+                    warmed = first_and_hundredth(other.call, machine.synchronize)
+                    latency = latency._replace(warmed_us=warmed.first_us)
+                return call, latency
 
             found = attempt(begin, machine)
             if isinstance(found, str):

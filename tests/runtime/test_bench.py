@@ -373,7 +373,7 @@ def test_comparison_takes_every_variant():
 
 
 def host_cell(contender: str, median: float | None, **changes: Any) -> HostCell:
-    blank = HostCell("dsv4-flash", 1, contender, median, median, median, 90.0, 30.0)
+    blank = HostCell("dsv4-flash", 1, contender, median, median, median, 90.0, 30.0, 35.0)
     return dataclasses.replace(blank, **changes)
 
 
@@ -392,7 +392,7 @@ def test_host_comparison():
     table = report.host_table(cells, 0.6)
     assert table[3].split() == [
         *(host.ROUTER, "1", "dsv4-flash", "10.00", "10.00", "10.00"),
-        *("90.00", "30.00", "0.500", "yes"),
+        *("90.00", "35.00", "30.00", "0.500", "yes"),
     ]
     assert table[4].split()[-1] == "NO"
     assert report.host_table([], 0.6) == []
@@ -820,7 +820,9 @@ def test_dry_run_writes_the_document(bench):
             assert each["wrong_rows"] == 0
             assert each["low_us"] <= each["median_us"] <= each["high_us"]
     assert {(c["tokens"], c["contender"]) for c in document["host"]} == {
-        (tokens, name) for tokens in run_.HOST_TOKENS for name in (host.ROUTER, host.OP, host.PEER)
+        (tokens, name)
+        for tokens in run_.HOST_TOKENS
+        for name in (host.OUTPUTS, host.ROUTER, host.OP, host.PEER)
     }
     assert "tiny: microseconds a router" in result.output
     assert "out/bench.json" in result.output
@@ -835,7 +837,10 @@ def test_parts_can_be_left_out(bench):
     ]
     result, document = dry(bench, "--parts", "host")
     assert document["cells"] == []
-    assert document["host"]
+    for each in document["host"]:
+        ours = each["contender"] in host.OURS
+        assert (each["warmed_us"] is not None) is ours
+        assert (each["error"] is None) is (each["contender"] != host.PEER)
     assert "tiny: microseconds a router" not in result.output
 
 
