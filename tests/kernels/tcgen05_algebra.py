@@ -22,6 +22,10 @@ K_BLOCK = 64
 LOADED = 8
 
 
+#: What does not depend on the experts, by tokens: asking for every element takes seconds.
+fragments: dict[int, dict[str, Any]] = {}
+
+
 class Algebra:
     def __init__(self, experts: int, tokens: int) -> None:
         self.experts, self.tokens = experts, tokens
@@ -69,21 +73,35 @@ class Algebra:
         for step in cutlass.range_constexpr(K_BLOCK // 16):
             for stage in cutlass.range_constexpr(STAGES):
                 cute.gemm(mma, sums, a[None, None, step, stage], b[None, None, step, stage], sums)
-        self.found["accumulator"] = [
-            [int(cute.crd2idx(((row, column), 0, 0), sums.layout)) for column in range(self.tokens)]
-            for row in range(128)
-        ]
         load = tcgen05.make_tmem_copy(
             cute.make_copy_atom(
                 tcgen05.Ld16x256bOp(tcgen05.Repetition.x2, tcgen05.Pack.NONE), Float32
             ),
             sums[(None, None), 0, 0],
         )
-        rows, columns = load.tiler_mn
-        self.found["load"] = [
-            [self.place(load, rows, columns, thread, register) for register in range(LOADED)]
-            for thread in range(128)
-        ]
+        self.found |= self.fragments(sums, load)
+
+    def fragments(self, sums: Any, load: Any) -> dict[str, Any]:
+        """Where the accumulator's elements lie, and which of them a load brings to whom."""
+        if self.tokens not in fragments:
+            layout, (rows, columns) = sums.layout, load.tiler_mn
+            fragments[self.tokens] = {
+                "accumulator": [
+                    [
+                        int(cute.crd2idx(((row, column), 0, 0), layout))
+                        for column in range(self.tokens)
+                    ]
+                    for row in range(128)
+                ],
+                "load": [
+                    [
+                        self.place(load, rows, columns, thread, register)
+                        for register in range(LOADED)
+                    ]
+                    for thread in range(128)
+                ],
+            }
+        return fragments[self.tokens]
 
     def place(
         self, load: Any, rows: Any, columns: Any, thread: int, register: int
