@@ -13,8 +13,8 @@ UV = uv==0.13.9
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build-cubins lock-cubins check-cubins release verify-release test test-gpu verify-gpu \
-	kill-trials lint format lock clean clean-venv
+.PHONY: help build-cubins lock-cubins check-cubins release verify-release test test-builder \
+	test-runtime test-gpu verify-gpu kill-trials lint format lock clean clean-venv
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,8 +34,14 @@ release: .venv/.release ## Make a release in dist/; options: RELEASE="--target s
 verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER --key KEY.pub --rebuild"
 	.venv/bin/python -m build_kernels verify-release $(RELEASE)
 
+# Two environments, two runs, side by side: each says what it has to say when it has ended.
 test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime
+
+test-builder: .venv/.dev ## Run the tests of the builder and the kernels' sources
 	.venv/bin/python -m pytest tests/builder tests/kernels
+
+test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
 	.venv-test/bin/python -m pytest tests/runtime tests/oracle tests/gpu
 
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
