@@ -51,6 +51,26 @@ def test_every_type_at_its_place(build: SimpleNamespace, load: Any, fake: Any) -
     assert seen.block == (128, 1, 1)
 
 
+def test_launching_by_name_again_uses_the_same_memory(
+    build: SimpleNamespace, load: Any, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    block = launch._Block
+    monkeypatch.setattr(launch, "_Block", lambda *given: made.append(given) or block(*given))
+    kernel = load(contract_of(build, "a=i32 b=ptr:f32 c=f32"))
+    given: list[dict[str, Any]] = [
+        {"a": 1, "b": 64, "c": 0.5},
+        {"c": 2.0, "a": 3, "b": None},
+        {"b": 128, "c": -0.5, "a": 4},
+    ]
+    for arguments in given:
+        kernel.launch(0, **arguments)
+    assert [seen.arguments for seen in fake.launches] == [
+        {name: value or 0 for name, value in arguments.items()} for arguments in given
+    ]
+    assert len(made) == 1
+
+
 def test_binding_keeps_the_order_of_names_apart_from_the_order_of_arguments(
     build: SimpleNamespace, load: Any, fake: Any
 ) -> None:
