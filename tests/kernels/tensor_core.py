@@ -1,4 +1,5 @@
-"""A multiprocessor's tensor core of sm_100a in numpy, from the PTX manual: the other opinion.
+"""A multiprocessor in numpy, the tensor core of sm_100a included, from the PTX manual: the other
+opinion.
 
 A ``Block`` stands in for the functions of kernels/common while the kernels' own Python runs:
 addresses are integers, shared memory is an array of bytes, an mbarrier counts. A wait is that of
@@ -151,6 +152,11 @@ class Block:
         if barrier := self.lanes.get(self.here.thread // 32):
             barrier.wait()
 
+    def redux_max_u32(self, value: int) -> int:
+        """The caller's own value for the warp's largest: of those that matter none is zero."""
+        self.sync_warp()
+        return value
+
     def meet(self) -> None:
         assert self.consumers is not None
         self.consumers.wait()
@@ -187,6 +193,12 @@ class Block:
 
     def load_shared_f32x2(self, address: int) -> list[np.float32]:
         return list(self.at(address, 8).view(np.float32))
+
+    def load_shared_v4(self, address: int) -> list[int]:
+        return [int(word) for word in self.at(address, 16).view(np.uint32)]
+
+    def store_shared_v4(self, address: int, values: Sequence[int]) -> None:
+        self.at(address, 16).view(np.uint32)[:] = values
 
     def store_shared_f32(self, address: int, value: np.float32) -> None:
         self.at(address, 4).view(np.float32)[0] = value
@@ -254,6 +266,8 @@ class Block:
 
     def arrive(self, address: int) -> None:
         self.barrier(address).arrive()
+
+    arrive_remote = arrive
 
     # --- tensor memory ---
     def allocate(self, shared: int, columns: int) -> None:

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,16 @@ from build_kernels.kernels.dense_router_prefill import (
 from build_kernels.kernels.dense_router_prefill.contract import contract, split_contract
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from router_runtime.manifest import Contract
 from tests.kernels.tensor_core import (
     BASE,
     Block,
     Memory,
-    Sums,
     exact,
     operand_address,
     to_bf16,
     together,
 )
+from tests.kernels.walk import Running, as_python, packed, plain
 
 #: A model of a user, whose geometry nobody tuned: experts that fill no group, few chunks.
 OWN = Model("own", 1024, 144, 6, 1.0, 0, 100)
@@ -216,65 +214,9 @@ def test_swizzled_steps_stay_in_their_rows() -> None:
                 )
 
 
-class Running:
-    """Stands for a module of kernels/common: the functions of the block that runs here."""
-
-    def __init__(self) -> None:
-        self.own = threading.local()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own.block, name)
-
-    def as_thread(self, block: Block, thread: int) -> None:
-        self.own.block = block
-        block.here.thread = thread
-
-
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
-    """The modules of the two forms, run as plain Python."""
-    proxy = Running()
-    language = types.SimpleNamespace(
-        range=lambda *bounds, unroll: range(*bounds), range_constexpr=range, const_expr=bool
-    )
-    arch = types.SimpleNamespace(
-        lane_idx=lambda: proxy.here.thread % LANES,
-        sync_warp=lambda: proxy.sync_warp(),
-        make_warp_uniform=lambda value: value,
-        barrier=lambda barrier_id, number_of_threads: proxy.meet(),
-    )
-    cute = types.SimpleNamespace(arch=arch, make_rmem_tensor=lambda size, kind: [None] * size)
-    scoring = types.SimpleNamespace(
-        score=lambda logit: np.float32(0),
-        ordered_key=lambda logit, score, bias: 0,
-        stored_logit=lambda logit: int(np.float32(logit).view(np.uint32)),
-    )
-    replaced = {"ptx": proxy, "bulk": proxy, "tcgen05": proxy, "cutlass": language, "cute": cute}
-    replaced |= {"Int32": int, "Int64": int, "Float32": np.float32, "scoring": scoring}
-    for module in (split_k, split_tcgen05, dense_router_prefill, tile_tcgen05):
-        for name, value in replaced.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    return proxy
-
-
-def plain(kind: type) -> Any:
-    """The class with its methods as they were written, without the tracer's decorators."""
-    written = {
-        name: method.__wrapped__
-        for base in reversed(kind.__mro__)
-        for name, method in vars(base).items()
-        if hasattr(method, "__wrapped__")
-    }
-    return type(kind.__name__, (kind,), written)
-
-
-def packed(launch: Contract, weight: Sums) -> Any:
-    """The weights as the runtime packs them, by the contract's recipe."""
-    (recipe,) = launch.repacks
-    padded = np.zeros((recipe.rows, weight.shape[1]), np.float32)
-    padded[: len(weight)] = weight
-    return to_bf16(padded).reshape(recipe.shape).transpose(recipe.order)
+    return as_python(monkeypatch, split_k, split_tcgen05, dense_router_prefill, tile_tcgen05)
 
 
 @pytest.mark.parametrize(

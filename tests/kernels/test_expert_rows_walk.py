@@ -1,0 +1,177 @@
+"""The multiplication of the form with experts as MMA rows, run on the CPU: rings that blocks fill
+for each other, chunks divided among shares, sums that cross the cluster and are added in order.
+
+Every thread of a cluster is a Python thread, so whatever the protocol allows to happen early or
+late does. Sums are exact within a chunk and are not between chunks: another order has other bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from build_kernels import catalog
+from build_kernels.kernels.dense_router_prefill import expert_rows
+from build_kernels.kernels.dense_router_prefill.contract import contract
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK
+from build_kernels.kernels.dense_router_prefill.rows_geometry import COLUMN, RowsGeometry
+from build_kernels.numerics import CONSTANTS
+from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
+from tests.kernels.walk import LANES, Running, as_python, packed, plain
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Running:
+    proxy = as_python(monkeypatch, expert_rows)
+    monkeypatch.setattr(expert_rows, "WgmmaRows", functools.partial(ModelRows, proxy))
+    return proxy
+
+
+class ModelRows:
+    """What rows_wgmma.py promises, for the thread that runs: its sums, from operands in shared
+    memory. The lanes of a warp are together where they wait for their MMAs."""
+
+    def __init__(self, running: Running, g: RowsGeometry, shared: int, warp: int) -> None:
+        self.running, self.g, self.shared = running, g, shared
+        lane = running.here.thread % LANES
+        self.experts = np.array([warp * 16 + lane // 4 + 8 * (i // 2) for i in range(4)])
+        self.tokens = np.array([lane % 4 * 2 + i % 2 for i in range(4)])
+        self.partial = np.full((g.columns, 4), np.nan, np.float32)
+
+    def multiply(self, stage: int, starts: bool) -> None:
+        g = self.g
+        k = np.arange(K_BLOCK)
+        first = self.shared + stage * g.stage_bytes - BASE
+        words = self.running.shared.view(np.uint16)
+        expert = self.experts[:, None]
+        places = first + expert // 8 * 1024 + k // 8 * 128 + expert % 8 * 16 + k % 8 * 2
+        weight = bf16(words[places // 2])
+        for column in range(g.columns):
+            token = column * COLUMN + self.tokens[:, None]
+            chunk = k // 8 ^ token % 8
+            places = first + g.weight_stage_bytes + token * 128 + chunk * 16 + k % 8 * 2
+            product = (weight * bf16(words[places // 2])).sum(axis=1)
+            self.partial[column] = product if starts else self.partial[column] + product
+
+    def wait(self, pending: int) -> None:
+        self.running.sync_warp()
+
+    def column(self, column: int) -> list[np.float32]:
+        return list(self.partial[column])
+
+
+MODEL = catalog.Model("small", 0, 0, 6, 1.0, 0, 100)
+
+
+@pytest.mark.parametrize(
+    "division",
+    [
+        {"HIDDEN": 512, "TILE_TOKENS": 8, "CLUSTER_T": 1, "SPLIT_K": 1},
+        {"HIDDEN": 1280, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 1},
+        {"HIDDEN": 1024, "TILE_TOKENS": 24, "CLUSTER_T": 1, "SPLIT_K": 2},
+        {"HIDDEN": 1536, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 2},
+        {"HIDDEN": 2304, "TILE_TOKENS": 32, "CLUSTER_T": 1, "SPLIT_K": 3},
+    ],
+    ids=["one block", "two tiles", "two shares", "two tiles and shares", "three shares"],
+)
+@pytest.mark.parametrize("stages", [2, 5])
+def test_every_logit_is_the_sum_in_order(
+    division: dict[str, int], stages: int, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = {**CONSTANTS, **MODEL.constants(), "EXPERTS": 64, "TILE_EXPERTS": 64, **division}
+    monkeypatch.setattr(RowsGeometry, "stages", stages)
+    monkeypatch.setattr(RowsGeometry, "epilogue_bytes", 0)
+    g = RowsGeometry.of(constants)
+    generator = np.random.default_rng(9)
+    tokens = g.tile_tokens * g.cluster_t - 3
+    weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
+    # Chunks of other sizes: their sum depends on its order.
+    chunks = g.hidden // g.k_chunk
+    hidden *= np.exp2(generator.permutation(np.linspace(0, 16, chunks).round())).repeat(g.k_chunk)
+    found = walk(g, running, packed(contract(constants), weight), hidden)
+    expected = summed(weight, hidden, range(0, g.hidden, g.k_chunk), g.k_chunk)
+    assert np.array_equal(found[:tokens], expected)
+    if chunks > 3:
+        other = summed(weight, hidden, range(g.hidden - g.k_chunk, -1, -g.k_chunk), g.k_chunk)
+        assert not np.array_equal(expected, other)
+
+
+def summed(weight: Sums, hidden: Sums, starts: range, k_chunk: int) -> Sums:
+    """Logits, chunk by chunk in this order, each exact and rounded to FP32 before it is added."""
+    total = np.full((len(hidden), len(weight)), -0.0, np.float32)
+    for start in starts:
+        part = slice(start, start + k_chunk)
+        exactly = hidden[:, part].astype(np.float64) @ weight[:, part].astype(np.float64).T
+        total = total + exactly.astype(np.float32)
+    return total
+
+
+def walk(g: RowsGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
+    """The logits [tokens, experts] that the threads of one cluster hold in the end."""
+    memory = Memory()
+    address = memory.add(image)
+    kernel = plain(expert_rows.ExpertRows)(g)
+    cluster: list[Block] = []
+    found = np.full((g.tile_tokens * g.cluster_t, g.padded_experts), np.nan, np.float32)
+    full = BASE + g.barrier_offset
+    hidden_empty = full + 8 * g.stages
+    weight_empty = hidden_empty + 8 * g.stages
+    received = weight_empty + 8 * g.stages
+
+    def tasks(block: Block) -> list[Callable[[], None]]:
+        part_t, x = divmod(block.rank, g.cluster_x)
+        share, part_e = divmod(x, g.cluster_e)
+
+        def feed_hidden() -> None:
+            running.as_thread(block, g.consumers)
+            ring = BASE + g.weight_stage_bytes
+            first = part_t * g.tile_tokens
+            kernel.feed_hidden(0, ring, full, hidden_empty, first, part_e, share, part_t)
+
+        def feed_weight() -> None:
+            running.as_thread(block, g.consumers + LANES)
+            first = address + part_e * g.weight_stage_bytes
+            kernel.feed_weight(first, BASE, full, weight_empty, part_e, share, part_t)
+
+        def multiply(thread: int) -> None:
+            running.as_thread(block, thread)
+            warp, lane = divmod(thread, LANES)
+            barriers = (full, hidden_empty, weight_empty)
+            totals = kernel.multiply(BASE, *barriers, part_e, share, part_t, warp, lane, thread)
+            for number in range(4 * g.column_count(share)):
+                column, i = g.first_column(share) + number // 4, number % 4
+                row = part_t * g.tile_tokens + column * COLUMN + lane % 4 * 2 + i % 2
+                expert = part_e * g.tile_experts + warp * 16 + lane // 4 + 8 * (i // 2)
+                assert np.isnan(found[row, expert])
+                found[row, expert] = totals[number]
+
+        multiplying = [functools.partial(multiply, thread) for thread in range(g.consumers)]
+        return [feed_hidden, feed_weight, *multiplying]
+
+    for _ in range(g.cluster):
+        block = Block(cluster, memory, to_bf16(hidden), g.tile_tokens)
+        block.consumers = threading.Barrier(g.consumers)
+        block.lanes = {warp: threading.Barrier(LANES) for warp in range(g.consumer_warps)}
+        running.as_thread(block, 0)
+        # As the kernel begins.
+        for stage in range(g.stages):
+            block.barrier_init(full + 8 * stage, 1)
+            block.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
+            block.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
+            block.barrier_expect(full + 8 * stage, g.stage_bytes)
+        for warp in range(g.consumer_warps if g.split_k > 1 else 0):
+            block.barrier_init(received + 8 * warp, 1)
+            block.barrier_init(received + 8 * (g.consumer_warps + warp), g.split_k - 1)
+
+    def abandon() -> None:
+        for block in cluster:
+            block.abandon()
+
+    together([task for block in cluster for task in tasks(block)], abandon)
+    for block in cluster:
+        assert all(barrier.bytes == 0 for barrier in block.barriers.values())
+    return found

@@ -1,0 +1,75 @@
+"""Kernels run as the Python that they are, against the model of the hardware in tensor_core.py."""
+
+from __future__ import annotations
+
+import threading
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from router_runtime.manifest import Contract
+from tests.kernels.tensor_core import Block, Sums, to_bf16
+
+LANES = 32
+
+
+class Running:
+    """Stands for a module of kernels/common: the functions of the block that runs here."""
+
+    def __init__(self) -> None:
+        self.own = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own.block, name)
+
+    def as_thread(self, block: Block, thread: int) -> None:
+        self.own.block = block
+        block.here.thread = thread
+
+
+def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Running:
+    """Put the model in the place of what these modules import of the DSL and of kernels/common."""
+    proxy = Running()
+    language = types.SimpleNamespace(
+        range=lambda *bounds, unroll: range(*bounds), range_constexpr=range, const_expr=bool
+    )
+    arch = types.SimpleNamespace(
+        lane_idx=lambda: proxy.here.thread % LANES,
+        sync_warp=lambda: proxy.sync_warp(),
+        make_warp_uniform=lambda value: value,
+        barrier=lambda barrier_id, number_of_threads: proxy.meet(),
+    )
+    cute = types.SimpleNamespace(arch=arch, make_rmem_tensor=lambda size, kind: [None] * size)
+    scoring = types.SimpleNamespace(
+        score=lambda logit: np.float32(0),
+        ordered_key=lambda logit, score, bias: 0,
+        stored_logit=lambda logit: int(np.float32(logit).view(np.uint32)),
+    )
+    replaced = {"ptx": proxy, "bulk": proxy, "tcgen05": proxy, "cutlass": language, "cute": cute}
+    replaced |= {"Int32": int, "Int64": int, "Float32": np.float32, "scoring": scoring}
+    for module in modules:
+        for name, value in replaced.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    return proxy
+
+
+def plain(kind: type) -> Any:
+    """The class with its methods as they were written, without the tracer's decorators."""
+    written = {
+        name: method.__wrapped__
+        for base in reversed(kind.__mro__)
+        for name, method in vars(base).items()
+        if hasattr(method, "__wrapped__")
+    }
+    return type(kind.__name__, (kind,), written)
+
+
+def packed(launch: Contract, weight: Sums) -> Any:
+    """The weights as the runtime packs them, by the contract's recipe."""
+    (recipe,) = launch.repacks
+    padded = np.zeros((recipe.rows, weight.shape[1]), np.float32)
+    padded[: len(weight)] = weight
+    return to_bf16(padded).reshape(recipe.shape).transpose(recipe.order)
