@@ -39,11 +39,12 @@ test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime
 
 test-builder: .venv/.dev ## Run the tests of the builder and the kernels' sources
-	.venv/bin/python -m pytest tests/builder tests/kernels
+	.venv/bin/python -m pytest -o cache_dir=.pytest_cache/builder tests/builder tests/kernels
 
-# One thread: torch's wait for each other by spinning, beside the other run for most of the time.
+# One thread: torch's threads wait for each other by spinning, which the other run would pay for.
 test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest tests/runtime tests/oracle tests/gpu
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -o cache_dir=.pytest_cache/runtime \
+	    tests/runtime tests/oracle tests/gpu
 
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu

@@ -272,6 +272,8 @@ def _make(
     made = []
     for found, counts in _counted(compiled, processes):
         try:
+            if isinstance(counts, BuildError):
+                raise counts
             made.append((inspect(found.job, found.data, found.facts, counts), found.data))
         except BuildError as error:
             failures.append(str(error))
@@ -322,17 +324,22 @@ def _compile(
 
 def _counted(
     compiled: Sequence[_Compiled], processes: int
-) -> Iterator[tuple[_Compiled, Mapping[str, int]]]:
-    """Each with its instruction census. Targets are disassembled side by side."""
+) -> Iterator[tuple[_Compiled, Mapping[str, int] | BuildError]]:
+    """Each with its instruction census, or why there is none. Targets are disassembled side by
+    side.
+    """
     targets: dict[str, list[_Compiled]] = {}
     for found in compiled:
         targets.setdefault(found.facts.target, []).append(found)
     # The largest first: the others fit beside it.
     groups = sorted(targets.items(), key=lambda group: len(group[1]), reverse=True)
 
-    def census(group: tuple[str, list[_Compiled]]) -> list[dict[str, int]]:
+    def census(group: tuple[str, list[_Compiled]]) -> Sequence[Mapping[str, int] | BuildError]:
         target, members = group
-        return cubin.censuses([found.data for found in members], target, toolchain.nvdisasm())
+        try:
+            return cubin.censuses([found.data for found in members], target, toolchain.nvdisasm())
+        except BuildError as error:
+            return [BuildError(f"{found.job.key}: {error}") for found in members]
 
     with ThreadPoolExecutor(processes) as executor:
         for (_, members), counts in zip(groups, executor.map(census, groups), strict=True):

@@ -215,8 +215,8 @@ KERNELS = (
                 targets=("sm_90a",),
                 tuned_only=True,
             ),
-            # From here on, where not said otherwise, experts are the rows of the MMA: one wave of
-            # tiles of as many tokens as it takes.
+            # From here on experts are the rows of the MMA, in one wave of tiles of as many tokens
+            # as it takes; but for 256 experts and up to 256 tokens, which are split as above.
             Variant(
                 "wgmma_256",
                 tuned={

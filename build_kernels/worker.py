@@ -99,9 +99,12 @@ class Worker:
 
 def main(arguments: Sequence[str]) -> None:
     """The child's side: answer requests until standard input ends."""
-    # Named by the parent, which made it: whoever starts a worker by hand loses no folder.
+    # Named by the parent, which made it: whoever starts a worker by hand keeps their folder.
     if len(arguments) != 1:
-        raise SystemExit(f"expected to be started by a build, found {len(arguments)} arguments")
+        raise SystemExit(
+            f"expected to be started by a build, found {len(arguments)} arguments; "
+            "next: make build-cubins"
+        )
     try:
         _serve()
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 #: The distribution of this package; those for some targets only add them: ``-sm90a``.
 DISTRIBUTION = "dsv4-router-runtime"
 
@@ -36,5 +38,8 @@ def explain(what: str, *, expected: object, found: object, remedy: str) -> str:
 
 
 def install_extra(name: str) -> str:
-    """The command that installs what an optional part of this package needs."""
-    return f"run: pip install '{DISTRIBUTION}[{name}]'"
+    """The command that installs what an optional part of this package needs, for the distribution
+    that is installed: a wheel for one target is one of its own.
+    """
+    installed = importlib.metadata.packages_distributions().get(__package__ or "", [])
+    return f"run: pip install '{next(iter(installed), DISTRIBUTION)}[{name}]'"

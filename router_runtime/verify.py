@@ -146,9 +146,9 @@ class _Trials:
         if size + sum(other for _, other in self._kept.values()) <= _KEPT_BYTES:
             self._kept.setdefault(key, (trial, size))
 
-    def drop(self, trial: Trial) -> None:
-        """A kernel that did wrong may have written anywhere, even into what is kept."""
-        self._kept.pop(_identity(trial.case), None)
+    def drop(self) -> None:
+        """Forget all: a kernel that did wrong may have written anywhere, even into what is kept."""
+        self._kept.clear()
 
 
 def _shared_by(entry: Entry) -> tuple[str, str]:
@@ -271,10 +271,11 @@ def _verify_entry(
             verdict = examine(trial, kernel_run, largest, logits)
         except RuntimeError as error:
             # A CUDA error may be sticky: whatever ran next on this device would fail with it.
+            trials.drop()
             return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found
         problems += [f"{case.name}: {problem}" for problem in verdict.problems]
         if verdict.problems:
-            trials.drop(trial)
+            trials.drop()
         else:
             trials.keep(trial)
         if entry.numerics is not None:

@@ -130,13 +130,14 @@ def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
                 remedy="drop the graphs, then call uninstall(model, force=True)",
             )
         )
-    for module in found.values():
-        del module.forward
-        _gates.pop(module, None)
+    # First what may refuse: a capture of just now.
     for gate in gates.values():
         for router in gate.routers():
             if router._router_id is not None:
                 ops.unregister_router(router._router_id, force=force)
+    for module in found.values():
+        del module.forward
+        _gates.pop(module, None)
     return list(found)
 
 

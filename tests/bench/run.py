@@ -155,13 +155,14 @@ class Run:
             return {}
         if name in self._made:
             return self._made[name]
-        folders: dict[Mode, Path] = self._made.setdefault(name, {})
+        folders: dict[Mode, Path] = {}
         for mode in self._options.modes:
             if mode == "pdl" and only is None:
                 folders[mode] = folder
                 continue
             into = self._scratch / f"{name}-{mode}"
             folders[mode] = edition(folder, into, dependent=mode == "pdl", only=only)
+        self._made[name] = folders
         return folders
 
     def _measure_startup(self) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,28 @@ def test_a_full_build(project: Project) -> None:
     symbols = {entry.kernel: entry.symbol for entry in manifest.entries}
     assert symbols["scale"] == "scale"
     assert "shift" in symbols["shift"]
+
+
+def test_code_that_cannot_be_read_is_named_beside_other_failures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One target's disassembly fails: each of its entries says so, and what failed before too."""
+    jobs = [SimpleNamespace(key=key) for key in ("one", "two")]
+    facts = SimpleNamespace(target="sm_90a")
+    compiled = [build._Compiled(job, b"", facts) for job in jobs]
+    monkeypatch.setattr(build, "_compile", lambda *_: (compiled, ["three: no such constant"]))
+
+    def broken(*_: object) -> None:
+        raise BuildError("expected nvdisasm to read the cubin, found: nothing")
+
+    monkeypatch.setattr(build.cubin, "censuses", broken)
+    with pytest.raises(BuildError) as failure:
+        build._make([*jobs, *jobs], build._Previous(tmp_path, None), 1, print)
+    said = str(failure.value)
+    assert "one: expected nvdisasm" in said
+    assert "two: expected nvdisasm" in said
+    assert "three: no such constant" in said
+    assert "3 of 4 failed; nothing was published" in said
 
 
 def test_what_a_build_says(fresh: Project) -> None:

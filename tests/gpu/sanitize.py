@@ -39,7 +39,7 @@ _TIES = ("ties", "repeated", "out_of_range")
 def chosen(entry: Entry) -> Iterator[Case]:
     """The cases to launch. They have the rows that suit them here, so they are not the suite's."""
     cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
-    most = entry.contract.limits.get("tokens", (1, 2**31 - 1))[1] - BELOW_LIMIT
+    most = max(1, entry.contract.limits.get("tokens", (1, 2**31 - 1))[1] - BELOW_LIMIT)
 
     def cut(case: Case, rows: int, serving: tuple[str, ...] = ()) -> Case:
         sizes = dict(case.sizes)

@@ -23,7 +23,7 @@ LOADED = 8
 
 
 #: What does not depend on the experts, by tokens: asking for every element takes seconds.
-fragments: dict[int, dict[str, Any]] = {}
+_by_tokens: dict[int, dict[str, Any]] = {}
 
 
 class Algebra:
@@ -83,9 +83,9 @@ class Algebra:
 
     def fragments(self, sums: Any, load: Any) -> dict[str, Any]:
         """Where the accumulator's elements lie, and which of them a load brings to whom."""
-        if self.tokens not in fragments:
+        if self.tokens not in _by_tokens:
             layout, (rows, columns) = sums.layout, load.tiler_mn
-            fragments[self.tokens] = {
+            _by_tokens[self.tokens] = {
                 "accumulator": [
                     [
                         int(cute.crd2idx(((row, column), 0, 0), layout))
@@ -101,7 +101,7 @@ class Algebra:
                     for thread in range(128)
                 ],
             }
-        return fragments[self.tokens]
+        return _by_tokens[self.tokens]
 
     def place(
         self, load: Any, rows: Any, columns: Any, thread: int, register: int

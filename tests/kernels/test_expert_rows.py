@@ -57,6 +57,13 @@ def test_budgets(g: RowsGeometry) -> None:
     assert 4 * g.columns + kept + 40 <= g.consumer_registers
 
 
+def test_a_block_asks_for_no_more_registers_than_it_was_launched_with() -> None:
+    """It would wait for them forever: four warpgroups could have more than 640 threads get."""
+    g = RowsGeometry.of(constants(TILE_EXPERTS=256))
+    launched = 65536 // g.threads // 8 * 8 * g.threads
+    assert g.consumers * g.consumer_registers + 128 * g.producer_registers <= launched
+
+
 def test_contract(g: RowsGeometry) -> None:
     found = contract(next(c for c in VARIANTS.values() if RowsGeometry.of(c) == g))
     validate_contract(found, "dense_router_prefill")

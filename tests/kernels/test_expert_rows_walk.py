@@ -17,11 +17,11 @@ import pytest
 from build_kernels import catalog
 from build_kernels.kernels.dense_router_prefill import expert_rows
 from build_kernels.kernels.dense_router_prefill.contract import contract
-from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
 from build_kernels.kernels.dense_router_prefill.rows_geometry import COLUMN, RowsGeometry
 from build_kernels.numerics import CONSTANTS
 from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
-from tests.kernels.walk import LANES, Running, as_python, packed, plain
+from tests.kernels.walk import Running, as_python, packed, plain
 
 
 @pytest.fixture
@@ -72,11 +72,19 @@ MODEL = catalog.Model("small", 0, 0, 6, 1.0, 0, 100)
     [
         {"HIDDEN": 512, "TILE_TOKENS": 8, "CLUSTER_T": 1, "SPLIT_K": 1},
         {"HIDDEN": 1280, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 1},
-        {"HIDDEN": 1024, "TILE_TOKENS": 24, "CLUSTER_T": 1, "SPLIT_K": 2},
+        {"HIDDEN": 2560, "TILE_TOKENS": 24, "CLUSTER_T": 1, "SPLIT_K": 2},
         {"HIDDEN": 1536, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 2},
         {"HIDDEN": 2304, "TILE_TOKENS": 32, "CLUSTER_T": 1, "SPLIT_K": 3},
+        {"EXPERTS": 128, "HIDDEN": 1024, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2},
     ],
-    ids=["one block", "two tiles", "two shares", "two tiles and shares", "three shares"],
+    ids=[
+        "one block",
+        "two tiles",
+        "two shares",
+        "two tiles and shares",
+        "three shares",
+        "two parts and shares",
+    ],
 )
 @pytest.mark.parametrize("stages", [2, 5])
 def test_every_logit_is_the_sum_in_order(

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from build_kernels.kernels.dense_router_prefill.geometry import LANES
 from router_runtime.manifest import Contract
 from tests.kernels.tensor_core import Block, Sums, to_bf16
-
-LANES = 32
 
 
 class Running:

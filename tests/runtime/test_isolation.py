@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from router_runtime.errors import install_extra
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +133,10 @@ def test_every_extra_that_an_error_names_is_one() -> None:
     named = re.findall(r"install_extra\(['\"](\w+)", "".join(each.read_text() for each in sources))
     assert set(named) == set(project["optional-dependencies"])
     assert install_extra("x") == f"run: pip install '{project['name']}[x]'"
+
+
+def test_an_extra_is_that_of_the_installed_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second distribution of the same package would be refused."""
+    found = {"router_runtime": ["dsv4-router-runtime-sm90a"]}
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: found)
+    assert install_extra("x") == "run: pip install 'dsv4-router-runtime-sm90a[x]'"

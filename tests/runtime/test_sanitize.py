@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from build_kernels import catalog
 from router_runtime.examine import ROWS
 from router_runtime.inputs import make_inputs
 from router_runtime.resolve import DeviceFacts
@@ -52,8 +53,7 @@ def test_each_entry_is_launched_on_few_cases_that_reach_everything(entries):
 
 
 def test_the_last_tile_is_ragged():
-    """For every tile of a kernel in the catalog, and a batch cut to its limit."""
-    catalog = pytest.importorskip("build_kernels.catalog")
+    """For every tile that a constant of the catalog names, and a batch cut to its limit."""
     names = ("TOKENS_TILE", "TILE_TOKENS", "TOKENS_PER_BLOCK")
     constants = [
         dict(variant.constants) | dict(variant.tuned.get(model.name, {}))
