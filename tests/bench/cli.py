@@ -10,8 +10,8 @@ After the replays, the last router's result is compared with the oracle.
 Startup: the checks on one model's files before its first token, each in fresh processes.
 
 Host: the time for which an eager call occupies its caller, with the GPU's queue never full; and the
-first call of a router, just built or warmed up, against its hundredth, beside what torch takes for
-the first tensors of those sizes.
+first call of a router, just built or warmed up, against its hundredth and one after the same pause,
+beside what torch takes for the first tensors of those sizes.
 """
 
 from __future__ import annotations

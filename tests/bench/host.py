@@ -44,12 +44,13 @@ OURS = (ROUTER, OP)
 
 
 class Latency(NamedTuple):
-    """Microseconds from the call to its result on the device, for the first and hundredth call, and
-    for the first one after a warm-up.
+    """Microseconds from the call to its result on the device, for the first and hundredth call, for
+    a later one after the same pause that the first had, and for the first one after a warm-up.
     """
 
     first_us: float
     hundredth_us: float
+    rested_us: float
     warmed_us: float | None = None
 
 
@@ -64,8 +65,8 @@ class Subject(NamedTuple):
 class HostCell:
     """Microseconds of the host for one eager call, over batches. ``first_us`` and ``hundredth_us``
     are whole calls, waited for: the first of a router that has just been built, or of a function in
-    a process that has not called it yet. ``warmed_us`` is the first of another router after its
-    warm-up.
+    a process that has not called it yet. ``rested_us`` is a later one, after a pause such as the
+    first had; ``warmed_us`` is the first of another router after its warm-up.
     """
 
     model: str
@@ -76,6 +77,7 @@ class HostCell:
     high_us: float | None = None
     first_us: float | None = None
     hundredth_us: float | None = None
+    rested_us: float | None = None
     warmed_us: float | None = None
     error: str | None = None
 
@@ -104,15 +106,23 @@ def submit_times(
 
 
 def first_and_hundredth(call: Call, synchronize: Call) -> Latency:
-    times = []
-    gc.collect()  # what was built before is not the first call's
-    synchronize()
-    for _ in range(100):
+    def pause() -> None:
+        """What was built before is not the first call's. It leaves caches cold and a GPU idle, so
+        the first call is to be compared with a later one after a pause.
+        """
+        gc.collect()
+        synchronize()
+
+    def timed() -> float:
         start = time.perf_counter()
         call()
         synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return Latency(times[0], times[-1])
+        return (time.perf_counter() - start) * 1e6
+
+    pause()
+    times = [timed() for _ in range(100)]
+    pause()
+    return Latency(times[0], times[-1], timed())
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:

@@ -189,7 +189,7 @@ def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:
         return []
     ratios = {(c.model, c.tokens, c.contender): c for c in compare_host(cells, bar)}
     rows = [["host", "tokens", "model", "median", "p10", "p90", "first"]]
-    rows[0] += ["warmed", "100th", "ratio", "met"]
+    rows[0] += ["warmed", "rested", "100th", "ratio", "met"]
     for cell in cells:
         found = ratios.get((cell.model, cell.tokens, cell.contender))
         rows.append(
@@ -202,6 +202,7 @@ def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:
                 _us(cell.high_us),
                 _us(cell.first_us),
                 _us(cell.warmed_us),
+                _us(cell.rested_us),
                 _us(cell.hundredth_us),
                 "-" if found is None else f"{found.ratio:.3f}",
                 "-" if found is None else "yes" if found.met else "NO",
@@ -209,7 +210,8 @@ def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:
         )
     return [
         f"microseconds of the host for an eager call; bar: {bar} of {HOST_PEER}",
-        "first, warmed (the first after a warm-up) and 100th: one whole call, waited for",
+        "one whole call, waited for: first, warmed (the first after a warm-up), rested (a later",
+        "one, after a pause such as the first had), 100th",
         *aligned(rows),
     ]
 

@@ -373,7 +373,7 @@ def test_comparison_takes_every_variant():
 
 
 def host_cell(contender: str, median: float | None, **changes: Any) -> HostCell:
-    blank = HostCell("dsv4-flash", 1, contender, median, median, median, 90.0, 30.0, 35.0)
+    blank = HostCell("dsv4-flash", 1, contender, median, median, median, 90.0, 30.0, 80.0, 35.0)
     return dataclasses.replace(blank, **changes)
 
 
@@ -390,11 +390,11 @@ def test_host_comparison():
         (host.OP, 0.65, False),
     ]
     table = report.host_table(cells, 0.6)
-    assert table[3].split() == [
+    assert table[4].split() == [
         *(host.ROUTER, "1", "dsv4-flash", "10.00", "10.00", "10.00"),
-        *("90.00", "35.00", "30.00", "0.500", "yes"),
+        *("90.00", "35.00", "80.00", "30.00", "0.500", "yes"),
     ]
-    assert table[4].split()[-1] == "NO"
+    assert table[5].split()[-1] == "NO"
     assert report.host_table([], 0.6) == []
 
 
@@ -840,6 +840,7 @@ def test_parts_can_be_left_out(bench):
     for each in document["host"]:
         ours = each["contender"] in host.OURS
         assert (each["warmed_us"] is not None) is ours
+        assert (each["rested_us"] is None) is (each["error"] is not None)
         assert (each["error"] is None) is (each["contender"] != host.PEER)
     assert "tiny: microseconds a router" not in result.output
 
