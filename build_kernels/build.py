@@ -82,10 +82,16 @@ def identify(job: Job, data: bytes) -> Cubin:
 
 def inspect(job: Job, data: bytes, facts: Cubin, counts: Mapping[str, int]) -> Entry:
     """The manifest entry of a compiled job whose code has these instructions. Raises BuildError if
-    the cubin does not fit its contract.
+    the cubin does not fit its contract, or if its MMAs wait for each other.
     """
     contract, numerics = declared(job)
     check_contract(contract, facts, counts, job.key)
+    if cubin.serialised(counts):
+        raise BuildError(
+            f"{job.key}: expected wgmma instructions that overlap, found a barrier before each; "
+            "next: let nothing read an accumulator, and no loop begin again, while MMAs that "
+            "write one are under way"
+        )
     sha256 = hashlib.sha256(data).hexdigest()
     return Entry(
         kernel=job.kernel,

@@ -144,6 +144,13 @@ def tensor_core(counts: Mapping[str, int]) -> TensorCore:
     )
 
 
+def serialised(counts: Mapping[str, int]) -> bool:
+    """Whether ptxas lets no wgmma overlap another: then each has a barrier of its own, not one for
+    several. It compiles such code, right and slow, and says so only in a log."""
+    multiplications = sum(count for name, count in counts.items() if name.startswith("HGMMA."))
+    return 0 < multiplications <= counts.get("WARPGROUP.ARRIVE", 0)
+
+
 def resources(cubin: Cubin, counts: Mapping[str, int]) -> Resources:
     """The manifest's resource record for a cubin with this instruction census."""
     moved = {"LDL": 0, "STL": 0}

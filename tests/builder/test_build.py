@@ -76,6 +76,14 @@ def test_code_that_cannot_be_read_is_named_beside_other_failures(
     assert "3 of 4 failed; nothing was published" in said
 
 
+def test_wgmma_that_cannot_overlap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "declared", lambda job: (None, None))
+    monkeypatch.setattr(build, "check_contract", lambda *_: None)
+    counts = {"HGMMA.64": 4, "WARPGROUP.ARRIVE": 4}
+    with pytest.raises(BuildError, match="one: expected wgmma instructions that overlap"):
+        build.inspect(SimpleNamespace(key="one"), b"", SimpleNamespace(), counts)
+
+
 def test_what_a_build_says(fresh: Project) -> None:
     said = fresh.build()
     assert _compiled(said) == list(KEYS)

@@ -229,3 +229,18 @@ def test_every_truncation_is_refused(compile_cuda: Compile) -> None:
     for size in range(0, len(data), 37):
         with pytest.raises(BuildError, match="test: expected a"):
             cubin.read(data[:size], "test")
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"HMMA.16816.F32.BF16": 8}, False),
+        (
+            {"HGMMA.64": 32, "WARPGROUP.ARRIVE": 8},
+            False,
+        ),
+        ({"HGMMA.64": 32, "WARPGROUP.ARRIVE": 32}, True),
+    ],
+)
+def test_wgmma_that_cannot_overlap_is_seen(counts: dict[str, int], expected: bool) -> None:
+    assert cubin.serialised(counts) is expected
