@@ -198,7 +198,10 @@ def _verified(folder: Path, copy: Path) -> Path:
     for file in [folder / MANIFEST_NAME, *folder.glob("*.cubin")]:
         shutil.copy(file, copy)
     if not verify.run(copy, True, lambda line: print(line, flush=True)):
-        raise SystemExit("expected kernels that pass the oracle suite, found some that do not")
+        raise SystemExit(
+            "expected kernels that pass the oracle suite, found some that do not; "
+            "next: router-runtime verify"
+        )
     return copy
 
 

@@ -60,18 +60,23 @@ def test_the_command_says_everything_of_a_run_that_fails(folder, tmp_path, capsy
 
 
 def test_evidence_can_be_made_for_the_command(folder, monkeypatch, capsys):
-    """For a GPU whose evidence is stale: what was copied is examined, and serves."""
+    """For a GPU whose evidence is stale: what was copied is examined, and serves if it is right."""
     examined = []
+    right = True
 
     def verified(copy, record, echo):
         examined.append((copy, record))
         assert len(list(copy.glob("*.cubin"))) == len(read_manifest(copy).entries)
+        return right
 
     monkeypatch.setattr(verify, "run", verified)
     arguments = ["--device", "cpu", "--artifacts", str(folder), "--verify"]
     assert fresh.main(arguments) == 0, capsys.readouterr().out
     assert [record for _, record in examined] == [True]
     assert examined[0][0] != folder
+    right = False
+    with pytest.raises(SystemExit, match="expected kernels that pass the oracle suite"):
+        fresh.main(arguments)
 
 
 def test_a_part_that_is_asked_for_as_an_extra_is_there(monkeypatch):
