@@ -769,9 +769,13 @@ class _CudaDense:
                 span.entry.key: span.entry for span in (*self.spans, *self._recording.spans)
             }.values()
         }
-        self.recording_spans = self._recording.spans
         self._plan = _Plan(self.spans, launchers)
-        self._recording_plan = _Plan(self.recording_spans, launchers)
+        self._recording_plan = _Plan(self._recording.spans, launchers)
+
+    @property
+    def recording_spans(self) -> tuple[Span, ...]:
+        """``spans`` of calls that also want logits."""
+        return self._recording.spans
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         placement = self._placement
