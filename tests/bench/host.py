@@ -105,24 +105,27 @@ def submit_times(
     return times
 
 
-def first_and_hundredth(call: Call, synchronize: Call) -> Latency:
-    def pause() -> None:
-        """What was built before is not the first call's. It leaves caches cold and a GPU idle, so
-        the first call is to be compared with a later one after a pause.
-        """
-        gc.collect()
-        synchronize()
+def timed(call: Call, synchronize: Call) -> float:
+    """Microseconds from the call to its result on the device."""
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - start) * 1e6
 
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        synchronize()
-        return (time.perf_counter() - start) * 1e6
 
-    pause()
-    times = [timed() for _ in range(100)]
-    pause()
-    return Latency(times[0], times[-1], timed())
+def after_a_pause(call: Call, synchronize: Call) -> float:
+    """``timed``, without what was built before. The pause leaves caches cold and a GPU idle, so a
+    first call is to be compared with a later one after a pause.
+    """
+    gc.collect()
+    synchronize()
+    return timed(call, synchronize)
+
+
+def first_and_later(call: Call, synchronize: Call) -> Latency:
+    first = after_a_pause(call, synchronize)
+    *_, hundredth = [timed(call, synchronize) for _ in range(99)]
+    return Latency(first, hundredth, after_a_pause(call, synchronize))
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
@@ -172,13 +175,13 @@ def measure(
 
             def begin(make: Callable[[], Subject] = make) -> tuple[Call, Latency]:
                 call, router = make()
-                latency = first_and_hundredth(call, machine.synchronize)
+                latency = first_and_later(call, machine.synchronize)
                 if router is not None:
                     other = make()
                     assert other.router is not None
                     warmup_router_compilation(other.router)
-                    warmed = first_and_hundredth(other.call, machine.synchronize)
-                    latency = latency._replace(warmed_us=warmed.first_us)
+                    warmed = after_a_pause(other.call, machine.synchronize)
+                    latency = latency._replace(warmed_us=warmed)
                 return call, latency
 
             found = attempt(begin, machine)
