@@ -152,6 +152,11 @@ class Block:
         if barrier := self.lanes.get(self.here.thread // 32):
             barrier.wait()
 
+    def side_by_side(self, threads: int) -> None:
+        """The first threads run as one Python thread each: lanes of a warp and they all meet."""
+        self.consumers = threading.Barrier(threads)
+        self.lanes = {warp: threading.Barrier(32) for warp in range(threads // 32)}
+
     def redux_max_u32(self, value: int) -> int:
         """The caller's own value for the warp's largest: of those that matter none is zero."""
         self.sync_warp()
@@ -337,8 +342,8 @@ class Block:
     fence_before = fence_after = relinquish = barrier_init_fence = fence_async_shared = nothing
 
 
-def together(tasks: Sequence[Callable[[], None]], abandon: Callable[[], None]) -> None:
-    """Run all at once; raises what the first one raised, ``abandon`` then frees the others."""
+def together(cluster: Sequence[Block], tasks: Sequence[Callable[[], None]]) -> None:
+    """Run all at once; raises what the first one raised, and frees the others that wait for it."""
     failures: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -346,7 +351,8 @@ def together(tasks: Sequence[Callable[[], None]], abandon: Callable[[], None]) -
             task()
         except BaseException as error:
             failures.append(error)
-            abandon()
+            for block in cluster:
+                block.abandon()
 
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
     for thread in threads:

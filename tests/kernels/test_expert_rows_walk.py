@@ -8,7 +8,6 @@ late does. Sums are exact within a chunk and are not between chunks: another ord
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -162,8 +161,7 @@ def walk(g: RowsGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
 
     for _ in range(g.cluster):
         block = Block(cluster, memory, to_bf16(hidden), g.tile_tokens)
-        block.consumers = threading.Barrier(g.consumers)
-        block.lanes = {warp: threading.Barrier(LANES) for warp in range(g.consumer_warps)}
+        block.side_by_side(g.consumers)
         running.as_thread(block, 0)
         # As the kernel begins.
         for stage in range(g.stages):
@@ -175,11 +173,7 @@ def walk(g: RowsGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
             block.barrier_init(received + 8 * warp, 1)
             block.barrier_init(received + 8 * (g.consumer_warps + warp), g.split_k - 1)
 
-    def abandon() -> None:
-        for block in cluster:
-            block.abandon()
-
-    together([task for block in cluster for task in tasks(block)], abandon)
+    together(cluster, [task for block in cluster for task in tasks(block)])
     for block in cluster:
         assert all(barrier.bytes == 0 for barrier in block.barriers.values())
     return found

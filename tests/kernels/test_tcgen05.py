@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -398,8 +397,7 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
 
     for _ in range(g.cluster):
         block = Block(cluster, memory, to_bf16(hidden), g.owned_tokens)
-        block.consumers = threading.Barrier(consumers)
-        block.lanes = {warp: threading.Barrier(LANES) for warp in range(g.consumer_warps)}
+        block.side_by_side(consumers)
         running.as_thread(block, kernel.issuer * LANES)
         for stage in range(g.hidden_stages):
             block.barrier_init(barriers + 8 * stage, 1)
@@ -412,11 +410,7 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
         block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0
         block.at(BASE + g.tensor_address_offset, 4)[:] = 0
 
-    def abandon() -> None:
-        for block in cluster:
-            block.abandon()
-
-    together([task for block in cluster for task in tasks(block)], abandon)
+    together(cluster, [task for block in cluster for task in tasks(block)])
     assert all(block.tensor is None for block in cluster)
     assert np.array_equal(found[:tokens, : g.experts], hidden @ weight.T)
     for block in cluster:

@@ -589,6 +589,23 @@ def test_a_variant_is_timed_alone_for_the_models_that_have_it(build, tmp_path):
     assert variants_of("hash_gate", model, here) == [("hash_gate", "portable")]
 
 
+def alone_options(folder: Path, out: Path, **changes: Any) -> run_.Options:
+    """Each kernel by itself, one token, latency only."""
+    options = run_.Options(
+        models=[cli.TINY],
+        tokens=(1,),
+        contenders=(OURS, MM),
+        modes=MODES,
+        replays=1,
+        parts=("latency",),
+        artifacts=folder,
+        variants={},
+        alone=True,
+        out=out,
+    )
+    return dataclasses.replace(options, **changes)
+
+
 def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, monkeypatch):
     """One run: the editions are made once, and no cell is asked of a variant that is not there."""
     wide = {"HIDDEN": 256, "EXPERTS": 24, "TOP_K": 4}
@@ -614,18 +631,8 @@ def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, 
 
     monkeypatch.setattr(run_, "Latencies", Told)
     folder = build.artifacts(tmp_path / "artifacts", entries)
-    options = run_.Options(
-        models=[cli.TINY, dataclasses.replace(cli.TINY, name="wide", hidden=256)],
-        tokens=(1,),
-        contenders=(OURS, MM),
-        modes=MODES,
-        replays=1,
-        parts=("latency",),
-        artifacts=folder,
-        variants={},
-        alone=True,
-        out=tmp_path / "out",
-    )
+    models = [cli.TINY, dataclasses.replace(cli.TINY, name="wide", hidden=256)]
+    options = alone_options(folder, tmp_path / "out", models=models)
     run = run_.Run(options, Pretended(), tmp_path / "scratch", print)
     assert run.run() is True
     assert timed == {
@@ -753,18 +760,8 @@ def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, m
         build.entry("dense_router_decode", build.dense(128, 24), **SMALL, variant="other"),
     ]
     folder = build.artifacts(tmp_path / "artifacts", entries)
-    options = run_.Options(
-        models=[cli.TINY],
-        tokens=(1,),
-        contenders=(OURS, MM),
-        modes=MODES,
-        replays=1,
-        parts=("latency",),
-        artifacts=folder,
-        variants={"dense_router_decode": ["other"]},
-        alone=True,
-        out=tmp_path / "out",
-    )
+    variants = {"dense_router_decode": ["other"]}
+    options = alone_options(folder, tmp_path / "out", variants=variants)
 
     def names(options: run_.Options, scratch: str, model: Model = cli.TINY) -> dict[str, Contender]:
         run = run_.Run(options, Pretended(), tmp_path / scratch, print)
