@@ -71,8 +71,9 @@ class Trial:
         return _copied(self.inputs, self.device)
 
     def nbytes(self) -> int:
-        """What is kept so far, on either side."""
-        return sum(tensor.nbytes for tensor in _tensors([vars(self), vars(self.oracle)]))
+        """What is kept so far, on either side: every storage once."""
+        kept = [tensor.untyped_storage() for tensor in _tensors([vars(self), vars(self.oracle)])]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -183,23 +183,6 @@ class Oracle:
         return dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
 
 
-def judge(
-    case: Case,
-    inputs: Inputs,
-    values: Tensor,
-    ids: Tensor,
-    logits: Tensor | None = None,
-    logical_ids: Tensor | None = None,
-) -> Verdict:
-    """``Oracle.judge`` of one kernel's outputs."""
-    return Oracle(case, inputs).judge(values, ids, logits, logical_ids)
-
-
-def expected_ids(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """``Oracle.expected_ids``."""
-    return Oracle(case, inputs).expected_ids
-
-
 def _judge_plain(oracle: Oracle, values: Tensor, ids: Tensor, logits: Tensor | None) -> Verdict:
     kernel = oracle.case.kernel
     if kernel == "hash_router":

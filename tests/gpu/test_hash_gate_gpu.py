@@ -9,7 +9,7 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, spec, suite, unregister_router
 from router_runtime.inputs import Random, make_inputs
-from router_runtime.judge import judge
+from router_runtime.judge import Oracle
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384
@@ -109,7 +109,7 @@ def test_oracle(gate_models):
             ):
                 weights, ids, *logical = (output.cpu() for output in found)
                 logical_ids = logical[0] if logical else None
-                verdict = judge(case, given, weights, ids, logical_ids=logical_ids)
+                verdict = Oracle(case, given).judge(weights, ids, logical_ids=logical_ids)
                 assert not verdict.problems, f"{case.name}: {verdict.problems}"
             unregister_router(router_id)
 

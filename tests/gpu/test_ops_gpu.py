@@ -11,7 +11,7 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, spec, suite, unregister_router
 from router_runtime.inputs import Random, make_inputs
-from router_runtime.judge import judge
+from router_runtime.judge import Oracle
 
 #: What an op takes, whatever variant serves it.
 SELECT_LIMITS = {"row_length": (1, 65536), "top_k": (1, 32)}
@@ -33,7 +33,7 @@ def plain(cases):
 
 
 def check(case, given, outputs):
-    verdict = judge(case, given, *(output.cpu() for output in outputs))
+    verdict = Oracle(case, given).judge(*(output.cpu() for output in outputs))
     assert not verdict.problems, f"{case.name}: {verdict.problems}"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, suite, unregister_router
 from router_runtime.inputs import Random, make_inputs
-from router_runtime.judge import judge
+from router_runtime.judge import Oracle
 from router_runtime.resolve import Span
 from router_runtime.router import _Plan
 
@@ -40,7 +40,7 @@ def outputs_of(given, tokens, k):
 
 def check(case, given, weights, ids, logical=None):
     more = {} if logical is None else {"logical_ids": logical.cpu()}
-    verdict = judge(case, given, weights.cpu(), ids.cpu(), **more)
+    verdict = Oracle(case, given).judge(weights.cpu(), ids.cpu(), **more)
     assert not verdict.problems, f"{case.name}: {verdict.problems}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from router_runtime import evidence, inputs, suite
-from router_runtime.judge import clear_ids_sha256, expected_ids
+from router_runtime.judge import Oracle, clear_ids_sha256
 
 
 def test_every_entry_passes(verification):
@@ -19,4 +19,5 @@ def test_recorded_evidence_recomputes(verification):
         for case in suite.cases(record.kernel, record.constants, record.limits)[::5]:
             given = inputs.make_inputs(case)
             assert recorded[case.name].inputs_sha256 == inputs.digest(given)
-            assert recorded[case.name].ids_sha256 == clear_ids_sha256(*expected_ids(case, given))
+            ids, clear = Oracle(case, given).expected_ids
+            assert recorded[case.name].ids_sha256 == clear_ids_sha256(ids, clear)

@@ -12,7 +12,7 @@ import pytest
 from router_runtime import evidence, inputs, suite
 from router_runtime.errors import ArtifactError
 from router_runtime.examine import Trial, examine
-from router_runtime.judge import clear_ids_sha256, expected_ids
+from router_runtime.judge import Oracle, clear_ids_sha256
 from router_runtime.manifest import (
     Contract,
     Entry,
@@ -38,7 +38,7 @@ def mismatches(record: evidence.Record, cases) -> list[str]:
     wrong = []
     for case in cases:
         given = inputs.make_inputs(case)
-        ids, clear = expected_ids(case, given)
+        ids, clear = Oracle(case, given).expected_ids
         expected = {
             "seed": case.seed,
             "inputs_sha256": inputs.digest(given),

@@ -12,7 +12,7 @@ import torch
 
 from router_runtime import inputs, spec, suite
 from router_runtime.examine import Trial, examine
-from router_runtime.judge import TOLERANCES, expected_ids
+from router_runtime.judge import TOLERANCES, Oracle
 
 DENSE, GATE = "dense_router_decode", "hash_gate"
 SHAPES = {
@@ -65,7 +65,7 @@ def test_the_oracle_passes(subject, outputs):
         assert all(error <= 1 for error in verdict.worst.values())
         clear, rows = clear + verdict.clear, rows + verdict.rows
         # What evidence is recomputed from agrees with what was judged: logical ids.
-        ids, is_clear = expected_ids(case, given)
+        ids, is_clear = Oracle(case, given).expected_ids
         assert int(is_clear.sum()) == verdict.clear
         assert torch.equal(ids[is_clear], outputs(case, given)[-1][is_clear])
     # A suite of ambiguous rows would check nothing.

@@ -296,6 +296,23 @@ def test_what_is_kept_is_bounded_and_forgotten(monkeypatch):
     assert trials.trial(first) is not one
 
 
+def test_a_trial_counts_every_storage_once():
+    """The trial and its oracle hold the same inputs, and two parts of the oracle the same ids."""
+    constants = {"HIDDEN": 64, "EXPERTS": 8, "TOP_K": 2}
+    case = suite.cases("dense_router_decode", constants, {"tokens": (1, 2)})[0]
+    trial = Trial(case, make_inputs(case), "cpu")
+    given = [value for value in trial.inputs.values() if isinstance(value, torch.Tensor)]
+    inputs = sum(value.untyped_storage().nbytes() for value in given)
+    assert trial.nbytes() == inputs
+    assert trial.on_device is not trial.inputs
+    assert trial.nbytes() == 2 * inputs
+    assert trial.oracle.reference
+    kept = trial.nbytes()
+    assert kept > 2 * inputs
+    assert trial.oracle.expected_ids[0] is trial.oracle.reference.ids
+    assert trial.nbytes() == kept
+
+
 def test_a_trial_that_found_something_is_not_kept(folder, machine, monkeypatch):
     """Its copy of the inputs on the device may be what the kernel wrote into."""
     cases = three_alike(folder)
