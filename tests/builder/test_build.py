@@ -223,15 +223,14 @@ def test_what_a_compiler_prints_is_not_taken_for_an_answer(project: Project) -> 
 # The driver lets a build run until its n-th rename (cubins first, the manifest last), or until it
 # has compiled something or is about to inspect it, and then kills it as a power cut would.
 KILLED = """
-import os, signal
+import itertools, os, signal
 from build_kernels import build, publish
 from build_kernels.cli import main
 
-steps = 0
+# Counted at once: a second signal of another thread would interrupt the cleaning up, too.
+steps = itertools.count()
 def kill(*arguments):
-    global steps
-    steps += 1
-    if steps > {step}:
+    if next(steps) == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
