@@ -225,6 +225,10 @@ class Block:
         self.at(remote, size)[:] = self.at(shared, size)
         self.barrier(barrier).receive(size)
 
+    def store_remote(self, remote: int, barrier: int, words: Sequence[int]) -> None:
+        self.at(remote, 4 * len(words)).view(np.uint32)[:] = words
+        self.barrier(barrier).receive(4 * len(words))
+
     def peers(self, blocks: int) -> list[Block]:
         assert 0 < blocks < 1 << len(self.cluster)
         return [block for block in self.cluster if blocks >> block.rank & 1]

@@ -128,7 +128,7 @@ def test_screening_reads_without_bank_conflicts(g: RowsGeometry) -> None:
 def test_every_token_has_an_owner_and_threads(g: RowsGeometry) -> None:
     assert g.owned_tokens * g.cluster_e >= g.held_tokens == g.held_columns * COLUMN
     assert g.rank_passes * g.consumers >= g.owned_tokens * g.rank_threads
-    assert RANKED % g.rank_threads == 0
+    assert RANKED % g.rank_round == g.rank_round % g.rank_threads == 0
     assert g.top_k <= RANKED
     assert g.top_k <= LISTED
     # A threshold is the k-th largest of so many groups' bounds.

@@ -27,6 +27,7 @@ from tests.kernels.walk import Running, as_python, packed, plain
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
     proxy = as_python(monkeypatch, expert_rows)
     monkeypatch.setattr(expert_rows, "WgmmaRows", functools.partial(ModelRows, proxy))
+    monkeypatch.setattr(expert_rows.rows_ptx, "kept", lambda value: value)
     return proxy
 
 
@@ -85,12 +86,17 @@ MODEL = catalog.Model("small", 0, 0, 6, 1.0, 0, 100)
         "two parts and shares",
     ],
 )
-@pytest.mark.parametrize("stages", [2, 5])
+@pytest.mark.parametrize(("stages", "buffers"), [(2, 1), (5, 1), (3, 2)])
 def test_every_logit_is_the_sum_in_order(
-    division: dict[str, int], stages: int, running: Running, monkeypatch: pytest.MonkeyPatch
+    division: dict[str, int],
+    stages: int,
+    buffers: int,
+    running: Running,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     constants = {**CONSTANTS, **MODEL.constants(), "EXPERTS": 64, "TILE_EXPERTS": 64, **division}
     monkeypatch.setattr(RowsGeometry, "stages", stages)
+    monkeypatch.setattr(RowsGeometry, "buffers", min(buffers, division["SPLIT_K"]))
     monkeypatch.setattr(RowsGeometry, "epilogue_bytes", 0)
     g = RowsGeometry.of(constants)
     generator = np.random.default_rng(9)
@@ -169,9 +175,10 @@ def walk(g: RowsGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
             block.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
             block.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
             block.barrier_expect(full + 8 * stage, g.stage_bytes)
-        for warp in range(g.consumer_warps if g.split_k > 1 else 0):
-            block.barrier_init(received + 8 * warp, 1)
-            block.barrier_init(received + 8 * (g.consumer_warps + warp), g.split_k - 1)
+        exchanges = g.buffers * g.consumer_warps if g.split_k > 1 else 0
+        for number in range(exchanges):
+            block.barrier_init(received + 8 * number, 1)
+            block.barrier_init(received + 8 * (exchanges + number), g.split_k - 1)
 
     together(cluster, [task for block in cluster for task in tasks(block)])
     for block in cluster:

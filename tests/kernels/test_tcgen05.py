@@ -305,12 +305,20 @@ def route(
             # As ``send`` does, one row a token.
             for token in range(min(g.part_tokens, tile_tokens - part * g.part_tokens)):
                 slot, owner = divmod(part * g.part_tokens + token, g.cluster_k)
-                block.copy_bulk_to_peer(
-                    block.map_shared(shared + slot * g.slot_bytes + part_k * g.sums_bytes, owner),
-                    staged + token * g.sums_row_bytes,
-                    g.sums_bytes,
-                    block.map_shared(sums_full + 8 * part, owner),
-                )
+                target = shared + slot * g.slot_bytes + part_k * g.sums_bytes
+                source = staged + token * g.sums_row_bytes
+                counted = sums_full + 8 * part
+                if owner == part_k:
+                    block.at(target, g.sums_bytes)[:] = block.at(source, g.sums_bytes)
+                    for _ in range(LANES):
+                        block.arrive(counted)
+                else:
+                    block.copy_bulk_to_peer(
+                        block.map_shared(target, owner),
+                        source,
+                        g.sums_bytes,
+                        block.map_shared(counted, owner),
+                    )
     stored: dict[int, int] = {}
     for part_k, block in enumerate(cluster):
         running.as_thread(block, 0)

@@ -106,28 +106,17 @@ def copy_to_block(
     """Copy ``size`` bytes (a multiple of 16) of shared memory to ``target`` in a block of the
     cluster, by a whole warp; the mbarrier at ``barrier`` there counts the bytes.
 
-    A bulk copy between blocks must not lead to its own: there the lanes copy.
+    A bulk copy between blocks must not lead to its own: there every lane copies a part, and the
+    mbarrier counts 32 arrivals instead.
     """
     if block == own_block:
         for offset in cutlass.range(lane * 16, size, 32 * 16, unroll=1):
             ptx.store_shared_v4(target + offset, ptx.load_shared_v4(source + offset))
-        cute.arch.sync_warp()
-        if lane == 0:
-            complete_bytes(barrier, size)
+        arrive(barrier)
     elif lane == 0:
         ptx.copy_bulk_to_peer(
             ptx.map_shared(target, block), source, Int32(size), ptx.map_shared(barrier, block)
         )
-
-
-def complete_bytes(barrier: Int32, size: int) -> None:
-    """Count bytes, which this thread has seen stored, on a barrier of this block."""
-    asm(
-        None,
-        [barrier],
-        f"fence.acq_rel.cta;\nmbarrier.complete_tx.relaxed.cta.shared::cta.b64 [$0], {size};",
-        "r,~{memory}",
-    )
 
 
 # --- shared memory --------------------------------------------------------------------------------
@@ -160,17 +149,13 @@ def exp2_approx(a: Float32) -> Float32:
     return Float32(pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
-def log2_approx(a: Float32) -> Float32:
-    return Float32(pure(T.f32(), [a], "lg2.approx.ftz.f32 $0, $1;", "=f,f"))
-
-
 def sqrt_approx(a: Float32) -> Float32:
     return Float32(pure(T.f32(), [a], "sqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
-def not_less(a: Float32, b: Float32) -> Boolean:
-    """a >= b, or one of them is a NaN."""
-    return Boolean(arith.cmpf(arith.CmpFPredicate.UGE, a.ir_value(), b.ir_value()))
+def shift_in_sign(mask: Int32, a: Float32) -> Int32:
+    """The mask, shifted left, with the sign of ``a`` as its lowest bit."""
+    return Int32(pure(T.i32(), [a, mask], "shf.l.wrap.b32 $0, $1, $2, 1;", "=r,f,r"))
 
 
 # --- 64-bit ranks ---------------------------------------------------------------------------------

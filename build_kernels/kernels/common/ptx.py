@@ -38,8 +38,8 @@ def div_rn(a: Float32, b: Float32) -> Float32:
     return Float32(pure(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
-def sqrt_rn(a: Float32) -> Float32:
-    return Float32(pure(T.f32(), [a], "sqrt.rn.f32 $0, $1;", "=f,f"))
+def rsqrt_approx(a: Float32) -> Float32:
+    return Float32(pure(T.f32(), [a], "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def max_f32(a: Float32, b: Float32) -> Float32:
@@ -358,8 +358,9 @@ def exit_thread() -> None:
 # --- synchronisation ------------------------------------------------------------------------------
 
 
-def barrier_init(address: Int32, arrivals: int) -> None:
-    asm(None, [address], f"mbarrier.init.shared.b64 [$0], {arrivals};", "r,~{memory}")
+def barrier_init(address: Int32, arrivals: Int32 | int) -> None:
+    count = Int32(arrivals)
+    asm(None, [address, count], "mbarrier.init.shared.b64 [$0], $1;", "r,r,~{memory}")
 
 
 def barrier_init_fence() -> None:

@@ -23,7 +23,22 @@ def score(logit: Float32) -> Float32:
     power = _horner("EXP_C", rest)
     scaled = ptx.from_bits(ptx.bits(power) + (ptx.bits(shifted) << 23))
     exponential = ptx.mul_rn(scaled, constant("EXP_UNSCALE"))
-    return ptx.sqrt_rn(ptx.fma_rn(exponential, _horner("LOG1P_C", exponential), linear))
+    return square_root(ptx.fma_rn(exponential, _horner("LOG1P_C", exponential), linear))
+
+
+def square_root(a: Float32) -> Float32:
+    """sqrt.rn.f32 of a number that is not negative and finite, without its branch, around which
+    nothing else can be scheduled: the refinement that ptxas emits for numbers from 2^-101 on, to
+    which smaller ones are scaled."""
+    # Their bits are in their order.
+    small = ptx.less(ptx.bits(a), ptx.bits(Float32(2.0**-100)))
+    scaled = ptx.mul_rn(a, ptx.select(small, Float32(2.0**64), Float32(1.0)))
+    # Of 0 it is infinite; any number serves.
+    inverse = ptx.min_f32(ptx.rsqrt_approx(scaled), Float32(2.0**100))
+    root = ptx.mul_rn(scaled, inverse)
+    rest = ptx.fma_rn(ptx.neg_f32(root), root, scaled)
+    root = ptx.fma_rn(rest, ptx.mul_rn(inverse, Float32(0.5)), root)
+    return ptx.mul_rn(root, ptx.select(small, Float32(2.0**-32), Float32(1.0)))
 
 
 def ordered_key(logit: Float32, score_of_logit: Float32, bias: Float32) -> Int32:

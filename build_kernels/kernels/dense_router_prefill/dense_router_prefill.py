@@ -12,11 +12,12 @@ added to the totals while the other warpgroup keeps the tensor cores busy.
 
 Selection works on few experts. Every thread bounds the keys it holds from above and below, by
 hardware approximations with a rigorous margin; a lower bound of the token's k-th key follows, and
-whatever may reach it becomes a candidate, some ten a token. Only candidates get their exact score
+whatever may reach it becomes a candidate, some seven a token. Only candidates get their exact score
 and key. The blocks of a tile divide its tokens; the owner of a token reads the others' logits and
 candidates through the cluster.
 
-Small batches take the form of split_k.py: another division of the same work, with the same bits.
+Other forms divide the same work otherwise, with the same bits: split_k.py for small batches,
+expert_rows.py for those between.
 """
 
 from __future__ import annotations
@@ -533,32 +534,20 @@ class DenseRouterPrefill:
             return Float32(totals[pair // pairs][i + 2 * half + 4 * (pair % pairs)])
 
         self.store_logits(totals, shared, thread)
-        scores = [
-            [
-                [screening.screened(logit(half, pair, i)) for i in range(2)]
-                for pair in range(g.block_experts // 8)
-            ]
-            for half in range(2)
-        ]
-        best = [[Float32(float("-inf"))] * g.groups for _ in range(2)]
+        groups = g.bounds // 4
+        best = [[Float32(float("-inf"))] * groups for _ in range(2)]
+        highs: list[list[Float32]] = [[], []]
         for pair in range(g.block_experts // 8):
             bias = biases_of_pair(pair)
+            group = pair % groups
             for half in range(2):
                 for i in range(2):
-                    low = screening.low(scores[half][pair][i], bias[half][i])
-                    group = pair % g.groups
+                    score = screening.screened(logit(half, pair, i))
+                    low, high = screening.bounds(score, bias[half][i])
                     best[half][group] = ptx.max_f32(best[half][group], low)
-        thresholds = [screening.threshold(best[half], 4, g.top_k) for half in range(2)]
-        masks = [[Int32(0) for _ in range(g.mask_words)] for _ in range(2)]
-        for pair in range(g.block_experts // 8):
-            bias = biases_of_pair(pair)
-            for half in range(2):
-                for i in range(2):
-                    high = screening.high(scores[half][pair][i], bias[half][i])
-                    near = bulk.not_less(high, thresholds[half])
-                    word, bit = divmod(2 * pair + i, 32)
-                    flag = (1 << bit) - (1 << 32 if bit == 31 else 0)
-                    masks[half][word] = masks[half][word] | ptx.select(near, Int32(flag), Int32(0))
+                    highs[half].append(high)
+        thresholds = [screening.threshold(own, 4, g.top_k, g.bounds) for own in best]
+        masks = [screening.near(*own) for own in zip(highs, thresholds, strict=True)]
         for half in range(2):
             place = (
                 shared

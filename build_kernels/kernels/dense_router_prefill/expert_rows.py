@@ -11,9 +11,9 @@ tokens. A launch is
    accumulator (rows_wgmma.py);
 3. the partial sums of a chunk are added to the totals, in ascending order of chunks. Where the
    hidden dimension is split, the shares multiply as many neighbouring chunks at a time, and each
-   adds those columns of tokens that it holds: a warp hands the others to the warps of the same
-   number in the other shares, by bulk copies, and adds what it got while the next chunk is being
-   multiplied;
+   adds those columns of tokens that it holds: a warp stores the others into the shared memory of
+   the warps of the same number in the other shares, and adds what it got while a later chunk is
+   being multiplied;
 4. the logits go to shared memory, a row a token. A few threads a token bound its keys
    (screening.py); whatever may be among the best becomes a candidate. The parts of the experts
    divide the tokens that they hold, and the owner of a token is sent its candidates;
@@ -107,7 +107,7 @@ class ExpertRows:
         hidden_empty = full + 8 * g.stages
         weight_empty = hidden_empty + 8 * g.stages
         received = weight_empty + 8 * g.stages
-        credit = received + 8 * g.consumer_warps
+        credit = received + 8 * g.buffers * g.consumer_warps
 
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -117,7 +117,7 @@ class ExpertRows:
                 ptx.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
                 ptx.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
             if cutlass.const_expr(g.split_k > 1):
-                for number in cutlass.range_constexpr(g.consumer_warps):
+                for number in cutlass.range_constexpr(g.buffers * g.consumer_warps):
                     ptx.barrier_init(received + 8 * number, 1)
                     ptx.barrier_init(credit + 8 * number, g.split_k - 1)
             ptx.barrier_init_fence()
@@ -359,22 +359,22 @@ class ExpertRows:
                 stage, parity, number = self.chunk(rows, ring, stage, parity, number, None)
                 self.promote(rows, totals)
         else:
-            own = cute.make_rmem_tensor(4 * g.held_columns, Float32)
+            own = [cute.make_rmem_tensor(4 * g.held_columns, Float32) for _ in range(g.buffers)]
             place = (part_e, share, part_t, warp, lane)
             received = weight_empty + 8 * g.stages
-            stage, parity, number = self.chunk(rows, ring, stage, parity, number, None)
-            self.hand_over(rows, own, shared, received, place, Int32(0))
-            for turn in cutlass.range(1, g.rounds, unroll=1):
-                stage, parity, number = self.chunk(
-                    rows,
-                    ring,
-                    stage,
-                    parity,
-                    number,
-                    partial(self.add, totals, own, shared, received, place, turn - 1),
-                )
-                self.hand_over(rows, own, shared, received, place, turn)
-            self.add(totals, own, shared, received, place, Int32(g.rounds - 1))
+            exchange = (own, shared, received, place)
+            laps = g.rounds // g.buffers
+            for lap in cutlass.range(laps, unroll=1):
+                for buffer in cutlass.range_constexpr(g.buffers):
+                    add = partial(self.add_before, totals, *exchange, buffer, lap)
+                    stage, parity, number = self.chunk(rows, ring, stage, parity, number, add)
+                    self.hand_over(rows, *exchange, buffer, lap)
+            if cutlass.const_expr(g.rounds % g.buffers > 0):
+                add = partial(self.add_before, totals, *exchange, 0, Int32(laps))
+                stage, parity, number = self.chunk(rows, ring, stage, parity, number, add)
+                self.hand_over(rows, *exchange, 0, Int32(laps))
+            for turn in cutlass.range_constexpr(g.rounds - g.buffers, g.rounds):
+                self.add(totals, *exchange, turn % g.buffers, Int32(turn // g.buffers))
         return totals
 
     def promote(self, rows: WgmmaRows, totals: cute.Tensor) -> None:
@@ -392,10 +392,12 @@ class ExpertRows:
         number: Int32,
         meanwhile: Callable[[], None] | None,
     ) -> tuple[Int32, Int32, Int32]:
-        """Multiply a chunk, from the ring's ``stage`` on; ``meanwhile`` runs in the middle
-        of it. A stage is released one block later, when its MMAs are known to have finished."""
+        """Multiply a chunk, from the ring's ``stage`` on; ``meanwhile`` runs under its MMAs. A
+        stage is released one block later, when its MMAs are known to have finished."""
         g = self.g
         before = stage
+        # Sums of the chunk before the last one are there; those of the last one are on their way.
+        moment = 0 if g.buffers > 1 else g.chunk_blocks // 2
         for block in range(g.chunk_blocks):
             bulk.wait(ring[0] + 8 * stage, parity)
             self.expect(ring, stage, number)
@@ -403,7 +405,7 @@ class ExpertRows:
             if block > 0:
                 rows.wait(1)
                 self.release(ring, before, number - 1)
-            if block == g.chunk_blocks // 2 and meanwhile is not None:
+            if block == moment and meanwhile is not None:
                 meanwhile()
             before = stage
             wraps = ptx.equal(stage, Int32(g.stages - 1))
@@ -441,76 +443,77 @@ class ExpertRows:
     def hand_over(
         self,
         rows: WgmmaRows,
-        own: cute.Tensor,
+        own: list[cute.Tensor],
         shared: Int32,
         received: Int32,
         place: tuple[Int32, ...],
-        turn: Int32,
+        buffer: cutlass.Constexpr[int],
+        lap: Int32,
     ) -> None:
-        """Send this warp's sums of a chunk to the shares that add them; keep the own columns."""
+        """Send this warp's sums of a chunk to the shares that add them; keep the own columns. A
+        buffer's chunks are its laps."""
         g = self.g
         part_e, share, part_t, warp, lane = place
-        credit = received + 8 * g.consumer_warps
-        # What was staged, and what the others had room for, has been read.
-        if turn > 0:
-            bulk.wait(credit + 8 * warp, (turn - 1) & 1)
+        arrival, credit = self.exchange_barriers(received, buffer, warp)
+        # The others have read what was in the buffer.
+        if lap > 0:
+            bulk.wait(credit, (lap - 1) & 1)
         else:
-            self.expect_sums(received, place)
-        staged = shared + g.staged_offset + warp * g.warp_bytes
+            self.expect_sums(arrival, place)
+        room = shared + g.received_offset + buffer * g.exchange_bytes + warp * g.warp_bytes
         for i in cutlass.range_constexpr(4 * g.held_columns):
             value = Float32(0.0)
             for peer in cutlass.range_constexpr(g.split_k):
                 column = min(g.first_column(peer) + i // 4, g.columns - 1)
                 value = ptx.select(ptx.equal(share, Int32(peer)), rows.column(column)[i % 4], value)
-            own[i] = value
+            own[buffer][i] = rows_ptx.kept(value)
         for peer in cutlass.range_constexpr(g.split_k):
             if share != peer:
-                slot = self.slot(Int32(peer), share)
-                self.stage(rows, peer, staged + slot * g.slot_bytes + lane * 16)
-        ptx.fence_async_shared()
-        cute.arch.sync_warp()
-        if lane < g.split_k - 1:
-            # Each share begins with the next one, so that no one is sent everything at once.
-            peer = ptx.remainder(share + 1 + lane, g.split_k)
-            block = self.block_at(part_e, peer, part_t)
-            target = (
-                shared
-                + g.received_offset
-                + warp * g.warp_bytes
-                + self.slot(share, peer) * g.slot_bytes
-            )
-            columns = self.column_count(peer)
-            ptx.copy_bulk_to_peer(
-                ptx.map_shared(target, block),
-                staged + self.slot(peer, share) * g.slot_bytes,
-                columns * COLUMN_BYTES,
-                ptx.map_shared(received + 8 * warp, block),
-            )
-        cute.arch.sync_warp()
+                block = self.block_at(part_e, Int32(peer), part_t)
+                slot = room + self.slot(share, Int32(peer)) * g.slot_bytes + lane * 16
+                slot, counted = ptx.map_shared(slot, block), ptx.map_shared(arrival, block)
+                self.send_sums(rows, peer, slot, counted)
 
-    def stage(self, rows: WgmmaRows, peer: int, place: Int32) -> None:
-        """Store this thread's sums of the columns that a share adds."""
+    def send_sums(self, rows: WgmmaRows, peer: int, place: Int32, counted: Int32) -> None:
+        """Store this thread's sums of the columns that a share adds, where it counts them."""
         first = self.g.first_column(peer)
         for column in range(self.g.column_count(peer)):
             sums = [ptx.bits(value) for value in rows.column(first + column)]
-            ptx.store_shared_v4(place + column * COLUMN_BYTES, sums)
+            ptx.store_remote(place + column * COLUMN_BYTES, counted, sums)
+
+    @cute.jit
+    def add_before(
+        self,
+        totals: cute.Tensor,
+        own: list[cute.Tensor],
+        shared: Int32,
+        received: Int32,
+        place: tuple[Int32, ...],
+        buffer: cutlass.Constexpr[int],
+        lap: Int32,
+    ) -> None:
+        """Add the chunk that the buffer had before, if it had one."""
+        if lap > 0:
+            self.add(totals, own, shared, received, place, buffer, lap - 1)
 
     @cute.jit
     def add(
         self,
         totals: cute.Tensor,
-        own: cute.Tensor,
+        own: list[cute.Tensor],
         shared: Int32,
         received: Int32,
         place: tuple[Int32, ...],
-        turn: Int32,
+        buffer: cutlass.Constexpr[int],
+        lap: Int32,
     ) -> None:
         """Add one chunk of every share, in ascending order, to the columns that this one holds."""
         g = self.g
         part_e, share, part_t, warp, lane = place
-        credit = received + 8 * g.consumer_warps
-        bulk.wait(received + 8 * warp, turn & 1)
-        first = shared + g.received_offset + warp * g.warp_bytes + lane * 16
+        arrival, credit = self.exchange_barriers(received, buffer, warp)
+        bulk.wait(arrival, lap & 1)
+        room = buffer * g.exchange_bytes + warp * g.warp_bytes
+        first = shared + g.received_offset + room + lane * 16
         seen = Int32(1)
         for source in cutlass.range_constexpr(g.split_k):
             slot = ptx.min_s32(self.slot(Int32(source), share), Int32(g.split_k - 2))
@@ -518,11 +521,12 @@ class ExpertRows:
             for column in cutlass.range_constexpr(g.held_columns):
                 got = ptx.load_shared_v4(first + slot * g.slot_bytes + column * COLUMN_BYTES)
                 for i in cutlass.range_constexpr(4):
-                    term = ptx.select(mine, Float32(own[4 * column + i]), ptx.from_bits(got[i]))
+                    kept = Float32(own[buffer][4 * column + i])
+                    term = ptx.select(mine, kept, ptx.from_bits(got[i]))
                     totals[4 * column + i] = ptx.add_rn(Float32(totals[4 * column + i]), term)
                     seen = seen | got[i]
-        if turn < g.rounds - 1:
-            self.expect_sums(received, place)
+        if lap * g.buffers + buffer < g.rounds - g.buffers:
+            self.expect_sums(arrival, place)
             # The room may be given away only when the loads have returned: MMAs can hold them back
             # for longer than the others need to fill it again. So the arrival depends on their
             # values; none of them leaves ``seen`` zero.
@@ -530,16 +534,21 @@ class ExpertRows:
             if lane < g.split_k - 1 and seen != 0:
                 peer = ptx.remainder(share + 1 + lane, g.split_k)
                 block = self.block_at(part_e, peer, part_t)
-                bulk.arrive_remote(ptx.map_shared(credit + 8 * warp, block))
+                bulk.arrive_remote(ptx.map_shared(credit, block))
 
     @cute.jit
-    def expect_sums(self, received: Int32, place: tuple[Int32, ...]) -> None:
+    def expect_sums(self, arrival: Int32, place: tuple[Int32, ...]) -> None:
         """This warp's sums of one chunk, from all other shares."""
         g = self.g
-        _, share, _, warp, lane = place
+        _, share, _, _, lane = place
         columns = self.column_count(share)
         if lane == 0:
-            ptx.barrier_expect(received + 8 * warp, columns * ((g.split_k - 1) * COLUMN_BYTES))
+            ptx.barrier_expect(arrival, columns * ((g.split_k - 1) * COLUMN_BYTES))
+
+    def exchange_barriers(self, received: Int32, buffer: int, warp: Int32) -> tuple[Int32, Int32]:
+        """(the sums of a warp's buffer have arrived, those handed over have been read)"""
+        arrival = received + 8 * (buffer * self.g.consumer_warps + warp)
+        return arrival, arrival + 8 * self.g.buffers * self.g.consumer_warps
 
     def slot(self, of: Int32, at: Int32) -> Int32:
         """Where share ``at`` keeps what belongs to share ``of``: it has no slot of its own."""
@@ -606,17 +615,17 @@ class ExpertRows:
         """Send the candidates of the held tokens to their owners, ``token_threads`` threads a
         token: up to LISTED of a part's, and how many there are."""
         g = self.g
-        # First all masks: their arithmetic overlaps.
-        tasks = []
-        for turn in cutlass.range_constexpr(g.screen_passes):
-            index = thread + turn * g.consumers
+        lane = ptx.remainder(thread, LANES)
+        for first in cutlass.range(
+            thread - lane, g.held_tokens * g.token_threads, g.consumers, unroll=1
+        ):
+            index = first + lane
             held = ptx.less(index, Int32(g.held_tokens * g.token_threads))
             token = ptx.min_s32(ptx.quotient(index, g.token_threads), Int32(g.held_tokens - 1))
             biases = self.biases_of(routing, shared, images, first_held + token)
             biases = biases + part_e * (g.tile_experts * 4)
             member = ptx.remainder(index, g.token_threads)
-            tasks.append((held, token, member, self.candidates(shared, biases, token, member)))
-        for held, token, member, masks in tasks:
+            masks = self.candidates(shared, biases, token, member)
             self.send(shared, held, token, member, masks, part_e, share, part_t)
 
     @cute.jit
@@ -681,22 +690,17 @@ class ExpertRows:
         def four(address: Int32) -> list[Float32]:
             return [ptx.from_bits(value) for value in ptx.load_shared_v4(address)]
 
-        scores = [[screening.screened(logit) for logit in four(row + offset)] for offset in offsets]
+        highs: list[Float32] = []
         groups = max(1, g.bounds // g.token_threads)
         best = [Float32(float("-inf"))] * groups
-        for quad, offset in enumerate(offsets):
-            for i, bias in enumerate(four(biases + own + offset)):
-                number = (4 * quad + i) % groups
-                best[number] = ptx.max_f32(best[number], screening.low(scores[quad][i], bias))
-        threshold = screening.threshold_of_many(best, g.token_threads, g.top_k, g.bounds)
-        masks = [Int32(0) for _ in range(g.thread_words)]
-        for quad, offset in enumerate(offsets):
-            for i, bias in enumerate(four(biases + own + offset)):
-                word, bit = divmod(4 * quad + i, 32)
-                flag = (1 << bit) - (1 << 32 if bit == 31 else 0)
-                near = bulk.not_less(screening.high(scores[quad][i], bias), threshold)
-                masks[word] = masks[word] | ptx.select(near, Int32(flag), Int32(0))
-        return masks
+        for offset in offsets:
+            for logit, bias in zip(four(row + offset), four(biases + own + offset), strict=True):
+                low, high = screening.bounds(screening.screened(logit), bias)
+                group = len(highs) % groups
+                best[group] = ptx.max_f32(best[group], low)
+                highs.append(high)
+        threshold = screening.threshold(best, g.token_threads, g.top_k, g.bounds)
+        return screening.near(highs, threshold)
 
     # --- steps 2 to 7: the candidates' exact scores, ranks and weights ----------------------------
 
@@ -752,45 +756,42 @@ class ExpertRows:
             own_row = ptx.min_s32(place, Int32(g.owned_tokens))
             slots = shared + g.slot_offset + own_row * g.slot_row_bytes
             records = shared + g.record_offset + own_row * (g.top_k * 16)
-            ranks, scores = [], []
-            for turn_ in cutlass.range_constexpr(RANKED // g.rank_threads):
-                number = turn_ * g.rank_threads + member
-                entry, inside = Int32(0), number
-                for part in cutlass.range_constexpr(g.cluster_e - 1):
-                    beyond = ptx.less(counts[part] - 1, inside)
-                    here = ptx.equal(entry, Int32(part * LISTED))
-                    moves = ptx.both(beyond, here)
-                    entry = ptx.select(moves, Int32((part + 1) * LISTED), entry)
-                    inside = ptx.select(moves, inside - counts[part], inside)
-                some = ptx.less(number, total)
-                address = shared + g.list_offset + row * g.list_row_bytes
-                logit, expert = ptx.load_shared_v2(
-                    ptx.select(some, address + (entry + inside) * 8, address)
-                )
-                logit = ptx.from_bits(logit)
-                expert = ptx.select(some, expert, Int32(0))
-                score = scoring.score(logit)
-                key = scoring.ordered_key(logit, score, ptx.load_shared_f32(biases + expert * 4))
-                key = ptx.select(some, key, Int32(0))
-                ptx.store_shared_v2(slots + number * 8, ~expert, key)
-                ranks.append(bulk.pack(key, ~expert))
-                scores.append(score)
+            listed = shared + g.list_offset + row * g.list_row_bytes
+            rounds = ptx.quotient(ptx.redux_max_u32(total) + (g.rank_round - 1), g.rank_round)
+            for round_ in cutlass.range(rounds, unroll=1):
+                for i in cutlass.range_constexpr(g.rank_round // g.rank_threads):
+                    number = round_ * g.rank_round + i * g.rank_threads + member
+                    some = ptx.less(number, total)
+                    entry = ptx.select(some, self.entry(number, counts), Int32(0))
+                    logit, expert = ptx.load_shared_v2(listed + entry * 8)
+                    logit = ptx.from_bits(logit)
+                    expert = ptx.select(some, expert, Int32(0))
+                    score = scoring.score(logit)
+                    bias = ptx.load_shared_f32(biases + expert * 4)
+                    key = ptx.select(some, scoring.ordered_key(logit, score, bias), Int32(0))
+                    ptx.store_shared_v2(slots + number * 8, ~expert, key)
+                    ptx.store_shared_f32(slots + (RANKED * 8 + number * 4), score)
             cute.arch.sync_warp()
-            above = [Int32(0) for _ in ranks]
-            for pair in cutlass.range(ptx.quotient(total + 1, 2), unroll=4):
-                words = ptx.load_shared_v4(slots + pair * 16)
-                for low, high in ((words[0], words[1]), (words[2], words[3])):
-                    other = bulk.pack(high, low)
-                    above = [
-                        count + ptx.select(bulk.above(other, rank), Int32(1), Int32(0))
-                        for count, rank in zip(above, ranks, strict=True)
-                    ]
-            for turn_ in cutlass.range_constexpr(len(ranks)):
-                key, inverse = bulk.halves(ranks[turn_])
-                if key != 0 and above[turn_] < g.top_k:
-                    ptx.store_shared_v2(
-                        records + above[turn_] * 16, ~inverse, ptx.bits(scores[turn_])
-                    )
+            for round_ in cutlass.range(rounds, unroll=1):
+                numbers, ranks = [], []
+                for i in cutlass.range_constexpr(g.rank_round // g.rank_threads):
+                    numbers.append(round_ * g.rank_round + i * g.rank_threads + member)
+                    inverse, key = ptx.load_shared_v2(slots + numbers[i] * 8)
+                    ranks.append(bulk.pack(key, inverse))
+                above = [Int32(0) for _ in ranks]
+                for pair in cutlass.range(ptx.quotient(total + 1, 2), unroll=4):
+                    words = ptx.load_shared_v4(slots + pair * 16)
+                    for low, high in ((words[0], words[1]), (words[2], words[3])):
+                        other = bulk.pack(high, low)
+                        above = [
+                            count + ptx.select(bulk.above(other, rank), Int32(1), Int32(0))
+                            for count, rank in zip(above, ranks, strict=True)
+                        ]
+                for i in cutlass.range_constexpr(len(ranks)):
+                    key, inverse = bulk.halves(ranks[i])
+                    if key != 0 and above[i] < g.top_k:
+                        score_bits = ptx.load_shared_b32(slots + (RANKED * 8 + numbers[i] * 4))
+                        ptx.store_shared_v2(records + above[i] * 16, ~inverse, score_bits)
             lacking = ptx.both(ranked, ptx.equal(total, Int32(0)))
             if ptx.ballot(lacking) != 0:
                 self.rank_all(lacking, biases, logits, records, member)
@@ -817,6 +818,17 @@ class ExpertRows:
                 g.rank_threads,
                 g.experts,
             )
+
+    def entry(self, number: Int32, counts: list[Int32]) -> Int32:
+        """Where a token's candidate of that number lies: every part has a list of its own."""
+        entry = number
+        for part in range(len(counts) - 1):
+            beyond = ptx.less(counts[part] - 1, number)
+            # Of a later list, as far as this one knows.
+            later = (part + 1) * LISTED + number - counts[part]
+            entry = ptx.select(beyond, later, entry)
+            number = ptx.select(beyond, number - counts[part], Int32(-1))
+        return entry
 
     @cute.jit
     def rank_all(

@@ -12,6 +12,7 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_M,
     WARPGROUP,
     ceil_div,
+    screening_groups,
 )
 
 #: Tokens are handed over in columns of 8: what 32 lanes hold of them, 16 bytes a lane.
@@ -21,6 +22,9 @@ COLUMN_BYTES = LANES * 16
 #: Candidates of a token that a part of the experts sends at most, and that are ranked at most.
 LISTED = 32
 RANKED = 32
+
+#: Stages that hide the way from memory to the ring.
+MIN_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +174,13 @@ class RowsGeometry:
         fitting = [n for n in (2, 4, 8, 16) if self.tile_experts % (4 * n) == 0]
         return min(fitting, key=self.screen_cost)
 
-    def screen_cost(self, token_threads: int) -> int:
-        """Instructions of a scheduler's warps: 22 an expert, about 100 for the rest."""
-        warps = ceil_div(self.held_tokens * token_threads, LANES)
-        return ceil_div(warps, 4) * (self.tile_experts // token_threads * 22 + 100)
-
-    @property
-    def screen_passes(self) -> int:
-        return ceil_div(self.held_tokens * self.token_threads, self.consumers)
+    def screen_cost(self, token_threads: int) -> float:
+        """Clocks, as fitted to measurements: a warp issues 17 instructions an expert and 200 more
+        for its tokens, one in 1.9 clocks of its scheduler, or in 3.3 where it is alone there."""
+        turns = ceil_div(self.held_tokens * token_threads, LANES)
+        instructions = 17 * self.tile_experts // token_threads + 200
+        busiest = max(1.9 * ceil_div(turns, 4), 3.3 * ceil_div(turns, self.consumer_warps))
+        return instructions * busiest
 
     @property
     def thread_experts(self) -> int:
@@ -190,16 +193,19 @@ class RowsGeometry:
 
     @property
     def bounds(self) -> int:
-        """Groups of experts whose largest bounds give a token's threshold: a power of two, at least
-        twice ``top_k``. With 16 groups of 192 experts, 14 are candidates for 6 ranks; with 8, 19.
-        """
-        return 1 << (2 * self.top_k - 1).bit_length()
+        """Groups of a part's experts whose largest bounds give a token's threshold."""
+        return screening_groups(self.top_k)
 
     @property
     def rank_threads(self) -> int:
         """Threads that rank one token's candidates."""
         fitting = [n for n in (4, 8, 16, 32) if self.owned_tokens * n <= self.consumers]
         return max(fitting, default=4)
+
+    @property
+    def rank_round(self) -> int:
+        """Candidates of a token that are ranked at a time: more than that are few."""
+        return max(RANKED // 2, self.rank_threads)
 
     @property
     def rank_passes(self) -> int:
@@ -220,14 +226,25 @@ class RowsGeometry:
 
     @property
     def stages(self) -> int:
-        room = MAX_SHARED_BYTES - 2 * self.exchange_bytes - self.bias_bytes - 512
+        return self.stages_beside(self.buffers)
+
+    def stages_beside(self, buffers: int) -> int:
+        """How many stages there is room for beside so many buffers of sums."""
+        room = MAX_SHARED_BYTES - buffers * self.exchange_bytes - self.bias_bytes - 512
         return min(self.blocks, room // self.stage_bytes)
 
     @property
     def ring_bytes(self) -> int:
         return self.stages * self.stage_bytes
 
-    # --- then the sums that come from the other shares, and those that go to them ---
+    # --- then the sums that come from the other shares ---
+    @property
+    def buffers(self) -> int:
+        """Chunks whose sums may be on their way: two where the ring keeps enough stages beside
+        them, so that a chunk's are handed over before all of the last one's have been added."""
+        roomy = self.split_k > 1 and self.rounds > 1 and self.stages_beside(2) >= MIN_STAGES
+        return 2 if roomy else 1
+
     @property
     def slot_bytes(self) -> int:
         """Sums of one warp for one share."""
@@ -246,16 +263,12 @@ class RowsGeometry:
         return self.ring_bytes
 
     @property
-    def staged_offset(self) -> int:
-        return self.received_offset + self.exchange_bytes
-
-    @property
     def bias_bytes(self) -> int:
         return self.padded_experts * 4
 
     @property
     def bias_offset(self) -> int:
-        return self.staged_offset + self.exchange_bytes
+        return self.received_offset + self.buffers * self.exchange_bytes
 
     @property
     def barrier_offset(self) -> int:
@@ -263,7 +276,7 @@ class RowsGeometry:
 
     @property
     def barriers(self) -> int:
-        return 3 * self.stages + 2 * self.consumer_warps
+        return 3 * self.stages + 2 * self.buffers * self.consumer_warps
 
     @property
     def shared_bytes(self) -> int:
@@ -301,9 +314,9 @@ class RowsGeometry:
 
     @property
     def slot_row_bytes(self) -> int:
-        """(~expert, key) of a token's candidates: its ranks, as 64-bit numbers. There is one row
-        more than tokens, for threads that have none; and one of records."""
-        return RANKED * 8 + 16
+        """(~expert, key) of a token's candidates: its ranks, as 64-bit numbers; then their scores.
+        There is one row more than tokens, for threads that have none; and one of records."""
+        return RANKED * 12 + 16
 
     @property
     def record_offset(self) -> int:

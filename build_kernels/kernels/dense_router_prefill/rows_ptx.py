@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cutlass import Int32
+from cutlass import Float32, Int32
 from cutlass.cutlass_dsl import T
 
 from build_kernels.kernels.common.inline import asm, pure
@@ -20,3 +20,8 @@ def store_cluster_v2(address: Int32, a: Int32, b: Int32) -> None:
 def population(mask: Int32) -> Int32:
     """How many bits are set."""
     return Int32(pure(T.i32(), [mask], "popc.b32 $0, $1;", "=r,r"))
+
+
+def kept(value: Float32) -> Float32:
+    """The value, read here and now: an accumulator's next MMAs may begin afterwards."""
+    return Float32(asm(T.f32(), [value], "mov.f32 $0, $1;", "=f,f"))

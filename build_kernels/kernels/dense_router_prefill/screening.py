@@ -15,74 +15,73 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
 
-#: A screened score is within this share of the exact one, and this distance: ex2.approx and
-#: lg2.approx err by 2^-22, the argument of ex2 by 104 * 2^-23, and the root of an error of 3e-7 is
-#: below 2^-10.
-SCREEN_RELATIVE = 2.0**-15
-SCREEN_ABSOLUTE = 2.0**-10
+#: A screened score is within this share of the exact one, and this distance. log1p(u) / u is a
+#: polynomial, off by 5.7e-5 at most; ex2.approx errs by 2^-22, its argument by 126 * 2^-23; the
+#: root halves what is under it. Below -87, ex2.approx gives 0.
+SCREEN_RELATIVE = 2.0**-14
+SCREEN_ABSOLUTE = 2.0**-60
+
+#: log1p(u) / u for u in [0, 1], of least relative error.
+LOG1P_OVER_U = (0.99994328, -0.49697779, 0.30630088, -0.15742713, 0.04134727)
 
 
 def screened(logit: Float32) -> Float32:
     """sqrt(softplus(logit)) by hardware approximations."""
-    linear = ptx.min_f32(ptx.max_f32(logit, Float32(0.0)), scoring.constant("LOGIT_MAX"))
     exponential = bulk.exp2_approx(
         ptx.mul_rn(ptx.abs_f32(logit), scoring.constant("EXP_NEG_LOG2E"))
     )
-    logarithm = bulk.log2_approx(ptx.add_rn(exponential, Float32(1.0)))
-    return bulk.sqrt_approx(ptx.fma_rn(logarithm, Float32(0.6931471805599453), linear))
+    share = Float32(LOG1P_OVER_U[-1])
+    for coefficient in reversed(LOG1P_OVER_U[:-1]):
+        share = ptx.fma_rn(share, exponential, Float32(coefficient))
+    linear = ptx.max_f32(logit, Float32(0.0))
+    return bulk.sqrt_approx(ptx.fma_rn(exponential, share, linear))
 
 
-def low(score: Float32, bias: Float32) -> Float32:
-    """A lower bound of the key, from a screened score."""
-    bound = ptx.fma_rn(score, Float32(1.0 - SCREEN_RELATIVE), Float32(-SCREEN_ABSOLUTE))
-    return ptx.add_rn(bound, bias)
+def bounds(score: Float32, bias: Float32) -> tuple[Float32, Float32]:
+    """(low, high) of the key, from a screened score: what ``below`` adds to them aside. The low one
+    of an infinite score, which the exact one is not, is NaN: no bound."""
+    high = ptx.fma_rn(score, Float32(1.0 + SCREEN_RELATIVE), bias)
+    return ptx.fma_rn(score, Float32(-2.0 * SCREEN_RELATIVE), high), high
 
 
-def high(score: Float32, bias: Float32) -> Float32:
-    """An upper bound of the key, from a screened score."""
-    bound = ptx.fma_rn(score, Float32(1.0 + SCREEN_RELATIVE), Float32(SCREEN_ABSOLUTE))
-    return ptx.add_rn(bound, bias)
+def below(bound: Float32) -> Float32:
+    """So far below a low bound that whoever has a high bound below that has a key below the first:
+    by SCREEN_ABSOLUTE, and by what bounds are rounded to."""
+    lower = ptx.fma_rn(ptx.abs_f32(bound), Float32(-(2.0**-22)), bound)
+    return ptx.add_rn(lower, Float32(-SCREEN_ABSOLUTE))
 
 
-def threshold(best: Sequence[Float32], lanes: int, top_k: int) -> Float32:
-    """A lower bound of the k-th largest key of a token, given the largest lower bounds of groups of
-    experts, so many for each of the ``lanes`` neighbouring threads that hold the token: the k-th
-    largest of them.
+def near(highs: Sequence[Float32], threshold: Float32) -> list[Int32]:
+    """The mask of those that are not below the threshold, a NaN being below nothing: 32 a word, the
+    first in the lowest bit. One addition and one shift each: the sign of the difference, which of
+    equals is positive, a high bound never being -0."""
+    masks = []
+    for first in range(0, len(highs), 32):
+        far = Int32(-1)
+        for high in reversed(highs[first : first + 32]):
+            far = bulk.shift_in_sign(far, ptx.add_rn(high, ptx.neg_f32(threshold)))
+        masks.append(~far)
+    return masks
+
+
+def threshold(best: Sequence[Float32], lanes: int, top_k: int, groups: int) -> Float32:
+    """Whoever has a high bound below it has not one of a token's k largest keys, given the largest
+    low bounds of groups of experts, so many for each of the ``lanes`` neighbouring threads that
+    hold the token: ``below`` the k-th largest of them, by merging descending lists. Beyond
+    ``groups``, those of neighbours are united.
     """
-    values = list(best)
-    distance = 1
-    while distance < lanes:
-        values += [ptx.from_bits(bulk.shuffle_xor(ptx.bits(v), distance)) for v in values]
-        distance *= 2
-    # The (n - k + 1) smallest in ascending order, by insertion.
-    smallest: list[Float32] = []
-    keep = len(values) - top_k + 1
-    for value in values:
-        for place in range(len(smallest)):
-            lower = ptx.min_f32(smallest[place], value)
-            value = ptx.max_f32(smallest[place], value)
-            smallest[place] = lower
-        if len(smallest) < keep:
-            smallest.append(value)
-    return smallest[-1]
-
-
-def threshold_of_many(best: Sequence[Float32], lanes: int, top_k: int, bounds: int) -> Float32:
-    """``threshold`` of more groups, in fewer operations and more registers: by merging descending
-    lists. Beyond ``bounds`` groups, those of neighbours are united.
-    """
-    values = descending(list(best))
+    values = descending(list(best))[:top_k]
     distance = 1
     while distance < lanes:
         others = [ptx.from_bits(bulk.shuffle_xor(ptx.bits(value), distance)) for value in values]
-        if len(values) * (lanes // distance) > bounds:
+        if len(values) * (lanes // distance) > groups:
             values = [ptx.max_f32(a, b) for a, b in zip(values, others, strict=True)]
         elif 2 * distance < lanes:
-            values = joined(values, others)
+            values = joined(values, others)[:top_k]
         else:
-            return kth(values, others, top_k)
+            return below(kth(values, others, top_k))
         distance *= 2
-    return values[top_k - 1]
+    return below(values[top_k - 1])
 
 
 def descending(values: list[Float32]) -> list[Float32]:

@@ -69,6 +69,12 @@ class SplitGeometry:
                 f"expected a tile that fits {MAX_SHARED_BYTES} bytes, found {g.tokens_tile} "
                 f"tokens, {g.warpgroups} warpgroups"
             )
+        # Warpgroups that go through a ring side by side could take a stage's last phase for this.
+        if g.rings and not g.tcgen05:
+            raise ValueError(
+                f"expected a tile of which all {g.blocks} stages of hidden states fit at once, "
+                f"found {g.tokens_tile} tokens, {g.hidden_stages} stages"
+            )
         return g
 
     @classmethod

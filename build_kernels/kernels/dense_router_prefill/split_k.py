@@ -221,22 +221,24 @@ class SplitPrefill:
         part_k: Int32,
         tile_tokens: Int32,
     ) -> None:
-        """Make the barriers, and expect what will come from the peers."""
+        """Make the barriers, and expect what will come: bytes from the peers, and a warp's arrivals
+        for the own sums of each token that this block adds."""
         g = self.g
         for stage in range(g.blocks):
             ptx.barrier_init(weight_full + 8 * stage, 1)
         for stage in range(g.hidden_stages):
             ptx.barrier_init(hidden_full + 8 * stage, 1)
-            ptx.barrier_init(hidden_empty + 8 * stage, self.releases)
-        for part in range(g.parts):
-            ptx.barrier_init(sums_full + 8 * part, 1)
-        ptx.barrier_init_fence()
-        before = Int32(0)
+            ptx.barrier_init(hidden_empty + 8 * stage, 1)
+        owned, before = [], Int32(0)
         for part in range(g.parts):
             until = ptx.min_s32(tile_tokens, Int32((part + 1) * g.part_tokens))
-            owned = self.owned(until, part_k)
-            ptx.barrier_expect(sums_full + 8 * part, (owned - before) * g.slot_bytes)
-            before = owned
+            owned.append(self.owned(until, part_k) - before)
+            before = before + owned[part]
+            ptx.barrier_init(sums_full + 8 * part, owned[part] * LANES + 1)
+        ptx.barrier_init_fence()
+        for part in range(g.parts):
+            of_peers = owned[part] * (g.slot_bytes - g.sums_bytes)
+            ptx.barrier_expect(sums_full + 8 * part, of_peers)
 
     def feed_weight(
         self, weight: Int64, shared: Int32, weight_full: Int32, part_k: Int32, group: Int32
@@ -342,13 +344,10 @@ class SplitPrefill:
         a = start.make_fragment_A(slice_.partition_A(weight))
         b = start.make_fragment_B(slice_.partition_B(hidden))
         sums = cute.make_rmem_tensor(slice_.partition_shape_C((MMA_M, g.tokens_tile)), Float32)
-        pending = Int32(0)
         for block in cutlass.range_constexpr(g.chunk_blocks):
-            order = chunk + block * g.block_chunks
-            place = ptx.remainder(order, g.hidden_stages)
-            lap = ptx.quotient(order, g.hidden_stages)
+            place = chunk + block * g.block_chunks
             bulk.wait(weight_full + 8 * (chunk * g.chunk_blocks + block), Int32(0))
-            bulk.wait(hidden_full + 8 * place, lap & 1)
+            bulk.wait(hidden_full + 8 * place, Int32(0))
             warpgroup.fence()
             for step in cutlass.range_constexpr(K_BLOCK // MMA_K):
                 cute.gemm(
@@ -359,19 +358,8 @@ class SplitPrefill:
                     sums,
                 )
             warpgroup.commit_group()
-            # Only a stage that will be filled again needs to be released.
-            if cutlass.const_expr(g.hidden_stages < g.blocks and block > 0):
-                warpgroup.wait_group(1)
-                if lane == 0:
-                    bulk.arrive(hidden_empty + 8 * pending)
-            pending = place
         warpgroup.wait_group(0)
         return sums
-
-    @property
-    def releases(self) -> int:
-        """Arrivals that release a stage of hidden states: of every warp that reads it."""
-        return self.g.m_tiles * (WARPGROUP // LANES)
 
     def acquire(self, shared: Int32, warp: Int32) -> None:
         """Before the block's first barrier: what ``multiply`` needs beside registers."""

@@ -24,10 +24,6 @@ ALLOCATOR = 1
 
 
 class SplitTcgen05(split_k.SplitPrefill):
-    @property
-    def releases(self) -> int:
-        return 1
-
     @cute.jit
     def acquire(self, shared: Int32, warp: Int32) -> None:
         g = self.g

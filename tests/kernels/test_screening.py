@@ -1,0 +1,202 @@
+"""Screening and the exact root, run on the CPU as arrays of FP32, with approximations that err as
+much as the hardware's may: nobody among a token's best is lost, and the root is the rounded one.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from build_kernels.kernels.common import scoring
+from build_kernels.kernels.dense_router_prefill import screening
+from build_kernels.numerics import CONSTANTS
+
+Floats = NDArray[np.float32]
+
+#: What ex2.approx, sqrt.approx and rsqrt.approx may be off by, relative.
+APPROXIMATE = 2.0**-22
+LEAST = np.finfo(np.float32).tiny
+
+
+class Arrays:
+    """Stands for kernels/common/ptx.py and bulk.py: every lane and token at once."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def off(self, value: Floats) -> Floats:
+        error = self.generator.choice([-1.0, 0.0, 1.0], value.shape) * APPROXIMATE
+        found = (value.astype(np.float64) * (1 + error)).astype(np.float32)
+        return np.where(np.abs(found) < LEAST, np.float32(0), found)
+
+    def exp2_approx(self, a: Floats) -> Floats:
+        return self.off(np.exp2(a.astype(np.float64)).astype(np.float32))
+
+    def sqrt_approx(self, a: Floats) -> Floats:
+        return self.off(np.sqrt(np.where(a < LEAST, np.float32(0), a)))
+
+    def rsqrt_approx(self, a: Floats) -> Floats:
+        return self.off((1 / np.sqrt(a.astype(np.float64))).astype(np.float32))
+
+    def fma_rn(self, a: Floats, b: Floats, c: Floats) -> Floats:
+        exact = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+        return (exact + np.asarray(c, np.float64)).astype(np.float32)
+
+    def mul_rn(self, a: Floats, b: Floats) -> Floats:
+        return np.multiply(a, b, dtype=np.float32)
+
+    def add_rn(self, a: Floats, b: Floats) -> Floats:
+        return np.add(a, b, dtype=np.float32)
+
+    def max_f32(self, a: Floats, b: Floats) -> Floats:
+        return np.fmax(a, b)
+
+    def min_f32(self, a: Floats, b: Floats) -> Floats:
+        return np.fmin(a, b)
+
+    def abs_f32(self, a: Floats) -> Floats:
+        return np.abs(a)
+
+    def neg_f32(self, a: Floats) -> Floats:
+        return -a
+
+    def bits(self, a: Floats) -> NDArray[np.int32]:
+        return np.asarray(a, np.float32).view(np.int32)
+
+    def from_bits(self, a: NDArray[np.int32]) -> Floats:
+        return a.view(np.float32)
+
+    def less(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return np.less(a, b)
+
+    def select(self, condition: NDArray[np.bool_], a: Floats, b: Floats) -> Floats:
+        return np.where(condition, a, b)
+
+    def shuffle_xor(self, a: NDArray[np.int32], lanes: int) -> NDArray[np.int32]:
+        """Lanes are the first axis."""
+        return a[np.arange(len(a)) ^ lanes]
+
+    def shift_in_sign(self, mask: NDArray[np.int64], a: Floats) -> NDArray[np.int64]:
+        # The hardware's NaN is positive.
+        sign = np.where(np.isnan(a), 0, self.bits(a) >> 31 & 1)
+        return (mask << 1 | sign) & 0xFFFFFFFF
+
+
+@pytest.fixture(autouse=True)
+def _as_arrays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    arrays = Arrays()
+    constants = types.SimpleNamespace(constant=lambda name: np.float32(CONSTANTS[name]))
+    replaced = {"ptx": arrays, "bulk": arrays, "scoring": constants}
+    replaced |= {"Float32": np.float32, "Int32": np.int64}
+    for name, value in replaced.items():
+        monkeypatch.setattr(screening, name, value)
+    monkeypatch.setattr(scoring, "ptx", arrays)
+    monkeypatch.setattr(scoring, "Float32", np.float32)
+    # As on the hardware, infinities and NaN are results like others.
+    with np.errstate(over="ignore", invalid="ignore"):
+        yield
+
+
+def exact_keys(logits: Floats, biases: Floats, off: float) -> Floats:
+    """The keys, from scores that are off by as much as those of the router may be."""
+    clamped = np.clip(logits.astype(np.float64), -CONSTANTS["LOGIT_MAX"], CONSTANTS["LOGIT_MAX"])
+    softplus = np.maximum(clamped, 0) + np.log1p(np.exp(-np.abs(clamped)))
+    score = (np.sqrt(softplus) * (1 + off)).astype(np.float32)
+    return score + biases
+
+
+@pytest.mark.parametrize("off", [-4e-7, 0.0, 4e-7])
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-3, 1.0, 1e6, 1e25])
+def test_whoever_is_among_the_best_passes(spread: float, off: float) -> None:
+    """For any low bound as the threshold: nobody whose key is as large as that one's is below."""
+    generator = np.random.default_rng(5)
+    logits = np.concatenate(
+        [generator.normal(0, scale, 4000) for scale in (1e-3, 1.0, 30.0, 1e4)]
+        + [generator.uniform(-100, -80, 4000), np.linspace(-20, 20, 4001)]
+        + [[np.inf, -np.inf, 3.4e38, -3.4e38, 0.0, -0.0, 1e-40]]
+    ).astype(np.float32)
+    biases = (generator.standard_normal(len(logits)) * spread).astype(np.float32)
+    keys = exact_keys(logits, biases, off)
+    low, high = screening.bounds(screening.screened(logits), biases)
+    order = np.argsort(-keys, kind="stable")
+    # The least high bound among those with this key or a larger one.
+    least = np.minimum.accumulate(high[order])
+    last = np.searchsorted(-keys[order], -keys, side="right") - 1
+    bounded = ~np.isnan(low)
+    assert bounded.sum() >= len(low) - 1
+    assert (least[last] >= screening.below(low))[bounded].all()
+
+
+def test_bounds_are_close() -> None:
+    """No more candidates than there must be: on all logits down to where scores lose their bits."""
+    logits = np.linspace(-80, 80, 100001).astype(np.float32)
+    low, high = screening.bounds(screening.screened(logits), np.zeros_like(logits))
+    assert (high - low <= high * 2.0**-12).all()
+
+
+def test_a_nan_passes_and_bounds_nothing() -> None:
+    score = screening.screened(np.array([np.nan], np.float32))
+    low, high = screening.bounds(score, np.zeros(1, np.float32))
+    assert np.isnan(low).all()
+    assert screening.near([high], np.array([3e38], np.float32))[0] & 0xFFFFFFFF == 1
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64])
+def test_a_mask_tells_who_is_not_below(count: int) -> None:
+    generator = np.random.default_rng(6)
+    special = [np.nan, np.inf, -np.inf, 0.0, 1e-45, -1e-45, 3.4e38, -3.4e38]
+    values = generator.choice(np.array([*special, 1.0, -1.0], np.float32), (count, 500))
+    thresholds = generator.choice(np.array([*special, -0.0], np.float32), 500)
+    masks = [mask & 0xFFFFFFFF for mask in screening.near(list(values), thresholds)]
+    assert len(masks) == -(-count // 32)
+    for number, high in enumerate(values):
+        bit = masks[number // 32] >> (number % 32) & 1
+        assert np.array_equal(bit == 1, ~(high < thresholds))
+    for word, mask in enumerate(masks):
+        left = count - 32 * word
+        assert left >= 32 or not (mask >> left).any()
+
+
+@pytest.mark.parametrize(("own", "lanes"), [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)])
+@pytest.mark.parametrize("top_k", [1, 6, 8])
+def test_the_threshold_is_the_kth_largest_bound(own: int, lanes: int, top_k: int) -> None:
+    generator = np.random.default_rng(7)
+    best = generator.standard_normal((own, lanes, 100)).astype(np.float32)
+    found = screening.threshold(list(best), lanes, top_k, own * lanes)
+    expected = screening.below(np.sort(best.reshape(-1, 100), axis=0)[-top_k])
+    assert np.array_equal(found, np.broadcast_to(expected, found.shape))
+
+
+def test_united_groups_give_a_lower_threshold() -> None:
+    generator = np.random.default_rng(8)
+    best = generator.standard_normal((4, 16, 100)).astype(np.float32)
+    found = screening.threshold(list(best), 16, 6, 32)
+    every = screening.below(np.sort(best.reshape(-1, 100), axis=0)[-6])
+    assert (found <= every).all()
+    # Groups are united, not lost: the largest bounds stay.
+    assert (found >= np.sort(best.reshape(-1, 100), axis=0)[-32]).all()
+
+
+def roots(values: Sequence[float] | Floats) -> tuple[Floats, Floats]:
+    given = np.asarray(values, np.float32)
+    with np.errstate(divide="ignore"):
+        return scoring.square_root(given), np.sqrt(given)
+
+
+def test_the_root_is_rounded_correctly() -> None:
+    """Of random numbers of every size, subnormal ones too; exhaustively so on an H100."""
+    generator = np.random.default_rng(9)
+    patterns = generator.integers(0, 0x7F800000, 1_000_000, dtype=np.int32)
+    found, expected = roots(patterns.view(np.float32))
+    assert np.array_equal(found, expected)
+
+
+def test_the_root_of_what_stands_apart() -> None:
+    powers = [2.0**power * (1 + share) for power in range(-126, 128) for share in (0, 2**-23)]
+    edges = np.nextafter(np.float32(2.0**-100), np.array([0, 1], np.float32))
+    found, expected = roots(np.array([0.0, 1e-45, CONSTANTS["LOGIT_MAX"], *powers, *edges]))
+    assert np.array_equal(found, expected)
