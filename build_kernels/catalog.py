@@ -101,7 +101,8 @@ _ACTIVATION_TOPK = tuple(
 
 #: How the decode kernel divides the models' weights.
 _FLASH_DECODE = {"GROUPS": 1, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
-_PRO_DECODE = {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2}
+_PRO_DECODE = {"GROUPS": 3, "CLUSTER_E": 1, "CLUSTER_K": 14, "WARP_M": 2}
+_PRO_DECODE_32 = {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2}
 _FLASH41_DECODE = {"GROUPS": 3, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
 
 KERNELS = (
@@ -166,7 +167,7 @@ KERNELS = (
             Variant(
                 "portable_32",
                 {"MAX_TOKENS": 32, "TOKENS_TILE": 16},
-                tuned={"dsv4-pro": _PRO_DECODE, "dsv41-flash": _FLASH41_DECODE},
+                tuned={"dsv4-pro": _PRO_DECODE_32, "dsv41-flash": _FLASH41_DECODE},
                 tuned_only=True,
             ),
             # The split form of dense_router_prefill.
@@ -194,7 +195,7 @@ KERNELS = (
                 "wgmma_128",
                 tuned={
                     "dsv4-flash": {
-                        "TOKENS_TILE": 24,
+                        "TOKENS_TILE": 32,
                         "GROUPS": 1,
                         "CLUSTER_K": 16,
                         "MAX_TOKENS": 128,
@@ -258,10 +259,10 @@ KERNELS = (
                         "SPLIT_K": 4,
                     },
                     "dsv41-flash": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 4,
+                        "TILE_EXPERTS": 128,
+                        "TILE_TOKENS": 80,
+                        "CLUSTER_T": 1,
+                        "SPLIT_K": 5,
                     },
                 },
                 targets=("sm_90a",),
