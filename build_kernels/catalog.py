@@ -217,16 +217,10 @@ KERNELS = (
                 tuned_only=True,
             ),
             # From here on experts are the rows of the MMA, in one wave of tiles of as many tokens
-            # as it takes; but for 256 experts and up to 256 tokens, which are split as above.
+            # as it takes. 256 experts begin with the next variant.
             Variant(
                 "wgmma_256",
                 tuned={
-                    "dsv4-flash": {
-                        "TOKENS_TILE": 40,
-                        "GROUPS": 1,
-                        "CLUSTER_K": 16,
-                        "MAX_TOKENS": 256,
-                    },
                     "dsv4-pro": {
                         "TILE_EXPERTS": 128,
                         "TILE_TOKENS": 40,

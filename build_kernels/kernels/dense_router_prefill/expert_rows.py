@@ -233,8 +233,7 @@ class ExpertRows:
             cute.arch.cluster_arrive_relaxed()
 
     def part(self) -> None:
-        """Leave only after the others have read this block's logits, have released its stages and
-        have got its sums."""
+        """Leave only after the others have read this block's logits and released its stages."""
         if self.g.cluster_e > 1:
             cute.arch.cluster_arrive_relaxed()
         if self.g.cluster > 1:
@@ -466,7 +465,7 @@ class ExpertRows:
             for peer in cutlass.range_constexpr(g.split_k):
                 column = min(g.first_column(peer) + i // 4, g.columns - 1)
                 value = ptx.select(ptx.equal(share, Int32(peer)), rows.column(column)[i % 4], value)
-            own[buffer][i] = rows_ptx.kept(value)
+            own[buffer][i] = rows_ptx.read_now(value)
         for peer in cutlass.range_constexpr(g.split_k):
             if share != peer:
                 block = self.block_at(part_e, Int32(peer), part_t)

@@ -76,6 +76,11 @@ class RowsGeometry:
                 f"expected two stages and the logits in {MAX_SHARED_BYTES} bytes, clusters of at "
                 f"most 16, found {g.stages} stages, {g.epilogue_bytes} bytes, {g.cluster} blocks"
             )
+        if g.shared_bytes > MAX_SHARED_BYTES:
+            raise ValueError(
+                f"expected barriers beside {g.stages} stages in {MAX_SHARED_BYTES} bytes, "
+                f"found {g.barriers} of them: {g.shared_bytes} bytes"
+            )
         return g
 
     # --- blocks of a cluster ---

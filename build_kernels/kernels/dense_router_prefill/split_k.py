@@ -14,9 +14,9 @@ The hidden dimension is divided among the blocks of a cluster (split_geometry.py
 5. that block adds the chunks in ascending order, scores, and one warp a token selects;
 6. with several groups of experts, the last to finish a token merges (common/finish.py).
 
-An mbarrier of the receiver counts the bytes of each part. A part takes the place of an earlier one
-when a cluster barrier says that all have received that. A block leaves only after everything sent
-to it has arrived and everything it sent has been received.
+An mbarrier of the receiver counts the bytes of each part, and arrivals for its own sums. A part
+takes the place of an earlier one when a cluster barrier says that all have received that. A block
+leaves only after everything sent to it has arrived and everything it sent has been received.
 """
 
 from __future__ import annotations

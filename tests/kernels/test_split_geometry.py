@@ -1,0 +1,26 @@
+"""Divisions of dense_router_prefill's split form, on sm_90a."""
+
+from __future__ import annotations
+
+import pytest
+
+from build_kernels import catalog
+from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from build_kernels.numerics import CONSTANTS
+
+PRO = next(model for model in catalog.MODELS if model.name == "dsv4-pro")
+CONSTANTS_OF_PRO = {**CONSTANTS, **PRO.constants(), "MAX_TOKENS": 128}
+
+
+@pytest.mark.parametrize(
+    ("groups", "cluster_k", "most"), [(3, 14, 96), (6, 7, 48)], ids=["two chunks", "four chunks"]
+)
+def test_all_hidden_states_of_a_slice_fit_at_once(groups: int, cluster_k: int, most: int) -> None:
+    """A ring of them would be gone through by several warpgroups side by side, and one of them
+    could take a stage's last phase for the one that it waits for."""
+    division = {**CONSTANTS_OF_PRO, "GROUPS": groups, "CLUSTER_K": cluster_k}
+    g = SplitGeometry.of({**division, "TOKENS_TILE": most})
+    assert not g.rings
+    assert g.threads == g.consumers
+    with pytest.raises(ValueError, match=f"all {g.blocks} stages of hidden states"):
+        SplitGeometry.of({**division, "TOKENS_TILE": most + 8})
