@@ -12,7 +12,6 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_M,
     WARPGROUP,
     ceil_div,
-    screening_groups,
 )
 
 #: Tokens are handed over in columns of 8: what 32 lanes hold of them, 16 bytes a lane.
@@ -195,11 +194,6 @@ class RowsGeometry:
     def thread_words(self) -> int:
         """Words of one thread's mask of candidates."""
         return ceil_div(self.thread_experts, 32)
-
-    @property
-    def bounds(self) -> int:
-        """Groups of a part's experts whose largest bounds give a token's threshold."""
-        return screening_groups(self.top_k)
 
     @property
     def rank_threads(self) -> int:

@@ -148,7 +148,7 @@ class SplitPrefill:
             self.keep_company()
         if warp < g.consumer_warps:
             # --- 3. multiply ---
-            sums = self.multiply(shared, ring, weight_full, hidden_full, hidden_empty, warp, lane)
+            sums = self.multiply(shared, ring, weight_full, hidden_full, hidden_empty, warp)
             # --- 4. hand the partial sums to the block that adds them ---
             # Relaxed: it orders reads that are complete, and publishes nothing.
             cute.arch.cluster_arrive_relaxed()
@@ -298,7 +298,6 @@ class SplitPrefill:
         hidden_full: Int32,
         hidden_empty: Int32,
         warp: Int32,
-        lane: Int32,
     ) -> cute.Tensor:
         """This warpgroup's partial sums: the accumulator of 64 experts x the tile's tokens."""
         g = self.g
