@@ -35,7 +35,7 @@ Echo = Callable[[str], object]
 _Siblings = dict[tuple[str, int], tuple[str, str]]
 
 #: Memory for what entries share, on the host and the device together. The largest model here needs
-#: three quarters of it.
+#: seven tenths of it.
 _KEPT_BYTES = 2 * 2**30
 
 _HEADER = ("entry", "cases", "rows", "clear", "reordered", "error/bound", "relative", "s", "result")
