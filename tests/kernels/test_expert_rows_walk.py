@@ -27,7 +27,7 @@ from tests.kernels.walk import Running, as_python, packed, plain
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
     proxy = as_python(monkeypatch, expert_rows)
     monkeypatch.setattr(expert_rows, "WgmmaRows", functools.partial(ModelRows, proxy))
-    monkeypatch.setattr(expert_rows.rows_ptx, "read_now", lambda value: value)
+    monkeypatch.setattr(expert_rows.rows_ptx, "kept", lambda value: value)
     return proxy
 
 

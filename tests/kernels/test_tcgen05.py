@@ -283,8 +283,9 @@ def route(
         kernel.feed_hidden(0, ring, hidden_full, hidden_empty, first_token, part_k)
         for thread in range(g.consumers):
             running.as_thread(block, thread)
+            warp, lane = divmod(thread, LANES)
             sums[part_k, thread] = kernel.multiply(
-                shared, ring, weight_full, hidden_full, hidden_empty, thread // LANES
+                shared, ring, weight_full, hidden_full, hidden_empty, warp, lane
             )
             kernel.issue = block.nothing
         del kernel.issue

@@ -106,8 +106,8 @@ def copy_to_block(
     """Copy ``size`` bytes (a multiple of 16) of shared memory to ``target`` in a block of the
     cluster, by a whole warp; the mbarrier at ``barrier`` there counts the bytes.
 
-    A bulk copy between blocks must not lead to its own: there every lane copies a part, and the
-    mbarrier counts 32 arrivals instead.
+    A bulk copy between blocks must not lead to its own: there every lane copies a part, and
+    arrives.
     """
     if block == own_block:
         for offset in cutlass.range(lane * 16, size, 32 * 16, unroll=1):
@@ -147,6 +147,10 @@ def load_cluster_b32(address: Int32) -> Int32:
 
 def exp2_approx(a: Float32) -> Float32:
     return Float32(pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+
+
+def log2_approx(a: Float32) -> Float32:
+    return Float32(pure(T.f32(), [a], "lg2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def sqrt_approx(a: Float32) -> Float32:

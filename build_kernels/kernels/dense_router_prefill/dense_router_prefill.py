@@ -44,7 +44,6 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_M,
     WARPGROUP,
     Geometry,
-    screening_groups,
 )
 from build_kernels.kernels.dense_router_prefill.hidden_map import hidden_map
 
@@ -535,8 +534,7 @@ class DenseRouterPrefill:
             return Float32(totals[pair // pairs][i + 2 * half + 4 * (pair % pairs)])
 
         self.store_logits(totals, shared, thread)
-        bounds = screening_groups(g.top_k)
-        groups = bounds // 4
+        groups = g.bounds // 4
         best = [[Float32(float("-inf"))] * groups for _ in range(2)]
         highs: list[list[Float32]] = [[], []]
         for pair in range(g.block_experts // 8):
@@ -548,7 +546,7 @@ class DenseRouterPrefill:
                     low, high = screening.bounds(score, bias[half][i])
                     best[half][group] = ptx.max_f32(best[half][group], low)
                     highs[half].append(high)
-        thresholds = [screening.threshold(own, 4, g.top_k, bounds) for own in best]
+        thresholds = [screening.threshold(own, 4, g.top_k, g.bounds) for own in best]
         masks = [screening.near(*own) for own in zip(highs, thresholds, strict=True)]
         for half in range(2):
             place = (

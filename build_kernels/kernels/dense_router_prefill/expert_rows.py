@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
@@ -33,7 +32,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from build_kernels.kernels.common import bulk, finish, ptx, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.dense_router_prefill import rows_ptx, screening
-from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, screening_groups
+from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
 from build_kernels.kernels.dense_router_prefill.hidden_map import hidden_map
 from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     COLUMN,
@@ -46,18 +45,6 @@ from build_kernels.kernels.dense_router_prefill.rows_wgmma import WgmmaRows
 
 #: Named barrier of the warps that multiply.
 CONSUMERS = 1
-
-
-class Exchange(NamedTuple):
-    """What the shares' sums of a warp's chunks meet in: the totals; the own columns of a chunk, for
-    each buffer; shared memory, and the first barrier of the sums that arrive; the block's part of
-    the experts, share and tile, and the warp and lane."""
-
-    totals: cute.Tensor
-    own: list[cute.Tensor]
-    shared: Int32
-    received: Int32
-    place: tuple[Int32, ...]
 
 
 class ExpertRows:
@@ -120,6 +107,7 @@ class ExpertRows:
         hidden_empty = full + 8 * g.stages
         weight_empty = hidden_empty + 8 * g.stages
         received = weight_empty + 8 * g.stages
+        credit = received + 8 * g.buffers * g.consumer_warps
 
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -129,11 +117,9 @@ class ExpertRows:
                 ptx.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
                 ptx.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
             if cutlass.const_expr(g.split_k > 1):
-                for buffer in cutlass.range_constexpr(g.buffers):
-                    for number in cutlass.range_constexpr(g.consumer_warps):
-                        arrival, credit = self.exchange_barriers(received, buffer, number)
-                        ptx.barrier_init(arrival, 1)
-                        ptx.barrier_init(credit, g.split_k - 1)
+                for number in cutlass.range_constexpr(g.buffers * g.consumer_warps):
+                    ptx.barrier_init(received + 8 * number, 1)
+                    ptx.barrier_init(credit + 8 * number, g.split_k - 1)
             ptx.barrier_init_fence()
             # The first filling of every stage; thread 0 expects each later one in time.
             for stage in cutlass.range_constexpr(g.stages):
@@ -247,7 +233,8 @@ class ExpertRows:
             cute.arch.cluster_arrive_relaxed()
 
     def part(self) -> None:
-        """Leave only after the others have read this block's logits and released its stages."""
+        """Leave only after the others have read this block's logits, have released its stages and
+        have got its sums."""
         if self.g.cluster_e > 1:
             cute.arch.cluster_arrive_relaxed()
         if self.g.cluster > 1:
@@ -374,17 +361,20 @@ class ExpertRows:
         else:
             own = [cute.make_rmem_tensor(4 * g.held_columns, Float32) for _ in range(g.buffers)]
             place = (part_e, share, part_t, warp, lane)
-            exchange = Exchange(totals, own, shared, weight_empty + 8 * g.stages, place)
+            received = weight_empty + 8 * g.stages
+            exchange = (totals, own, shared, received, place)
             laps = g.rounds // g.buffers
             for lap in cutlass.range(laps, unroll=1):
                 for buffer in cutlass.range_constexpr(g.buffers):
-                    stage, parity, number = self.exchanged(
-                        rows, ring, stage, parity, number, exchange, buffer, lap
-                    )
+                    add = partial(self.add_before, *exchange, buffer, lap)
+                    stage, parity, number = self.chunk(rows, ring, stage, parity, number, add)
+                    self.hand_over(rows, *exchange, buffer, lap)
             if cutlass.const_expr(g.rounds % g.buffers > 0):
-                self.exchanged(rows, ring, stage, parity, number, exchange, 0, Int32(laps))
+                add = partial(self.add_before, *exchange, 0, Int32(laps))
+                stage, parity, number = self.chunk(rows, ring, stage, parity, number, add)
+                self.hand_over(rows, *exchange, 0, Int32(laps))
             for turn in cutlass.range_constexpr(g.rounds - g.buffers, g.rounds):
-                self.add(exchange, turn % g.buffers, Int32(turn // g.buffers))
+                self.add(*exchange, turn % g.buffers, Int32(turn // g.buffers))
         return totals
 
     def promote(self, rows: WgmmaRows, totals: cute.Tensor) -> None:
@@ -392,24 +382,6 @@ class ExpertRows:
         for column in range(self.g.columns):
             for i, term in enumerate(rows.column(column), 4 * column):
                 totals[i] = ptx.add_rn(Float32(totals[i]), term)
-
-    def exchanged(
-        self,
-        rows: WgmmaRows,
-        ring: tuple[Int32, ...],
-        stage: Int32,
-        parity: Int32,
-        number: Int32,
-        exchange: Exchange,
-        buffer: int,
-        lap: Int32,
-    ) -> tuple[Int32, Int32, Int32]:
-        """Multiply a chunk whose sums pass through that buffer, and hand them over. Those that the
-        buffer had before are added meanwhile."""
-        add = partial(self.add_before, exchange, buffer, lap)
-        stage, parity, number = self.chunk(rows, ring, stage, parity, number, add)
-        self.hand_over(rows, exchange, buffer, lap)
-        return stage, parity, number
 
     def chunk(
         self,
@@ -471,14 +443,17 @@ class ExpertRows:
     def hand_over(
         self,
         rows: WgmmaRows,
-        exchange: Exchange,
+        totals: cute.Tensor,
+        own: list[cute.Tensor],
+        shared: Int32,
+        received: Int32,
+        place: tuple[Int32, ...],
         buffer: cutlass.Constexpr[int],
         lap: Int32,
     ) -> None:
         """Send this warp's sums of a chunk to the shares that add them; keep the own columns. A
         buffer's chunks are its laps."""
         g = self.g
-        _, own, shared, received, place = exchange
         part_e, share, part_t, warp, lane = place
         arrival, credit = self.exchange_barriers(received, buffer, warp)
         # The others have read what was in the buffer.
@@ -492,7 +467,7 @@ class ExpertRows:
             for peer in cutlass.range_constexpr(g.split_k):
                 column = min(g.first_column(peer) + i // 4, g.columns - 1)
                 value = ptx.select(ptx.equal(share, Int32(peer)), rows.column(column)[i % 4], value)
-            own[buffer][i] = rows_ptx.read_now(value)
+            own[buffer][i] = rows_ptx.kept(value)
         for peer in cutlass.range_constexpr(g.split_k):
             if share != peer:
                 block = self.block_at(part_e, Int32(peer), part_t)
@@ -508,16 +483,33 @@ class ExpertRows:
             ptx.store_remote(place + column * COLUMN_BYTES, counted, sums)
 
     @cute.jit
-    def add_before(self, exchange: Exchange, buffer: cutlass.Constexpr[int], lap: Int32) -> None:
+    def add_before(
+        self,
+        totals: cute.Tensor,
+        own: list[cute.Tensor],
+        shared: Int32,
+        received: Int32,
+        place: tuple[Int32, ...],
+        buffer: cutlass.Constexpr[int],
+        lap: Int32,
+    ) -> None:
         """Add the chunk that the buffer had before, if it had one."""
         if lap > 0:
-            self.add(exchange, buffer, lap - 1)
+            self.add(totals, own, shared, received, place, buffer, lap - 1)
 
     @cute.jit
-    def add(self, exchange: Exchange, buffer: cutlass.Constexpr[int], lap: Int32) -> None:
+    def add(
+        self,
+        totals: cute.Tensor,
+        own: list[cute.Tensor],
+        shared: Int32,
+        received: Int32,
+        place: tuple[Int32, ...],
+        buffer: cutlass.Constexpr[int],
+        lap: Int32,
+    ) -> None:
         """Add one chunk of every share, in ascending order, to the columns that this one holds."""
         g = self.g
-        totals, own, shared, received, place = exchange
         part_e, share, part_t, warp, lane = place
         arrival, credit = self.exchange_barriers(received, buffer, warp)
         bulk.wait(arrival, lap & 1)
@@ -554,9 +546,7 @@ class ExpertRows:
         if lane == 0:
             ptx.barrier_expect(arrival, columns * ((g.split_k - 1) * COLUMN_BYTES))
 
-    def exchange_barriers(
-        self, received: Int32, buffer: int, warp: Int32 | int
-    ) -> tuple[Int32, Int32]:
+    def exchange_barriers(self, received: Int32, buffer: int, warp: Int32) -> tuple[Int32, Int32]:
         """(the sums of a warp's buffer have arrived, those handed over have been read)"""
         arrival = received + 8 * (buffer * self.g.consumer_warps + warp)
         return arrival, arrival + 8 * self.g.buffers * self.g.consumer_warps
@@ -702,8 +692,7 @@ class ExpertRows:
             return [ptx.from_bits(value) for value in ptx.load_shared_v4(address)]
 
         highs: list[Float32] = []
-        bounds = screening_groups(g.top_k)
-        groups = max(1, bounds // g.token_threads)
+        groups = max(1, g.bounds // g.token_threads)
         best = [Float32(float("-inf"))] * groups
         for offset in offsets:
             for logit, bias in zip(four(row + offset), four(biases + own + offset), strict=True):
@@ -711,7 +700,7 @@ class ExpertRows:
                 group = len(highs) % groups
                 best[group] = ptx.max_f32(best[group], low)
                 highs.append(high)
-        threshold = screening.threshold(best, g.token_threads, g.top_k, bounds)
+        threshold = screening.threshold(best, g.token_threads, g.top_k, g.bounds)
         return screening.near(highs, threshold)
 
     # --- steps 2 to 7: the candidates' exact scores, ranks and weights ----------------------------

@@ -30,8 +30,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def screening_groups(top_k: int) -> int:
-    """Groups of a part's experts whose largest bounds give a token's threshold: a power of two, at
-    least four times ``top_k``. For 6 ranks of 128 experts, 6.4 are candidates on average; with half
+    """Groups of experts, of which the ``top_k`` largest bounds give a threshold: a power of two, at
+    least four times as many. For 6 ranks of 128 experts, 6.4 are candidates on average; with half
     as many groups 7.1, with a quarter 10."""
     return 1 << (4 * top_k - 1).bit_length()
 
@@ -170,6 +170,11 @@ class Geometry:
     @property
     def mask_words(self) -> int:
         return ceil_div(self.mask_bits, 32)
+
+    @property
+    def bounds(self) -> int:
+        """Groups of a part's experts whose largest bounds give a token's threshold."""
+        return screening_groups(self.top_k)
 
     # --- shared memory, in bytes ---
     @property

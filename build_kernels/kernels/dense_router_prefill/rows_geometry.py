@@ -12,6 +12,7 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_M,
     WARPGROUP,
     ceil_div,
+    screening_groups,
 )
 
 #: Tokens are handed over in columns of 8: what 32 lanes hold of them, 16 bytes a lane.
@@ -74,11 +75,6 @@ class RowsGeometry:
             raise ValueError(
                 f"expected two stages and the logits in {MAX_SHARED_BYTES} bytes, clusters of at "
                 f"most 16, found {g.stages} stages, {g.epilogue_bytes} bytes, {g.cluster} blocks"
-            )
-        if g.shared_bytes > MAX_SHARED_BYTES:
-            raise ValueError(
-                f"expected barriers beside {g.stages} stages in {MAX_SHARED_BYTES} bytes, "
-                f"found {g.barriers} of them: {g.shared_bytes} bytes"
             )
         return g
 
@@ -196,6 +192,11 @@ class RowsGeometry:
         return ceil_div(self.thread_experts, 32)
 
     @property
+    def bounds(self) -> int:
+        """Groups of a part's experts whose largest bounds give a token's threshold."""
+        return screening_groups(self.top_k)
+
+    @property
     def rank_threads(self) -> int:
         """Threads that rank one token's candidates."""
         fitting = [n for n in (4, 8, 16, 32) if self.owned_tokens * n <= self.consumers]
@@ -239,8 +240,9 @@ class RowsGeometry:
     # --- then the sums that come from the other shares ---
     @property
     def buffers(self) -> int:
-        """Chunks whose sums may be on their way: two where the ring keeps enough stages beside
-        them, so that a chunk's are handed over before all of the last one's have been added."""
+        """Chunks whose sums may be on their way. From one hand-over of a buffer to the next lie a
+        copy to the other shares and their answer, some 2000 clocks: longer than a chunk's MMAs, so
+        two buffers where the ring keeps enough stages."""
         roomy = self.split_k > 1 and self.rounds > 1 and self.stages_beside(2) >= MIN_STAGES
         return 2 if roomy else 1
 

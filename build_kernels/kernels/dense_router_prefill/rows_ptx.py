@@ -22,6 +22,6 @@ def population(mask: Int32) -> Int32:
     return Int32(pure(T.i32(), [mask], "popc.b32 $0, $1;", "=r,r"))
 
 
-def read_now(value: Float32) -> Float32:
-    """The value, read here: an accumulator's next MMAs may begin afterwards."""
+def kept(value: Float32) -> Float32:
+    """The value, read here and now: an accumulator's next MMAs may begin afterwards."""
     return Float32(asm(T.f32(), [value], "mov.f32 $0, $1;", "=f,f"))

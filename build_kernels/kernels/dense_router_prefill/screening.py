@@ -46,8 +46,7 @@ def bounds(score: Float32, bias: Float32) -> tuple[Float32, Float32]:
 
 def below(bound: Float32) -> Float32:
     """So far below a low bound that whoever has a high bound below that has a key below the first:
-    by SCREEN_ABSOLUTE, and by what the bound and a key of its size are rounded to. What a larger
-    ``high`` was rounded to is less than the half of SCREEN_RELATIVE that scores do not use."""
+    by SCREEN_ABSOLUTE, and by what bounds are rounded to."""
     lower = ptx.fma_rn(ptx.abs_f32(bound), Float32(-(2.0**-22)), bound)
     return ptx.add_rn(lower, Float32(-SCREEN_ABSOLUTE))
 

@@ -63,7 +63,7 @@ class SplitGeometry:
                 f"tiles of a multiple of {step} tokens, "
                 f"found hidden {g.hidden}, tokens {g.tokens_tile}"
             )
-        # A stage of every chunk, and one on its way.
+        # A stage is released when the chunk's next one is being multiplied.
         if g.hidden_stages < min(g.block_chunks + 1, g.blocks) or g.sums_buffers < 1:
             raise ValueError(
                 f"expected a tile that fits {MAX_SHARED_BYTES} bytes, found {g.tokens_tile} "

@@ -14,9 +14,9 @@ The hidden dimension is divided among the blocks of a cluster (split_geometry.py
 5. that block adds the chunks in ascending order, scores, and one warp a token selects;
 6. with several groups of experts, the last to finish a token merges (common/finish.py).
 
-An mbarrier of the receiver counts the bytes of each part, and arrivals for its own sums. A part
-takes the place of an earlier one when a cluster barrier says that all have received that. A block
-leaves only after everything sent to it has arrived and everything it sent has been received.
+An mbarrier of the receiver counts the bytes of each part. A part takes the place of an earlier one
+when a cluster barrier says that all have received that. A block leaves only after everything sent
+to it has arrived and everything it sent has been received.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class SplitPrefill:
             self.keep_company()
         if warp < g.consumer_warps:
             # --- 3. multiply ---
-            sums = self.multiply(shared, ring, weight_full, hidden_full, hidden_empty, warp)
+            sums = self.multiply(shared, ring, weight_full, hidden_full, hidden_empty, warp, lane)
             # --- 4. hand the partial sums to the block that adds them ---
             # Relaxed: it orders reads that are complete, and publishes nothing.
             cute.arch.cluster_arrive_relaxed()
@@ -298,6 +298,7 @@ class SplitPrefill:
         hidden_full: Int32,
         hidden_empty: Int32,
         warp: Int32,
+        lane: Int32,
     ) -> cute.Tensor:
         """This warpgroup's partial sums: the accumulator of 64 experts x the tile's tokens."""
         g = self.g

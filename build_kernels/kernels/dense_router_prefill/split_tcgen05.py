@@ -65,6 +65,7 @@ class SplitTcgen05(split_k.SplitPrefill):
         hidden_full: Int32,
         hidden_empty: Int32,
         warp: Int32,
+        lane: Int32,
     ) -> list[Float32]:
         """This warp's partial sums: the accumulator of 16 experts x the tile's tokens."""
         g = self.g
