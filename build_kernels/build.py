@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels import cubin, plan, publish, toolchain
-from build_kernels.cubin import Cubin
+from build_kernels import plan, publish
+from build_kernels.compile import cubin, toolchain
+from build_kernels.compile.cubin import Cubin
+from build_kernels.compile.job import Job
+from build_kernels.compile.worker import Worker
 from build_kernels.errors import BuildError
-from build_kernels.plan import Job
-from build_kernels.worker import Worker
-from router_runtime.manifest import (
+from router_runtime.format.manifest import (
     Contract,
     Entry,
     Manifest,

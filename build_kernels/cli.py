@@ -11,11 +11,15 @@ from typing import TypeVar
 
 import click
 
-from build_kernels import catalog, compare, cubin, lock, publish, toolchain
+from build_kernels import lock, publish
 from build_kernels.build import build
+from build_kernels.catalog import kernels as catalog
+from build_kernels.compile import cubin, toolchain
+from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError, unknown
-from build_kernels.plan import PACKAGE, plan, read_model
-from router_runtime.manifest import MANIFEST_NAME, Entry, Manifest, Target
+from build_kernels.plan import plan, read_model
+from build_kernels.release import compare
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, Target
 
 _ROOT = PACKAGE.parent
 #: The checkout's artifacts folder; an installed package has none.
@@ -201,12 +205,12 @@ def release_command(
     """Build everything from nothing and make one wheel of the runtime with its cubins inside."""
     # The release tools are installed for this command and the next only.
     toolchain.check_release()
-    from build_kernels.release import release
+    from build_kernels.release.release import release
 
     root = _checkout()
     signer = None
     if key is not None:
-        from build_kernels import signing
+        from build_kernels.release import signing
 
         signer = signing.private_key(
             key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
@@ -246,7 +250,7 @@ def verify_release_command(
 ) -> None:
     """Check a release: FILES are its folder, or its wheel and what lies beside it."""
     toolchain.check_release()
-    from build_kernels import verify_release
+    from build_kernels.release import verify_release
 
     if repository is not None and not rebuild:
         raise BuildError("expected --repository with --rebuild, found it alone")

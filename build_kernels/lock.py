@@ -13,7 +13,7 @@ from pathlib import Path
 
 from build_kernels import publish
 from build_kernels.errors import BuildError
-from router_runtime.manifest import Manifest
+from router_runtime.format.manifest import Manifest
 
 LOCK_NAME = "artifacts.lock"
 

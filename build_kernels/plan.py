@@ -12,24 +12,24 @@ import math
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_kernels import catalog, cutedsl, nvrtc
-from build_kernels.catalog import Kernel, Language, Model, Variant
-from build_kernels.crossover import Crossover, Latency
+from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import Kernel, Language, Model, Variant
+from build_kernels.catalog.latency import Crossover
+from build_kernels.compile import cutedsl, nvrtc
+from build_kernels.compile.job import Job
+from build_kernels.compile.sources import KERNELS, PACKAGE, SUFFIXES
 from build_kernels.errors import BuildError, unknown
-from build_kernels.numerics import CONSTANTS
-from router_runtime.manifest import source_digest
+from build_kernels.kernels.common.numerics import CONSTANTS
+from router_runtime.format.manifest import source_digest
 
-PACKAGE = Path(__file__).parent
-KERNELS = PACKAGE / "kernels"
-
-#: What the two languages read: a kernel's own files and the shared ones, and the module that
-#: compiles them.
-SUFFIXES: Mapping[Language, tuple[str, ...]] = {"cuda": (".cu", ".cuh"), "cutedsl": (".py",)}
-_RECIPES: Mapping[Language, str] = {"cuda": "nvrtc.py", "cutedsl": "cutedsl.py"}
+#: The module that compiles each language.
+_RECIPES: Mapping[Language, str] = {
+    "cuda": "compile/nvrtc.py",
+    "cutedsl": "compile/cutedsl.py",
+}
 FLAGS: Mapping[Language, tuple[str, ...]] = {"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS}
 
 _MODEL_FIELDS: Mapping[str, type] = {
@@ -41,23 +41,6 @@ _MODEL_FIELDS: Mapping[str, type] = {
     "hash_layers": int,
     "vocab": int,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    kernel: str
-    language: Language
-    model: str | None
-    target: str
-    variant: str
-    constants: Mapping[str, int | float]
-    source_sha256: str
-    latency: Latency = ()
-
-    @property
-    def key(self) -> str:
-        """The same name that the manifest's entry has."""
-        return f"{self.kernel}/{self.model or 'any'}/{self.target}/{self.variant}"
 
 
 def plan(
@@ -83,7 +66,7 @@ def plan(
         if found not in known_kernels:
             raise unknown("kernel", found, known_kernels, "next: build-kernels list")
     jobs = []
-    crossover = Crossover(KERNELS / "crossover.toml")
+    crossover = Crossover(PACKAGE / "catalog" / "latency.toml")
     for kernel in catalog.KERNELS:
         if kernels and kernel.name not in kernels:
             continue
@@ -132,7 +115,13 @@ def tree_digest() -> str:
         for path in KERNELS.rglob("*")
         if path.suffix in (".py", ".cu", ".cuh", ".toml")
     }
-    data = ("catalog.py", "crossover.py", "numerics.py", "plan.py", "toolchain.lock")
+    data = (
+        "catalog/kernels.py",
+        "catalog/latency.py",
+        "catalog/latency.toml",
+        "plan.py",
+        "toolchain.lock",
+    )
     for name in (*data, *sorted(_RECIPES.values())):
         files[name] = (PACKAGE / name).read_bytes()
     return source_digest(files)
@@ -196,7 +185,8 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
         if not path.is_file():
             raise BuildError(
                 f"kernel {kernel}: expected the file {path.relative_to(PACKAGE.parent)}, "
-                "found none; next: add it, or remove the kernel's row from build_kernels/catalog.py"
+                "found none; next: add it, or remove the kernel's row "
+                "from build_kernels/catalog/kernels.py"
             )
     # contract.py and what it imports are Python for either language.
     paths = [p for p in folder.iterdir() if p.suffix in (".py", *SUFFIXES[language])]
@@ -206,7 +196,7 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
         for path in (KERNELS / "common").iterdir()
         if path.suffix in SUFFIXES[language] or path.name == "parameters.py"
     ]
-    paths += [PACKAGE / "numerics.py", PACKAGE / _RECIPES[language]]
+    paths += [KERNELS / "common" / "numerics.py", PACKAGE / _RECIPES[language]]
     return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from build_kernels.errors import BuildError
-from router_runtime.manifest import MANIFEST_NAME, Manifest, ManifestError, dumps, loads
+from router_runtime.format.manifest import MANIFEST_NAME, Manifest, ManifestError, dumps, loads
 
 #: What this project's cubins are called; pruning touches nothing else in the folder.
 _OURS = re.compile(r"[A-Za-z0-9_.-]+-sm_[0-9]+[af]?-[A-Za-z0-9_.-]+-[0-9a-f]{16}\.cubin")

@@ -27,10 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_runtime import ops
-from router_runtime.checks import MAX_EXPERTS, MAX_TOP_K, check_int, refuse_grad, wrong_tensor
 from router_runtime.errors import InputError, RouterRuntimeError, explain, install_extra
-from router_runtime.router import Router, RouterConfig
+from router_runtime.ops import registration as ops
+from router_runtime.routing.checks import (
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    check_int,
+    refuse_grad,
+    wrong_tensor,
+)
+from router_runtime.routing.router import Router, RouterConfig
 
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 _AGAIN = "call install(model) again"

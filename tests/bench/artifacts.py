@@ -10,9 +10,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from build_kernels.catalog import Model
-from router_runtime.artifacts import EVIDENCE_NAME, read_manifest
-from router_runtime.manifest import MANIFEST_NAME, Entry, Target, dumps
+from build_kernels.catalog.kernels import Model
+from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, Target, dumps
 
 #: Kernels of which a dense router consists start with this.
 DENSE = "dense_router"

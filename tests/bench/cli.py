@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 
-from build_kernels.catalog import MODELS, Model
+from build_kernels.catalog.kernels import MODELS, Model
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.manifest import ManifestError
+from router_runtime.format.manifest import ManifestError
 from tests.bench import peers
 from tests.bench.contenders import CONTENDERS, GATE, MODES, OURS
 from tests.bench.machine import Cpu, Gpu
@@ -114,7 +114,7 @@ class Choice(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--alone",
     is_flag=True,
-    help=f"Time each kernel by itself in place of {OURS} and {GATE}, and write crossover.toml.",
+    help=f"Time each kernel by itself in place of {OURS} and {GATE}, and write latency.toml.",
 )
 @click.option(
     "--out",

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from build_kernels.catalog import Model
+from build_kernels.catalog.kernels import Model
 from router_runtime import Router, RouterConfig, register_router, unregister_router
-from router_runtime.kernels import kernels_on
-from router_runtime.ops import activation_topk
-from router_runtime.resolve import Request, resolve
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import Request, resolve
+from router_runtime.ops.registration import activation_topk
 from tests.bench.artifacts import DENSE
 from tests.bench.chain import Layers, Output, Route
 

@@ -21,14 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from build_kernels.catalog import Model
-from router_runtime import (
-    Router,
-    ops,
-    register_router,
-    unregister_router,
-    warmup_router_compilation,
-)
+from build_kernels.catalog.kernels import Model
+from router_runtime import Router, register_router, unregister_router, warmup_router_compilation
+from router_runtime.ops import registration as ops
 from tests.bench.chain import make_inputs, make_layers
 from tests.bench.contenders import CONTENDERS, Settings, make_router
 from tests.bench.machine import Machine, attempt

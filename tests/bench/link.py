@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from router_runtime.driver import check
+from router_runtime.device.driver import check
 from router_runtime.errors import DriverError, explain
 
 if TYPE_CHECKING:

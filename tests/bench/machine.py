@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from router_runtime import driver
+from router_runtime.device import driver
 from router_runtime.errors import DriverError, explain
 from tests.bench.link import Link, compile_link
 

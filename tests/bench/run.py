@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from build_kernels.catalog import Model
-from router_runtime.artifacts import find_artifacts, read_manifest
+from build_kernels.catalog.kernels import Model
+from router_runtime.device.artifact_store import find_artifacts, read_manifest
 from tests.bench import peers as peers_
 from tests.bench import plot, report, startup
 from tests.bench.artifacts import edition, entries_here, variants_of
@@ -120,8 +120,8 @@ class Run:
         if options.alone and self._cells:
             target = f"sm_{self._capability[0]}{self._capability[1]}a"
             lines = report.crossover(self._cells, target, options.tokens)
-            (options.out / "crossover.toml").write_text("\n".join(lines) + "\n")
-            self._say(["for build_kernels/kernels/crossover.toml:", *lines])
+            (options.out / "latency.toml").write_text("\n".join(lines) + "\n")
+            self._say(["for build_kernels/catalog/latency.toml:", *lines])
         found = report.problems(self._cells, self._host)
         self._say(found)
         self._draw(document)

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import click
 
-from router_runtime import __version__, artifacts, evidence, provenance, trust
-from router_runtime.manifest import Entry, Manifest, Target
-from router_runtime.resolve import (
+from router_runtime import __version__
+from router_runtime.device import artifact_store as artifacts
+from router_runtime.device.resolve import (
     DENSE,
     MINIMUM_DRIVER,
     DeviceFacts,
@@ -36,6 +36,10 @@ from router_runtime.resolve import (
     dispatch,
     resolve,
 )
+from router_runtime.evidence import store as evidence
+from router_runtime.format import provenance
+from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.trust import policy as trust
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from build_kernels import nvrtc, toolchain
+from build_kernels.compile import nvrtc, toolchain
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def program(constants):
 """
 
 CONTRACT = """
-from router_runtime.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Contract, GridAxis, Parameter
 
 
 def contract(constants):
@@ -213,10 +213,14 @@ def write_project(root: Path) -> None:
     shutil.copytree(ROOT / "router_runtime", root / "router_runtime", ignore=unwanted)
     for name in ("pyproject.toml", ".gitignore", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, root)
-    with (package / "catalog.py").open("a") as file:
+    with (package / "catalog" / "kernels.py").open("a") as file:
         file.write(CATALOG)
-    with (root / "router_runtime" / "suite.py").open("a") as file:
+    with (root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
         file.write(SUITE)
+    (package / "catalog" / "latency.toml").write_text("tokens = [1]\n")
+    numerics = Path("kernels", "common", "numerics.py")
+    (package / numerics).parent.mkdir(parents=True)
+    shutil.copy(ROOT / "build_kernels" / numerics, package / numerics)
     for name, text in FILES.items():
         path = package / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +248,9 @@ def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 EVIDENCE = """
 import sys
 from pathlib import Path
-from router_runtime import evidence, manifest, suite
+from router_runtime.evidence import store as evidence
+from router_runtime.format import manifest
+from router_runtime.evidence import cases as suite
 
 built = manifest.loads(Path("artifacts/manifest.json").read_bytes())
 for entry in built.entries:
@@ -310,7 +316,7 @@ def released(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Releas
     """The small project's full release. Tests leave it as it is and work on copies."""
     place = tmp_path_factory.mktemp("released")
     project = Project(Path(shutil.copytree(pristine, place / "project")))
-    with (project.root / "build_kernels" / "catalog.py").open("a") as file:
+    with (project.root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
         file.write(RELEASED_CATALOG)
     project.build("--update-lock")
     result = project.python(EVIDENCE.format(targets=["sm_90a"]))

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from router_runtime.manifest import loads
+from router_runtime.format.manifest import loads
 from tests.builder.conftest import ROOT, Project, write_keys, write_project
 
 #: One small kernel only: a trial is about files, not about compilers.
@@ -48,7 +48,9 @@ def hook(event, arguments):
         if seen == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-from build_kernels import release, verify_release
+from build_kernels.release import release
+
+from build_kernels.release import verify_release
 from build_kernels.cli import main
 sys.addaudithook(hook)
 try:
@@ -215,7 +217,7 @@ def _project() -> Iterator[Project]:
     with tempfile.TemporaryDirectory(prefix="kill-trials-") as folder:
         root = Path(folder) / "project"
         write_project(root)
-        with (root / "build_kernels" / "catalog.py").open("a") as file:
+        with (root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
             file.write(ONE_KERNEL)
         yield Project(root)
 

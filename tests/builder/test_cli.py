@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_runtime.manifest import loads
+from router_runtime.format.manifest import loads
 from tests.builder.conftest import KEYS, Project
 
 

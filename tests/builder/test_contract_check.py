@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from build_kernels.build import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
-from build_kernels.cubin import Cubin, read
+from build_kernels.compile.cubin import Cubin, read
 from build_kernels.errors import BuildError
-from router_runtime.manifest import Contract, GridAxis, ManifestError, Parameter, Target
+from router_runtime.format.manifest import Contract, GridAxis, ManifestError, Parameter, Target
 from tests.builder.conftest import Compile, Project
 
 CONSTANT = GridAxis("constant")

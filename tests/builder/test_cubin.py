@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import cubin, nvrtc, toolchain
+from build_kernels.compile import cubin, nvrtc, toolchain
 from build_kernels.errors import BuildError
 from tests.builder.conftest import Compile
 

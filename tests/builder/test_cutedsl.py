@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from build_kernels import cutedsl
 from build_kernels.build import identify
+from build_kernels.compile import cutedsl
+from build_kernels.compile.worker import Worker
 from build_kernels.errors import BuildError
 from build_kernels.plan import Job
-from build_kernels.worker import Worker
 from tests.builder.conftest import Compile, Project
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from router_runtime.manifest import loads
+from router_runtime.format.manifest import loads
 from tests.builder.conftest import RELEASED_KEYS, Project, Released
 
 
@@ -19,7 +19,7 @@ def changed(prebuilt: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
     project = Project(Path(shutil.copytree(prebuilt, root)))
     source = project.kernel_file("scale/scale.cu")
     source.write_text(source.read_text().replace("* factor()", "* factor() * __sinf(x[i])"))
-    with (root / "build_kernels" / "catalog.py").open("a") as file:
+    with (root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
         file.write("MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n")
         file.write(
             "KERNELS = (Kernel('scale', 'cuda', False, False, "

@@ -9,7 +9,7 @@ import pytest
 from build_kernels import lock
 from build_kernels.errors import BuildError
 from build_kernels.lock import Line, Lock
-from router_runtime.manifest import loads
+from router_runtime.format.manifest import loads
 from tests.builder.conftest import KEYS, Project, snapshot
 
 A, B = "a" * 64, "b" * 64
@@ -47,7 +47,7 @@ def test_check_names_what_changed(project: Project) -> None:
     recorded = lock.read(path)
     source = project.kernel_file("scale/scale.cu")
     source.write_text(source.read_text().replace("* factor()", "* factor() / x[i + 1]"))
-    with (project.root / "build_kernels" / "catalog.py").open("a") as file:
+    with (project.root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
         file.write("MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n")
     before = snapshot(project.artifacts)
     result = project.run("check")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import catalog, plan
-from build_kernels.catalog import Kernel, Model, Variant
+from build_kernels import plan
+from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import Kernel, Model, Variant
 from build_kernels.errors import BuildError
-from build_kernels.numerics import CONSTANTS
+from build_kernels.kernels.common.numerics import CONSTANTS
 from tests.builder.conftest import FILES, Project
 
 MODEL = """
@@ -32,15 +33,17 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for name in (
-        "numerics.py",
-        "nvrtc.py",
-        "cutedsl.py",
-        "catalog.py",
-        "crossover.py",
+        "kernels/common/numerics.py",
+        "compile/nvrtc.py",
+        "compile/cutedsl.py",
+        "catalog/kernels.py",
+        "catalog/latency.py",
         "plan.py",
         "toolchain.lock",
     ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((plan.PACKAGE / name).read_bytes())
+    (tmp_path / "catalog" / "latency.toml").write_text("tokens = [1]\n")
     rows = (
         Kernel("scale", "cuda", False, False, (Variant("one", {"FACTOR": 2.0}),)),
         Kernel("shift", "cutedsl", True, True, (Variant("a"), Variant("b", {"TILE": 1}))),
@@ -134,7 +137,7 @@ def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> Non
     before = {job.key: job for job in plan.plan()}
     tree = plan.tree_digest()
     assert all(job.latency == () for job in before.values())
-    (kernels / "kernels" / "crossover.toml").write_text(CROSSOVER)
+    (kernels / "catalog" / "latency.toml").write_text(CROSSOVER)
     jobs = {job.key: job for job in plan.plan()}
     assert {key: job.latency for key, job in jobs.items() if "dsv4-pro" in key} == {
         "shift/dsv4-pro/sm_100a/a": (),
@@ -156,17 +159,17 @@ def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> Non
     [
         ("[1, 64]", "[64, 1]", "tokens: expected ascending token counts, found [64, 1]"),
         ("tokens", "#", "tokens: expected ascending token counts, found None"),
-        ("sm_90a.any", "sm_91a.any", "unknown target in crossover.toml 'sm_91a': did you mean"),
-        ("dsv4-pro", "dsv4-pr", "unknown model in crossover.toml 'dsv4-pr': did you mean"),
-        ("shift/b", "shift/c", "unknown variant in crossover.toml 'shift/c': did you mean"),
+        ("sm_90a.any", "sm_91a.any", "unknown target in latency.toml 'sm_91a': did you mean"),
+        ("dsv4-pro", "dsv4-pr", "unknown model in latency.toml 'dsv4-pr': did you mean"),
+        ("shift/b", "shift/c", "unknown variant in latency.toml 'shift/c': did you mean"),
         ("[3.5]", "[3.5, 1, 2]", "expected 1 to 2 positive microseconds, found [3.5, 1, 2]"),
         ("[3.5]", "[0.0]", "sm_90a.any.shift/a: expected 1 to 2 positive microseconds"),
         ("[3.5]", "3.5", "expected 1 to 2 positive microseconds, found 3.5"),
-        ("=", "==", "crossover.toml: expected TOML"),
+        ("=", "==", "latency.toml: expected TOML"),
     ],
 )
 def test_wrong_latencies_are_refused(kernels: Path, old: str, new: str, message: str) -> None:
-    path = kernels / "kernels" / "crossover.toml"
+    path = kernels / "catalog" / "latency.toml"
     path.write_text(CROSSOVER.replace(old, new, 1))
     with pytest.raises(BuildError, match=re.escape(message)):
         plan.plan()
@@ -245,9 +248,9 @@ def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
         ("kernels/shift/shift.py", {"shift"}),
         ("kernels/common/new.py", {"shift"}),
         ("kernels/common/parameters.py", {"scale", "shift"}),
-        ("nvrtc.py", {"scale"}),
-        ("cutedsl.py", {"shift"}),
-        ("numerics.py", {"scale", "shift"}),
+        ("compile/nvrtc.py", {"scale"}),
+        ("compile/cutedsl.py", {"shift"}),
+        ("kernels/common/numerics.py", {"scale", "shift"}),
     ],
 )
 def test_source_digests_cover_what_goes_into_a_cubin(

@@ -17,10 +17,12 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from build_kernels import publish, release, toolchain, wheel
+from build_kernels import publish
+from build_kernels.compile import toolchain
 from build_kernels.errors import BuildError
-from router_runtime.manifest import Manifest, loads
-from router_runtime.provenance import marker_loads, statement_loads
+from build_kernels.release import release, wheel
+from router_runtime.format.manifest import Manifest, loads
+from router_runtime.format.provenance import marker_loads, statement_loads
 from tests.builder.conftest import RELEASED_KEYS, ROOT, Project, Released, snapshot, write_keys
 
 STEM = "dsv4_router_runtime-0.1.0"
@@ -88,7 +90,7 @@ def test_what_the_wheel_holds(released: Released) -> None:
     assert entries.keys() == expected
     assert tuple(entry.key for entry in manifest.entries) == RELEASED_KEYS
     assert entries[f"{metadata}/entry_points.txt"].decode().split() == [
-        *("[console_scripts]", "router-runtime", "=", "router_runtime.cli:main")
+        *("[console_scripts]", "router-runtime", "=", "router_runtime.cli.main:main")
     ]
     assert b"Tag: py3-none-any\n" in entries[f"{metadata}/WHEEL"]
     assert b"\nName: dsv4-router-runtime\n" in entries[f"{metadata}/METADATA"]
@@ -114,7 +116,7 @@ def test_an_installer_takes_the_wheel_and_the_runtime_finds_its_artifacts(
     found = subprocess.run(
         [
             *(sys.executable, "-P", "-c"),
-            "from router_runtime import artifacts as a; folder = a.find_artifacts();"
+            "from router_runtime.device import artifact_store as a; folder = a.find_artifacts();"
             "m = a.read_manifest(folder); print(folder, len(m.entries));"
             "[a.read_cubin(entry, folder) for entry in m.entries]",
         ],
@@ -239,14 +241,14 @@ def test_releases_of_some_targets_are_distributions_of_their_own(
     ]
     assert len(list(out.iterdir())) == 2
     # Only records that count for an entry travel.
-    assert sum("/evidence/" in name for name in entries) == 2
+    assert sum("artifacts/evidence/" in name for name in entries) == 2
 
 
 def test_a_source_verified_wheel_carries_the_evidence_of_its_twin(
     committed: Project, tmp_path: Path
 ) -> None:
     folder = committed.release("--out", tmp_path / "out", "--target", "sm_100a")
-    evidence = [name for name in _wheel(folder) if "/evidence/" in name]
+    evidence = [name for name in _wheel(folder) if "artifacts/evidence/" in name]
     assert len(evidence) == 2
     assert all("-sm_90a-" in name for name in evidence)
 
@@ -255,11 +257,11 @@ def test_a_source_verified_wheel_carries_the_evidence_of_its_twin(
     "change", ["altered", "hidden", "removed", "untracked", "ignored", "executable"]
 )
 def test_a_checkout_with_changes_is_refused(committed: Project, change: str) -> None:
-    source = committed.root / "router_runtime" / "doctor.py"
+    source = committed.root / "router_runtime" / "cli" / "doctor.py"
     kind = "changed"
     if change in ("altered", "hidden"):
         if change == "hidden":
-            committed.git("update-index", "--assume-unchanged", "router_runtime/doctor.py")
+            committed.git("update-index", "--assume-unchanged", "router_runtime/cli/doctor.py")
         source.write_text(source.read_text() + "# mine\n")
         if change == "hidden":
             assert committed.git("status", "--porcelain") == ""
@@ -276,7 +278,7 @@ def test_a_checkout_with_changes_is_refused(committed: Project, change: str) -> 
             (committed.root / ".git" / "info").mkdir(exist_ok=True)
             (committed.root / ".git" / "info" / "exclude").write_text("mine.py\n")
     said = _refused(committed, "expected a checkout without changes")
-    assert f"\n  {kind} router_runtime/{source.name}\n" in said
+    assert f"\n  {kind} router_runtime/cli/{source.name}\n" in said
     assert "--allow-dirty" in said
 
 
@@ -349,7 +351,7 @@ def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> Non
         assert "found 2 of 2 that are not" in said
         assert "scale/any/sm_100a/one: source-verified; no evidence for " in said
     elif case == "stale":
-        with (committed.root / "router_runtime" / "suite.py").open("a") as file:
+        with (committed.root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
             file.write("# another suite\n")
         committed.commit()
         said = _refused(committed, "expected every digest of sm_90a", *arguments, "sm_90a")
@@ -492,7 +494,7 @@ def test_sources_that_change_during_a_release_publish_nothing(
         action="open('router_runtime/errors.py', 'a').write('#')",
         arguments=["release", "--out", str(out), "--target", "sm_90a", "--jobs", "1"],
     )
-    result = committed.python("from build_kernels import release\n" + script)
+    result = committed.python("from build_kernels.release import release\n" + script)
     assert result.returncode == 1
     assert "expected the checkout to stay as it was during the release" in result.stderr
     assert not out.exists()
@@ -512,7 +514,7 @@ def test_a_backend_that_leaves_a_file_out_is_an_error(committed: Project, tmp_pa
 
 def test_a_backend_that_fails_is_an_error(tmp_path: Path) -> None:
     pyproject = (ROOT / "pyproject.toml").read_bytes()
-    package = {"router_runtime/__init__.py": b""}
+    package = {"router_runtime/version.py": b'__version__ = "1"\n'}
     with pytest.raises(BuildError, match=r"(?s)build backend.*README\.md.*\nnext: mend what"):
         wheel.make("x", pyproject, {}, package, b"{}", tmp_path)
 
@@ -551,7 +553,7 @@ def test_keys_that_are_refused(committed: Project, tmp_path: Path, case: str) ->
 
 
 def test_a_key_can_have_a_password(released: Released, tmp_path: Path) -> None:
-    from build_kernels import signing
+    from build_kernels.release import signing
 
     private = ed25519.Ed25519PrivateKey.generate()
     path = tmp_path / "key.pem"

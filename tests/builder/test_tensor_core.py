@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from build_kernels import cubin, plan, toolchain
+from build_kernels import plan
 from build_kernels.build import identify, inspect
+from build_kernels.compile import cubin, toolchain
+from build_kernels.compile.worker import Worker
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 from build_kernels.plan import Job
-from build_kernels.worker import Worker
 
 STEPS = K_BLOCK // MMA_K
 JOBS = {job.key: job for job in plan.plan() if "TCGEN05" in job.constants}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import cutedsl, nvrtc, toolchain
+from build_kernels.compile import cutedsl, nvrtc, toolchain
 from build_kernels.errors import BuildError
 from tests.builder.conftest import ROOT, Project
 

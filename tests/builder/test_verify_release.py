@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import verify_release, wheel
 from build_kernels.errors import BuildError
-from router_runtime import evidence
-from router_runtime.manifest import dumps, loads
-from router_runtime.provenance import Statement, statement_dumps, statement_loads
+from build_kernels.release import verify_release, wheel
+from router_runtime.evidence import store as evidence
+from router_runtime.format.manifest import dumps, loads
+from router_runtime.format.provenance import Statement, statement_dumps, statement_loads
 from tests.builder.conftest import Project, Released, write_keys
 
 STEM = "dsv4_router_runtime-0.1.0"
@@ -184,7 +184,7 @@ def test_another_key(released: Released, folder: Path, tmp_path: Path) -> None:
 
 def test_another_keys_name_on_a_signature(released: Released, folder: Path, tmp_path: Path) -> None:
     """Signed by somebody else, who claims the releaser's key id."""
-    from build_kernels import signing
+    from build_kernels.release import signing
 
     key, _ = write_keys(tmp_path, "other")
     mine = json.loads(signing.sign(b"{}", signing.private_key(key, folder, str)))
@@ -490,7 +490,8 @@ def test_a_rebuild_gives_the_same_bytes(released: Released) -> None:
 
 # A release of changed sources that claims to be the clean commit: everything fits but the truth.
 LIAR = """
-from build_kernels import checkout, release
+from build_kernels.release import checkout
+from build_kernels.release import release
 from build_kernels.cli import main
 
 truth = checkout.source

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from router_runtime.artifacts import ENVIRONMENT_VARIABLE, find_artifacts
+from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE, find_artifacts
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.manifest import MANIFEST_NAME, Target, loads
+from router_runtime.format.manifest import MANIFEST_NAME, Target, loads
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ class Verification:
 @pytest.fixture(scope="session", autouse=True)
 def verification(tmp_path_factory):
     """The oracle suite on every entry that loads here; its folder serves all other tests."""
-    from router_runtime import verify
+    from router_runtime.verification import verify
 
     source, folder = find_artifacts(), tmp_path_factory.mktemp("artifacts")
     shutil.copy(source / MANIFEST_NAME, folder)
@@ -107,7 +107,7 @@ def make_router(models):
     import torch
 
     from router_runtime import Router, RouterConfig
-    from router_runtime.inputs import Random
+    from router_runtime.verification.inputs import Random
 
     def make(seed=1, model=None, scale=1.5, image_bias=None, **options):
         hidden, experts, top_k = model or models[0]
@@ -124,7 +124,7 @@ def make_router(models):
 @pytest.fixture
 def draw():
     """Hidden states on the GPU, drawn from a seed."""
-    from router_runtime.inputs import Random
+    from router_runtime.verification.inputs import Random
 
     def states(tokens, hidden, seed=2):
         return Random(seed).normal(tokens, hidden).bfloat16().cuda()

@@ -17,15 +17,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from router_runtime import driver, suite
-from router_runtime.artifacts import find_artifacts, read_manifest
+from router_runtime.device import driver
+from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from router_runtime.device.loader import load_entry
 from router_runtime.errors import explain
-from router_runtime.examine import ROWS
-from router_runtime.inputs import Inputs, make_inputs
-from router_runtime.loader import load_entry
-from router_runtime.manifest import Entry, Target
-from router_runtime.suite import Case
-from router_runtime.verify import KernelRun
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence.cases import Case
+from router_runtime.format.manifest import Entry, Target
+from router_runtime.verification.examine import ROWS
+from router_runtime.verification.inputs import Inputs, make_inputs
+from router_runtime.verification.verify import KernelRun
 
 #: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
 #: divides what that gives.

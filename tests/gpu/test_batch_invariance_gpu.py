@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from router_runtime.resolve import Span
-from router_runtime.router import _Plan
+from router_runtime.device.resolve import Span
+from router_runtime.routing.router import _Plan
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from router_runtime import Router, RouterConfig, register_router, spec, suite, unregister_router
-from router_runtime.inputs import Random, make_inputs
-from router_runtime.judge import Oracle
+from router_runtime import Router, RouterConfig, register_router, spec, unregister_router
+from router_runtime.evidence import cases as suite
+from router_runtime.verification.inputs import Random, make_inputs
+from router_runtime.verification.judge import Oracle
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384

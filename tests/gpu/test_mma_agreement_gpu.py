@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig
-from router_runtime.resolve import Span
-from router_runtime.router import _Plan
+from router_runtime.device.resolve import Span
+from router_runtime.routing.router import _Plan
 
 #: Tokens of one pattern: three models and five patterns make 4e7 logits of each kernel.
 TOKENS = 8192

@@ -20,7 +20,7 @@ from router_runtime import (
     register_router,
     unregister_router,
 )
-from router_runtime.driver import bindings
+from router_runtime.device.driver import bindings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,7 +283,7 @@ def test_threads_with_their_own_streams(make_router, draw, same):
 PRELUDE = """
 import os, sys, torch
 import router_runtime as r
-from router_runtime.router import Router, RouterConfig
+from router_runtime.routing.router import Router, RouterConfig
 
 torch.set_num_threads(1)  # a forked child has none of torch's other threads
 hidden, experts, k = map(int, sys.argv[1:4])
@@ -425,8 +425,10 @@ def test_nothing_is_written_and_no_privilege_is_needed(models):
     """
     done = in_a_process(
         """
-from router_runtime import kernels, loader, rows
-from router_runtime.artifacts import find_artifacts
+from router_runtime.device import kernels
+from router_runtime.device import loader
+from router_runtime.routing import row_ops as rows
+from router_runtime.device.artifact_store import find_artifacts
 
 def serve():
     router = build()

@@ -7,11 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from router_runtime import Router, RouterConfig, register_router, suite, unregister_router
-from router_runtime.inputs import Random, make_inputs
-from router_runtime.judge import Oracle
-from router_runtime.resolve import Span
-from router_runtime.router import _Plan
+from router_runtime import Router, RouterConfig, register_router, unregister_router
+from router_runtime.device.resolve import Span
+from router_runtime.evidence import cases as suite
+from router_runtime.routing.router import _Plan
+from router_runtime.verification.inputs import Random, make_inputs
+from router_runtime.verification.judge import Oracle
 
 #: Around every boundary between the kernels and their tiles.
 SIZES = (1, 2, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 256, 257, 1024, 1025, 4096)

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from router_runtime import InputError, ResolutionError, ops, spec
+from router_runtime import InputError, ResolutionError, spec
 from router_runtime.integrations.transformers import _gates, install, uninstall
+from router_runtime.ops import registration as ops
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
 

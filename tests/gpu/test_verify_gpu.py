@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from router_runtime import evidence, inputs, suite
-from router_runtime.judge import Oracle, clear_ids_sha256
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence import store as evidence
+from router_runtime.verification import inputs
+from router_runtime.verification.judge import Oracle, clear_ids_sha256
 
 
 def test_every_entry_passes(verification):

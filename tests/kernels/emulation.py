@@ -1,11 +1,11 @@
-"""The operation sequence of ``build_kernels.numerics`` in numpy, one rounding for one rounding."""
+"""The operation sequence of ``numerics.py`` in numpy, one rounding for one rounding."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.numerics import CONSTANTS
+from build_kernels.kernels.common.numerics import CONSTANTS
 
 Singles = NDArray[np.float32]
 

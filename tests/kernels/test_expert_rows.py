@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from build_kernels import catalog
+from build_kernels.catalog import kernels as catalog
+from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill.contract import contract
 from build_kernels.kernels.dense_router_prefill.geometry import MAX_SHARED_BYTES
 from build_kernels.kernels.dense_router_prefill.rows_geometry import (
@@ -15,8 +16,7 @@ from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     RANKED,
     RowsGeometry,
 )
-from build_kernels.numerics import CONSTANTS
-from router_runtime.manifest import GridAxis, validate_contract
+from router_runtime.format.manifest import GridAxis, validate_contract
 
 
 def rows_variants() -> Iterator[tuple[str, dict[str, int | float]]]:

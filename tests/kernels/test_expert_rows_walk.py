@@ -13,12 +13,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from build_kernels import catalog
+from build_kernels.catalog import kernels as catalog
+from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill import expert_rows
 from build_kernels.kernels.dense_router_prefill.contract import contract
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES
 from build_kernels.kernels.dense_router_prefill.rows_geometry import COLUMN, RowsGeometry
-from build_kernels.numerics import CONSTANTS
 from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
 from tests.kernels.walk import Running, as_python, packed, plain
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from build_kernels.numerics import CONSTANTS
+from build_kernels.kernels.common.numerics import CONSTANTS
 from tests.kernels.emulation import Singles, fma, score
 from tests.kernels.fit_scoring import exp_coefficients, log1p_coefficients
 

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from build_kernels.kernels.common import scoring
+from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill import screening
-from build_kernels.numerics import CONSTANTS
 
 Floats = NDArray[np.float32]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from build_kernels import catalog
+from build_kernels.catalog import kernels as catalog
+from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from build_kernels.numerics import CONSTANTS
 
 PRO = next(model for model in catalog.MODELS if model.name == "dsv4-pro")
 CONSTANTS_OF_PRO = {**CONSTANTS, **PRO.constants(), "MAX_TOKENS": 128}

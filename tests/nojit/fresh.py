@@ -23,8 +23,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from router_runtime.artifacts import find_artifacts
-from router_runtime.manifest import MANIFEST_NAME, artifact_name
+from router_runtime.device.artifact_store import find_artifacts
+from router_runtime.format.manifest import MANIFEST_NAME, artifact_name
 from tests.nojit.lockdown import LOCKS
 
 PACKAGE = Path(__file__).parents[2] / "router_runtime"
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _verified(folder: Path, copy: Path) -> Path:
     """A copy with evidence that is made now."""
-    from router_runtime import verify
+    from router_runtime.verification import verify
 
     copy.mkdir()
     for file in [folder / MANIFEST_NAME, *folder.glob("*.cubin")]:

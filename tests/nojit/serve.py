@@ -53,7 +53,7 @@ def main(site: str, device: str, *without: str) -> int:
     if Path(router_runtime.__file__).parent != Path(site) / "router_runtime":
         raise RuntimeError(f"expected the package of {site}, found {router_runtime.__file__}")
     said: list[str] = []
-    from router_runtime import doctor
+    from router_runtime.cli import doctor
 
     usable = doctor.examine(None, said.append)
     if not usable:
@@ -80,7 +80,7 @@ def ptx_in_the_driver(device: str) -> int:
     """
     import torch
 
-    from router_runtime import driver
+    from router_runtime.device import driver
 
     with driver.context(torch.device(device).index) as api:
         status, library = api.cuLibraryLoadData(PTX, [], [], 0, [], [], 0)
@@ -106,9 +106,9 @@ def would_have_compiled(compilers: list[str], control: int) -> list[str]:
 
 def models(device: str) -> list[dict[str, int]]:
     """The sizes of every dense router that the device has kernels for."""
-    from router_runtime.artifacts import find_artifacts, read_manifest
-    from router_runtime.manifest import Target
-    from router_runtime.resolve import DENSE
+    from router_runtime.device.artifact_store import find_artifacts, read_manifest
+    from router_runtime.device.resolve import DENSE
+    from router_runtime.format.manifest import Target
 
     if device == "cpu":
         return [SIZES]

@@ -55,7 +55,7 @@ def oracle_outputs(case, inputs):
 def served_outputs(case, inputs):
     """The same for a case with serving inputs; the logical ids too where there is an expert map."""
     from router_runtime import spec
-    from router_runtime.examine import ROWS
+    from router_runtime.verification.examine import ROWS
 
     given = SimpleNamespace(**inputs)
     rows = torch.arange(len(inputs[ROWS[case.kernel]]))

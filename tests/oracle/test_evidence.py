@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from router_runtime import evidence, inputs, suite
 from router_runtime.errors import ArtifactError
-from router_runtime.examine import Trial, examine
-from router_runtime.judge import Oracle, clear_ids_sha256
-from router_runtime.manifest import (
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence import store as evidence
+from router_runtime.format.manifest import (
     Contract,
     Entry,
     GridAxis,
@@ -23,6 +22,9 @@ from router_runtime.manifest import (
     Resources,
     Toolchain,
 )
+from router_runtime.verification import inputs
+from router_runtime.verification.examine import Trial, examine
+from router_runtime.verification.judge import Oracle, clear_ids_sha256
 
 COMMITTED = Path(__file__).parents[2] / "artifacts" / "evidence"
 #: Cases recomputed of each committed record.

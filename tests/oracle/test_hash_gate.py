@@ -11,8 +11,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from router_runtime import inputs, spec, suite
-from router_runtime.examine import Trial, examine
+from router_runtime import spec
+from router_runtime.evidence import cases as suite
+from router_runtime.verification import inputs
+from router_runtime.verification.examine import Trial, examine
 
 CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
 

@@ -6,7 +6,8 @@ import hashlib
 
 import torch
 
-from router_runtime import inputs, suite
+from router_runtime.evidence import cases as suite
+from router_runtime.verification import inputs
 
 MASK = 2**64 - 1
 

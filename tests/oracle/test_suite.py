@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from router_runtime import inputs, spec, suite
-from router_runtime.examine import Trial, examine
-from router_runtime.judge import TOLERANCES, Oracle
+from router_runtime import spec
+from router_runtime.evidence import cases as suite
+from router_runtime.verification import inputs
+from router_runtime.verification.examine import Trial, examine
+from router_runtime.verification.judge import TOLERANCES, Oracle
 
 DENSE, GATE = "dense_router_decode", "hash_gate"
 SHAPES = {

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from router_runtime import evidence, spec, suite, verify
+from router_runtime import spec
+from router_runtime.device.resolve import DeviceFacts
 from router_runtime.errors import ArtifactError
-from router_runtime.examine import Trial, examine
-from router_runtime.inputs import make_inputs
-from router_runtime.manifest import (
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence import store as evidence
+from router_runtime.format.manifest import (
     Contract,
     Entry,
     GridAxis,
@@ -25,10 +26,10 @@ from router_runtime.manifest import (
     Toolchain,
     artifact_name,
 )
-from router_runtime.manifest import (
-    dumps as dump_manifest,
-)
-from router_runtime.resolve import DeviceFacts
+from router_runtime.format.manifest import dumps as dump_manifest
+from router_runtime.verification import verify
+from router_runtime.verification.examine import Trial, examine
+from router_runtime.verification.inputs import make_inputs
 
 AXIS = GridAxis("constant")
 #: What every routing kernel can be given beside its rows, and what only those that score can.
@@ -337,7 +338,7 @@ def test_an_entry_without_cases_is_a_failure(folder, machine):
     (folder / "manifest.json").write_bytes(dump_manifest(unknown))
     lines = []
     assert not verify.run(folder, False, lines.append)
-    assert "add its cases to router_runtime/suite.py" in "\n".join(lines)
+    assert "add its cases to router_runtime/evidence/cases.py" in "\n".join(lines)
 
 
 class Recorder:
@@ -378,8 +379,8 @@ def test_contracts_ask_for_nothing_else(kernel):
     """The names above are those of the kernels' own contracts."""
     try:
         module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
-        catalog = importlib.import_module("build_kernels.catalog")
-        numerics = importlib.import_module("build_kernels.numerics")
+        catalog = importlib.import_module("build_kernels.catalog.kernels")
+        numerics = importlib.import_module("build_kernels.kernels.common.numerics")
     except ImportError as error:
         pytest.skip(f"the builder is not here: {error}")
     row = next((row for row in catalog.KERNELS if row.name == kernel), None)

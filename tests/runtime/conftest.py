@@ -23,8 +23,10 @@ import pytest
 import torch
 from cuda.bindings import driver as real
 
-from router_runtime import driver, kernels, loader, manifest, rows, spec
-from router_runtime.manifest import (
+from router_runtime import spec
+from router_runtime.device import driver, kernels, loader
+from router_runtime.format import manifest
+from router_runtime.format.manifest import (
     Contract,
     Entry,
     GridAxis,
@@ -33,6 +35,7 @@ from router_runtime.manifest import (
     Repack,
     TensorMap,
 )
+from router_runtime.routing import row_ops as rows
 
 SUCCESS = real.CUresult.CUDA_SUCCESS
 INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
@@ -615,8 +618,8 @@ def gpu(fake: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fa
 
 
 def serve_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from router_runtime import placement
-    from router_runtime.launch import LoadedKernel
+    from router_runtime.device.launch import LoadedKernel
+    from router_runtime.routing import placement
 
     def kernels_on(index: int | None, artifacts: Any = None) -> kernels.Kernels:
         return kernels.kernels_on(0, artifacts)

@@ -13,10 +13,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from router_runtime import __version__, evidence, provenance, suite
-from router_runtime.evidence import CaseRecord, Record
-from router_runtime.manifest import MANIFEST_NAME, Entry
-from router_runtime.provenance import Marker, Statement
+from router_runtime import __version__
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence import store as evidence
+from router_runtime.evidence.store import CaseRecord, Record
+from router_runtime.format import provenance
+from router_runtime.format.manifest import MANIFEST_NAME, Entry
+from router_runtime.format.provenance import Marker, Statement
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"release key of these tests, 32 b")
 OTHER_KEY = Ed25519PrivateKey.from_private_bytes(b"another key of these tests, 32 b")

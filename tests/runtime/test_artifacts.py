@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from router_runtime import artifacts
+from router_runtime.device import artifact_store as artifacts
 from router_runtime.errors import ArtifactError
-from router_runtime.manifest import MANIFEST_NAME, ManifestError, dumps, loads
+from router_runtime.format.manifest import MANIFEST_NAME, ManifestError, dumps, loads
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_default_places(
     build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(artifacts.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "package" / "artifacts.py"))
+    monkeypatch.setattr(
+        artifacts, "__file__", str(tmp_path / "package" / "device" / "artifact_store.py")
+    )
     with pytest.raises(ArtifactError, match=artifacts.ENVIRONMENT_VARIABLE):
         artifacts.find_artifacts()
     checkout = build.artifacts(tmp_path / "artifacts", [])

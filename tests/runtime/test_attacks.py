@@ -18,13 +18,15 @@ from typing import Any
 
 import pytest
 
-from router_runtime import artifacts, evidence, provenance
-from router_runtime import manifest as format_
+from router_runtime.device import artifact_store as artifacts
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.loader import load_entry
+from router_runtime.device.resolve import Request
 from router_runtime.errors import ArtifactError, RouterRuntimeError
-from router_runtime.kernels import kernels_on
-from router_runtime.loader import load_entry
-from router_runtime.manifest import MANIFEST_NAME, ManifestError
-from router_runtime.resolve import Request
+from router_runtime.evidence import store as evidence
+from router_runtime.format import manifest as format_
+from router_runtime.format import provenance
+from router_runtime.format.manifest import MANIFEST_NAME, ManifestError
 from tests.runtime import releases
 
 #: What a reader of an artifacts folder may raise, and nothing else.

@@ -21,11 +21,11 @@ import torch
 from click.testing import CliRunner, Result
 from cuda.bindings import driver as real
 
-from build_kernels.catalog import MODELS, Model
+from build_kernels.catalog.kernels import MODELS, Model
 from router_runtime import InputError, get_router, register_router
-from router_runtime.artifacts import read_manifest
-from router_runtime.kernels import kernels_on
-from router_runtime.resolve import Request
+from router_runtime.device.artifact_store import read_manifest
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import Request
 from tests.bench import cli, host, peers, report, startup
 from tests.bench import run as run_
 from tests.bench.artifacts import edition, entries_here, variants_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from router_runtime import doctor
-from router_runtime.cli import main
+from router_runtime.cli import doctor
+from router_runtime.cli.main import main
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_doctor_without_artifacts(tmp_path: Path, fake: Any) -> None:
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
 def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int) -> None:
-    from router_runtime import verify
+    from router_runtime.verification import verify
 
     seen: list[Any] = []
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from build_kernels.catalog import DEFAULT_TARGETS, MODELS
-from build_kernels.numerics import CONSTANTS
+from build_kernels.catalog.kernels import DEFAULT_TARGETS, MODELS
+from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.plan import plan
-from router_runtime import rows, spec
-from router_runtime.kernels import kernels_on
-from router_runtime.resolve import DENSE, DeviceFacts, Request, dispatch
-from router_runtime.router import RouterConfig, _CudaDense, _CudaHash, _Weights
+from router_runtime import spec
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import DENSE, DeviceFacts, Request, dispatch
+from router_runtime.routing import row_ops as rows
+from router_runtime.routing.router import RouterConfig, _CudaDense, _CudaHash, _Weights
 
 DECODE, PREFILL = DENSE
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from build_kernels.catalog import MODELS
+from build_kernels.catalog.kernels import MODELS
 from build_kernels.plan import plan
-from router_runtime import ops, spec
+from router_runtime import spec
+from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError, ResolutionError
-from router_runtime.kernels import kernels_on
-from router_runtime.router import Router, RouterConfig, _CudaHashGate, _Weights
+from router_runtime.ops import registration as ops
+from router_runtime.routing.router import Router, RouterConfig, _CudaHashGate, _Weights
 
 H, E, K, V = 128, 24, 4, 50
 CONFIG = RouterConfig(H, E, K, 1.5, mode="hash_gate", vocab_size=V)

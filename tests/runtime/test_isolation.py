@@ -47,7 +47,7 @@ def run(
 
 def test_import_needs_no_torch_and_no_driver() -> None:
     done = run(
-        "import router_runtime, router_runtime.manifest\n"
+        "import router_runtime, router_runtime.format.manifest\n"
         "print(router_runtime.InputError.__name__, sorted(router_runtime.__all__) "
         "== router_runtime.__all__, set(router_runtime.__all__) <= set(dir(router_runtime)))",
         block=("torch", "cuda", "click", *COMPILERS),
@@ -89,7 +89,12 @@ for result in (
 ):
     assert result[0].shape == result[1].shape == (3, 4)
 r.warmup_router_compilation(dense)
-from router_runtime import doctor, driver, kernels, launch, loader, verify
+from router_runtime.cli import doctor
+from router_runtime.device import driver
+from router_runtime.device import kernels
+from router_runtime.device import launch
+from router_runtime.device import loader
+from router_runtime.verification import verify
 assert not [name for name in sys.modules if name.split(".")[0] in ("build_kernels", "cutlass")]
 assert not os.listdir()
 print("served")
@@ -103,13 +108,16 @@ def test_driver_module_is_the_only_binding_used() -> None:
     """What the CUDA path imports, with a driver or without."""
     done = run(
         """
-from router_runtime import driver
+import torch
+before = set(sys.modules)  # torch imports some of them for itself
+from router_runtime.device import driver
 try:
     driver.initialise()
 except driver.DriverError:
     pass
 extra = {"nvrtc", "nvjitlink", "runtime", "nvvm", "core"}
-print(sorted(n for n in sys.modules if n.startswith("cuda.") and set(n.split(".")) & extra))
+ours = set(sys.modules) - before
+print(sorted(n for n in ours if n.startswith("cuda.") and set(n.split(".")) & extra))
 """
     )
     assert done.stdout == "[]\n", done.stderr
@@ -117,7 +125,7 @@ print(sorted(n for n in sys.modules if n.startswith("cuda.") and set(n.split("."
 
 def test_missing_bindings_are_named() -> None:
     done = run(
-        "from router_runtime import driver\n"
+        "from router_runtime.device import driver\n"
         "try: driver.bindings()\n"
         "except driver.DriverError as error: print(error)",
         block=("cuda.bindings",),

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from cuda.bindings import driver as real
 
-from router_runtime import driver
+from router_runtime.device import driver
+from router_runtime.device.loader import load_entry
 from router_runtime.errors import ArtifactError, DriverError
-from router_runtime.loader import load_entry
-from router_runtime.manifest import Target
+from router_runtime.format.manifest import Target
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from router_runtime import driver, verify
-from router_runtime.artifacts import read_cubin, read_manifest
-from router_runtime.manifest import MANIFEST_NAME
+from router_runtime.device import driver
+from router_runtime.device.artifact_store import read_cubin, read_manifest
+from router_runtime.format.manifest import MANIFEST_NAME
+from router_runtime.verification import verify
 from tests.nojit import fresh, lockdown, serve
 
 ROOT = Path(__file__).parents[2]

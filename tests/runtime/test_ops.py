@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_runtime import ops, spec
+from router_runtime import spec
 from router_runtime.errors import InputError
-from router_runtime.router import Router, RouterConfig
+from router_runtime.ops import registration as ops
+from router_runtime.routing.router import Router, RouterConfig
 
 H, E, K, V = 64, 16, 4, 30
 

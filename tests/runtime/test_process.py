@@ -23,11 +23,15 @@ import torch
 from cuda.bindings import driver as real
 from torch import Tensor
 
-from router_runtime import driver, ops, placement, rows, spec
+from router_runtime import spec
+from router_runtime.device import driver
+from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import ArtifactError, DriverError, InputError
-from router_runtime.kernels import kernels_on
-from router_runtime.placement import Placement
-from router_runtime.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
+from router_runtime.ops import registration as ops
+from router_runtime.routing import placement
+from router_runtime.routing import row_ops as rows
+from router_runtime.routing.placement import Placement
+from router_runtime.routing.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 H, E, K, V = 128, 24, 4, 50
@@ -505,8 +509,8 @@ if os.geteuid() == 0:  # only now: the interpreter may be where no other user ma
     assert not os.access("/", os.W_OK)
 
 import router_runtime as r
-from router_runtime import doctor
-from router_runtime.artifacts import find_artifacts, read_cubin, read_manifest
+from router_runtime.cli import doctor
+from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
 
 config = r.RouterConfig({H}, {E}, {K}, 1.5)
 weight = torch.randn({E}, {H}).bfloat16()

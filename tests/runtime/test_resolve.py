@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from router_runtime.errors import ResolutionError
-from router_runtime.resolve import (
+from router_runtime.device.resolve import (
     MINIMUM_DRIVER,
     NOT_ASKED,
     DeviceFacts,
@@ -18,6 +17,7 @@ from router_runtime.resolve import (
     dispatch,
     resolve,
 )
+from router_runtime.errors import ResolutionError
 
 H100 = DeviceFacts(9, 0, MINIMUM_DRIVER, 132, 227 * 1024)
 B200 = dataclasses.replace(H100, major=10)

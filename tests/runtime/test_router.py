@@ -23,12 +23,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_runtime import evidence as evidence_
-from router_runtime import kernels, launch, ops, rows, spec
+from router_runtime import spec
+from router_runtime.device import kernels, launch
+from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError, ResolutionError
-from router_runtime.kernels import kernels_on
-from router_runtime.placement import Placement
-from router_runtime.router import (
+from router_runtime.evidence import store as evidence_
+from router_runtime.ops import registration as ops
+from router_runtime.routing import row_ops as rows
+from router_runtime.routing.placement import Placement
+from router_runtime.routing.router import (
     Router,
     RouterConfig,
     _CpuDense,
@@ -37,7 +40,7 @@ from router_runtime.router import (
     _Weights,
     warmup_router_compilation,
 )
-from router_runtime.workspace import Workspaces
+from router_runtime.routing.workspace import Workspaces
 from tests.runtime import releases
 
 H, E, K, V = 128, 24, 4, 50
@@ -391,7 +394,7 @@ def test_row_ops(gpu: Any) -> None:
 
 
 def test_row_ops_refuse_to_load_during_capture(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from router_runtime import placement
+    from router_runtime.routing import placement
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(rows, "refuse_capture", placement.refuse_capture)

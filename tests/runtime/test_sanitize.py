@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from build_kernels import catalog
-from router_runtime.examine import ROWS
-from router_runtime.inputs import make_inputs
-from router_runtime.resolve import DeviceFacts
+from build_kernels.catalog import kernels as catalog
+from router_runtime.device.resolve import DeviceFacts
+from router_runtime.verification.examine import ROWS
+from router_runtime.verification.inputs import make_inputs
 from tests.gpu import sanitize
 
 DENSE = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}

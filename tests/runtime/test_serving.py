@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_runtime import ops, rows, spec
+from router_runtime import spec
+from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError
-from router_runtime.kernels import kernels_on
-from router_runtime.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
-from router_runtime.serving import Call, ExpertMap, Results
+from router_runtime.ops import registration as ops
+from router_runtime.routing import row_ops as rows
+from router_runtime.routing.call import Call, ExpertMap, Results
+from router_runtime.routing.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
 
 H, E, K, V = 128, 24, 4, 50
 SENTINEL = -3

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router_runtime import ops, spec
+from router_runtime import spec
 from router_runtime.errors import InputError
 from router_runtime.integrations import transformers as integration
 from router_runtime.integrations.transformers import install, uninstall
+from router_runtime.ops import registration as ops
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
 
@@ -388,9 +389,9 @@ def test_gradients_are_refused() -> None:
 
 def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the module, and the command that builds the model."""
+    from router_runtime.device.kernels import kernels_on
     from router_runtime.errors import ResolutionError
-    from router_runtime.kernels import kernels_on
-    from router_runtime.router import _CudaDense, _Weights
+    from router_runtime.routing.router import _CudaDense, _Weights
 
     def router(config: Any, **_: Any) -> None:
         _CudaDense(config, _Weights(config, torch.device("cpu")), kernels_on(0), {})

@@ -17,11 +17,16 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import router_runtime
-from router_runtime import Router, RouterConfig, artifacts, evidence, provenance, trust, verify
+from router_runtime import Router, RouterConfig
+from router_runtime.device import artifact_store as artifacts
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import Request
 from router_runtime.errors import ArtifactError, TrustError
-from router_runtime.kernels import kernels_on
-from router_runtime.manifest import MANIFEST_NAME, dumps
-from router_runtime.resolve import Request
+from router_runtime.evidence import store as evidence
+from router_runtime.format import provenance
+from router_runtime.format.manifest import MANIFEST_NAME, dumps
+from router_runtime.trust import policy as trust
+from router_runtime.verification import verify
 from tests.runtime import releases
 from tests.runtime.releases import KEY, OTHER_KEY, Release
 
@@ -98,8 +103,8 @@ def test_a_second_signature_is_no_harm(release: Release, fake: Any) -> None:
 
 def test_without_a_policy_nothing_is_imported(release: Release) -> None:
     code = (
-        "import sys; from pathlib import Path; from router_runtime import artifacts; "
-        f"artifacts.read_manifest(Path({str(release.folder)!r})); "
+        "import sys; from pathlib import Path; from router_runtime.device import artifact_store; "
+        f"artifact_store.read_manifest(Path({str(release.folder)!r})); "
         "print('cryptography' in sys.modules)"
     )
     done = subprocess.run(
@@ -285,7 +290,7 @@ def test_the_version_is_the_distributions() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (project["name"], project["version"]) == (trust.DISTRIBUTION, router_runtime.__version__)
+    assert (project["name"], project["dynamic"]) == (trust.DISTRIBUTION, ["version"])
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -452,7 +457,7 @@ def test_a_kernel_in_the_cache_is_no_way_round(
     release: Release, fake: Any, build: SimpleNamespace
 ) -> None:
     """Loaded unsigned, then asked for again under a policy by a caller with its own manifest."""
-    from router_runtime.loader import load_entry
+    from router_runtime.device.loader import load_entry
 
     fake.entries = entries = build.small("sm_90a", workspace=64)
     entry = build.entry("hash_router", build.hash(), variant="unsigned")
@@ -599,7 +604,7 @@ def test_recording_beside_a_signed_manifest_is_refused(release: Release, fake: A
 
 
 def test_doctor_says_what_is_required(release: Release, fake: Any) -> None:
-    from router_runtime import doctor
+    from router_runtime.cli import doctor
 
     lines: list[str] = []
     require(release)
@@ -629,7 +634,7 @@ def test_the_digest_is_of_the_bytes_that_are_used(
     manifest = artifacts.read_manifest(release.folder)
     assert dumps(manifest) != (release.folder / MANIFEST_NAME).read_bytes() == b"exchanged"
     assert evidence.read_evidence(release.folder).records
-    from router_runtime.loader import load_entry
+    from router_runtime.device.loader import load_entry
 
     for entry in fake.entries:
         load_entry(entry, manifest, release.folder, 0)  # the fake driver knows the genuine bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from build_kernels.kernels.common.parameters import ROUTING
-from router_runtime.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Contract, GridAxis, Parameter
 
 WARP = 32
 

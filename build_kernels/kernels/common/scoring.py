@@ -1,11 +1,11 @@
-"""Steps 2 to 4 of the router on one logit, in the operation sequence of build_kernels.numerics."""
+"""Steps 2 to 4 of the router on one logit, in the operation sequence of numerics.py."""
 
 from __future__ import annotations
 
 from cutlass import Float32, Int32
 
 from build_kernels.kernels.common import ptx
-from build_kernels.numerics import CONSTANTS
+from build_kernels.kernels.common.numerics import CONSTANTS
 
 
 def constant(name: str) -> Float32:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.numerics import dense_tag
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
 from build_kernels.kernels.dense_router_prefill.contract import split_contract, split_derive
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from build_kernels.numerics import dense_tag
-from router_runtime.manifest import Contract, GridAxis, Parameter, Repack
+from router_runtime.format.manifest import Contract, GridAxis, Parameter, Repack
 
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float] | None:

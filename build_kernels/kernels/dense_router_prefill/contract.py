@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.numerics import dense_tag
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
 from build_kernels.kernels.dense_router_prefill.rows_geometry import RowsGeometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from build_kernels.numerics import dense_tag
-from router_runtime.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
+from router_runtime.format.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
 
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:

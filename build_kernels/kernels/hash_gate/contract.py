@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from build_kernels.kernels.common.numerics import gather_tag
 from build_kernels.kernels.common.parameters import ROUTING
-from build_kernels.numerics import gather_tag
-from router_runtime.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Contract, GridAxis, Parameter
 
 WARP = 32
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router_runtime.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Contract, GridAxis, Parameter
 
 WARP = 32
 

@@ -1,0 +1,1 @@
+"""Kernels, models, targets and measured latencies, as data."""

@@ -1,0 +1,131 @@
+"""The locked toolchain: what it is, where it lies, and the check that nothing else compiles.
+
+``toolchain.lock`` names every package that can affect a byte of a cubin, with hashes that pip
+checked when it installed them. A build starts with ``check``; so does every worker process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from build_kernels.compile import cutedsl, nvrtc
+from build_kernels.errors import BuildError
+from router_runtime.format.manifest import Toolchain
+
+LOCK = Path(__file__).parents[1] / "toolchain.lock"
+#: What makes a wheel and signs it: none of it can change a cubin, so no manifest records it.
+RELEASE_LOCK = Path(__file__).parents[1] / "release.lock"
+
+_PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;]+)(\s*;[^\\]*)?(?:\s*\\)?")
+_HASH = re.compile(r"\s+--hash=sha256:([0-9a-f]{64})(?:\s*\\)?")
+_REMEDY = "next: make clean-venv && make build-cubins"
+_RELEASE_REMEDY = "next: make release, which installs it"
+
+
+def locked(text: str) -> dict[str, str]:
+    """Package -> version of a lock file's text."""
+    return {match[1]: match[2] for match, _ in _requirements(text)}
+
+
+def hashes(text: str) -> dict[str, tuple[str, ...]]:
+    """Package -> the digests of the files that a lock file's text accepts for it."""
+    return {match[1]: digests for match, digests in _requirements(text)}
+
+
+def check() -> Toolchain:
+    """The installed toolchain as the manifest records it. Raises BuildError if it is not exactly
+    the locked one.
+    """
+    expected = locked(LOCK.read_text(encoding="ascii"))
+    installed = _installed()
+    wrong = _differences(expected, installed)
+    # A second set of CuTe DSL libraries would be preferred over, or mixed with, the locked ones.
+    wrong += [
+        f"  {name}: expected none, found {version}"
+        for name, version in sorted(installed.items())
+        if name.startswith("nvidia-cutlass-dsl") and name not in expected
+    ]
+    if wrong:
+        raise BuildError(
+            f"the installed toolchain is not the one of {LOCK.name}:\n"
+            + "\n".join(wrong)
+            + f"\n{_REMEDY}"
+        )
+    return Toolchain(packages=expected, flags={"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS})
+
+
+def check_release() -> None:
+    """Raise BuildError if what makes a release is not exactly what ``release.lock`` names."""
+    text = RELEASE_LOCK.read_text(encoding="ascii")
+    installed = _installed()
+    # A package with a marker is not needed everywhere; where it is installed, it is that version.
+    expected = {
+        match[1]: match[2]
+        for match, _ in _requirements(text, RELEASE_LOCK.name)
+        if match[3] is None or match[1] in installed
+    }
+    if wrong := _differences(expected, installed):
+        raise BuildError(
+            f"the installed release tools are not those of {RELEASE_LOCK.name}:\n"
+            + "\n".join(wrong)
+            + f"\n{_RELEASE_REMEDY}"
+        )
+
+
+def nvdisasm() -> Path:
+    """The disassembler of the locked ``nvidia-cuda-nvdisasm`` package."""
+    return _packaged("nvidia-cuda-nvdisasm", "bin/nvdisasm")
+
+
+def include_directories() -> tuple[Path, Path]:
+    """The CUDA headers and CCCL, from the locked packages."""
+    runtime = _packaged("nvidia-cuda-runtime", "include/cuda_runtime.h").parent
+    return runtime, _packaged("nvidia-cuda-cccl", "cuda/std/cstdint").parents[2]
+
+
+def _requirements(text: str, name: str = LOCK.name) -> list[tuple[re.Match[str], tuple[str, ...]]]:
+    """The parsed requirement lines of a lock file, each with the digests below it. A marker is a
+    third group; the toolchain, which is one for all, has none.
+    """
+    found: list[tuple[re.Match[str], list[str]]] = []
+    for line in text.splitlines():
+        if digest := _HASH.fullmatch(line.rstrip()):
+            if found:
+                found[-1][1].append(digest[1])
+        elif line and not line.startswith((" ", "#")):
+            match = _PINNED.fullmatch(line.rstrip())
+            if match is None or (match[3] and name == LOCK.name):
+                raise BuildError(
+                    f"{name}: expected 'package==version \\', found {line!r}; "
+                    "next: restore the file, or make lock"
+                )
+            found.append((match, []))
+    return [(match, tuple(digests)) for match, digests in found]
+
+
+def _differences(expected: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
+    return [
+        f"  {name}: expected {version}, found {installed.get(name, 'none')}"
+        for name, version in sorted(expected.items())
+        if installed.get(name) != version
+    ]
+
+
+def _installed() -> Mapping[str, str]:
+    return {
+        re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+        if distribution.metadata["Name"]
+    }
+
+
+@cache
+def _packaged(package: str, suffix: str) -> Path:
+    for file in importlib.metadata.files(package) or ():
+        if file.as_posix().endswith("/" + suffix):
+            return Path(str(file.locate()))
+    raise BuildError(f"expected {suffix} in the package {package}, found none; {_REMEDY}")

@@ -1,0 +1,1 @@
+"""From built artifacts to a release: wheel, provenance, signature and their verification."""

@@ -1,0 +1,117 @@
+"""What evidence says about a release: the gate before it and the notes beside it.
+
+The status of an entry is computed here from the records, as the runtime computes it, and stored
+nowhere but in the notes, which people read and no program does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from build_kernels.errors import BuildError, unknown
+from router_runtime.evidence.store import RECORD_AGAIN, Evidence, Record, status
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.provenance import Marker
+
+
+def counting(manifest: Manifest, evidence: Evidence) -> tuple[Record, ...]:
+    """The records that give an entry of the manifest its status; no other is shipped."""
+    return tuple(
+        record
+        for record in evidence.records
+        if any(_counts(entry, manifest, record) for entry in manifest.entries)
+    )
+
+
+def require_verified(target: str, manifest: Manifest, evidence: Evidence) -> None:
+    """Raise BuildError naming every entry of a target that no current record verifies."""
+    entries = [entry for entry in manifest.entries if entry.target == target]
+    if not entries:
+        targets = {entry.target for entry in manifest.entries}
+        raise unknown("target in this release", target, targets, "next: --target to add it")
+    wrong = [
+        f"{entry.key}: {reason}"
+        for entry in entries
+        if (reason := _unverified(entry, manifest, evidence))
+    ]
+    if wrong:
+        raise BuildError(
+            f"expected every digest of {target} to be verified, found {len(wrong)} of "
+            f"{len(entries)} that are not:\n  " + "\n  ".join(wrong) + "\nnext: on a GPU that "
+            f"runs {target}: make verify-gpu, and commit artifacts/evidence"
+        )
+
+
+def text(marker: Marker, manifest: Manifest, evidence: Evidence) -> str:
+    """The release notes, in Markdown."""
+    standings = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
+    sums = Counter((entry.target, standings[entry.key]) for entry in manifest.entries)
+    tree = "" if marker.clean else ", **with uncommitted changes: nobody can rebuild it**"
+    lines = [
+        f"# {marker.distribution} {marker.version}",
+        "",
+        f"Source commit `{marker.commit}`{tree}.",
+        f"Source digest `{manifest.source_sha256}`, manifest `{marker.manifest_sha256}`.",
+        "A `.dsse.json` file beside the wheel holds the signature; a release without one is "
+        "unsigned.",
+        "",
+        "## Status of the kernels",
+        "",
+        "Computed from the evidence in this release. `verified`: this digest passed the oracle "
+        "suite on the named device. `source-verified`: a cubin of the same source and toolchain "
+        "did, on another target. `unproven`: neither; the runtime uses it only when it is named.",
+        "",
+        "| target | verified | source-verified | unproven |",
+        "| --- | --- | --- | --- |",
+    ]
+    for target in marker.targets:
+        counts = (sums[target, kind] for kind in ("verified", "source-verified", "unproven"))
+        lines.append(f"| {target} | " + " | ".join(map(str, counts)) + " |")
+    lines += [
+        "",
+        "| entry | status | on | registers | spills | bytes | sha256 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in manifest.entries:
+        used = entry.resources
+        cells = (
+            entry.key,
+            standings[entry.key],
+            ", ".join(_devices(entry, manifest, evidence)) or "-",
+            used.registers,
+            used.spill_stores + used.spill_loads,
+            entry.size,
+            f"`{entry.sha256[:16]}`",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## Toolchain", "", "| package | version |", "| --- | --- |"]
+    for name, version in sorted(manifest.toolchain.packages.items()):
+        lines.append(f"| {name} | {version} |")
+    return "\n".join(lines) + "\n"
+
+
+def _unverified(entry: Entry, manifest: Manifest, evidence: Evidence) -> str | None:
+    found = status(entry, manifest, evidence)
+    if found == "verified":
+        return None
+    stale = [record.device for record in evidence.records if record.matches(entry)]
+    if stale:
+        return f"{found}; the evidence of {', '.join(stale)} is of another suite; {RECORD_AGAIN}"
+    return f"{found}; no evidence for {entry.sha256[:16]}"
+
+
+def _devices(entry: Entry, manifest: Manifest, evidence: Evidence) -> Sequence[str]:
+    """The devices whose records give the entry its status."""
+    wanted = status(entry, manifest, evidence)
+    return sorted(
+        {
+            record.device
+            for record in evidence.records
+            if wanted != "unproven" and status(entry, manifest, Evidence((record,))) == wanted
+        }
+    )
+
+
+def _counts(entry: Entry, manifest: Manifest, record: Record) -> bool:
+    return status(entry, manifest, Evidence((record,))) != "unproven"

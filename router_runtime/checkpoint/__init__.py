@@ -1,0 +1,1 @@
+"""Configurations and gate tensors of released models."""

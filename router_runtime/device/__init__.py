@@ -1,0 +1,1 @@
+"""One GPU: driver, artifacts, the choice of kernels, loading and launching."""

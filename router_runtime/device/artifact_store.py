@@ -1,0 +1,183 @@
+"""The artifacts folder: where it is, its manifest, and cubin bytes that match their digest.
+
+Plain standard-library Python. Bytes that leave ``read_cubin`` are the bytes that were hashed: the
+loader hands them to the driver without touching the file again, and nothing switches the check off.
+Every digest goes through ``trust.admit``, so that a signature policy covers what is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+
+from router_runtime.errors import ArtifactError, explain
+from router_runtime.format import manifest as format_
+from router_runtime.format import provenance
+from router_runtime.format.files import read_file
+from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.trust import policy as trust
+from router_runtime.version import __version__
+
+ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
+EVIDENCE_NAME = "evidence"
+
+_BUILD = "run: make build-cubins"
+
+#: Far above what any manifest or marker needs, far below what hurts.
+_MAX_MANIFEST = 16 * 2**20
+_MAX_MARKER = 64 * 2**10
+
+#: What a release marker must agree with.
+_MARKED = ("name", "version", "manifest_sha256")
+
+# Of a cubin's ELF header: identification, type, machine, flags.
+_HEADER = struct.Struct("<6s10xHH28xI")
+_IDENTITY = b"\x7fELF\x02\x01"
+_EXECUTABLE, _EM_CUDA = 2, 190
+
+
+def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the manifest.
+
+    In this order: the argument, the environment variable ``ROUTER_RUNTIME_ARTIFACTS``,
+    ``artifacts`` inside the installed package (a wheel), ``artifacts`` beside the package (a
+    checkout). A folder that was named is used or refused; the search goes on only when none was
+    named.
+    """
+    named = explicit if explicit is not None else os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        folder = Path(named)
+        if (folder / format_.MANIFEST_NAME).is_file():
+            return folder
+        source = "the argument" if explicit is not None else ENVIRONMENT_VARIABLE
+        raise ArtifactError(
+            explain(
+                f"artifacts folder named by {source}",
+                expected=f"{format_.MANIFEST_NAME} in {folder}",
+                found="none",
+                remedy=f"{_BUILD}, or name the folder that holds it",
+            )
+        )
+    package = Path(__file__).resolve().parents[1]
+    tried = (package / "artifacts", package.parent / "artifacts")
+    for folder in tried:
+        if (folder / format_.MANIFEST_NAME).is_file():
+            return folder
+    raise ArtifactError(
+        explain(
+            "artifacts folder",
+            expected=f"{format_.MANIFEST_NAME} in one of {[str(folder) for folder in tried]}",
+            found="none",
+            remedy=f"{_BUILD}, or set {ENVIRONMENT_VARIABLE}",
+        )
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of ``folder``, read once. Raises ArtifactError, TrustError or ManifestError.
+
+    An installed release has a marker beside it: then it must be that release's manifest, and the
+    release this runtime's.
+    """
+    path = folder / format_.MANIFEST_NAME
+    data = read_file(path, _MAX_MANIFEST, "manifest", _BUILD)
+    sha256 = hashlib.sha256(data).hexdigest()
+    trust.admit(format_.MANIFEST_NAME, sha256, path)
+    manifest = format_.loads(data)
+    _check_marker(folder, manifest, sha256)
+    return manifest
+
+
+def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
+    paths = sorted(folder.glob("*" + provenance.MARKER_SUFFIX))
+    if not paths:
+        return
+    if len(paths) > 1:
+        names = " ".join(path.name.rpartition("-")[0].replace("_", "-") for path in paths)
+        raise ArtifactError(
+            explain(
+                f"artifacts folder {folder}",
+                expected="one release",
+                found=", ".join(path.name for path in paths),
+                remedy=f"run: pip uninstall -y {names}, then install one of them",
+            )
+        )
+    (path,) = paths
+    data = read_file(path, _MAX_MARKER, "release marker", _BUILD)
+    trust.admit(path.name, hashlib.sha256(data).hexdigest(), path)
+    marker = provenance.marker_loads(data)
+    expected = (path.name, __version__, sha256)
+    found = (marker.file_name, marker.version, marker.manifest_sha256)
+    foreign = sorted({entry.target for entry in manifest.entries} - set(marker.targets))
+    if found != expected or foreign:
+        differing = [
+            f"{name} {value}"
+            for name, value, wanted in zip(_MARKED, found, expected, strict=True)
+            if value != wanted
+        ]
+        differing += [f"no target {target}" for target in foreign]
+        raise ArtifactError(
+            explain(
+                f"release marker {path}",
+                expected=f"runtime {__version__} and the {format_.MANIFEST_NAME} beside it, "
+                f"sha256 {sha256}",
+                found=", ".join(differing),
+                remedy="these files are of different releases: install one of them anew",
+            )
+        )
+
+
+def read_cubin(entry: Entry, folder: Path) -> bytes:
+    """The bytes of ``entry``'s cubin, read once and equal to the manifest's size and digest.
+
+    The manifest allows plain file names only, and links are refused. The bytes are machine code for
+    the entry's target: PTX, a fat binary or a cubin of another target is refused even if the
+    manifest has its digest, because a driver would compile the former.
+    """
+    path = folder / entry.file
+    what = f"cubin of {entry.key}"
+    data = read_file(path, entry.size, what, _BUILD)
+    if len(data) != entry.size:
+        found = f"{len(data)} bytes (truncated)"
+        raise ArtifactError(
+            explain(what, expected=f"{entry.size} bytes in {path}", found=found, remedy=_BUILD)
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
+        raise ArtifactError(
+            explain(
+                what,
+                expected=f"sha256 {entry.sha256} of {path}",
+                found=f"{digest} (altered)",
+                remedy=_BUILD,
+            )
+        )
+    trust.admit(entry.file, digest, path)
+    _check_machine_code(data, entry, what)
+    return data
+
+
+def _check_machine_code(data: bytes, entry: Entry, what: str) -> None:
+    """Refuse what is not an executable ELF for the entry's compute capability. The header does not
+    tell ``a`` from ``f``: the builder checks that, and a driver refuses what does not fit.
+    """
+    target = Target.parse(entry.target)
+    expected = (_IDENTITY, _EXECUTABLE, _EM_CUDA, target.major * 10 + target.minor)
+    if len(data) < _HEADER.size:
+        found: object = data
+    else:
+        identity, kind, machine, flags = _HEADER.unpack_from(data)
+        header = (identity, kind, machine, flags >> 8 & 0xFF)
+        if header == expected:
+            return
+        found = f"a cubin for sm_{header[3]}" if header[:3] == expected[:3] else data[:16]
+    raise ArtifactError(
+        explain(
+            what,
+            expected=f"machine code for {entry.target}, an executable CUDA ELF",
+            found=found,
+            remedy=_BUILD,
+        )
+    )

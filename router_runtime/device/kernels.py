@@ -1,0 +1,102 @@
+"""One artifacts folder on one device: manifest, evidence, device facts, loaded kernels."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from router_runtime.device import driver
+from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.device.loader import load_entry
+from router_runtime.device.resolve import Dispatch, Request, Resolution, asking, dispatch, resolve
+from router_runtime.errors import TrustError, explain
+from router_runtime.evidence.store import folders, read_evidence, status
+from router_runtime.format.manifest import MANIFEST_NAME, Entry
+from router_runtime.trust import policy as trust
+
+
+class Kernels:
+    """Resolves requests on a device and loads what was chosen. Made by ``kernels_on``."""
+
+    def __init__(self, folder: Path, device: int) -> None:
+        self.folder = folder
+        self.device = device
+        self.facts = driver.device_facts(device)
+        self._policy = trust.policy()
+        self.manifest = read_manifest(folder)
+        self._evidence = read_evidence(folder)
+        self._standing: dict[str, str] = {}
+
+    def status(self, entry: Entry) -> str:
+        """The standing of ``entry`` in the evidence, the shipped and the user's own."""
+        known = self._standing.get(entry.key)
+        if known is None:
+            known = self._standing[entry.key] = status(entry, self.manifest, self._evidence)
+        return known
+
+    def resolve(self, request: Request) -> Resolution:
+        return resolve(request, self.facts, self.manifest, self._standing_for([request]))
+
+    def dispatch(self, requests: Sequence[Request]) -> Dispatch:
+        return dispatch(requests, self.facts, self.manifest, self._standing_for(requests))
+
+    def _standing_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
+        return asking(requests, self.facts, self.status)
+
+    def load(self, request: Request) -> LoadedKernel:
+        """The loaded kernel that serves ``request``. Raises ResolutionError if none does."""
+        return self.load_entry(self.resolve(request).require())
+
+    def load_entry(self, entry: Entry) -> LoadedKernel:
+        """Raises TrustError if the manifest was read before the policy that is in force now."""
+        if self._policy is not trust.policy():
+            raise TrustError(
+                explain(
+                    f"kernels of {self.folder}",
+                    expected="a manifest read under the signature policy in force",
+                    found="one read before it",
+                    remedy="build the Router anew",
+                )
+            )
+        return load_entry(entry, self.manifest, self.folder, self.device)
+
+
+_lock = threading.Lock()
+_cache: dict[tuple[Path, int], tuple[object, Kernels]] = {}
+
+
+def kernels_on(device: int, artifacts: str | os.PathLike[str] | None = None) -> Kernels:
+    """The kernels of an artifacts folder (see ``find_artifacts``) on device ``device``.
+
+    The folder is read again when its manifest or its evidence has changed since the last call, so a
+    Router built after ``router-runtime verify --record`` sees what was recorded.
+    """
+    folder = find_artifacts(artifacts).resolve()
+    signature = _signature(folder)
+    with _lock:
+        cached = _cache.get((folder, device))
+        if cached is None or cached[0] != signature:
+            cached = _cache[folder, device] = (signature, Kernels(folder, device))
+        return cached[1]
+
+
+def _signature(folder: Path) -> object:
+    """The policy, and identity and times of the files that ``Kernels`` reads, without reading
+    them.
+    """
+    files = [folder / MANIFEST_NAME]
+    for evidence in folders(folder):
+        files += sorted(evidence.glob("*.json"))
+    return [trust.policy(), [(str(file), _identity(file)) for file in files]]
+
+
+def _identity(file: Path) -> object:
+    """None for a file that is gone, as a record is that has just been superseded."""
+    try:
+        stat = file.lstat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

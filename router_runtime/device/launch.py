@@ -1,0 +1,411 @@
+"""Launching a loaded kernel by parameter name.
+
+Argument order exists once, in the contract. ``LoadedKernel.launch`` takes every argument by name;
+``LoadedKernel.bind`` fixes the arguments that stay (weights, bias, scale) and returns a launcher
+for those that vary from call to call, with everything else worked out beforehand: that is the hot
+path.
+
+One launch costs two passes over memory that already exists: ``struct`` packs the varying arguments
+at once beside those that stay, and the grid and the stream are stored into the launch
+configuration. The block holding all of it belongs to one launcher and one thread: the bindings
+release the interpreter lock inside the launch, so two threads may be in it at once. The driver
+copies arguments and configuration before it returns, so a thread's next launch may reuse them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from router_runtime.device import driver
+from router_runtime.errors import DriverError, InputError, explain
+from router_runtime.format.manifest import Contract, Entry, TensorMap
+
+#: Parameter type -> struct format. Native alignment in ``struct`` is the C layout of the arguments.
+_FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
+
+#: CUlaunchConfig as the C ABI lays it out: gridDimX, Y, Z are 32-bit words 0 to 2, hStream is at
+#: byte 32.
+_CONFIG_BYTES = 56
+_STREAM_WORD64 = 4
+
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+#: Values of the driver's enums for tensor maps (CUtensorMapDataType, CUtensorMapSwizzle, ...).
+_MAP_TYPES = {"bf16": (9, 2), "f32": (7, 4)}
+_MAP_SWIZZLES = {"none": 0, "32B": 1, "64B": 2, "128B": 3}
+_MAP_INTERLEAVE_NONE = 0
+_MAP_L2_PROMOTION_256B = 3
+_MAP_FILL_ZERO = 0
+
+
+class Matrix(NamedTuple):
+    """The argument of a tensor map: a row-major matrix in device memory. ``row_stride`` in
+    elements.
+    """
+
+    address: int
+    rows: int
+    columns: int
+    row_stride: int
+
+
+class _EncodedMap:
+    """One tensor map of one thread, encoded anew when it shall hold another matrix.
+
+    The driver wants it 64-byte aligned to encode it, and copies it into the launch. What a recipe
+    fixes is laid out once: encoding takes half the time of building every argument again.
+    """
+
+    def __init__(self, recipe: TensorMap) -> None:
+        self._recipe = recipe
+        memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+        self.address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        self._matrix: Matrix | None = None
+        element, self._element_bytes = _MAP_TYPES[recipe.dtype]
+        self._extents = (ctypes.c_uint64 * 2)()
+        self._strides = (ctypes.c_uint64 * 1)()
+        box = (ctypes.c_uint32 * 2)(*recipe.box)
+        steps = (ctypes.c_uint32 * 2)(1, 1)
+        self._keep = (memory, box, steps)
+        self._encode = driver.tensor_map_encoder()
+        self._first = (self.address, element, 2)
+        self._last = (
+            *(ctypes.addressof(part) for part in (self._extents, self._strides, box, steps)),
+            *(_MAP_INTERLEAVE_NONE, _MAP_SWIZZLES[recipe.swizzle]),
+            *(_MAP_L2_PROMOTION_256B, _MAP_FILL_ZERO),
+        )
+
+    def hold(self, matrix: Matrix) -> None:
+        """Describe ``matrix``."""
+        if matrix == self._matrix:
+            return
+        self._matrix = None  # should the encoding fail
+        address, self._extents[1], self._extents[0], row_stride = matrix
+        self._strides[0] = row_stride * self._element_bytes
+        status = self._encode(*self._first, address, *self._last)
+        if status:
+            recipe = self._recipe
+            raise DriverError(
+                explain(
+                    f"tensor map of {recipe.parameter}",
+                    expected="an address and a row stride that are multiples of 16 bytes, and a "
+                    f"box {recipe.box} that fits swizzle {recipe.swizzle}",
+                    found=f"{matrix} refused with CUresult {status}",
+                    remedy="pass the matrix contiguous and aligned",
+                )
+            )
+        self._matrix = matrix
+
+
+class _Block:
+    """One thread's launch configuration and argument memory for one launcher."""
+
+    __slots__ = (*("arguments", "config", "keep", "maps", "pointers", "words32", "words64"),)
+
+    def __init__(self, contract: Contract, layout: _Layout, arguments: bytes) -> None:
+        self.config = launch_config(contract)
+        raw = (ctypes.c_ubyte * _CONFIG_BYTES).from_address(self.config.getPtr())
+        self.words32 = memoryview(raw).cast("B").cast("I")
+        self.words64 = memoryview(raw).cast("B").cast("Q")
+        self.arguments = ctypes.create_string_buffer(arguments, max(len(arguments), 1))
+        self.maps = [_EncodedMap(recipe) for recipe in layout.maps]
+        start = ctypes.addressof(self.arguments)
+        addresses = [
+            self.maps[-1 - place].address if place < 0 else start + place for place in layout.places
+        ]
+        table = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+        self.pointers = ctypes.addressof(table)
+        self.keep = (raw, table)
+
+
+class _Layout:
+    """Where a launcher's arguments lie in a block: scalars packed together, those in front that
+    vary from launch to launch, tensor maps apart.
+
+    ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
+    tensor map i.
+    """
+
+    def __init__(self, contract: Contract, varying: tuple[str, ...]) -> None:
+        types = {parameter.name: parameter.type for parameter in contract.parameters}
+        recipes = {recipe.parameter: recipe for recipe in contract.tensor_maps}
+        scalars = [name for name, kind in types.items() if kind != "tensormap"]
+        self.changing = [name for name in scalars if name in varying]
+        self.packed = [*self.changing, *(name for name in scalars if name not in varying)]
+        self.maps = [recipes[name] for name, kind in types.items() if kind == "tensormap"]
+        offsets = {recipe.parameter: -1 - index for index, recipe in enumerate(self.maps)}
+        format_ = "@"
+        for name in self.packed:
+            code = _FORMATS.get(types[name], "Q")
+            format_ += code
+            offsets[name] = struct.calcsize(format_) - struct.calcsize(code)
+        self.pack = struct.Struct(format_).pack
+        self.pack_into = struct.Struct(format_[: 1 + len(self.changing)]).pack_into
+        self.places = [offsets[name] for name in types]
+
+
+class LoadedKernel:
+    """A kernel on a device, checked against its contract. ``loader.load_entry`` makes it."""
+
+    def __init__(self, entry: Entry, function: Any, device: int, multiprocessors: int) -> None:
+        self.entry = entry
+        self.function = function
+        self.device = device
+        self.multiprocessors = multiprocessors
+        self._types = {parameter.name: parameter.type for parameter in entry.contract.parameters}
+        self._grid_names = {
+            axis.argument for axis in entry.contract.grid if axis.argument is not None
+        }
+        api = driver.bindings()
+        self._launch_kernel = api.cuLaunchKernelEx
+        self._local = threading.local()
+        self._unbound: BoundLaunch | None = None
+        _kernels.add(self)
+
+    def __repr__(self) -> str:
+        return f"LoadedKernel({self.entry.key} on cuda:{self.device})"
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The names that a launch must be given: the parameters, and what the grid and the tensor
+        maps refer to.
+        """
+        names = dict.fromkeys(name for name, kind in self._types.items() if kind != "tensormap")
+        names.update(dict.fromkeys(recipe.argument for recipe in self.entry.contract.tensor_maps))
+        names.update(dict.fromkeys(sorted(self._grid_names)))
+        return tuple(names)
+
+    def launch(self, stream: int, /, **arguments: Any) -> None:
+        """Launch on a raw stream handle. Pointers may be tensors, addresses or None (null)."""
+        self._check_names(arguments)
+        names = self.arguments
+        if self._unbound is None:
+            self._unbound = self.bind(names)
+        self._unbound(stream, *(self.value_of(name, arguments[name]) for name in names))
+
+    def bind(self, varying: tuple[str, ...], /, **fixed: Any) -> BoundLaunch:
+        """Fix some arguments; ``varying`` names the others in the order the launcher takes them."""
+        self._check_names([*varying, *fixed])
+        return BoundLaunch(self, varying, fixed)
+
+    def _check_names(self, given: Iterable[str]) -> None:
+        if sorted(given) != sorted(self.arguments):
+            raise InputError(
+                explain(
+                    f"arguments of {self.entry.key}",
+                    expected=sorted(self.arguments),
+                    found=sorted(given),
+                    remedy="pass each argument once, by name",
+                )
+            )
+
+    def value_of(self, name: str, value: Any) -> Any:
+        """What the argument ``name`` becomes in the packed arguments."""
+        kind = self._types.get(name, "")
+        if value is None and kind.startswith("ptr:"):
+            return 0
+        if hasattr(value, "data_ptr"):
+            self._check_tensor(name, kind, value)
+            if any(recipe.argument == name for recipe in self.entry.contract.tensor_maps):
+                rows, columns = value.shape
+                return Matrix(value.data_ptr(), rows, columns, value.stride(0))
+            return value.data_ptr()
+        return value
+
+    def _check_tensor(self, name: str, kind: str, tensor: Any) -> None:
+        mapped = {recipe.argument: recipe.dtype for recipe in self.entry.contract.tensor_maps}
+        element = kind.partition(":")[2] or mapped.get(name, "")
+        found = (str(tensor.dtype).removeprefix("torch."), tensor.device.type, tensor.device.index)
+        expected = (_TORCH_NAMES.get(element), "cuda", self.device)
+        if found != expected:
+            raise InputError(
+                explain(
+                    f"argument {name} of {self.entry.key}",
+                    expected=expected,
+                    found=found,
+                    remedy="convert or move the tensor",
+                )
+            )
+
+    def enter_thread(self) -> None:
+        """What the calling thread needs once before it launches this kernel."""
+        if not hasattr(self._local, "entered"):
+            driver.refuse_fork()
+            driver.adopt_thread(self.device)
+            self._local.entered = True
+
+    def forget_threads(self) -> None:
+        """Make every thread enter anew."""
+        self._local = threading.local()
+
+
+class BoundLaunch:
+    """A kernel with some of its arguments fixed. Call it with a raw stream and the varying ones."""
+
+    __slots__ = (
+        *("__weakref__", "_axes", "_fixed", "_kernel", "_launch", "_layout", "_local", "_maps"),
+        *("_order", "_pack_into", "_positions", "_spare", "_template", "keep"),
+    )
+
+    def __init__(
+        self, kernel: LoadedKernel, varying: tuple[str, ...], fixed: Mapping[str, Any]
+    ) -> None:
+        contract = kernel.entry.contract
+        layout = self._layout = _Layout(contract, varying)
+        positions = {name: index for index, name in enumerate((*varying, *fixed))}
+        self._kernel, self._positions = kernel, positions
+        self._launch = kernel._launch_kernel
+        self._local = threading.local()
+        self._fixed = tuple(kernel.value_of(name, value) for name, value in fixed.items())
+        self.keep = tuple(fixed.values())  # the tensors behind the addresses
+        self._pack_into = layout.pack_into
+        self._order = selector([positions[name] for name in layout.changing])
+        values = (0,) * len(varying) + self._fixed
+        try:
+            self._template = layout.pack(*(values[positions[name]] for name in layout.packed))
+        except (struct.error, OverflowError, TypeError) as error:
+            raise self._refused(values, error) from error
+        self._axes = []
+        for index, axis in enumerate(contract.grid):
+            if axis.argument is None:
+                continue
+            cap = 2**31 - 1
+            if axis.form == "ceil_capped_at_sms":
+                extent = contract.cluster[index]
+                cap = max(kernel.multiprocessors // extent, 1) * extent
+            self._axes.append((index, positions[axis.argument], axis.divisor, axis.value, cap))
+        self._maps = [
+            (index, positions[recipe.argument]) for index, recipe in enumerate(layout.maps)
+        ]
+        # For the first thread that launches; there is seldom another.
+        self._spare = [_Block(contract, layout, self._template)]
+        _launchers.add(self)
+
+    def __call__(self, stream: int, *varying: Any) -> None:
+        values = varying + self._fixed
+        kernel = self._kernel
+        try:
+            block = self._local.block
+        except AttributeError:
+            block = self._block()
+        try:
+            self._pack_into(block.arguments, 0, *self._order(values))
+        except (struct.error, OverflowError, TypeError) as error:
+            raise self._refused(values, error) from error
+        for index, position, divisor, value, cap in self._axes:
+            extent = -(-values[position] // divisor) * value
+            block.words32[index] = extent if extent < cap else cap
+        for index, position in self._maps:
+            block.maps[index].hold(values[position])
+        block.words64[_STREAM_WORD64] = stream
+        (status,) = self._launch(block.config, kernel.function, block.pointers, 0)
+        if status:
+            raise self._failed(status, values)
+
+    def _block(self) -> _Block:
+        """The calling thread's block, on its first launch: the one that is there, or a new one."""
+        kernel = self._kernel
+        kernel.enter_thread()
+        try:
+            block = self._spare.pop()
+        except IndexError:
+            block = _Block(kernel.entry.contract, self._layout, self._template)
+        self._local.block = block
+        return block
+
+    def forget_blocks(self) -> None:
+        """Make every thread build its block anew."""
+        self._local = threading.local()
+
+    def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        return {name: values[self._positions[name]] for name in self._layout.packed}
+
+    def _refused(self, values: tuple[Any, ...], error: Exception) -> InputError:
+        entry = self._kernel.entry
+        types = {p.name: p.type for p in entry.contract.parameters}
+        return InputError(
+            explain(
+                f"arguments of {entry.key}",
+                expected={name: types[name] for name in self._layout.packed},
+                found=f"{self._named(values)} ({error})",
+                remedy="pass values of these types",
+            )
+        )
+
+    def _failed(self, status: Any, values: tuple[Any, ...]) -> DriverError:
+        return DriverError(
+            explain(
+                f"launch of {self._kernel.entry.key} on cuda:{self._kernel.device}",
+                expected="CUDA_SUCCESS",
+                found=f"{getattr(status, 'name', status)} ({int(status)}) with "
+                f"{self._named(values)}",
+                remedy=driver.remedy(status),
+            )
+        )
+
+
+def launch_config(contract: Contract) -> Any:
+    """A launch configuration with everything but the stream and the varying grid axes set."""
+    api = driver.bindings()
+    config = api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (axis.value for axis in contract.grid)
+    config.blockDimX, config.blockDimY, config.blockDimZ = contract.block
+    config.sharedMemBytes = contract.dynamic_shared_memory
+    kinds = api.CUlaunchAttributeID
+    attributes = []
+    if contract.cluster_size > 1:
+        cluster = api.CUlaunchAttribute()
+        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        extents = cluster.value.clusterDim
+        extents.x, extents.y, extents.z = contract.cluster
+        attributes.append(cluster)
+    if contract.programmatic_dependent_launch:
+        serial = api.CUlaunchAttribute()
+        serial.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        serial.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(serial)
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
+
+
+_TORCH_NAMES = {
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "u32": "uint32",
+    "u64": "uint64",
+}
+
+
+def selector(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """``operator.itemgetter`` of ``indices``, returning a tuple for any number of them."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: tuple(values[index] for index in indices)
+
+
+_kernels: weakref.WeakSet[LoadedKernel] = weakref.WeakSet()
+_launchers: weakref.WeakSet[BoundLaunch] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """A forked child takes the slow path on its first launch, where the fork is refused."""
+    for kernel in list(_kernels):
+        kernel.forget_threads()
+    for launcher in list(_launchers):
+        launcher.forget_blocks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

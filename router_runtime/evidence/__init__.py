@@ -1,0 +1,1 @@
+"""Which device verified which cubin: cases, records and the status that follows."""

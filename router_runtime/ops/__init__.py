@@ -1,0 +1,1 @@
+"""The custom ops ``torch.ops.dsv4.*``: schemas and registration."""

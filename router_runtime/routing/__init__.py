@@ -1,0 +1,1 @@
+"""Routers: what they compute, their weights, and their back ends for CPU and CUDA."""

@@ -1,0 +1,283 @@
+"""What an engine passes in beside a call's rows, for every routing op alike: checks, outputs, and
+the kernels' arguments. The mathematics is in ``spec.py``.
+
+is_padding        bool [tokens]: those rows get the sentinel and zero weights
+num_valid_tokens  int32, one element: the rows from that number on are padding; read by the kernel,
+                  so that a captured graph can be replayed with another count
+image_mask        bool [tokens]: those rows are selected by the router's ``image_bias``
+given_ids         int32 or int64 [tokens, top_k]: the experts to weigh, in their order
+token_ids         int32 or int64 [tokens]: what hash_gate looks experts up by, beside its rows
+ids_dtype         torch.int32 or torch.int64, of the ids that are returned
+
+Rows of logits are stored for padding tokens too: those of whatever hidden states stand there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from router_runtime import spec
+from router_runtime.device.launch import LoadedKernel, selector
+from router_runtime.routing.checks import refuse_grad, wrong_tensor, wrong_value
+from router_runtime.routing.placement import Placement
+
+#: The parameters of a kernel that only a call with serving inputs gives values to, and that are 0
+#: in a plain one. A contract takes those that it names.
+SERVED = (
+    *("serving", "first_row", "ids_out_i64", "logical_ids_out", "logical_ids_out_i64"),
+    *("is_padding", "num_valid_tokens", "image_mask", "given_ids_i32", "given_ids_i64"),
+    *("expert_map", "replica_counts", "replicas"),
+)
+
+
+class Inputs(TypedDict, total=False):
+    """The serving inputs of a method or an op that are keyword arguments."""
+
+    ids_dtype: torch.dtype | None
+    is_padding: Tensor | None
+    num_valid_tokens: Tensor | None
+    image_mask: Tensor | None
+
+
+class Results(NamedTuple):
+    """fp32 ``[tokens, top_k]``, ids ``[tokens, top_k]`` (physical ones in a mapped call), fp32
+    ``[tokens, experts]``, and the logical ids of a mapped call.
+    """
+
+    weights: Tensor
+    ids: Tensor
+    logits: Tensor | None = None
+    logical_ids: Tensor | None = None
+
+    def given(self) -> tuple[Tensor, ...]:
+        """Those that there are."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    def part(self, rows: slice) -> Results:
+        weights, ids, *others = self
+        parts = (None if tensor is None else tensor[rows] for tensor in others)
+        return Results(weights[rows], ids[rows], *parts)
+
+
+class ExpertMap(NamedTuple):
+    """int32 ``[experts, replicas]`` and ``[experts]``, contiguous."""
+
+    physical: Tensor
+    counts: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What one call has beside its rows, and what it wants.
+
+    ``logits`` and ``mapped`` ask for those results; ``outputs`` are the caller's own tensors, whose
+    presence asks for them, and which decide the dtype of the ids.
+    """
+
+    ids_dtype: torch.dtype | None = None
+    is_padding: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    image_mask: Tensor | None = None
+    given_ids: Tensor | None = None
+    token_ids: Tensor | None = None
+    logits: bool = False
+    mapped: bool = False
+    outputs: Results | None = None
+
+    def __post_init__(self) -> None:
+        if self.outputs is not None:
+            self.mapped = self.outputs.logical_ids is not None
+
+    @classmethod
+    def taking(cls, inputs: dict[str, Any], **wanted: Any) -> Call:
+        """A call with those of ``inputs`` that belong to every op; they are removed."""
+        names = inputs.keys() & Inputs.__annotations__.keys()
+        return cls(**{name: inputs.pop(name) for name in names}, **wanted)
+
+    def check(self, tokens: int, top_k: int, device: torch.device, image_bias: bool) -> None:
+        """Refuse what does not fit a batch of so many tokens; make the rest contiguous."""
+        self.is_padding = _checked_mask("is_padding", self.is_padding, tokens, device)
+        self.image_mask = _checked_mask("image_mask", self.image_mask, tokens, device)
+        if self.image_mask is not None and not image_bias:
+            raise wrong_value("image_mask", "a router with an image_bias", "one without")
+        count = self.num_valid_tokens
+        if count is not None and (
+            count.dtype is not torch.int32 or count.numel() != 1 or count.device != device
+        ):
+            raise wrong_tensor("num_valid_tokens", f"torch.int32, one element on {device}", count)
+        ids = self.given_ids
+        if ids is not None:
+            if (
+                ids.dtype not in (torch.int32, torch.int64)
+                or ids.shape != (tokens, top_k)
+                or ids.device != device
+            ):
+                expected = f"torch.int32 or torch.int64 [{tokens}, {top_k}] on {device}"
+                raise wrong_tensor("given_ids", expected, ids)
+            self.given_ids = ids.contiguous()
+        if self.ids_dtype not in (None, torch.int32, torch.int64):
+            raise wrong_value("ids_dtype", "torch.int32 or torch.int64", self.ids_dtype)
+
+    def results(self, placement: Placement, tokens: int, top_k: int, experts: int) -> Results:
+        """New tensors for what is wanted, or the caller's, checked."""
+        if self.outputs is not None:
+            return self._checked_outputs(placement.device, tokens, top_k, experts)
+        weights, ids = placement.outputs(tokens, top_k)
+        if self.ids_dtype is torch.int64:
+            ids = ids.new_empty(ids.shape, dtype=torch.int64)
+        return Results(
+            weights,
+            ids,
+            placement.floats(tokens, experts) if self.logits else None,
+            torch.empty_like(ids) if self.mapped else None,
+        )
+
+    def _checked_outputs(
+        self, device: torch.device, tokens: int, top_k: int, experts: int
+    ) -> Results:
+        outputs = self.outputs
+        assert outputs is not None
+        chosen = (tokens, top_k)
+        integers = (torch.int32, torch.int64)
+        for name, tensor, dtypes, shape in (
+            ("weights_out", outputs.weights, (torch.float32,), chosen),
+            ("ids_out", outputs.ids, integers, chosen),
+            ("logits_out", outputs.logits, (torch.float32,), (tokens, experts)),
+            ("logical_ids_out", outputs.logical_ids, integers, chosen),
+        ):
+            if tensor is None:
+                continue
+            if (
+                tensor.dtype not in dtypes
+                or tensor.shape != shape
+                or tensor.device != device
+                or not tensor.is_contiguous()
+            ):
+                kinds = " or ".join(map(str, dtypes))
+                raise wrong_tensor(name, f"{kinds} {list(shape)} on {device}, contiguous", tensor)
+            refuse_grad(name, tensor)
+        return outputs
+
+    def arguments(
+        self, rows: slice, results: Results, expert_map: ExpertMap | None
+    ) -> tuple[int, ...]:
+        """The values of ``SERVED`` for a launch of these rows of the batch, whose part of the
+        results it is given. Every tensor here has to live until the launch.
+        """
+        start = rows.start
+        replicas = (0, 0, 0)
+        if self.mapped and expert_map is not None:
+            physical, counts = expert_map
+            replicas = physical.data_ptr(), counts.data_ptr(), physical.shape[1]
+        return (
+            1,
+            start,
+            _address(results.ids, torch.int64),
+            _address(results.logical_ids, torch.int32),
+            _address(results.logical_ids, torch.int64),
+            _address(self.is_padding, torch.bool, start),
+            _address(self.num_valid_tokens, torch.int32),
+            _address(self.image_mask, torch.bool, start),
+            _address(self.given_ids, torch.int32, start),
+            _address(self.given_ids, torch.int64, start),
+            *replicas,
+        )
+
+    def padding(self, rows: Tensor) -> Tensor:
+        """Which rows are padding, by ``spec.py``. ``rows`` are their numbers."""
+        return spec.padding_rows(rows, self.is_padding, self.num_valid_tokens)
+
+    def store(
+        self,
+        results: Results,
+        weights: Tensor,
+        ids: Tensor,
+        sentinel: int,
+        expert_map: ExpertMap | None,
+    ) -> Results:
+        """Store what ``spec.py`` gave, in which no expert is ``spec.NO_EXPERT``."""
+        results.weights.copy_(weights)
+        if results.logical_ids is not None and expert_map is not None:
+            results.logical_ids.copy_(spec.with_sentinel(ids, sentinel))
+            rows = torch.arange(ids.shape[0], device=ids.device)
+            results.ids.copy_(spec.physical_ids(ids, rows, *expert_map, sentinel))
+        else:
+            results.ids.copy_(spec.with_sentinel(ids, sentinel))
+        return results
+
+
+class ServingLaunch:
+    """A kernel bound twice: ``plain`` takes the arguments named in ``varying``, ``serve`` takes the
+    values of ``SERVED`` as well.
+    """
+
+    __slots__ = ("_select", "_serve", "plain")
+
+    def __init__(self, kernel: LoadedKernel, varying: tuple[str, ...], **fixed: Any) -> None:
+        own = kernel.arguments
+        names = tuple(name for name in SERVED if name in own)
+        fixed = {name: value for name, value in fixed.items() if name in own}
+        self.plain = kernel.bind(varying, **fixed, **dict.fromkeys(names, 0))
+        self._select = selector([SERVED.index(name) for name in names])
+        self._serve = kernel.bind((*varying, *names), **fixed)
+
+    def serve(self, stream: int, varying: tuple[Any, ...], served: tuple[int, ...]) -> None:
+        self._serve(stream, *varying, *self._select(served))
+
+
+def narrow_ids(ids: Tensor) -> int:
+    """The address of int32 ids; 0 for others, which are an argument of their own."""
+    return _address(ids, torch.int32)
+
+
+def check_expert_map(
+    expert_map: Tensor, replica_counts: Tensor, experts: int
+) -> tuple[Tensor, Tensor]:
+    """Refuse a map that is not ``[experts, replicas]`` of physical ids with counts in [1,
+    replicas]. Both int32 or int64.
+    """
+    integers = (torch.int32, torch.int64)
+    if expert_map.dtype not in integers or expert_map.dim() != 2 or len(expert_map) != experts:
+        expected = f"torch.int32 or torch.int64 [{experts}, replicas]"
+        raise wrong_tensor("expert_map", expected, expert_map)
+    replicas = expert_map.shape[1]
+    if replica_counts.dtype not in integers or replica_counts.shape != (experts,):
+        raise wrong_tensor(
+            "replica_counts", f"torch.int32 or torch.int64 [{experts}]", replica_counts
+        )
+    _check_range("expert_map", expert_map, 0, 2**31 - 1)
+    _check_range("replica_counts", replica_counts, 1, replicas)
+    return expert_map, replica_counts
+
+
+def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    outside = (tensor < low) | (tensor > high)
+    if bool(outside.any()):
+        where = outside.nonzero()
+        first = where[0].tolist()
+        raise wrong_value(
+            name,
+            f"entries from {low} to {high}",
+            f"{len(where)} others, the first at {first}: {int(tensor[*first])}",
+        )
+
+
+def _checked_mask(
+    name: str, mask: Tensor | None, tokens: int, device: torch.device
+) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype is not torch.bool or mask.shape != (tokens,) or mask.device != device:
+        raise wrong_tensor(name, f"torch.bool [{tokens}] on {device}", mask)
+    return mask.contiguous()
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype, row: int = 0) -> int:
+    """The address of a row of ``tensor`` if it is of that dtype, else null."""
+    if tensor is None or tensor.dtype is not dtype:
+        return 0
+    return tensor.data_ptr() + (row * tensor.stride(0) * tensor.element_size() if row else 0)

@@ -1,0 +1,118 @@
+"""A device as a call needs it: its outputs, its current stream, whether it is current."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_runtime.device import driver
+from router_runtime.errors import InputError, explain
+
+
+class Placement:
+    """One device, with what the hot path asks of torch worked out beforehand.
+
+    ``captured``, if set, is called once, by the next launch that a graph captures.
+    """
+
+    __slots__ = (
+        *("__weakref__", "_index", "_new_floats", "_new_integers", "_several", "captured"),
+        "device",
+    )
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.captured: Callable[[], None] | None = None
+        self._index = device.index or 0
+        self._several = device.type == "cuda" and torch.cuda.device_count() > 1
+        # ``new_empty`` of a tensor at hand takes half the time of ``torch.empty`` with keywords.
+        self._new_floats = torch.empty(0, dtype=torch.float32, device=device).new_empty
+        self._new_integers = torch.empty(0, dtype=torch.int32, device=device).new_empty
+        if device.type == "cuda":
+            _on_gpus.add(self)
+
+    def outputs(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Uninitialised (fp32, int32) of that shape, from torch's allocator."""
+        return self._new_floats(rows, columns), self._new_integers(rows, columns)
+
+    def floats(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised fp32 of that shape, from torch's allocator."""
+        return self._new_floats(rows, columns)
+
+    def stored(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """A result of ``spec.py``, whose strides depend on its inputs', in outputs of ours."""
+        outputs = self.outputs(*ids.shape)
+        return outputs[0].copy_(values), outputs[1].copy_(ids)
+
+    def refuse_calls(self) -> None:
+        """Make every later call end in the error of a forked child."""
+        self._several = False
+        self._new_floats = self._new_integers = _refused_after_fork  # type: ignore[assignment]
+
+    def stream(self) -> int:
+        """The raw handle of torch's current stream on the device, for a launch.
+
+        ``torch.cuda.current_stream().cuda_stream`` builds a Stream object on the way, some ten
+        times the cost; the code that torch.compile generates calls this same function.
+        """
+        if self.captured is not None and _capturing(self.device):
+            captured, self.captured = self.captured, None
+            captured()
+        return torch._C._cuda_getCurrentRawStream(self._index)
+
+    def elsewhere(self) -> bool:
+        """True if another device is current, and a launch on its default stream would go there."""
+        return self._several and torch.cuda.current_device() != self._index
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        """Make the device current for a block."""
+        return torch.cuda.device(self.device)
+
+
+_on_gpus: weakref.WeakSet[Placement] = weakref.WeakSet()
+
+CPU = Placement(torch.device("cpu"))
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured. DriverError if CUDA no longer answers."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError as error:
+        driver.refuse_fork()
+        raise driver.lost_error(f"current stream of {device}", error) from error
+
+
+def _refused_after_fork(*shape: int) -> Any:
+    raise driver.fork_error()
+
+
+def _refuse_after_fork() -> None:
+    """A forked child's copy of CUDA's state is dead. Every call starts by asking for outputs, where
+    torch's own error, if there is one, says less.
+    """
+    for placement in list(_on_gpus):
+        placement.refuse_calls()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_refuse_after_fork)
+
+
+def refuse_capture(what: str) -> None:
+    """Refuse to load or synchronise while the current stream is being captured into a graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            explain(
+                what,
+                expected="no CUDA graph capture in progress",
+                found="the current stream is being captured",
+                remedy="do it before the capture",
+            )
+        )

@@ -1,0 +1,316 @@
+"""``topk_select`` and ``activation_topk``: the ops on rows of fp32 that need no Router.
+
+The first call on a device loads every variant that may ever be chosen there, so that a later call,
+with any row length and inside a graph capture, loads nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_runtime import spec
+from router_runtime.device import driver
+from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import Request
+from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
+from router_runtime.routing.checks import (
+    MAX_EXPERTS,
+    MAX_ROW_LENGTH,
+    MAX_TOP_K,
+    check_int,
+    check_logits,
+    check_scale,
+    check_scores,
+    wrong_tensor,
+    wrong_value,
+)
+from router_runtime.routing.placement import CPU, Placement, refuse_capture
+
+
+class _RowKernel:
+    """Every variant of a row kernel that may serve on one device, chosen by row length and k."""
+
+    def __init__(
+        self, name: str, length: str, varying: tuple[str, ...], device: torch.device
+    ) -> None:
+        driver.refuse_fork()
+        refuse_capture(f"the first call of {name} on {device}, which loads its kernels,")
+        self._name, self._length = name, length
+        self._kernels = kernels_on(device.index)
+        resolution = self._kernels.resolve(Request(name))
+        resolution.require()
+        self._launchers = {
+            candidate.entry.key: ServingLaunch(self._kernels.load_entry(candidate.entry), varying)
+            for candidate in resolution.candidates
+            if candidate.accepted
+        }
+        self._chosen: dict[tuple[int, int], ServingLaunch] = {}
+        self.placement = Placement(device)
+
+    def launcher(self, length: int, k: int) -> ServingLaunch:
+        """The launcher for rows of that length. The choice is remembered."""
+        found = self._chosen.get((length, k))
+        if found is None:
+            request = Request(self._name, quantities={self._length: length, "top_k": k})
+            entry = self._kernels.resolve(request).require()
+            found = self._chosen[length, k] = self._launchers[entry.key]
+        return found
+
+
+_lock = threading.Lock()
+_loaded: dict[tuple[str, torch.device], _RowKernel] = {}
+
+
+def _row_kernel(
+    name: str, length: str, varying: tuple[str, ...], device: torch.device
+) -> _RowKernel:
+    """The row kernel on a device; loaded by the first call, which may come from any thread."""
+    with _lock:
+        found = _loaded.get((name, device))
+        if found is None:
+            found = _loaded[name, device] = _RowKernel(name, length, varying, device)
+        return found
+
+
+def check_select(scores: Tensor, k: int) -> None:
+    """Refuse scores or k that ``topk_select`` does not serve."""
+    check_scores(scores)
+    columns = scores.shape[1]
+    check_int("columns of scores", columns, 1, MAX_ROW_LENGTH)
+    check_int("k", k, 1, min(MAX_TOP_K, columns))
+
+
+def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
+    """Refuse arguments that ``activation_topk`` does not serve."""
+    check_logits(logits, bias)
+    experts = logits.shape[1]
+    check_int("experts", experts, 1, MAX_EXPERTS)
+    check_int("k", k, 1, min(MAX_TOP_K, experts))
+    check_scale("scale", scale)
+
+
+def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check_select(scores, k)
+    return CPU.stored(*spec.topk_select(scores, k))
+
+
+def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check_select(scores, k)
+    device = scores.device
+    kernel = _loaded.get(("topk_select", device)) or _row_kernel(
+        "topk_select",
+        "row_length",
+        ("scores", "values_out", "ids_out", "rows", "row_length", "row_stride", "top_k"),
+        device,
+    )
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return topk_select_cuda(scores, k)
+    count, columns = scores.shape
+    values, ids = placement.outputs(count, k)
+    if count:
+        if scores.stride()[1] != 1:
+            scores = scores.contiguous()
+        kernel.launcher(columns, k).plain(
+            placement.stream(),
+            scores.data_ptr(),
+            values.data_ptr(),
+            ids.data_ptr(),
+            count,
+            columns,
+            scores.stride()[0],
+            k,
+        )
+    return values, ids
+
+
+def activation_topk_cpu(
+    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    return serve_activation_cpu(logits, bias, k, scale, renormalize, call=Call())[:2]
+
+
+def activation_topk_cuda(
+    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    kernel = _activation_kernel(logits, bias, k, scale)
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return activation_topk_cuda(logits, bias, k, scale, renormalize)
+    tokens, experts = logits.shape
+    weights, ids = placement.outputs(tokens, k)
+    if tokens:
+        if logits.stride()[1] != 1:
+            logits = logits.contiguous()
+        bias = bias.contiguous()
+        kernel.launcher(experts, k).plain(
+            placement.stream(),
+            logits.data_ptr(),
+            bias.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            tokens,
+            experts,
+            logits.stride()[0],
+            k,
+            scale,
+            int(renormalize),
+            -1,
+            0,
+        )
+    return weights, ids
+
+
+def serve_activation_cpu(
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool,
+    call: Call,
+    **rules: Any,
+) -> Results:
+    check_activate(logits, bias, k, scale)
+    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    tokens, experts = logits.shape
+    call.check(tokens, k, CPU.device, image_bias is not None)
+    results = call.results(CPU, tokens, k, experts)
+    result = spec.activation_topk(
+        logits,
+        bias,
+        k,
+        scale,
+        renormalize,
+        image_mask=call.image_mask,
+        image_bias=image_bias,
+        given_ids=call.given_ids,
+        padding=call.padding(torch.arange(tokens)),
+    )
+    return call.store(results, *result, sentinel, expert_map)
+
+
+def serve_activation_cuda(
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool,
+    call: Call,
+    **rules: Any,
+) -> Results:
+    kernel = _activation_kernel(logits, bias, k, scale)
+    placement = kernel.placement
+    if placement.elsewhere():
+        with placement.current():
+            return serve_activation_cuda(logits, bias, k, scale, renormalize, call=call, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    tokens, experts = logits.shape
+    call.check(tokens, k, logits.device, image_bias is not None)
+    results = call.results(placement, tokens, k, experts)
+    if tokens:
+        if logits.stride()[1] != 1:
+            logits = logits.contiguous()
+        bias = bias.contiguous()
+        given = (
+            logits.data_ptr(),
+            bias.data_ptr(),
+            results.weights.data_ptr(),
+            narrow_ids(results.ids),
+            tokens,
+            experts,
+            logits.stride()[0],
+            k,
+            scale,
+            int(renormalize),
+            sentinel,
+            0 if image_bias is None else image_bias.data_ptr(),
+        )
+        served = call.arguments(slice(0, tokens), results, expert_map)
+        kernel.launcher(experts, k).serve(placement.stream(), given, served)
+    return results
+
+
+def replay_activation_cpu(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
+) -> Results:
+    return serve_activation_cpu(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
+
+
+def replay_activation_cuda(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
+) -> Results:
+    return serve_activation_cuda(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
+
+
+def _replayed(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, call: Call
+) -> tuple[Tensor, Tensor, int, float, bool, Call]:
+    """The arguments of ``serve_activation`` that weigh given experts."""
+    if logits.dim() != 2 or given_ids.dim() != 2:
+        raise wrong_tensor("given_ids", "torch.int32 or torch.int64 [tokens, top_k]", given_ids)
+    call.given_ids = given_ids
+    bias = logits.new_empty(logits.shape[1])  # nothing is selected, so it is never read
+    return logits, bias, given_ids.shape[1], scale, renormalize, call
+
+
+def _check_rules(
+    logits: Tensor,
+    image_bias: Tensor | None = None,
+    sentinel: int = -1,
+    expert_map: Tensor | None = None,
+    replica_counts: Tensor | None = None,
+) -> tuple[Tensor | None, int, ExpertMap | None]:
+    """What a Router owns and this op is given. Refuses what does not fit ``logits``.
+
+    The content of an expert map is not looked at: that would wait for the device. A count outside
+    [1, replicas] is taken for the nearest in it; an entry is returned as the int32 that it is, also
+    a negative one, which a Router refuses.
+    """
+    experts, device = logits.shape[1], logits.device
+    check_int("sentinel", sentinel, -(2**31), 2**31 - 1)
+    if image_bias is not None:
+        expected = f"torch.float32 [{experts}] on {device}"
+        if (
+            image_bias.dtype is not torch.float32
+            or image_bias.shape != (experts,)
+            or image_bias.device != device
+        ):
+            raise wrong_tensor("image_bias", expected, image_bias)
+        image_bias = image_bias.contiguous()
+    if expert_map is None or replica_counts is None:
+        if expert_map is not None or replica_counts is not None:
+            raise wrong_value("expert_map", "expert_map and replica_counts together", "one of them")
+        return image_bias, sentinel, None
+    for name, tensor, shape in (
+        ("expert_map", expert_map, (experts, expert_map.shape[-1])),
+        ("replica_counts", replica_counts, (experts,)),
+    ):
+        if (
+            tensor.dtype is not torch.int32
+            or tensor.shape != shape
+            or not tensor.numel()
+            or tensor.device != device
+        ):
+            raise wrong_tensor(name, f"torch.int32 {list(shape)} on {device}", tensor)
+    return image_bias, sentinel, ExpertMap(expert_map.contiguous(), replica_counts.contiguous())
+
+
+def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> _RowKernel:
+    """The kernel for arguments that it serves."""
+    check_activate(logits, bias, k, scale)
+    device = logits.device
+    return _loaded.get(("activation_topk", device)) or _row_kernel(
+        "activation_topk",
+        "experts",
+        (
+            *("logits", "bias", "weights_out", "ids_out", "tokens"),
+            *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
+        ),
+        device,
+    )

@@ -1,0 +1,1 @@
+"""Signatures that a process can require."""

@@ -1,0 +1,356 @@
+"""From a case of the oracle suite to its input tensors, bit for bit the same everywhere.
+
+Evidence stores digests of inputs, so they must be reproducible on any machine and any torch
+version. ``torch.randn`` promises neither (its stream depends on version and device), and numpy
+would be a dependency of its own, so random words come from SplitMix64 in counter mode: 64-bit
+integer arithmetic only, each word a function of (seed, stream, index). Everything built from words
+is exact: integers below 2^24 times powers of two, one rounding to bf16, or raw bit patterns. No
+logarithm, no cosine, no order of summation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from router_runtime.evidence.cases import Case
+
+#: What a kernel is given, under the names of its contract. ``weight`` is row-major; where a kernel
+#: reads another order, the launcher repacks it.
+Inputs = Mapping[str, Tensor | int | float]
+
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+#: Words drawn at a time: few enough for a cache, enough to keep the threads of a pass at work.
+_BLOCK = 1 << 18
+
+
+class Random:
+    """Reproducible random tensors for one case; every call uses the next stream."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._stream = 0
+
+    def words(self, *shape: int) -> Tensor:
+        """Random 64-bit words (int64)."""
+        self._stream += 1
+        start = self._seed * _GAMMA + self._stream * _MIX_1
+        words = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64)
+        # Block by block and in place, so that what a pass writes is at hand for the next.
+        for z in _blocks(words):
+            z.mul_(_signed(_GAMMA)).add_(_signed(start))
+            z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MIX_1))
+            z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MIX_2))
+            z.bitwise_xor_(_shift_right(z, 31))
+        return words.reshape(shape)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers of [low, high), int64. The span stays far below 2^40, so the bias is nil."""
+        return _shift_right(self.words(*shape), 24) % (high - low) + low
+
+    def bits(self, *shape: int) -> Tensor:
+        """fp32 numbers of random bits: all exponents, subnormals, infinities and NaNs."""
+        return self.words(*shape).to(torch.int32).view(torch.float32)
+
+    def normal(self, *shape: int) -> Tensor:
+        """fp32, near normal with deviation 1.15, at most 4: four 16-bit uniforms, added exactly."""
+        words = self.words(*shape)
+        found = torch.empty(shape, dtype=torch.float32)
+        pairs = 0x0000FFFF0000FFFF
+        for z, block in zip(_blocks(words), _blocks(found), strict=True):
+            # Two sums of two fields in one word, then their sum.
+            two = (z >> 16).bitwise_and_(pairs).add_(z & pairs)
+            block.copy_((two >> 32).add_(two & 0xFFFFFFFF).sub_(2 * 0xFFFF)).mul_(2.0**-15)
+        return found
+
+    def uniform(self, low: int, high: int, *shape: int) -> Tensor:
+        """fp32, uniform in [low, high) in steps of 2^-12."""
+        return self.integers(low << 12, high << 12, *shape).float() * 2.0**-12
+
+    def choice(self, options: Tensor, *shape: int) -> Tensor:
+        """Elements of a one-dimensional tensor."""
+        return options[self.integers(0, options.numel(), *shape)]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """The inputs of a case on the CPU."""
+    inputs = _MAKERS[case.kernel](case, Random(case.seed))
+    return {**inputs, **_serving(case, Random(~case.seed))} if case.serving else inputs
+
+
+def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
+    """SHA-256 over named tensors and numbers: names, dtypes, shapes, strides and bytes."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            rows = value.detach().cpu().contiguous()
+            state.update(f"{name} {value.dtype} {tuple(value.shape)} {value.stride()}\n".encode())
+            state.update(ctypes.string_at(rows.data_ptr(), rows.nbytes) if rows.nbytes else b"")
+        else:
+            state.update(f"{name} {value!r}\n".encode())
+    return state.hexdigest()
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The elements of a contiguous tensor, ``_BLOCK`` at a time."""
+    return torch.split(tensor.view(-1), _BLOCK)
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same low 64 bits."""
+    value &= _MASK
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(words: Tensor, count: int) -> Tensor:
+    """Logical shift: torch's ``>>`` on int64 copies the sign."""
+    return (words >> count).bitwise_and_(_MASK >> count)
+
+
+def _strided(rows: Tensor, padding: int) -> Tensor:
+    """The same rows, ``padding`` elements apart. The gaps hold NaN, so reading one shows."""
+    if not padding:
+        return rows
+    buffer = torch.full((rows.shape[0], rows.shape[1] + padding), math.nan, dtype=rows.dtype)
+    buffer[:, : rows.shape[1]] = rows
+    return buffer[:, : rows.shape[1]]
+
+
+def _floats(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+_INF, _NAN, _MAX = math.inf, math.nan, torch.finfo(torch.float32).max
+_TINY = 2.0**-149
+#: Quiet and signalling NaNs of both signs: topk_select returns each with its own bits.
+_NANS = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1], dtype=torch.int32).view(
+    torch.float32
+)
+_SPECIALS = torch.cat(
+    (_floats(0.0, -0.0, _INF, -_INF, 1.0, -1.0, _TINY, -_TINY, _MAX, -_MAX), _NANS)
+)
+_SPECIAL_BIAS = _floats(_INF, -_INF, _NAN, -0.0, 0.0, _MAX, -_MAX, _TINY, -1.0, 0.25, 0.5)
+
+
+def _hash_router(case: Case, random: Random) -> Inputs:
+    sizes = case.sizes
+    return {
+        "token_ids": _token_ids(case, random),
+        "table": random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"]).int(),
+        "top_k": sizes["top_k"],
+        "sentinel": sizes["sentinel"],
+    }
+
+
+def _token_ids(case: Case, random: Random) -> Tensor:
+    tokens, vocab = case.sizes["tokens"], case.sizes["vocab"]
+    dtype = torch.int64 if case.sizes["index_bits"] == 64 else torch.int32
+    if case.pattern != "out_of_range":
+        return random.integers(0, vocab, tokens).to(dtype)
+    edges = [0, -1, vocab - 1, vocab, vocab + 1, 2**31 - 1, -(2**31)]
+    if dtype == torch.int64:
+        # Their low 32 bits are valid ids: a kernel that truncates would read the table.
+        edges += [2**32, 2**32 + vocab - 1, -(2**32), 2**63 - 1, -(2**63)]
+    return random.choice(torch.tensor(edges), tokens).to(dtype)
+
+
+def _hash_gate(case: Case, random: Random) -> Inputs:
+    """The hidden states and weights of a dense router, and a table."""
+    sizes = case.sizes
+    table = random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"])
+    match case.pattern:
+        case "repeated":
+            # Rows come back verbatim, also where an expert stands in one twice.
+            table = table[:, :1].expand_as(table)
+        case "one_expert":
+            table = torch.full_like(table, sizes["experts"] - 1)
+    inputs = {
+        "token_ids": _token_ids(case, random),
+        "table": table.int().contiguous(),
+        "sentinel": sizes["sentinel"],
+        **_dense_router(case, random),
+    }
+    image_bias = inputs.pop("bias")
+    if sizes["images"]:
+        # Every third row, so that image tokens and others take turns in any arrangement.
+        inputs["image_mask"] = torch.arange(sizes["tokens"]) % 3 == 1
+        inputs["image_bias"] = image_bias
+        inputs["wide_ids"] = 0
+    return inputs
+
+
+def _topk_select(case: Case, random: Random) -> Inputs:
+    rows, length = case.sizes["rows"], case.sizes["row_length"]
+    ramp = torch.arange(length, dtype=torch.float32).expand(rows, length).clone()
+    patterns: Mapping[str, Callable[[], Tensor]] = {
+        "random": lambda: random.normal(rows, length),
+        "ties": lambda: random.integers(-2, 3, rows, length).float(),
+        "equal": lambda: torch.full((rows, length), 0.75),
+        "ascending": lambda: ramp,
+        "descending": lambda: -ramp,
+        "specials": lambda: random.choice(_SPECIALS, rows, length),
+        # Nothing is above zero, so both zeros are selected.
+        "signed_zeros": lambda: random.choice(_floats(0.0, -0.0, -1.0, -_TINY), rows, length),
+        "mostly_nan": lambda: torch.where(
+            random.integers(0, length, rows, length) < 3,
+            random.normal(rows, length),
+            random.choice(torch.cat((_NANS, _floats(-_INF))), rows, length),
+        ),
+        "all_nan": lambda: random.choice(_NANS, rows, length),
+        "any_bits": lambda: random.bits(rows, length),
+    }
+    return {
+        "scores": _strided(patterns[case.pattern](), case.sizes["padding"]),
+        "top_k": case.sizes["top_k"],
+    }
+
+
+def _activation_topk(case: Case, random: Random) -> Inputs:
+    shape = case.sizes["tokens"], case.sizes["experts"]
+    experts = shape[1]
+    logits, bias = random.normal(*shape) * 2, random.normal(experts) * 0.125
+    pick = random.integers(0, 4, *shape)
+    match case.pattern:
+        case "ties":
+            logits = random.choice(_floats(-1.5, 0.25, 0.3, 2.0), *shape)
+            bias = random.choice(_floats(0.0, 0.5), experts)
+        case "equal":
+            logits, bias = torch.full(shape, 0.75), torch.zeros(experts)
+        case "bias_8":
+            # The ulp of a key near 9 is 2^-20: in odd rows many scores differ by less than it.
+            logits[1::2] *= 2.0**-16
+            bias = 8 + random.integers(-2, 3, experts).float() * 2.0**-20
+        case "extremes":
+            edges = _floats(80, -80, 88.75, -87.5, 104, -104, 16.75, -16.75, 0.0, -0.0)
+            logits = torch.where(
+                pick == 0, random.choice(edges, *shape), random.uniform(-80, 80, *shape)
+            )
+        case "infinities":
+            # All of +inf and FLT_MAX tie, and without a bias they tie exactly.
+            edges = _floats(_INF, -_INF, _MAX, -_MAX)
+            logits = torch.where(pick == 0, random.choice(edges, *shape), logits)
+            bias = torch.zeros(experts)
+        case "nan":
+            logits = torch.where(pick == 0, random.choice(_NANS, *shape), logits)
+        case "nan_rows":
+            # Row i keeps its first i % 8 logits, so some rows have fewer than k numbers.
+            kept = torch.arange(experts) < (torch.arange(shape[0]) % 8).unsqueeze(1)
+            logits = torch.where(kept, logits, torch.full_like(logits, _NAN))
+        case "any_bits":
+            logits, bias = random.bits(*shape), random.bits(experts)
+        case "underflow":
+            # Row 0 underflows everywhere; the rest goes from -60 to -1000.
+            logits = -random.uniform(60, 180, *shape)
+            logits[0] = -1000
+        case "special_bias":
+            bias = random.choice(_SPECIAL_BIAS, experts)
+    return {
+        "logits": _strided(logits, case.sizes["padding"]),
+        "bias": bias,
+        "top_k": case.sizes["top_k"],
+        "scale": case.scale,
+        "renormalize": int(case.renormalize),
+    }
+
+
+def _dense_router(case: Case, random: Random) -> Inputs:
+    tokens, hidden, experts = (case.sizes[name] for name in ("tokens", "hidden", "experts"))
+    # 2^-6 brings the deviation of the logits to between 1 and 2 for every hidden size served.
+    x = random.normal(tokens, hidden)
+    weight = random.normal(experts, hidden) * 2.0**-6
+    bias = random.normal(experts) * 0.125
+    row = torch.arange(tokens)
+    column = random.integers(0, hidden, tokens)
+    match case.pattern:
+        case "ties":
+            # Seven distinct experts: the others are copies, each with its original's bias.
+            original = torch.arange(experts) % 7
+            weight, bias = weight[original], bias[original % 3]
+        case "equal":
+            weight, bias = weight[:1].expand(experts, hidden), torch.zeros(experts)
+        case "bias_8":
+            # The ulp of a key near 9 is 2^-20: in odd rows many scores come close to it.
+            x[1::2] *= 2.0**-8
+            bias = 8 + random.integers(-2, 3, experts).float() * 2.0**-20
+        case "extremes":
+            x = x * _floats(*(2.0**power for power in range(8)))[row % 8].unsqueeze(1)
+        case "infinities":
+            # +inf, -inf, two of them, and every fourth row finite.
+            signs = _floats(_INF, -_INF, _INF, 1.0)[row % 4]
+            x[row, column] = signs
+            x[2::4, 0] = -_INF
+            bias = torch.zeros(experts)
+        case "nan_rows":
+            x[row[::3], column[::3]] = _NAN
+            x[-1] = _NAN
+        case "zero":
+            x = torch.where((row % 2 == 0).unsqueeze(1), 0.0, -0.0).expand(tokens, hidden)
+        case "subnormal":
+            # bf16 subnormals times large weights: flushing an operand gives logits of zero.
+            x = x * 2.0**-130
+            weight = weight * 2.0**125
+        case "cancelling":
+            weight[:, 1::2] = -weight[:, ::2]
+            x[:, 1::2] = x[:, ::2] + random.normal(tokens, hidden // 2) * 2.0**-6
+        case "negative":
+            # Every logit is far below zero, from -10 to -100, where log(1 + exp(z)) loses all.
+            scale = 2.0 ** (12 - hidden.bit_length() + 1)
+            x = x.abs() * scale * _floats(1.0, 0.5, 0.25)[row % 3].unsqueeze(1)
+            weight = -weight.abs()
+        case "special_bias":
+            bias = random.choice(_SPECIAL_BIAS, experts)
+    return {
+        "hidden_states": _strided(x.bfloat16(), case.sizes["padding"]),
+        "weight": weight.bfloat16().contiguous(),
+        "bias": bias.contiguous(),
+        "scale": case.scale,
+        "renormalize": int(case.renormalize),
+    }
+
+
+def _serving(case: Case, random: Random) -> Inputs:
+    """What an engine passes in beside the rows, as ``suite.SERVING`` names it."""
+    tokens, experts, top_k = (case.sizes[name] for name in ("tokens", "experts", "top_k"))
+    wide = "wide" in case.serving
+    marks = random.integers(0, 4, 2, tokens)
+    found: dict[str, Tensor | int | float] = {"sentinel": -7, "wide_ids": int(wide)}
+    if "padding" in case.serving:
+        found["is_padding"] = marks[0] == 0
+    if "count" in case.serving:
+        found["num_valid_tokens"] = torch.tensor([tokens - tokens // 3], dtype=torch.int32)
+    if "images" in case.serving:
+        found["image_mask"] = marks[1] < 2
+        found["image_bias"] = random.normal(experts) * 0.5
+    if "map" in case.serving:
+        found["expert_map"] = random.integers(0, 2**20, experts, 3).int()
+        found["replica_counts"] = random.integers(1, 4, experts).int()
+    if "replay" in case.serving:
+        given = random.integers(0, experts, tokens, top_k)
+        edges = [-1, experts, 2**31 - 1, -(2**31)]
+        if wide:
+            # Their low 32 bits are valid ids.
+            edges += [2**32, 2**32 + experts - 1, -(2**63)]
+        strange = random.choice(torch.tensor(edges), tokens, top_k)
+        given = torch.where(random.integers(0, 16, tokens, top_k) == 0, strange, given)
+        found["given_ids"] = given if wide else given.int()
+    return found
+
+
+_MAKERS: Mapping[str, Callable[[Case, Random], Inputs]] = {
+    "hash_router": _hash_router,
+    "topk_select": _topk_select,
+    "activation_topk": _activation_topk,
+    "hash_gate": _hash_gate,
+    "dense_router_decode": _dense_router,
+    "dense_router_prefill": _dense_router,
+}
