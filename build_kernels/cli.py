@@ -13,7 +13,8 @@ import click
 
 from build_kernels import lock, publish
 from build_kernels.build import build
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import cubin, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError, unknown
@@ -129,14 +130,14 @@ def check_command(jobs: int) -> None:
 def list_command() -> None:
     """Show models, targets, and every entry of the full plan."""
     click.echo("models")
-    for model in catalog.MODELS:
+    for model in MODELS:
         click.echo(
             f"  {model.name}: hidden {model.hidden}, experts {model.experts}, top_k {model.top_k}, "
             f"scale {model.scale}, hash layers {model.hash_layers}, vocab {model.vocab}"
         )
     click.echo("targets")
-    for target in catalog.TARGETS:
-        default = target in catalog.DEFAULT_TARGETS
+    for target in TARGETS:
+        default = target in DEFAULT_TARGETS
         click.echo(f"  {target}" + ("" if default else " (only on request)"))
     click.echo("entries")
     for job in plan():

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.catalog import kernels as catalog
-from build_kernels.catalog.kernels import Kernel, Language, Model, Variant
-from build_kernels.catalog.latency import Crossover
+from build_kernels.catalog.kernels import Kernel, Language, Variant
+from build_kernels.catalog.latency import Latencies
+from build_kernels.catalog.models import ANY, MODELS, Model
+from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import cutedsl, nvrtc
 from build_kernels.compile.job import Job
 from build_kernels.compile.sources import KERNELS, PACKAGE, SUFFIXES
@@ -54,11 +56,11 @@ def plan(
     default targets. ``models`` narrows the kernels that depend on a model; the others always stay:
     a folder that serves one model needs them.
     """
-    known_models = {model.name: model for model in (*catalog.MODELS, *extra_models)}
+    known_models = {model.name: model for model in (*MODELS, *extra_models)}
     known_kernels = {kernel.name: kernel for kernel in catalog.KERNELS}
     for found in targets:
-        if found not in catalog.TARGETS:
-            raise unknown("target", found, catalog.TARGETS, "next: build-kernels list")
+        if found not in TARGETS:
+            raise unknown("target", found, TARGETS, "next: build-kernels list")
     for found in models:
         if found not in known_models:
             raise unknown("model", found, known_models, "next: build-kernels list, or --model-file")
@@ -66,7 +68,7 @@ def plan(
         if found not in known_kernels:
             raise unknown("kernel", found, known_kernels, "next: build-kernels list")
     jobs = []
-    crossover = Crossover(PACKAGE / "catalog" / "latency.toml")
+    latencies = Latencies(PACKAGE / "catalog" / "latency.toml")
     for kernel in catalog.KERNELS:
         if kernels and kernel.name not in kernels:
             continue
@@ -76,7 +78,7 @@ def plan(
         own_files = _source_files(kernel.name, kernel.language)
         for model in chosen:
             for variant in kernel.variants:
-                if not variant.suits(model):
+                if not variant.has(model):
                     continue
                 constants = _constants(kernel, model, variant)
                 if constants is None:
@@ -89,7 +91,7 @@ def plan(
                     json.dumps(constants, sort_keys=True, allow_nan=False),
                     json.dumps(FLAGS[kernel.language]),
                 )
-                for target in dict.fromkeys(targets or catalog.DEFAULT_TARGETS):
+                for target in dict.fromkeys(targets or DEFAULT_TARGETS):
                     if variant.targets and target not in variant.targets:
                         continue
                     name = model.name if model else None
@@ -102,7 +104,7 @@ def plan(
                             variant=variant.name,
                             constants=constants,
                             source_sha256=digest,
-                            latency=crossover.latency(kernel.name, variant.name, name, target),
+                            latency=latencies.of(kernel.name, variant.name, name, target),
                         )
                     )
     return sorted(jobs, key=lambda job: job.key)
@@ -119,6 +121,8 @@ def tree_digest() -> str:
         "catalog/kernels.py",
         "catalog/latency.py",
         "catalog/latency.toml",
+        "catalog/models.py",
+        "catalog/targets.py",
         "plan.py",
         "toolchain.lock",
     )
@@ -128,7 +132,7 @@ def tree_digest() -> str:
 
 
 def read_model(path: Path) -> Model:
-    """A model from a TOML file with exactly the fields of ``catalog.Model``."""
+    """A model from a TOML file with exactly the fields of ``Model``."""
     where = path.name
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -154,9 +158,7 @@ def _constants(
     the model has no such variant.
     """
     merged: dict[str, int | float] = dict(CONSTANTS) if kernel.scores else {}
-    merged |= variant.constants
-    if model is not None:
-        merged |= {**model.constants(), **variant.tuned.get(model.name, {})}
+    merged |= variant.constants_of(model)
     contract = _contract(kernel)
     if hasattr(contract, "derive"):
         try:
@@ -210,10 +212,10 @@ def _field(where: str, name: str, value: Any) -> Any:
 
 
 def _check_model(where: str, model: Model) -> None:
-    taken = [known.name for known in catalog.MODELS]
+    taken = [known.name for known in MODELS]
     rules = (
         ("name", re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", model.name), "letters, digits and ._-"),
-        ("name", model.name not in (*taken, "any"), f"a name other than any of {taken}"),
+        ("name", model.name not in (*taken, ANY), f"a name other than any of {taken}"),
         ("hidden", model.hidden > 0 and model.hidden % 64 == 0, "a positive multiple of 64"),
         ("experts", 1 <= model.experts <= 1024, "1 to 1024"),
         ("top_k", 1 <= model.top_k <= min(32, model.experts), "1 to 32, at most experts"),

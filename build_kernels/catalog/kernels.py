@@ -1,7 +1,7 @@
-"""Which kernels exist, for which models and which targets. Data only.
+"""The kernels and their variants, each with its compile-time constants. Data only.
 
-To add a kernel: add its folder under ``kernels/`` and a row to ``KERNELS``. To add a model: add a
-row to ``MODELS``, or pass ``--model-file`` and touch no code at all.
+To add a kernel, add its folder under ``kernels/`` and a row to ``KERNELS``. A variant whose
+constants depend on the model has a table with one row for each variant and model.
 """
 
 from __future__ import annotations
@@ -10,49 +10,56 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from build_kernels.catalog.models import ANY, Model
+
 Language = Literal["cuda", "cutedsl"]
 
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A router's shape. ``scale`` is the routed scaling factor, a launch argument of kernels."""
-
-    name: str
-    hidden: int
-    experts: int
-    top_k: int
-    scale: float
-    hash_layers: int
-    vocab: int
-
-    def constants(self) -> dict[str, int | float]:
-        """What a kernel compiled for this model gets as compile-time constants."""
-        return {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
+#: Compile-time constants of a kernel by name.
+Constants = Mapping[str, int | float]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to compile a kernel. ``constants`` suit every model; ``tuned`` replaces some of them
-    for the models it names, and with ``tuned_only`` no other model has the variant. ``targets`` are
-    those that its instructions exist on; empty means all. ``shares`` are kernels whose folders hold
-    sources of this variant too.
+    """One way to compile a kernel.
+
+    Attributes:
+        name: Last part of the entry's key.
+        constants: The same for every model.
+        by_model: Model name -> constants measured for that model. The row ``any`` is for every
+            model that is not named; without it, no other model has the variant. None: the variant
+            has no constants that depend on the model, and every model has it.
+        targets: Those that have the variant's instructions. Empty: all.
+        shares: Names of kernels whose folders hold sources of this variant too.
+
     """
 
     name: str
-    constants: Mapping[str, int | float] = field(default_factory=dict)
-    tuned: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    constants: Constants = field(default_factory=dict)
+    by_model: Mapping[str, Constants] | None = None
     targets: tuple[str, ...] = ()
-    tuned_only: bool = False
     shares: tuple[str, ...] = ()
 
-    def suits(self, model: Model | None) -> bool:
-        return not self.tuned_only or (model is not None and model.name in self.tuned)
+    def has(self, model: Model | None) -> bool:
+        """Return whether ``model`` has this variant. None: the kernel is the same for all."""
+        return self.by_model is None or ANY in self.by_model or _name(model) in self.by_model
+
+    def constants_of(self, model: Model | None) -> dict[str, int | float]:
+        """Return the constants for ``model``: the variant's, the model's own, those of its row."""
+        own = {} if model is None else model.constants()
+        rows = self.by_model or {}
+        return {**self.constants, **own, **rows.get(_name(model), rows.get(ANY, {}))}
+
+
+def _name(model: Model | None) -> str:
+    return ANY if model is None else model.name
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A folder of ``kernels/``. ``scores`` kernels get the constants of ``numerics.py``;
-    ``per_model`` kernels are compiled once a model, with the model's own constants.
+    """A folder of ``kernels/``.
+
+    ``scores`` kernels get the constants of ``kernels/common/numerics.py``. ``per_model`` kernels
+    are compiled once for each model, with the model's own constants.
     """
 
     name: str
@@ -62,48 +69,133 @@ class Kernel:
     variants: tuple[Variant, ...]
 
 
-MODELS = (
-    Model("dsv4-flash", 4096, 256, 6, 1.5, 3, 129280),
-    Model("dsv4-pro", 7168, 384, 6, 2.5, 3, 129280),
-    Model("dsv41-flash", 5120, 384, 6, 1.5, 0, 129280),
+def _table(
+    header: str, *rows: tuple[str | int | None, ...]
+) -> dict[str, dict[str, dict[str, int | float]]]:
+    """Return variant -> model -> constants from rows of (variant, model, value...).
+
+    ``header`` names the columns. None in a row: the kernel's contract derives the constant.
+    """
+    names = header.split()[2:]
+    found: dict[str, dict[str, dict[str, int | float]]] = {}
+    for variant, model, *values in rows:
+        found.setdefault(str(variant), {})[str(model)] = {
+            name: value for name, value in zip(names, values, strict=True) if isinstance(value, int)
+        }
+    return found
+
+
+_HOPPER = ("sm_90a",)
+_BLACKWELL = ("sm_100a", "sm_103a")
+
+# fmt: off
+
+#: Each variant serves one class of row lengths: the longest row that a warp, a CTA or a cluster
+#: holds in registers.
+_TOPK_SELECT = _table(
+    "variant     model VALUES_PER_LANE WARPS_PER_ROW BLOCKS_PER_ROW THREADS",
+    ("row256",   ANY,  8,              1,            1,             128),
+    ("row1024",  ANY,  32,             1,            1,             128),
+    ("row8192",  ANY,  32,             8,            1,             256),
+    ("row65536", ANY,  32,             8,            8,             256),
 )
 
-#: What a build makes unless ``--target`` says otherwise.
-DEFAULT_TARGETS = ("sm_90a", "sm_100a", "sm_103a")
-
-#: Everything ``--target`` takes. ``sm_100f`` runs on 10.0, 10.3 and later 10.x.
-TARGETS = (*DEFAULT_TARGETS, "sm_100f")
-
-#: Rows of one length class each: the longest row that a warp, a block or a cluster holds.
-_TOPK_SELECT = (
-    Variant(
-        "row256",
-        {"VALUES_PER_LANE": 8, "WARPS_PER_ROW": 1, "BLOCKS_PER_ROW": 1, "THREADS": 128},
-    ),
-    Variant(
-        "row1024",
-        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 1, "BLOCKS_PER_ROW": 1, "THREADS": 128},
-    ),
-    Variant(
-        "row8192",
-        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 1, "THREADS": 256},
-    ),
-    Variant(
-        "row65536",
-        {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
-    ),
+_ACTIVATION_TOPK = _table(
+    "variant        model EXPERTS_CAPACITY TOKENS_PER_BLOCK",
+    ("experts256",  ANY,  256,             4),
+    ("experts384",  ANY,  384,             4),
+    ("experts1024", ANY,  1024,            4),
 )
 
-_ACTIVATION_TOPK = tuple(
-    Variant(f"experts{capacity}", {"EXPERTS_CAPACITY": capacity, "TOKENS_PER_BLOCK": 4})
-    for capacity in (256, 384, 1024)
+#: Few tokens: one warp for each chunk of the hidden dimension. The more tokens, the fewer warps for
+#: each, so that more tokens are in flight on a multiprocessor. Image tokens are selected by their
+#: scores for all experts.
+_HASH_GATE = _table(
+    "variant        model          IMAGES WARPS",
+    ("portable",    "dsv4-flash",  0,     16),
+    ("portable",    "dsv4-pro",    0,     28),
+    ("portable",    "dsv41-flash", 0,     20),
+    ("portable",    ANY,           0,     None),
+    ("more_tokens", "dsv4-flash",  0,     8),
+    ("more_tokens", "dsv4-pro",    0,     14),
+    ("more_tokens", "dsv41-flash", 0,     10),
+    ("many_tokens", ANY,           0,     4),
+    ("images",      ANY,           1,     None),
 )
 
-#: How the decode kernel divides the models' weights.
-_FLASH_DECODE = {"GROUPS": 1, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
-_PRO_DECODE = {"GROUPS": 3, "CLUSTER_E": 1, "CLUSTER_K": 14, "WARP_M": 2}
-_PRO_DECODE_32 = {"GROUPS": 3, "CLUSTER_E": 2, "CLUSTER_K": 7, "WARP_M": 2}
-_FLASH41_DECODE = {"GROUPS": 3, "CLUSTER_E": 4, "CLUSTER_K": 4, "WARP_M": 2}
+#: Decode: the whole GPU holds the weights in registers. Smaller tiles are faster, as long as the
+#: clusters of two launches fit the GPU together: the next launch's weights arrive while this one
+#: runs.
+_DECODE = _table(
+    "variant        model          MAX_TOKENS TOKENS_TILE GROUPS CLUSTER_E CLUSTER_K WARP_M",
+    ("portable",    "dsv4-flash",  64,        13,         1,     4,        4,        2),
+    ("portable",    "dsv4-pro",    64,        32,         3,     1,        14,       2),
+    ("portable",    "dsv41-flash", 64,        32,         3,     4,        4,        2),
+    ("portable",    ANY,           64,        32,         None,  None,     None,     None),
+    ("portable_32", "dsv4-pro",    32,        16,         3,     2,        7,        2),
+    ("portable_32", "dsv41-flash", 32,        16,         3,     4,        4,        2),
+)
+
+#: Split-K: the hidden dimension is split over the CTAs of a cluster.
+_SPLIT_K = _table(
+    "variant        model          MAX_TOKENS TOKENS_TILE GROUPS CLUSTER_K",
+    ("tcgen05",     "dsv4-flash",  64,        16,         1,     16),
+    ("tcgen05",     "dsv4-pro",    64,        32,         3,     14),
+    ("tcgen05",     "dsv41-flash", 64,        32,         3,     10),
+    ("tcgen05",     ANY,           64,        None,       None,  None),
+    ("wgmma_128",   "dsv4-flash",  128,       32,         1,     16),
+    ("wgmma_128",   "dsv4-pro",    128,       64,         3,     14),
+    ("wgmma_128",   "dsv41-flash", 128,       48,         6,     5),
+    ("tcgen05_256", "dsv4-flash",  256,       32,         1,     16),
+    ("tcgen05_256", "dsv4-pro",    256,       128,        3,     14),
+    ("tcgen05_256", "dsv41-flash", 256,       128,        3,     10),
+)
+
+#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 256
+#: experts begin with the variant for 512 tokens.
+_SWAP_AB = _table(
+    "variant       model          TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("wgmma_256",  "dsv4-pro",    128,         40,         1,        4),
+    ("wgmma_256",  "dsv41-flash", 128,         40,         1,        5),
+    ("wgmma_512",  "dsv4-flash",  128,         40,         2,        4),
+    ("wgmma_512",  "dsv4-pro",    192,         40,         2,        4),
+    ("wgmma_512",  "dsv41-flash", 128,         80,         1,        5),
+    ("wgmma_1024", "dsv4-flash",  128,         40,         4,        2),
+    ("wgmma_1024", "dsv4-pro",    192,         40,         4,        2),
+    ("wgmma_1024", "dsv41-flash", 192,         40,         4,        2),
+    ("wgmma_4096", "dsv4-flash",  128,         72,         2,        1),
+    ("wgmma_4096", "dsv4-pro",    192,         72,         2,        1),
+    ("wgmma_4096", "dsv41-flash", 192,         72,         2,        1),
+)
+
+#: Tile: a CTA routes 128 tokens over its part of the experts and the whole hidden dimension.
+_TILE = _table(
+    "variant       model          CLUSTER_E CLUSTER_T PASSES",
+    ("wgmma_wide", "dsv4-flash",  1,        2,        2),
+    ("wgmma_wide", "dsv4-pro",    2,        1,        1),
+    ("wgmma_wide", "dsv41-flash", 2,        1,        1),
+    ("wgmma_wide", ANY,           None,     None,     None),
+    ("tcgen05",    "dsv4-flash",  1,        2,        1),
+    ("tcgen05",    "dsv4-pro",    2,        1,        1),
+    ("tcgen05",    "dsv41-flash", 2,        1,        1),
+    ("tcgen05",    ANY,           None,     None,     None),
+)
+
+# fmt: on
+
+
+def _variants(
+    table: Mapping[str, Mapping[str, Constants]],
+    *names: str,
+    constants: Constants | None = None,
+    targets: tuple[str, ...] = (),
+    shares: tuple[str, ...] = (),
+) -> tuple[Variant, ...]:
+    """Return the variants ``names`` of a table, or all of them."""
+    return tuple(
+        Variant(name, constants or {}, table[name], targets, shares) for name in names or table
+    )
+
 
 KERNELS = (
     Kernel(
@@ -118,232 +210,50 @@ KERNELS = (
         language="cuda",
         per_model=True,
         scores=True,
-        variants=(
-            # Few tokens: a warp for every chunk of the hidden dimension. The more tokens, the fewer
-            # warps for each, so that more tokens are under way on a multiprocessor.
-            Variant(
-                "portable",
-                {"IMAGES": 0},
-                tuned={
-                    "dsv4-flash": {"WARPS": 16},
-                    "dsv4-pro": {"WARPS": 28},
-                    "dsv41-flash": {"WARPS": 20},
-                },
-            ),
-            Variant(
-                "more_tokens",
-                {"IMAGES": 0},
-                tuned={
-                    "dsv4-flash": {"WARPS": 8},
-                    "dsv4-pro": {"WARPS": 14},
-                    "dsv41-flash": {"WARPS": 10},
-                },
-                tuned_only=True,
-            ),
-            Variant("many_tokens", {"IMAGES": 0, "WARPS": 4}),
-            # Image tokens are selected by their scores for all experts.
-            Variant("images", {"IMAGES": 1}),
-        ),
+        variants=_variants(_HASH_GATE),
     ),
-    Kernel("topk_select", "cuda", per_model=False, scores=False, variants=_TOPK_SELECT),
-    Kernel("activation_topk", "cuda", per_model=False, scores=True, variants=_ACTIVATION_TOPK),
+    Kernel(
+        name="topk_select",
+        language="cuda",
+        per_model=False,
+        scores=False,
+        variants=_variants(_TOPK_SELECT),
+    ),
+    Kernel(
+        name="activation_topk",
+        language="cuda",
+        per_model=False,
+        scores=True,
+        variants=_variants(_ACTIVATION_TOPK),
+    ),
     Kernel(
         name="dense_router_decode",
         language="cutedsl",
         per_model=True,
         scores=True,
         variants=(
-            Variant(
-                "portable",
-                {"MAX_TOKENS": 64, "TOKENS_TILE": 32},
-                tuned={
-                    "dsv4-flash": {"TOKENS_TILE": 13, **_FLASH_DECODE},
-                    "dsv4-pro": _PRO_DECODE,
-                    "dsv41-flash": _FLASH41_DECODE,
-                },
-            ),
-            # Smaller tiles are faster, as long as the clusters of two launches fit the GPU
-            # together: the next one's weights arrive while this one runs.
-            Variant(
-                "portable_32",
-                {"MAX_TOKENS": 32, "TOKENS_TILE": 16},
-                tuned={"dsv4-pro": _PRO_DECODE_32, "dsv41-flash": _FLASH41_DECODE},
-                tuned_only=True,
-            ),
-            # The split form of dense_router_prefill.
-            Variant(
+            *_variants(_DECODE),
+            *_variants(
+                _SPLIT_K,
                 "tcgen05",
-                {"MAX_TOKENS": 64, "TCGEN05": 1},
-                tuned={
-                    "dsv4-flash": {"GROUPS": 1, "CLUSTER_K": 16, "TOKENS_TILE": 16},
-                    "dsv4-pro": {"GROUPS": 3, "CLUSTER_K": 14, "TOKENS_TILE": 32},
-                    "dsv41-flash": {"GROUPS": 3, "CLUSTER_K": 10, "TOKENS_TILE": 32},
-                },
-                targets=("sm_100a", "sm_103a"),
+                constants={"TCGEN05": 1},
+                targets=_BLACKWELL,
                 shares=("dense_router_prefill",),
             ),
         ),
     ),
+    # In the order of the batches that they are for, by target.
     Kernel(
         name="dense_router_prefill",
         language="cutedsl",
         per_model=True,
         scores=True,
         variants=(
-            # Small batches: the hidden dimension is split over the blocks of a cluster.
-            Variant(
-                "wgmma_128",
-                tuned={
-                    "dsv4-flash": {
-                        "TOKENS_TILE": 32,
-                        "GROUPS": 1,
-                        "CLUSTER_K": 16,
-                        "MAX_TOKENS": 128,
-                    },
-                    "dsv4-pro": {
-                        "TOKENS_TILE": 64,
-                        "GROUPS": 3,
-                        "CLUSTER_K": 14,
-                        "MAX_TOKENS": 128,
-                    },
-                    "dsv41-flash": {
-                        "TOKENS_TILE": 48,
-                        "GROUPS": 6,
-                        "CLUSTER_K": 5,
-                        "MAX_TOKENS": 128,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            # From here on experts are the rows of the MMA, in one wave of tiles of as many tokens
-            # as it takes. 256 experts begin with the next variant.
-            Variant(
-                "wgmma_256",
-                tuned={
-                    "dsv4-pro": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 1,
-                        "SPLIT_K": 4,
-                    },
-                    "dsv41-flash": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 1,
-                        "SPLIT_K": 5,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            Variant(
-                "wgmma_512",
-                tuned={
-                    "dsv4-flash": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 4,
-                    },
-                    "dsv4-pro": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 4,
-                    },
-                    "dsv41-flash": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 80,
-                        "CLUSTER_T": 1,
-                        "SPLIT_K": 5,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            Variant(
-                "wgmma_1024",
-                tuned={
-                    "dsv4-flash": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 4,
-                        "SPLIT_K": 2,
-                    },
-                    "dsv4-pro": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 4,
-                        "SPLIT_K": 2,
-                    },
-                    "dsv41-flash": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 40,
-                        "CLUSTER_T": 4,
-                        "SPLIT_K": 2,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            Variant(
-                "wgmma_4096",
-                tuned={
-                    "dsv4-flash": {
-                        "TILE_EXPERTS": 128,
-                        "TILE_TOKENS": 72,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 1,
-                    },
-                    "dsv4-pro": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 72,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 1,
-                    },
-                    "dsv41-flash": {
-                        "TILE_EXPERTS": 192,
-                        "TILE_TOKENS": 72,
-                        "CLUSTER_T": 2,
-                        "SPLIT_K": 1,
-                    },
-                },
-                targets=("sm_90a",),
-                tuned_only=True,
-            ),
-            # Large batches: tiles of 128 tokens.
-            Variant(
-                "wgmma_wide",
-                tuned={
-                    "dsv4-flash": {"CLUSTER_E": 1, "CLUSTER_T": 2, "PASSES": 2},
-                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
-                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
-                },
-                targets=("sm_90a",),
-            ),
-            # The same forms on the tensor core with its own memory: first the split one.
-            Variant(
-                "tcgen05_256",
-                {"MAX_TOKENS": 256, "TCGEN05": 1},
-                tuned={
-                    "dsv4-flash": {"TOKENS_TILE": 32, "GROUPS": 1, "CLUSTER_K": 16},
-                    "dsv4-pro": {"TOKENS_TILE": 128, "GROUPS": 3, "CLUSTER_K": 14},
-                    "dsv41-flash": {"TOKENS_TILE": 128, "GROUPS": 3, "CLUSTER_K": 10},
-                },
-                targets=("sm_100a", "sm_103a"),
-                tuned_only=True,
-            ),
-            Variant(
-                "tcgen05",
-                {"TCGEN05": 1},
-                tuned={
-                    "dsv4-flash": {"CLUSTER_E": 1, "CLUSTER_T": 2, "PASSES": 1},
-                    "dsv4-pro": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
-                    "dsv41-flash": {"CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1},
-                },
-                targets=("sm_100a", "sm_103a"),
-            ),
+            *_variants(_SPLIT_K, "wgmma_128", targets=_HOPPER),
+            *_variants(_SWAP_AB, targets=_HOPPER),
+            *_variants(_TILE, "wgmma_wide", targets=_HOPPER),
+            *_variants(_SPLIT_K, "tcgen05_256", constants={"TCGEN05": 1}, targets=_BLACKWELL),
+            *_variants(_TILE, "tcgen05", constants={"TCGEN05": 1}, targets=_BLACKWELL),
         ),
     ),
 )

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.models import ANY, MODELS
+from build_kernels.catalog.targets import TARGETS
 from build_kernels.errors import BuildError, unknown
-
-#: Stands for every target, or every model, that has no figures of its own.
-ANY = "any"
 
 _WHERE = "latency.toml"
 _REMEDY = "next: correct build_kernels/catalog/latency.toml"
@@ -26,7 +25,7 @@ _REMEDY = "next: correct build_kernels/catalog/latency.toml"
 Latency = tuple[tuple[int, float], ...]
 
 
-class Crossover:
+class Latencies:
     """The figures of one file. A file that is not there has none."""
 
     def __init__(self, path: Path) -> None:
@@ -38,10 +37,10 @@ class Crossover:
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BuildError(f"{_WHERE}: expected TOML, found: {error}; {_REMEDY}") from error
         tokens = _tokens(document.pop("tokens", None))
-        models = [ANY, *(model.name for model in catalog.MODELS)]
+        models = [ANY, *(model.name for model in MODELS)]
         variants = [f"{k.name}/{v.name}" for k in catalog.KERNELS for v in k.variants]
         for target, by_model in document.items():
-            _known("target", target, [ANY, *catalog.TARGETS], by_model)
+            _known("target", target, [ANY, *TARGETS], by_model)
             for model, rows in by_model.items():
                 _known("model", model, models, rows)
                 table = {}
@@ -52,7 +51,7 @@ class Crossover:
                     table[variant] = _latency(where, tokens, figures)
                 self._tables[target, model] = table
 
-    def latency(self, kernel: str, variant: str, model: str | None, target: str) -> Latency:
+    def of(self, kernel: str, variant: str, model: str | None, target: str) -> Latency:
         """The figures of one entry: its own, else its target's, else anybody's, else none."""
         for key in ((target, model or ANY), (target, ANY), (ANY, model or ANY), (ANY, ANY)):
             found = self._tables.get(key, {}).get(f"{kernel}/{variant}")

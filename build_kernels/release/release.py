@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from build_kernels import lock, publish
 from build_kernels.build import Progress, build
-from build_kernels.catalog.kernels import DEFAULT_TARGETS, TARGETS
+from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError

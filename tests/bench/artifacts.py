@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Target, dumps
 

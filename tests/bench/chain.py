@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from router_runtime import spec
 from tests.bench.machine import Machine
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from build_kernels.catalog.kernels import MODELS, Model
+from build_kernels.catalog.models import MODELS, Model
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.format.manifest import ManifestError
 from tests.bench import peers

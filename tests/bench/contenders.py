@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request, resolve

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from router_runtime import Router, register_router, unregister_router, warmup_router_compilation
 from router_runtime.ops import registration as ops
 from tests.bench.chain import make_inputs, make_layers

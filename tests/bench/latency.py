@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from tests.bench.chain import ALLOWED_ROWS, Chain, Route, make_chain, make_layers, plan
 from tests.bench.contenders import Contender, DenseRouters, Mode
 from tests.bench.host import percentile

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 
 PATH = Path(__file__).with_name("peers.json")
 

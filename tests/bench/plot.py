@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from tests.bench.contenders import family
 from tests.bench.peers import Peers
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from tests.bench.contenders import MM, family
 from tests.bench.host import OURS as HOST_OURS
 from tests.bench.host import PEER as HOST_PEER
@@ -255,7 +255,7 @@ def summary(comparisons: Sequence[Comparison], host: Sequence[HostComparison]) -
     return lines
 
 
-def crossover(cells: Sequence[Cell], target: str, tokens: Sequence[int]) -> list[str]:
+def latency_rows(cells: Sequence[Cell], target: str, tokens: Sequence[int]) -> list[str]:
     """The rows of ``latency.toml`` for dense kernels timed alone: each as far as it was timed."""
     cells = [
         cell

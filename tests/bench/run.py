@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from router_runtime.device.artifact_store import find_artifacts, read_manifest
 from tests.bench import peers as peers_
 from tests.bench import plot, report, startup
@@ -119,7 +119,7 @@ class Run:
         self._say(report.summary(comparisons, host))
         if options.alone and self._cells:
             target = f"sm_{self._capability[0]}{self._capability[1]}a"
-            lines = report.crossover(self._cells, target, options.tokens)
+            lines = report.latency_rows(self._cells, target, options.tokens)
             (options.out / "latency.toml").write_text("\n".join(lines) + "\n")
             self._say(["for build_kernels/catalog/latency.toml:", *lines])
         found = report.problems(self._cells, self._host)

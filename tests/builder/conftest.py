@@ -23,8 +23,14 @@ KERNELS = (
     Kernel("scale", "cuda", False, False, (Variant("one", {"FACTOR": 2.0}),)),
     Kernel("shift", "cutedsl", True, True, (Variant("only"),)),
 )
+"""
+
+TARGETS = """
 DEFAULT_TARGETS = ("sm_90a", "sm_100a")
 TARGETS = (*DEFAULT_TARGETS, "sm_100f")
+"""
+
+MODELS = """
 MODELS = MODELS[:2]
 """
 
@@ -137,6 +143,11 @@ class Project:
     def kernel_file(self, name: str) -> Path:
         return self.root / "build_kernels" / "kernels" / name
 
+    def append(self, name: str, text: str) -> None:
+        """Add lines to a file of the builder."""
+        with (self.root / "build_kernels" / name).open("a") as file:
+            file.write(text)
+
     def environment(self, changes: Mapping[str, str] = {}) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(self.root), **changes}
 
@@ -213,8 +224,10 @@ def write_project(root: Path) -> None:
     shutil.copytree(ROOT / "router_runtime", root / "router_runtime", ignore=unwanted)
     for name in ("pyproject.toml", ".gitignore", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, root)
-    with (package / "catalog" / "kernels.py").open("a") as file:
-        file.write(CATALOG)
+    project = Project(root)
+    project.append("catalog/kernels.py", CATALOG)
+    project.append("catalog/targets.py", TARGETS)
+    project.append("catalog/models.py", MODELS)
     with (root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
         file.write(SUITE)
     (package / "catalog" / "latency.toml").write_text("tokens = [1]\n")
@@ -316,8 +329,7 @@ def released(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Releas
     """The small project's full release. Tests leave it as it is and work on copies."""
     place = tmp_path_factory.mktemp("released")
     project = Project(Path(shutil.copytree(pristine, place / "project")))
-    with (project.root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
-        file.write(RELEASED_CATALOG)
+    project.append("catalog/kernels.py", RELEASED_CATALOG)
     project.build("--update-lock")
     result = project.python(EVIDENCE.format(targets=["sm_90a"]))
     assert result.returncode == 0, result.stderr

@@ -27,10 +27,8 @@ from router_runtime.format.manifest import loads
 from tests.builder.conftest import ROOT, Project, write_keys, write_project
 
 #: One small kernel only: a trial is about files, not about compilers.
-ONE_KERNEL = """
-KERNELS = KERNELS[:1]
-DEFAULT_TARGETS = TARGETS = ("sm_90a",)
-"""
+ONE_KERNEL = "KERNELS = KERNELS[:1]\n"
+ONE_TARGET = 'DEFAULT_TARGETS = TARGETS = ("sm_90a",)\n'
 
 OTHER_FACTOR = "__device__ inline float factor() { return FACTOR + 1.0f; }\n"
 
@@ -217,9 +215,10 @@ def _project() -> Iterator[Project]:
     with tempfile.TemporaryDirectory(prefix="kill-trials-") as folder:
         root = Path(folder) / "project"
         write_project(root)
-        with (root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
-            file.write(ONE_KERNEL)
-        yield Project(root)
+        project = Project(root)
+        project.append("catalog/kernels.py", ONE_KERNEL)
+        project.append("catalog/targets.py", ONE_TARGET)
+        yield project
 
 
 def _outcome(killed: bool, new: bool) -> str:

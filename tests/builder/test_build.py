@@ -405,8 +405,7 @@ def test_sources_that_change_during_a_build_publish_nothing(project: Project) ->
 
 
 def test_an_empty_plan_is_an_error(fresh: Project) -> None:
-    with (fresh.root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
-        file.write("KERNELS = ()\n")
+    fresh.append("catalog/kernels.py", "KERNELS = ()\n")
     result = fresh.run("build")
     assert result.returncode == 1
     assert "found an empty plan" in result.stdout

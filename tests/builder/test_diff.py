@@ -19,12 +19,14 @@ def changed(prebuilt: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
     project = Project(Path(shutil.copytree(prebuilt, root)))
     source = project.kernel_file("scale/scale.cu")
     source.write_text(source.read_text().replace("* factor()", "* factor() * __sinf(x[i])"))
-    with (root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
-        file.write("MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n")
-        file.write(
-            "KERNELS = (Kernel('scale', 'cuda', False, False, "
-            "(Variant('one', {'FACTOR': 3.0, 'MORE': 1.0}),)), KERNELS[1])\n"
-        )
+    project.append(
+        "catalog/models.py", "MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n"
+    )
+    project.append(
+        "catalog/kernels.py",
+        "KERNELS = (Kernel('scale', 'cuda', False, False, "
+        "(Variant('one', {'FACTOR': 3.0, 'MORE': 1.0}),)), KERNELS[1])\n",
+    )
     project.build()
     return project
 

@@ -47,8 +47,9 @@ def test_check_names_what_changed(project: Project) -> None:
     recorded = lock.read(path)
     source = project.kernel_file("scale/scale.cu")
     source.write_text(source.read_text().replace("* factor()", "* factor() / x[i + 1]"))
-    with (project.root / "build_kernels" / "catalog" / "kernels.py").open("a") as file:
-        file.write("MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n")
+    project.append(
+        "catalog/models.py", "MODELS = (*MODELS[:1], Model('new', 4096, 8, 2, 1.0, 0, 9))\n"
+    )
     before = snapshot(project.artifacts)
     result = project.run("check")
     assert result.returncode == 1

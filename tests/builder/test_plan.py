@@ -9,7 +9,8 @@ import pytest
 
 from build_kernels import plan
 from build_kernels.catalog import kernels as catalog
-from build_kernels.catalog.kernels import Kernel, Model, Variant
+from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.models import Model
 from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
 from tests.builder.conftest import FILES, Project
@@ -38,6 +39,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "compile/cutedsl.py",
         "catalog/kernels.py",
         "catalog/latency.py",
+        "catalog/models.py",
+        "catalog/targets.py",
         "plan.py",
         "toolchain.lock",
     ):
@@ -101,10 +104,11 @@ def test_constants_come_from_numerics_variant_and_model(kernels: Path) -> None:
     assert jobs["shift/dsv4-pro/sm_90a/b"].constants == {**CONSTANTS, **shape, "TILE": 1}
 
 
-def test_tuned_constants_replace_a_variants_own(
+def test_a_models_own_row_replaces_the_one_for_any(
     kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variant = Variant("a", {"TILE": 1, "STAGES": 2}, {"dsv4-pro": {"TILE": 7}})
+    rows = {"any": {"TILE": 1}, "dsv4-pro": {"TILE": 7}}
+    variant = Variant("a", {"STAGES": 2}, rows)
     monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, (variant,)),))
     found = {job.model: (job.constants["TILE"], job.constants["STAGES"]) for job in plan.plan()}
     assert found == {"dsv4-flash": (1, 2), "dsv4-pro": (7, 2), "dsv41-flash": (1, 2)}
@@ -122,7 +126,7 @@ def test_a_variant_may_exist_on_some_targets_only(
     assert [job.key for job in plan.plan(targets=("sm_100f",))] == ["scale/any/sm_100f/a"]
 
 
-CROSSOVER = """
+LATENCY = """
 tokens = [1, 64]
 [sm_90a.dsv4-pro]
 "shift/a" = [1.5, 2]
@@ -137,7 +141,7 @@ def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> Non
     before = {job.key: job for job in plan.plan()}
     tree = plan.tree_digest()
     assert all(job.latency == () for job in before.values())
-    (kernels / "catalog" / "latency.toml").write_text(CROSSOVER)
+    (kernels / "catalog" / "latency.toml").write_text(LATENCY)
     jobs = {job.key: job for job in plan.plan()}
     assert {key: job.latency for key, job in jobs.items() if "dsv4-pro" in key} == {
         "shift/dsv4-pro/sm_100a/a": (),
@@ -170,7 +174,7 @@ def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> Non
 )
 def test_wrong_latencies_are_refused(kernels: Path, old: str, new: str, message: str) -> None:
     path = kernels / "catalog" / "latency.toml"
-    path.write_text(CROSSOVER.replace(old, new, 1))
+    path.write_text(LATENCY.replace(old, new, 1))
     with pytest.raises(BuildError, match=re.escape(message)):
         plan.plan()
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import KERNELS as ROWS
+from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common import numerics
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.plan import KERNELS
@@ -73,13 +74,12 @@ def test_no_pointer_is_restrict(kernel: str) -> None:
 def test_dense_contracts_end_with_the_routing_parameters(kernel: str) -> None:
     """The kernels take them as one argument, their last."""
     module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
-    (row,) = (row for row in catalog.KERNELS if row.name == kernel)
+    (row,) = (row for row in ROWS if row.name == kernel)
     for variant in row.variants:
-        for model in catalog.MODELS:
-            if variant.tuned_only and model.name not in variant.tuned:
+        for model in MODELS:
+            if not variant.has(model):
                 continue
-            constants = {**numerics.CONSTANTS, **model.constants(), **variant.constants}
-            contract = module.contract(constants | dict(variant.tuned.get(model.name, {})))
+            contract = module.contract(numerics.CONSTANTS | variant.constants_of(model))
             assert contract.parameters[-len(ROUTING) :] == ROUTING
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import KERNELS
+from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill.contract import contract
 from build_kernels.kernels.dense_router_prefill.geometry import MAX_SHARED_BYTES
@@ -20,13 +21,12 @@ from router_runtime.format.manifest import GridAxis, validate_contract
 
 
 def rows_variants() -> Iterator[tuple[str, dict[str, int | float]]]:
-    models = {model.name: model for model in catalog.MODELS}
-    for kernel in catalog.KERNELS:
+    for kernel in KERNELS:
         for variant in kernel.variants:
-            for name, tuned in variant.tuned.items():
-                if "TILE_TOKENS" in tuned:
-                    constants = {**CONSTANTS, **models[name].constants(), **tuned}
-                    yield f"{variant.name}-{name}", constants
+            for model in MODELS:
+                constants = {**CONSTANTS, **variant.constants_of(model)}
+                if "TILE_TOKENS" in constants:
+                    yield f"{variant.name}-{model.name}", constants
 
 
 VARIANTS = dict(rows_variants())

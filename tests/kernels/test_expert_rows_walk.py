@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.models import Model
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill import expert_rows
 from build_kernels.kernels.dense_router_prefill.contract import contract
@@ -64,7 +64,7 @@ class ModelRows:
         return list(self.partial[column])
 
 
-MODEL = catalog.Model("small", 0, 0, 6, 1.0, 0, 100)
+MODEL = Model("small", 0, 0, 6, 1.0, 0, 100)
 
 
 @pytest.mark.parametrize(

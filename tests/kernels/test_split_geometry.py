@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 
-PRO = next(model for model in catalog.MODELS if model.name == "dsv4-pro")
+PRO = next(model for model in MODELS if model.name == "dsv4-pro")
 CONSTANTS_OF_PRO = {**CONSTANTS, **PRO.constants(), "MAX_TOKENS": 128}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from build_kernels import plan
-from build_kernels.catalog.kernels import Model
+from build_kernels.catalog.models import Model
 from build_kernels.kernels.common import tcgen05_layout
 from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
 from build_kernels.kernels.dense_router_prefill import (

@@ -380,18 +380,18 @@ def test_contracts_ask_for_nothing_else(kernel):
     try:
         module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
         catalog = importlib.import_module("build_kernels.catalog.kernels")
+        models = importlib.import_module("build_kernels.catalog.models")
         numerics = importlib.import_module("build_kernels.kernels.common.numerics")
     except ImportError as error:
         pytest.skip(f"the builder is not here: {error}")
     row = next((row for row in catalog.KERNELS if row.name == kernel), None)
     if row is None:
         pytest.skip(f"{kernel} is not in the catalog")
-    models = catalog.MODELS if row.per_model else (None,)
-    for model in models:
+    for model in models.MODELS if row.per_model else (None,):
         for variant in row.variants:
-            constants = {**numerics.CONSTANTS, **variant.constants}
-            if model is not None:
-                constants |= model.constants() | dict(variant.tuned.get(model.name, {}))
+            if not variant.has(model):
+                continue
+            constants = numerics.CONSTANTS | variant.constants_of(model)
             if hasattr(module, "derive"):
                 constants = {**module.derive(constants), **constants}
             contract = module.contract(constants)

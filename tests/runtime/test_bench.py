@@ -21,7 +21,7 @@ import torch
 from click.testing import CliRunner, Result
 from cuda.bindings import driver as real
 
-from build_kernels.catalog.kernels import MODELS, Model
+from build_kernels.catalog.models import MODELS, Model
 from router_runtime import InputError, get_router, register_router
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.kernels import kernels_on
@@ -438,7 +438,7 @@ def test_problems_are_told_once():
     ]
 
 
-def test_crossover_figures_end_where_a_kernel_does():
+def test_latency_rows_end_where_a_kernel_does():
     decode, prefill = "dense_router_decode/portable", "dense_router_prefill/wgmma"
     cells = [
         cell(decode, 3.004, tokens=1),
@@ -450,7 +450,7 @@ def test_crossover_figures_end_where_a_kernel_does():
         cell(MM, 7.0, tokens=1024),
         cell(prefill, 9.0, tokens=1, model="dsv4-pro"),
     ]
-    text = "\n".join(report.crossover(cells, "sm_90a", [1, 64, 1024]))
+    text = "\n".join(report.latency_rows(cells, "sm_90a", [1, 64, 1024]))
     assert tomllib.loads(text) == {
         "tokens": [1, 64, 1024],
         "sm_90a": {

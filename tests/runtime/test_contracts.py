@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from build_kernels.catalog.kernels import DEFAULT_TARGETS, MODELS
+from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.plan import plan
 from router_runtime import spec

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from build_kernels.catalog.kernels import MODELS
+from build_kernels.catalog.models import MODELS
 from build_kernels.plan import plan
 from router_runtime import spec
 from router_runtime.device.kernels import kernels_on

@@ -205,7 +205,7 @@ def spans_of(found: Any) -> list[tuple[int, int, str, str]]:
     ]
 
 
-def test_the_measured_crossover_decides(build: SimpleNamespace) -> None:
+def test_the_measured_latency_decides(build: SimpleNamespace) -> None:
     decode, prefill = phase(build, "decode"), phase(build, "prefill", 2**22)
     found = spans_of(divide(build, [prefill, decode]))
     assert found == [(1, 64, "decode", "portable"), (65, 2**22, "prefill", "portable")]

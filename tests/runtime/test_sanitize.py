@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import KERNELS
+from build_kernels.catalog.models import MODELS
 from router_runtime.device.resolve import DeviceFacts
 from router_runtime.verification.examine import ROWS
 from router_runtime.verification.inputs import make_inputs
@@ -56,10 +57,10 @@ def test_the_last_tile_is_ragged():
     """For every tile that a constant of the catalog names, and a batch cut to its limit."""
     names = ("TOKENS_TILE", "TILE_TOKENS", "TOKENS_PER_BLOCK")
     constants = [
-        dict(variant.constants) | dict(variant.tuned.get(model.name, {}))
-        for row in catalog.KERNELS
+        variant.constants_of(model)
+        for row in KERNELS
         for variant in row.variants
-        for model in catalog.MODELS
+        for model in MODELS
     ]
     tiles = {each[name] for each in constants for name in names if name in each}
     assert tiles

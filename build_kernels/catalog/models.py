@@ -1,0 +1,42 @@
+"""The models that a full build serves. Data only.
+
+To add a model, add a row to ``MODELS``, or pass ``--model-file`` and touch no code at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: In place of a model's name: every model that has no row of its own.
+ANY = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The shape of a model's routers.
+
+    ``scale`` is the routed scaling factor r, which kernels take as a launch argument. The first
+    ``hash_layers`` MoE layers route by a table over ``vocab`` token ids.
+    """
+
+    name: str
+    hidden: int
+    experts: int
+    top_k: int
+    scale: float
+    hash_layers: int
+    vocab: int
+
+    def constants(self) -> dict[str, int | float]:
+        """Return the compile-time constants of a kernel that is compiled for this model."""
+        return {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
+
+
+# fmt: off
+MODELS = (
+    #     name           hidden  experts  top_k  scale  hash_layers  vocab
+    Model("dsv4-flash",  4096,   256,     6,     1.5,   3,           129280),
+    Model("dsv4-pro",    7168,   384,     6,     2.5,   3,           129280),
+    Model("dsv41-flash", 5120,   384,     6,     1.5,   0,           129280),
+)
+# fmt: on
