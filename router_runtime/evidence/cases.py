@@ -21,7 +21,7 @@ Constants = Mapping[str, int | float]
 #: Token counts around every block, tile and dispatch boundary that a kernel here may have.
 TOKENS = (1, 2, 63, 64, 65, 1000)
 #: The same for the dense kernels, whose tiles are of 8 to 256 tokens. Their cases also try every
-#: size of ``examine.BATCHES`` on the same rows.
+#: size of ``arrangements.BATCHES`` on the same rows.
 DENSE_TOKENS = (1, 2, 63, 64, 65, 129, 257, 1000)
 #: Rows of the cases whose point is the pattern of the inputs rather than their number.
 PATTERN_TOKENS = 33
@@ -45,8 +45,15 @@ SERVING = (
 SOURCES = (
     "spec.py",
     "evidence/cases.py",
+    "verification/prng.py",
     "verification/inputs.py",
+    "verification/bounds.py",
+    "verification/ranking.py",
+    "verification/reference.py",
+    "verification/checks.py",
     "verification/judge.py",
+    "verification/trial.py",
+    "verification/arrangements.py",
     "verification/examine.py",
 )
 

@@ -1,1 +1,1 @@
-"""The oracle suite on a device: inputs, what is expected of them, and the comparison."""
+"""The oracle suite: its inputs, what is expected of a kernel, and the comparison on a device."""

@@ -1,11 +1,7 @@
-"""From a case of the oracle suite to its input tensors, bit for bit the same everywhere.
+"""The input tensors of a case of the oracle suite, bit for bit the same everywhere.
 
-Evidence stores digests of inputs, so they must be reproducible on any machine and any torch
-version. ``torch.randn`` promises neither (its stream depends on version and device), and numpy
-would be a dependency of its own, so random words come from SplitMix64 in counter mode: 64-bit
-integer arithmetic only, each word a function of (seed, stream, index). Everything built from words
-is exact: integers below 2^24 times powers of two, one rounding to bf16, or raw bit patterns. No
-logarithm, no cosine, no order of summation.
+Evidence stores digests of inputs, so every value comes from ``prng.Random``, whose arithmetic is
+exact.
 """
 
 from __future__ import annotations
@@ -19,66 +15,21 @@ import torch
 from torch import Tensor
 
 from router_runtime.evidence.cases import Case
+from router_runtime.verification.prng import Random
 
-#: What a kernel is given, under the names of its contract. ``weight`` is row-major; where a kernel
-#: reads another order, the launcher repacks it.
+#: The inputs of a kernel, under the names of its contract. ``weight`` is row-major; where a kernel
+#: reads another order, ``kernel_run.py`` repacks it.
 Inputs = Mapping[str, Tensor | int | float]
 
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-
-#: Words drawn at a time: few enough for a cache, enough to keep the threads of a pass at work.
-_BLOCK = 1 << 18
-
-
-class Random:
-    """Reproducible random tensors for one case; every call uses the next stream."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._stream = 0
-
-    def words(self, *shape: int) -> Tensor:
-        """Random 64-bit words (int64)."""
-        self._stream += 1
-        start = self._seed * _GAMMA + self._stream * _MIX_1
-        words = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64)
-        # Block by block and in place, so that what a pass writes is at hand for the next.
-        for z in _blocks(words):
-            z.mul_(_signed(_GAMMA)).add_(_signed(start))
-            z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MIX_1))
-            z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MIX_2))
-            z.bitwise_xor_(_shift_right(z, 31))
-        return words.reshape(shape)
-
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers of [low, high), int64. The span stays far below 2^40, so the bias is nil."""
-        return _shift_right(self.words(*shape), 24) % (high - low) + low
-
-    def bits(self, *shape: int) -> Tensor:
-        """fp32 numbers of random bits: all exponents, subnormals, infinities and NaNs."""
-        return self.words(*shape).to(torch.int32).view(torch.float32)
-
-    def normal(self, *shape: int) -> Tensor:
-        """fp32, near normal with deviation 1.15, at most 4: four 16-bit uniforms, added exactly."""
-        words = self.words(*shape)
-        found = torch.empty(shape, dtype=torch.float32)
-        pairs = 0x0000FFFF0000FFFF
-        for z, block in zip(_blocks(words), _blocks(found), strict=True):
-            # Two sums of two fields in one word, then their sum.
-            two = (z >> 16).bitwise_and_(pairs).add_(z & pairs)
-            block.copy_((two >> 32).add_(two & 0xFFFFFFFF).sub_(2 * 0xFFFF)).mul_(2.0**-15)
-        return found
-
-    def uniform(self, low: int, high: int, *shape: int) -> Tensor:
-        """fp32, uniform in [low, high) in steps of 2^-12."""
-        return self.integers(low << 12, high << 12, *shape).float() * 2.0**-12
-
-    def choice(self, options: Tensor, *shape: int) -> Tensor:
-        """Elements of a one-dimensional tensor."""
-        return options[self.integers(0, options.numel(), *shape)]
+#: The input of each kernel that has one row per token; its length is the number of tokens.
+ROW_INPUT: Mapping[str, str] = {
+    "hash_router": "token_ids",
+    "hash_gate": "hidden_states",
+    "topk_select": "scores",
+    "activation_topk": "logits",
+    "dense_router_decode": "hidden_states",
+    "dense_router_prefill": "hidden_states",
+}
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -88,7 +39,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
-    """SHA-256 over named tensors and numbers: names, dtypes, shapes, strides and bytes."""
+    """SHA-256 in hex over tensors and numbers: names, dtypes, shapes, strides and bytes."""
     state = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
@@ -101,24 +52,8 @@ def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
     return state.hexdigest()
 
 
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The elements of a contiguous tensor, ``_BLOCK`` at a time."""
-    return torch.split(tensor.view(-1), _BLOCK)
-
-
-def _signed(value: int) -> int:
-    """The int64 of the same low 64 bits."""
-    value &= _MASK
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shift_right(words: Tensor, count: int) -> Tensor:
-    """Logical shift: torch's ``>>`` on int64 copies the sign."""
-    return (words >> count).bitwise_and_(_MASK >> count)
-
-
 def _strided(rows: Tensor, padding: int) -> Tensor:
-    """The same rows, ``padding`` elements apart. The gaps hold NaN, so reading one shows."""
+    """The same rows with ``padding`` elements of NaN between them, so that reading one shows."""
     if not padding:
         return rows
     buffer = torch.full((rows.shape[0], rows.shape[1] + padding), math.nan, dtype=rows.dtype)
@@ -165,7 +100,7 @@ def _token_ids(case: Case, random: Random) -> Tensor:
 
 
 def _hash_gate(case: Case, random: Random) -> Inputs:
-    """The hidden states and weights of a dense router, and a table."""
+    """The inputs of a dense router, token ids and a table."""
     sizes = case.sizes
     table = random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"])
     match case.pattern:
@@ -319,7 +254,7 @@ def _dense_router(case: Case, random: Random) -> Inputs:
 
 
 def _serving(case: Case, random: Random) -> Inputs:
-    """What an engine passes in beside the rows, as ``suite.SERVING`` names it."""
+    """The serving inputs that ``cases.SERVING`` names: padding, images, expert map, given ids."""
     tokens, experts, top_k = (case.sizes[name] for name in ("tokens", "experts", "top_k"))
     wide = "wide" in case.serving
     marks = random.integers(0, 4, 2, tokens)

@@ -107,7 +107,7 @@ def make_router(models):
     import torch
 
     from router_runtime import Router, RouterConfig
-    from router_runtime.verification.inputs import Random
+    from router_runtime.verification.prng import Random
 
     def make(seed=1, model=None, scale=1.5, image_bias=None, **options):
         hidden, experts, top_k = model or models[0]
@@ -124,7 +124,7 @@ def make_router(models):
 @pytest.fixture
 def draw():
     """Hidden states on the GPU, drawn from a seed."""
-    from router_runtime.verification.inputs import Random
+    from router_runtime.verification.prng import Random
 
     def states(tokens, hidden, seed=2):
         return Random(seed).normal(tokens, hidden).bfloat16().cuda()

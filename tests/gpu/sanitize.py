@@ -24,9 +24,8 @@ from router_runtime.errors import explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
 from router_runtime.format.manifest import Entry, Target
-from router_runtime.verification.examine import ROWS
-from router_runtime.verification.inputs import Inputs, make_inputs
-from router_runtime.verification.verify import KernelRun
+from router_runtime.verification.inputs import ROW_INPUT, Inputs, make_inputs
+from router_runtime.verification.kernel_run import KernelRun
 
 #: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
 #: divides what that gives.
@@ -82,7 +81,7 @@ def named(entries: Sequence[Entry], prefixes: Sequence[str]) -> list[Entry]:
 
 
 def launch(run: KernelRun, case: Case, inputs: Inputs, stores_logits: bool) -> None:
-    rows = inputs[ROWS[case.kernel]]
+    rows = inputs[ROW_INPUT[case.kernel]]
     assert isinstance(rows, torch.Tensor)
     shape = rows.shape[0], case.sizes["top_k"]
     integers = torch.int64 if inputs.get("wide_ids") else torch.int32

@@ -9,8 +9,10 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, spec, unregister_router
 from router_runtime.evidence import cases as suite
-from router_runtime.verification.inputs import Random, make_inputs
-from router_runtime.verification.judge import Oracle
+from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.judge import judge
+from router_runtime.verification.prng import Random
+from router_runtime.verification.reference import Oracle
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384
@@ -110,7 +112,7 @@ def test_oracle(gate_models):
             ):
                 weights, ids, *logical = (output.cpu() for output in found)
                 logical_ids = logical[0] if logical else None
-                verdict = Oracle(case, given).judge(weights, ids, logical_ids=logical_ids)
+                verdict = judge(Oracle(case, given), weights, ids, logical_ids=logical_ids)
                 assert not verdict.problems, f"{case.name}: {verdict.problems}"
             unregister_router(router_id)
 

@@ -11,8 +11,10 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, spec, unregister_router
 from router_runtime.evidence import cases as suite
-from router_runtime.verification.inputs import Random, make_inputs
-from router_runtime.verification.judge import Oracle
+from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.judge import judge
+from router_runtime.verification.prng import Random
+from router_runtime.verification.reference import Oracle
 
 #: What an op takes, whatever variant serves it.
 SELECT_LIMITS = {"row_length": (1, 65536), "top_k": (1, 32)}
@@ -34,7 +36,7 @@ def plain(cases):
 
 
 def check(case, given, outputs):
-    verdict = Oracle(case, given).judge(*(output.cpu() for output in outputs))
+    verdict = judge(Oracle(case, given), *(output.cpu() for output in outputs))
     assert not verdict.problems, f"{case.name}: {verdict.problems}"
 
 

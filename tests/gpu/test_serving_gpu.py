@@ -11,8 +11,10 @@ from router_runtime import Router, RouterConfig, register_router, unregister_rou
 from router_runtime.device.resolve import Span
 from router_runtime.evidence import cases as suite
 from router_runtime.routing.router import _Plan
-from router_runtime.verification.inputs import Random, make_inputs
-from router_runtime.verification.judge import Oracle
+from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.judge import judge
+from router_runtime.verification.prng import Random
+from router_runtime.verification.reference import Oracle
 
 #: Around every boundary between the kernels and their tiles.
 SIZES = (1, 2, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 256, 257, 1024, 1025, 4096)
@@ -41,7 +43,7 @@ def outputs_of(given, tokens, k):
 
 def check(case, given, weights, ids, logical=None):
     more = {} if logical is None else {"logical_ids": logical.cpu()}
-    verdict = Oracle(case, given).judge(weights.cpu(), ids.cpu(), **more)
+    verdict = judge(Oracle(case, given), weights.cpu(), ids.cpu(), **more)
     assert not verdict.problems, f"{case.name}: {verdict.problems}"
 
 

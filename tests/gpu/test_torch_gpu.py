@@ -14,7 +14,7 @@ from router_runtime import (
     unregister_router,
     warmup_router_compilation,
 )
-from router_runtime.verification.inputs import Random
+from router_runtime.verification.prng import Random
 
 #: A deep model: one router a layer.
 LAYERS = 61

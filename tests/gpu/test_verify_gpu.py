@@ -5,7 +5,8 @@ from __future__ import annotations
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store as evidence
 from router_runtime.verification import inputs
-from router_runtime.verification.judge import Oracle, clear_ids_sha256
+from router_runtime.verification.judge import clear_ids_sha256
+from router_runtime.verification.reference import Oracle
 
 
 def test_every_entry_passes(verification):

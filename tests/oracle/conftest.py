@@ -55,10 +55,10 @@ def oracle_outputs(case, inputs):
 def served_outputs(case, inputs):
     """The same for a case with serving inputs; the logical ids too where there is an expert map."""
     from router_runtime import spec
-    from router_runtime.verification.examine import ROWS
+    from router_runtime.verification.inputs import ROW_INPUT
 
     given = SimpleNamespace(**inputs)
-    rows = torch.arange(len(inputs[ROWS[case.kernel]]))
+    rows = torch.arange(len(inputs[ROW_INPUT[case.kernel]]))
     padding = spec.padding_rows(rows, inputs.get("is_padding"), inputs.get("num_valid_tokens"))
     if case.kernel == "hash_router":
         values, ids = spec.hash_router(

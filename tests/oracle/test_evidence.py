@@ -23,8 +23,10 @@ from router_runtime.format.manifest import (
     Toolchain,
 )
 from router_runtime.verification import inputs
-from router_runtime.verification.examine import Trial, examine
-from router_runtime.verification.judge import Oracle, clear_ids_sha256
+from router_runtime.verification.examine import examine
+from router_runtime.verification.judge import clear_ids_sha256
+from router_runtime.verification.reference import Oracle
+from router_runtime.verification.trial import Trial
 
 COMMITTED = Path(__file__).parents[2] / "artifacts" / "evidence"
 #: Cases recomputed of each committed record.

@@ -14,7 +14,8 @@ import torch
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
 from router_runtime.verification import inputs
-from router_runtime.verification.examine import Trial, examine
+from router_runtime.verification.examine import examine
+from router_runtime.verification.trial import Trial
 
 CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
 

@@ -8,6 +8,7 @@ import torch
 
 from router_runtime.evidence import cases as suite
 from router_runtime.verification import inputs
+from router_runtime.verification.prng import Random
 
 MASK = 2**64 - 1
 
@@ -23,7 +24,7 @@ def splitmix64(seed: int, stream: int, index: int) -> int:
 
 def test_words_are_splitmix64():
     for seed in (0, 1, 2**47 + 12345):
-        random = inputs.Random(seed)
+        random = Random(seed)
         for stream in (1, 2, 3):
             words = random.words(3, 100).flatten().tolist()
             assert [word & MASK for word in words] == [
@@ -34,14 +35,14 @@ def test_words_are_splitmix64():
 def test_numbers_are_exact_functions_of_words():
     words = [splitmix64(5, 1, index) for index in range(50)]
     fields = [sum((word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)) for word in words]
-    assert inputs.Random(5).normal(50).tolist() == [(f - 2 * 0xFFFF) / 2**15 for f in fields]
-    assert inputs.Random(5).integers(-3, 4, 50).tolist() == [(w >> 24) % 7 - 3 for w in words]
-    bits = inputs.Random(5).bits(50).view(torch.int32).tolist()
+    assert Random(5).normal(50).tolist() == [(f - 2 * 0xFFFF) / 2**15 for f in fields]
+    assert Random(5).integers(-3, 4, 50).tolist() == [(w >> 24) % 7 - 3 for w in words]
+    bits = Random(5).bits(50).view(torch.int32).tolist()
     assert [b & 0xFFFFFFFF for b in bits] == [w & 0xFFFFFFFF for w in words]
 
 
 def test_normal_is_near_normal():
-    sample = inputs.Random(9).normal(100_000).double()
+    sample = Random(9).normal(100_000).double()
     assert abs(float(sample.mean())) < 0.02
     assert abs(float(sample.std()) - 1.1547) < 0.01
 

@@ -13,8 +13,10 @@ import torch
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
 from router_runtime.verification import inputs
-from router_runtime.verification.examine import Trial, examine
-from router_runtime.verification.judge import TOLERANCES, Oracle
+from router_runtime.verification.bounds import TOLERANCES
+from router_runtime.verification.examine import examine
+from router_runtime.verification.reference import Oracle
+from router_runtime.verification.trial import Trial
 
 DENSE, GATE = "dense_router_decode", "hash_gate"
 SHAPES = {

@@ -4,6 +4,7 @@ records and what it removes; and that it has a value for every argument of every
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 from types import SimpleNamespace
@@ -27,9 +28,12 @@ from router_runtime.format.manifest import (
     artifact_name,
 )
 from router_runtime.format.manifest import dumps as dump_manifest
-from router_runtime.verification import verify
-from router_runtime.verification.examine import Trial, examine
+from router_runtime.verification import shared_trials, verify
+from router_runtime.verification.examine import examine
 from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.kernel_run import KernelRun
+from router_runtime.verification.shared_trials import SharedTrials
+from router_runtime.verification.trial import Trial
 
 AXIS = GridAxis("constant")
 #: What every routing kernel can be given beside its rows, and what only those that score can.
@@ -265,12 +269,14 @@ def test_inputs_are_drawn_once_for_the_entries_that_share_them(folder, machine, 
     """And what is recorded is what every entry by itself would have been given."""
     cases = three_alike(folder)
     drawn = []
-    monkeypatch.setattr(verify, "make_inputs", lambda case: drawn.append(case) or make_inputs(case))
+    monkeypatch.setattr(
+        shared_trials, "make_inputs", lambda case: drawn.append(case) or make_inputs(case)
+    )
     assert verify.run(folder, True, lambda _: None)
     assert len(drawn) == 2 * cases  # of two models
     shared = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
     assert len(shared) == 4
-    monkeypatch.setattr(verify, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(shared_trials, "SHARED_BYTES", 0)
     drawn.clear()
     assert verify.run(folder, True, lambda _: None)
     assert len(drawn) == 4 * cases
@@ -280,12 +286,12 @@ def test_inputs_are_drawn_once_for_the_entries_that_share_them(folder, machine, 
 def test_what_is_kept_is_bounded_and_forgotten(monkeypatch):
     constants = {"HIDDEN": 64, "EXPERTS": 8, "TOP_K": 2}
     first, second, *_ = suite.cases("dense_router_decode", constants, {"tokens": (1, 2)})
-    trials = verify._Trials("cpu")
+    trials = SharedTrials("cpu")
     trials.turn_to(entry("dense_router_decode"))
     one = trials.trial(first)
     assert trials.trial(first) is not one  # not before it has passed
     trials.keep(one)
-    monkeypatch.setattr(verify, "_KEPT_BYTES", one.nbytes())
+    monkeypatch.setattr(shared_trials, "SHARED_BYTES", one.nbytes())
     trials.keep(trials.trial(second))
     assert trials.trial(first) is one
     assert trials.trial(dataclasses.replace(first, kernel="dense_router_prefill")) is one
@@ -318,7 +324,9 @@ def test_a_trial_that_found_something_is_not_kept(folder, machine, monkeypatch):
     """Its copy of the inputs on the device may be what the kernel wrote into."""
     cases = three_alike(folder)
     drawn = []
-    monkeypatch.setattr(verify, "make_inputs", lambda case: drawn.append(case) or make_inputs(case))
+    monkeypatch.setattr(
+        shared_trials, "make_inputs", lambda case: drawn.append(case) or make_inputs(case)
+    )
     machine.add("dense_router_decode")
     assert not verify.run(folder, False, lambda _: None)
     assert len(drawn) > 2 * cases
@@ -351,14 +359,19 @@ class Recorder:
         self.given = arguments
 
 
+def on_cpu(monkeypatch):
+    """Give the CPU, which has no streams, stream 0."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+
 @pytest.mark.parametrize("kernel", PARAMETERS)
 def test_every_argument_has_a_value(kernel, monkeypatch):
     constants = {"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4}
     case = suite.cases(kernel, constants, {"top_k": (1, 4), "row_length": (1, 64)})[0]
     given = make_inputs(case)
     recorder = Recorder(entry(kernel), tuple(PARAMETERS[kernel].split()))
-    run = verify.KernelRun(recorder, "cpu")
-    monkeypatch.setattr(run, "_stream", lambda: 0)
+    run = KernelRun(recorder, "cpu")
+    on_cpu(monkeypatch)
     rows = next(iter(given.values())).shape[0]
     k = case.sizes["top_k"]
     outputs = [torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32)]
@@ -403,13 +416,13 @@ def test_contracts_ask_for_nothing_else(kernel):
             suite.cases(kernel, constants, contract.limits)
 
 
-def test_the_workspace_starts_zeroed():
+def test_the_workspace_starts_zeroed(monkeypatch):
     listed = entry("dense_router_decode")
     contract = dataclasses.replace(
         listed.contract, workspace_bytes=64, parameters=(Parameter("workspace", "ptr:u32"),)
     )
-    run = verify.KernelRun(
-        Recorder(dataclasses.replace(listed, contract=contract), ("workspace",)), "cpu"
-    )
-    assert run._workspace.numel() == 64
-    assert not run._workspace.any()
+    recorder = Recorder(dataclasses.replace(listed, contract=contract), ("workspace",))
+    on_cpu(monkeypatch)
+    run = KernelRun(recorder, "cpu")
+    run({}, torch.empty(1, 4), torch.empty(1, 4, dtype=torch.int32))
+    assert ctypes.string_at(recorder.given["workspace"], 64) == bytes(64)

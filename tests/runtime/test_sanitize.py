@@ -10,8 +10,7 @@ import torch
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
 from router_runtime.device.resolve import DeviceFacts
-from router_runtime.verification.examine import ROWS
-from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.inputs import ROW_INPUT, make_inputs
 from tests.gpu import sanitize
 
 DENSE = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
@@ -41,7 +40,7 @@ def test_each_entry_is_launched_on_few_cases_that_reach_everything(entries):
         most = entry.contract.limits.get("tokens", (1, 2**31))[1]
         for case in cases:
             given = make_inputs(case)
-            rows = len(given[ROWS[case.kernel]])
+            rows = len(given[ROW_INPUT[case.kernel]])
             assert rows <= min(sanitize.ROWS_AT_MOST, most)
         everything = {"padding", "count", "map", "wide"}
         expected = {

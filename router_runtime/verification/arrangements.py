@@ -1,0 +1,80 @@
+"""Batches that hold the same rows in other places, for the check of batch invariance."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from router_runtime.verification.inputs import ROW_INPUT, Inputs
+
+#: The batch sizes tried, up to the limit of the kernel.
+BATCHES = (
+    *(1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 127, 128, 129, 130, 255, 256),
+    257,
+)
+
+#: Inputs with one element or row per token that move together with those of ``ROW_INPUT``.
+_MOVED_TOO = ("is_padding", "image_mask", "given_ids", "token_ids")
+
+
+class Arrangement(NamedTuple):
+    """A batch made of the rows of another batch.
+
+    ``order[i]`` is the source row at position i. ``strangers`` are positions whose rows are
+    overwritten with NaN and infinities; ``kept`` are the other positions and ``sources`` their
+    source rows. ``name`` describes the batch in problems.
+    """
+
+    name: str
+    order: Tensor
+    strangers: Tensor
+    kept: Tensor
+    sources: Tensor
+
+    def apply(self, kernel: str, inputs: Inputs) -> Inputs:
+        """The inputs of this batch."""
+        name = ROW_INPUT[kernel]
+        rows = inputs[name]
+        assert isinstance(rows, Tensor)
+        batch = rows[self.order]
+        batch[self.strangers] = math.nan
+        batch[self.strangers[::2]] = math.inf
+        moved = {**inputs, name: batch}
+        for beside in set(_MOVED_TOO) - {name}:
+            if isinstance(value := inputs.get(beside), Tensor):
+                moved[beside] = value[self.order]
+        return moved
+
+
+@functools.lru_cache(maxsize=16)
+def arrangements(rows: int, largest: int, device: str) -> list[Arrangement]:
+    """The arrangements of ``rows`` rows in batches of at most ``largest``, with their indices on a
+    device. Cached: many cases have the same number of rows.
+    """
+    found = []
+    for name, order, strangers in _described(rows, largest):
+        others = torch.ones(len(order), dtype=torch.bool)
+        others[strangers] = False
+        kept = others.nonzero().flatten()
+        parts = (each.to(device) for each in (order, strangers, kept, order[kept]))
+        found.append(Arrangement(name, *parts))
+    return found
+
+
+def _described(rows: int, largest: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The name, the order and the strangers of every arrangement."""
+    no_strangers = torch.arange(0)
+    for row in sorted({0, rows // 2, rows - 1}):
+        yield f"row {row} alone", torch.tensor([row]), no_strangers
+    yield f"{rows} rows reversed", torch.arange(rows).flip(0), no_strangers
+    for size in BATCHES:
+        if size <= largest:
+            # Five is coprime to every batch size that matters: all rows come up, none in place.
+            order = (torch.arange(size) * 5 + 3) % rows
+            yield f"batch of {size}", order, no_strangers
+            yield f"batch of {size} among NaN and inf", order, torch.arange(1, size, 2)

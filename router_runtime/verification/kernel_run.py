@@ -1,0 +1,102 @@
+"""Launch a loaded kernel on the inputs of the oracle suite, by the names of its contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.errors import ArtifactError, explain
+from router_runtime.routing.call import SERVED
+from router_runtime.routing.repack import repacked
+from router_runtime.verification.inputs import Inputs
+
+#: Inputs with one row per token, and the argument that takes their number of columns.
+_COLUMNS = {"hidden_states": "hidden", "logits": "experts", "scores": "row_length"}
+
+
+class KernelRun:
+    """A loaded kernel with its workspace, as ``examine.Run`` wants it.
+
+    Its arguments come from the inputs through the kernel's contract, not through the ops, so that
+    every entry of a manifest can be examined and not only those that the resolver would choose.
+    """
+
+    def __init__(self, kernel: LoadedKernel, device: str) -> None:
+        self._kernel = kernel
+        self._device = device
+        # As the contract says: zeroed once, left zeroed where it matters by every launch.
+        size = kernel.entry.contract.workspace_bytes
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._weight: object = None
+        self._packed: dict[str, Tensor] = {}
+
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            inputs: Of one case, on the device.
+            outputs: Values and ids ``[N, k]``, then the logits ``[N, E]`` if they are to be stored.
+            logical_ids: ``logical_ids=`` ``[N, k]``, where the inputs have an expert map.
+
+        Raises:
+            ArtifactError: The contract has an argument that the suite has no value for.
+
+        """
+        values, ids, *rest = outputs
+        arguments = self._input_arguments(inputs)
+        arguments |= {"weights_out": values, "values_out": values}
+        arguments["logits_out"] = rest[0] if rest else None
+        for name, tensor in (
+            ("ids_out", ids),
+            ("logical_ids_out", logical_ids.get("logical_ids")),
+            ("given_ids_i32", inputs.get("given_ids")),
+        ):
+            wide = isinstance(tensor, Tensor) and tensor.dtype is torch.int64
+            arguments[name] = None if wide else tensor
+            arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
+        arguments = dict.fromkeys(SERVED, 0) | {"sentinel": -1, "image_bias": None} | arguments
+        arguments["serving"] = int("wide_ids" in inputs)
+        arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
+        # An address: a contract may declare the workspace as a pointer to any type.
+        arguments["workspace"] = self._workspace.data_ptr()
+        unknown = sorted(set(self._kernel.arguments) - set(arguments))
+        if unknown:
+            raise ArtifactError(
+                explain(
+                    f"contract of {self._kernel.entry.key}",
+                    expected="arguments that the oracle suite has a value for",
+                    found=unknown,
+                    remedy="give them a value in router_runtime/verification/kernel_run.py",
+                )
+            )
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._kernel.launch(stream, **{name: arguments[name] for name in self._kernel.arguments})
+
+    def _input_arguments(self, inputs: Inputs) -> dict[str, Any]:
+        """The arguments that follow from the inputs, under every name a contract may use."""
+        arguments: dict[str, Any] = dict(inputs)
+        if isinstance(token_ids := inputs.get("token_ids"), Tensor):
+            wide = token_ids.dtype == torch.int64
+            arguments["token_ids_i64"] = token_ids if wide else None
+            arguments["token_ids_i32"] = None if wide else token_ids
+        for name in ("is_padding", "image_mask"):
+            if isinstance(mask := inputs.get(name), Tensor):
+                arguments[name] = mask.view(torch.uint8)
+        if isinstance(expert_map := inputs.get("expert_map"), Tensor):
+            arguments["replicas"] = expert_map.shape[1]
+        if isinstance(table := inputs.get("table"), Tensor):
+            arguments["vocab"] = table.shape[0]
+        for name, columns in _COLUMNS.items():
+            if isinstance(rows := inputs.get(name), Tensor):
+                arguments["row_stride"] = rows.stride(0)
+                arguments[columns] = rows.shape[1]
+        if isinstance(weight := inputs.get("weight"), Tensor):
+            if weight is not self._weight:
+                recipes = self._kernel.entry.contract.repacks
+                self._packed = {recipe.parameter: repacked(recipe, weight) for recipe in recipes}
+                self._weight = weight
+            arguments |= self._packed
+        return arguments
