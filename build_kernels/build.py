@@ -23,16 +23,10 @@ from build_kernels.compile.cubin import Cubin
 from build_kernels.compile.job import Job
 from build_kernels.compile.worker import Worker
 from build_kernels.errors import BuildError
-from router_runtime.format.manifest import (
-    Contract,
-    Entry,
-    Manifest,
-    ManifestError,
-    Target,
-    Toolchain,
-    artifact_name,
-    validate_contract,
-)
+from router_runtime.errors import FormatError
+from router_runtime.format.contract import Contract, validate_contract
+from router_runtime.format.manifest import Entry, Manifest, Toolchain, artifact_name
+from router_runtime.format.target import Target
 
 #: Limits of a block on every target: opt-in shared memory (static and dynamic) and registers, which
 #: a warp gets in units of 8 a thread.
@@ -132,7 +126,7 @@ def check_contract(contract: Contract, facts: Cubin, counts: Mapping[str, int], 
     """Raise BuildError naming everything in which a cubin differs from its contract."""
     try:
         validate_contract(contract, where)
-    except ManifestError as error:
+    except FormatError as error:
         raise BuildError(f"{error}; next: correct the kernel's contract.py") from error
     wrong = list(_mismatches(contract, facts, counts))
     if wrong:

@@ -20,7 +20,8 @@ from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError, unknown
 from build_kernels.plan import plan, read_model
 from build_kernels.release import compare
-from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, Target
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
+from router_runtime.format.target import Target
 
 _ROOT = PACKAGE.parent
 #: The checkout's artifacts folder; an installed package has none.

@@ -152,12 +152,12 @@ def read_model(path: Path) -> Model:
 
 def _constants(
     kernel: Kernel, model: Model | None, variant: Variant
-) -> dict[str, int | float] | None:
+) -> dict[str, int | float | str] | None:
     """All compile-time constants of one cubin; a more specific source replaces a general one. What
     nobody stated the kernel's contract may derive, by ``derive(constants)``; None from it says that
     the model has no such variant.
     """
-    merged: dict[str, int | float] = dict(CONSTANTS) if kernel.scores else {}
+    merged: dict[str, int | float | str] = dict(CONSTANTS) if kernel.scores else {}
     merged |= variant.constants_of(model)
     contract = _contract(kernel)
     if hasattr(contract, "derive"):

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from build_kernels.errors import BuildError
-from router_runtime.format.manifest import MANIFEST_NAME, Manifest, ManifestError, dumps, loads
+from router_runtime.errors import FormatError
+from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps, loads
 
 #: What this project's cubins are called; pruning touches nothing else in the folder.
 _OURS = re.compile(r"[A-Za-z0-9_.-]+-sm_[0-9]+[af]?-[A-Za-z0-9_.-]+-[0-9a-f]{16}\.cubin")
@@ -59,7 +60,7 @@ def current(folder: Path) -> Manifest | None:
     """The manifest that lies in the folder, None if there is none that this version reads."""
     try:
         return loads((folder / MANIFEST_NAME).read_bytes())
-    except (FileNotFoundError, ManifestError):
+    except (FileNotFoundError, FormatError):
         return None
 
 

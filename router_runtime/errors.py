@@ -12,6 +12,10 @@ class RouterRuntimeError(RuntimeError):
     """The base of every error that the runtime raises on purpose."""
 
 
+class FormatError(RouterRuntimeError, ValueError):
+    """A manifest, a contract, a release file or a record that the format does not allow."""
+
+
 class ArtifactError(RouterRuntimeError):
     """The artifacts folder or one of its files is missing, altered or not what a kernel needs."""
 

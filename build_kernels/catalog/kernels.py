@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from build_kernels.catalog.models import ANY, Model
+from router_runtime.format.contract import Constants
 
 Language = Literal["cuda", "cutedsl"]
-
-#: Compile-time constants of a kernel by name.
-Constants = Mapping[str, int | float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class Variant:
         """Return whether ``model`` has this variant. None: the kernel is the same for all."""
         return self.by_model is None or ANY in self.by_model or _name(model) in self.by_model
 
-    def constants_of(self, model: Model | None) -> dict[str, int | float]:
+    def constants_of(self, model: Model | None) -> dict[str, int | float | str]:
         """Return the constants for ``model``: the variant's, the model's own, those of its row."""
         own = {} if model is None else model.constants()
         rows = self.by_model or {}
@@ -71,13 +69,13 @@ class Kernel:
 
 def _table(
     header: str, *rows: tuple[str | int | None, ...]
-) -> dict[str, dict[str, dict[str, int | float]]]:
+) -> dict[str, dict[str, dict[str, int | float | str]]]:
     """Return variant -> model -> constants from rows of (variant, model, value...).
 
     ``header`` names the columns. None in a row: the kernel's contract derives the constant.
     """
     names = header.split()[2:]
-    found: dict[str, dict[str, dict[str, int | float]]] = {}
+    found: dict[str, dict[str, dict[str, int | float | str]]] = {}
     for variant, model, *values in rows:
         found.setdefault(str(variant), {})[str(model)] = {
             name: value for name, value in zip(names, values, strict=True) if isinstance(value, int)

@@ -27,7 +27,7 @@ class Model:
     hash_layers: int
     vocab: int
 
-    def constants(self) -> dict[str, int | float]:
+    def constants(self) -> dict[str, int | float | str]:
         """Return the compile-time constants of a kernel that is compiled for this model."""
         return {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
 
 from build_kernels.errors import BuildError
+from router_runtime.format.contract import Constants
 
 #: The options of ``cute.compile`` besides the target and the request to keep the cubin.
 FLAGS = ("OptLevel(3)",)
 
 
-def compile_cubin(module: str, constants: Mapping[str, int | float], target: str) -> bytes:
+def compile_cubin(module: str, constants: Constants, target: str) -> bytes:
     """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the
     arguments to trace it with.
     """

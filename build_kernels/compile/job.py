@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from build_kernels.catalog.kernels import Language
 from build_kernels.catalog.latency import Latency
+from router_runtime.format.contract import Constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Job:
     model: str | None
     target: str
     variant: str
-    constants: Mapping[str, int | float]
+    constants: Constants
     source_sha256: str
     latency: Latency = ()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.errors import BuildError
+from router_runtime.format.contract import Constants
 
 #: Everything but the target, the constants and the include directories. Rounding is spelled out:
 #: no contraction (kernels write ``__fmaf_rn`` where they want one), no flushing, IEEE division and
@@ -31,7 +32,7 @@ def compile_cubin(
     name: str,
     source: str,
     headers: Mapping[str, str],
-    constants: Mapping[str, int | float],
+    constants: Constants,
     target: str,
     include_directories: Sequence[Path],
 ) -> bytes:
@@ -42,7 +43,7 @@ def compile_cubin(
 
     options = [f"--gpu-architecture={target}", *FLAGS]
     options += [f"--include-path={directory}" for directory in include_directories]
-    options += [f"--define-macro={key}={literal(value)}" for key, value in constants.items()]
+    options += [f"--define-macro={key}={literal(key, value)}" for key, value in constants.items()]
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             source.encode(),
@@ -73,8 +74,16 @@ def compile_cubin(
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def literal(value: int | float) -> str:
-    """A C++ literal of this value: an int in decimal, a float in hex, rounded to fp32."""
+def literal(name: str, value: int | float | str) -> str:
+    """The C++ literal of the constant ``name``: an int in decimal, a float in hex, rounded to fp32.
+
+    Raises BuildError for a string: the preprocessor cannot compare one.
+    """
+    if isinstance(value, str):
+        raise BuildError(
+            f"constant {name}: expected a number for a CUDA C++ kernel, found the string "
+            f"{value!r}; next: give it a number in build_kernels/catalog, or use CuTe DSL"
+        )
     if isinstance(value, int):
         return str(value) if value < 2**31 else f"{value}u" if value < 2**32 else f"{value}ull"
     (single,) = struct.unpack("<f", struct.pack("<f", value))

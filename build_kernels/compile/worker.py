@@ -24,6 +24,7 @@ from build_kernels.compile import cutedsl, nvrtc, toolchain
 from build_kernels.compile.job import Job
 from build_kernels.compile.sources import KERNELS, PACKAGE, SUFFIXES
 from build_kernels.errors import BuildError
+from router_runtime.format.contract import Constants
 
 
 class Worker:
@@ -133,9 +134,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     return {"cubin": base64.b64encode(cubin).decode("ascii")}
 
 
-def _compile(
-    kernel: str, language: Language, target: str, constants: Mapping[str, int | float]
-) -> bytes:
+def _compile(kernel: str, language: Language, target: str, constants: Constants) -> bytes:
     if language == "cutedsl":
         return cutedsl.compile_cubin(f"build_kernels.kernels.{kernel}.{kernel}", constants, target)
     return nvrtc.compile_cubin(

@@ -18,7 +18,8 @@ from pathlib import Path
 from build_kernels.compile import cubin, toolchain
 from build_kernels.errors import BuildError
 from build_kernels.release import wheel
-from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, ManifestError, loads
+from router_runtime.errors import FormatError
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 
 #: As many kinds of instruction are shown for an entry, those whose number changed most.
 _SHOWN = 8
@@ -243,5 +244,5 @@ def _reader(folder: Path) -> Callable[[str], bytes]:
 def _manifest(data: bytes, where: object) -> Manifest:
     try:
         return loads(data)
-    except ManifestError as error:
+    except FormatError as error:
         raise BuildError(f"{where}: {error}") from error

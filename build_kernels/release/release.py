@@ -27,7 +27,7 @@ from build_kernels.release import checkout, notes, sbom, verify_release, wheel
 from router_runtime.device.artifact_store import EVIDENCE_NAME
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence import store as evidence_
-from router_runtime.format.manifest import MANIFEST_NAME, Manifest, ManifestError, dumps
+from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps
 from router_runtime.format.provenance import (
     ENVELOPE_SUFFIX,
     NOTES_SUFFIX,
@@ -232,7 +232,7 @@ def _compare_with_existing(place: Path, files: Mapping[str, bytes], envelope: st
 def _evidence(folder: Path) -> evidence_.Evidence:
     try:
         return evidence_.load_evidence(folder)
-    except (RouterRuntimeError, ManifestError) as error:
+    except RouterRuntimeError as error:
         raise BuildError(f"{error}; next: restore the file, or record it again") from error
 
 

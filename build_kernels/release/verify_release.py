@@ -20,8 +20,9 @@ from build_kernels.compile import cubin
 from build_kernels.errors import BuildError
 from build_kernels.release import checkout, compare, wheel
 from router_runtime.device.artifact_store import EVIDENCE_NAME
+from router_runtime.errors import FormatError
 from router_runtime.evidence import store as evidence_
-from router_runtime.format.manifest import MANIFEST_NAME, Manifest, ManifestError, loads
+from router_runtime.format.manifest import MANIFEST_NAME, Manifest, loads
 from router_runtime.format.provenance import (
     ENVELOPE_SUFFIX,
     MARKER_SUFFIX,
@@ -73,7 +74,7 @@ def verify(paths: Sequence[Path], key: Path | None) -> Release:
     data, signed_by = _statement(files, start, key)
     try:
         statement = statement_loads(data)
-    except ManifestError as error:
+    except FormatError as error:
         raise BuildError(f"{start}: {error}; {_WRONG}") from error
     wheel_name = start + WHEEL_SUFFIX
     entries = wheel.read(files[wheel_name], wheel_name)
@@ -81,7 +82,7 @@ def verify(paths: Sequence[Path], key: Path | None) -> Release:
     manifest = None
     try:
         manifest = loads(entries.get(wheel.ARTIFACTS + MANIFEST_NAME, b""))
-    except ManifestError as error:
+    except FormatError as error:
         wrong.append(f"{MANIFEST_NAME}: {error}")
     if manifest is not None:
         wrong += _wrong_names(statement, start, entries, manifest)
@@ -241,7 +242,7 @@ def _wrong_names(
     marker_name = expected + MARKER_SUFFIX
     try:
         marker = marker_loads(entries.get(wheel.ARTIFACTS + marker_name, b""))
-    except ManifestError as error:
+    except FormatError as error:
         yield f"{marker_name}: {error}"
     else:
         pairs = {
@@ -295,7 +296,7 @@ def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterato
         if name.startswith(f"{EVIDENCE_NAME}/"):
             try:
                 record = evidence_.loads(data)
-            except (ManifestError, ValueError) as error:
+            except (FormatError, ValueError) as error:
                 yield f"{name}: {error}"
                 continue
             if name != f"{EVIDENCE_NAME}/{record.file_name}":

@@ -14,18 +14,13 @@ from pathlib import Path
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
-from router_runtime.device.resolve import (
-    DENSE,
-    MINIMUM_DRIVER,
-    DeviceFacts,
-    Dispatch,
-    Request,
-    dispatch,
-    resolve,
-)
+from router_runtime.device.dispatch import DENSE, Dispatch, dispatch
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
+from router_runtime.device.resolve import Request, resolve
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.store import Evidence, folders, read_evidence, status
-from router_runtime.format.manifest import Entry, Manifest, ManifestError, Target
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
 #: What the present targets allow a block, for decisions about devices that are not here.
@@ -45,7 +40,7 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
         echo(f"signature   {f'required: {required}' if required else 'not required'}")
         folder = find_artifacts(artifacts)
         manifest = read_manifest(folder)
-    except (RouterRuntimeError, ManifestError) as error:
+    except RouterRuntimeError as error:
         echo(f"artifacts   {error}")
         return False
     echo(f"artifacts   {folder.resolve()}: {len(manifest.entries)} entries")
@@ -83,7 +78,7 @@ def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
             found = dispatch(asked, facts, manifest, standing)
             constants = ", ".join(f"{name}={n}" for name, n in asked[0].constants.items())
             echo(f" dense router, {constants}: {_division(found)}")
-            served = served and (bool(found.spans) or not devices)
+            served = served and (bool(found.token_ranges) or not devices)
             for resolution in found.resolutions:
                 echo(resolution.trace() or f"  no entry of {resolution.request.kernel}")
     return intact and served
@@ -119,8 +114,8 @@ def routers(manifest: Manifest) -> Iterator[list[Request]]:
 
 
 def _division(found: Dispatch) -> str:
-    spans = [f"{span.low} to {span.high} tokens by {span.entry.key}" for span in found.spans]
-    return "; ".join(spans) or "nothing serves it"
+    texts = [f"{each.low} to {each.high} tokens by {each.entry.key}" for each in found.token_ranges]
+    return "; ".join(texts) or "nothing serves it"
 
 
 def _devices(echo: Echo) -> Iterator[tuple[str, DeviceFacts]]:

@@ -10,7 +10,6 @@ from router_runtime.cli import doctor as doctor_
 from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE, find_artifacts
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.store import ENVIRONMENT_VARIABLE as EVIDENCE_VARIABLE
-from router_runtime.format.manifest import ManifestError
 
 _artifacts = click.option(
     "--artifacts",
@@ -53,7 +52,7 @@ def verify(artifacts: Path | None, record: bool, evidence: Path | None) -> None:
 
     try:
         passed = run(find_artifacts(artifacts), record, click.echo, evidence)
-    except (RouterRuntimeError, ManifestError) as error:
+    except RouterRuntimeError as error:
         raise click.ClickException(str(error)) from error
     if not passed:
         raise SystemExit(1)

@@ -13,10 +13,10 @@ import struct
 from pathlib import Path
 
 from router_runtime.errors import ArtifactError, explain
-from router_runtime.format import manifest as format_
 from router_runtime.format import provenance
 from router_runtime.format.files import read_file
-from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
 
@@ -49,13 +49,13 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
     named = explicit if explicit is not None else os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         folder = Path(named)
-        if (folder / format_.MANIFEST_NAME).is_file():
+        if (folder / MANIFEST_NAME).is_file():
             return folder
         source = "the argument" if explicit is not None else ENVIRONMENT_VARIABLE
         raise ArtifactError(
             explain(
                 f"artifacts folder named by {source}",
-                expected=f"{format_.MANIFEST_NAME} in {folder}",
+                expected=f"{MANIFEST_NAME} in {folder}",
                 found="none",
                 remedy=f"{_BUILD}, or name the folder that holds it",
             )
@@ -63,12 +63,12 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
     package = Path(__file__).resolve().parents[1]
     tried = (package / "artifacts", package.parent / "artifacts")
     for folder in tried:
-        if (folder / format_.MANIFEST_NAME).is_file():
+        if (folder / MANIFEST_NAME).is_file():
             return folder
     raise ArtifactError(
         explain(
             "artifacts folder",
-            expected=f"{format_.MANIFEST_NAME} in one of {[str(folder) for folder in tried]}",
+            expected=f"{MANIFEST_NAME} in one of {[str(folder) for folder in tried]}",
             found="none",
             remedy=f"{_BUILD}, or set {ENVIRONMENT_VARIABLE}",
         )
@@ -76,16 +76,16 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of ``folder``, read once. Raises ArtifactError, TrustError or ManifestError.
+    """The manifest of ``folder``, read once. Raises ArtifactError, TrustError or FormatError.
 
     An installed release has a marker beside it: then it must be that release's manifest, and the
     release this runtime's.
     """
-    path = folder / format_.MANIFEST_NAME
+    path = folder / MANIFEST_NAME
     data = read_file(path, _MAX_MANIFEST, "manifest", _BUILD)
     sha256 = hashlib.sha256(data).hexdigest()
-    trust.admit(format_.MANIFEST_NAME, sha256, path)
-    manifest = format_.loads(data)
+    trust.admit(MANIFEST_NAME, sha256, path)
+    manifest = loads(data)
     _check_marker(folder, manifest, sha256)
     return manifest
 
@@ -121,7 +121,7 @@ def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
         raise ArtifactError(
             explain(
                 f"release marker {path}",
-                expected=f"runtime {__version__} and the {format_.MANIFEST_NAME} beside it, "
+                expected=f"runtime {__version__} and the {MANIFEST_NAME} beside it, "
                 f"sha256 {sha256}",
                 found=", ".join(differing),
                 remedy="these files are of different releases: install one of them anew",

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from router_runtime.device.resolve import DeviceFacts
+from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import DriverError, explain
 
 _INSTALL_DRIVER = (

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from router_runtime.device.dispatch import Dispatch, dispatch
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.loader import load_entry
-from router_runtime.device.resolve import Dispatch, Request, Resolution, asking, dispatch, resolve
+from router_runtime.device.resolve import Request, Resolution, resolve, status_if_fitting
 from router_runtime.errors import TrustError, explain
 from router_runtime.evidence.store import folders, read_evidence, status
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
@@ -28,23 +29,23 @@ class Kernels:
         self._policy = trust.policy()
         self.manifest = read_manifest(folder)
         self._evidence = read_evidence(folder)
-        self._standing: dict[str, str] = {}
+        self._status: dict[str, str] = {}
 
     def status(self, entry: Entry) -> str:
-        """The standing of ``entry`` in the evidence, the shipped and the user's own."""
-        known = self._standing.get(entry.key)
+        """The status of ``entry`` by the shipped and the user's own evidence. Computed once."""
+        known = self._status.get(entry.key)
         if known is None:
-            known = self._standing[entry.key] = status(entry, self.manifest, self._evidence)
+            known = self._status[entry.key] = status(entry, self.manifest, self._evidence)
         return known
 
     def resolve(self, request: Request) -> Resolution:
-        return resolve(request, self.facts, self.manifest, self._standing_for([request]))
+        return resolve(request, self.facts, self.manifest, self._status_for([request]))
 
     def dispatch(self, requests: Sequence[Request]) -> Dispatch:
-        return dispatch(requests, self.facts, self.manifest, self._standing_for(requests))
+        return dispatch(requests, self.facts, self.manifest, self._status_for(requests))
 
-    def _standing_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
-        return asking(requests, self.facts, self.status)
+    def _status_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
+        return status_if_fitting(requests, self.facts, self.status)
 
     def load(self, request: Request) -> LoadedKernel:
         """The loaded kernel that serves ``request``. Raises ResolutionError if none does."""

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from router_runtime.device import driver
 from router_runtime.errors import DriverError, InputError, explain
-from router_runtime.format.manifest import Contract, Entry, TensorMap
+from router_runtime.format.contract import Contract, TensorMap
+from router_runtime.format.manifest import Entry
 
 #: Parameter type -> struct format. Native alignment in ``struct`` is the C layout of the arguments.
 _FORMATS = {"i32": "i", "i64": "q", "f32": "f"}

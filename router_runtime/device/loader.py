@@ -15,7 +15,8 @@ from router_runtime.device import driver
 from router_runtime.device.artifact_store import read_cubin
 from router_runtime.device.launch import LoadedKernel, launch_config
 from router_runtime.errors import ArtifactError, DriverError, explain
-from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
 #: Dynamic shared memory that needs no opt-in.

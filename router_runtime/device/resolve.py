@@ -1,43 +1,34 @@
-"""Which entry of the manifest serves a request on a device, and why the others do not.
+"""Which entry of the manifest serves one request on a device, and why the others do not.
 
-``resolve`` answers for one kernel. ``dispatch`` answers for several that compute the same thing, as
-``dense_router_decode`` and ``dense_router_prefill`` do: which of them serves how many tokens.
-
-Pure: no driver, no files, no clock. Everything it weighs is an argument, so every decision can be
-replayed in a test, and ``router-runtime doctor`` explains decisions for devices that are not there.
+Pure: no driver, no files, no clock. Everything that decides is an argument, so a test can replay
+every decision, and ``router-runtime doctor`` can explain decisions for devices that are absent.
 
 Evidence decides. A ``verified`` entry is preferred to a ``source-verified`` one, and an
-``unproven`` one is never chosen here: only a caller who names its variant gets it. Among entries
-of equal standing the closest fit wins, in this order: the tightest limits around the requested
-quantities, the most specific target (``a``, ``f``, none), a specialised variant before
-``portable``, then the name.
+``unproven`` one is chosen only if the caller names its variant. Among entries of equal status the
+closest fit wins, in this order: the tightest limits around the requested quantities, the most
+specific target (``a``, ``f``, none), a specialised variant before ``portable``, then the name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
-from router_runtime.format.manifest import Entry, Manifest, Target
-
-#: The oldest driver that loads cubins of the CUDA 13 toolchain: 13.0, release 580.
-MINIMUM_DRIVER = 13000
+from router_runtime.format.contract import Constants
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
 
 PORTABLE = "portable"
 
-#: The kernels that compute the same for a dense router: for few tokens, for many.
-DENSE = ("dense_router_decode", "dense_router_prefill")
-
 _BUILD = "make build-cubins"
 
-#: The standing of an entry that cannot serve for another reason: its evidence need not be read.
-NOT_ASKED = "not asked"
+#: The status of an entry that cannot serve for another reason: its evidence is not read.
+NOT_READ = "not read"
 
-_STANDING = {"verified": 0, "source-verified": 1}
+_STATUS_RANK = {"verified": 0, "source-verified": 1}
 _SPECIFICITY = {"a": 0, "f": 1, "": 2}
 
 
@@ -51,7 +42,7 @@ class Request:
     """
 
     kernel: str
-    constants: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    constants: Constants = dataclasses.field(default_factory=dict)
     quantities: Mapping[str, int] = dataclasses.field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     variant: str | None = None
@@ -62,23 +53,6 @@ class Request:
         facts += self.parameters
         facts += [f"variant={self.variant}"] if self.variant is not None else []
         return f"{self.kernel}({', '.join(facts)})"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """What resolution knows of a device. ``driver`` is the CUDA version it serves (13000: 13.0)."""
-
-    major: int
-    minor: int
-    driver: int
-    sms: int
-    shared_memory_per_block_optin: int
-
-    def __str__(self) -> str:
-        return (
-            f"compute capability {self.major}.{self.minor}, driver for CUDA "
-            f"{self.driver // 1000}.{self.driver % 1000 // 10}, {self.sms} multiprocessors"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,192 +108,52 @@ def resolve(
     request: Request,
     device: DeviceFacts,
     manifest: Manifest,
-    status: Callable[[Entry], str],
+    status_of: Callable[[Entry], str],
 ) -> Resolution:
-    """Weigh every entry of ``request.kernel``. ``status`` gives an entry's standing in the
-    evidence.
-    """
+    """Weigh every entry of ``request.kernel``. ``status_of`` gives an entry's evidence status."""
     candidates = [
-        Candidate(entry, standing, _reasons(entry, standing, request, device))
+        Candidate(entry, status, _reasons(entry, status, request, device))
         for entry in manifest.entries
         if entry.kernel == request.kernel
-        for standing in (status(entry),)
+        for status in (status_of(entry),)
     ]
-    candidates.sort(key=lambda candidate: _preference(candidate, request))
+    candidates.sort(key=lambda candidate: preference(candidate, request))
     choice = candidates[0].entry if candidates and candidates[0].accepted else None
     return Resolution(request, device, choice, tuple(candidates))
 
 
-def asking(
-    requests: Sequence[Request], device: DeviceFacts, status: Callable[[Entry], str]
+def status_if_fitting(
+    requests: Sequence[Request], device: DeviceFacts, status_of: Callable[[Entry], str]
 ) -> Callable[[Entry], str]:
-    """``status`` for the entries that could serve one of the requests by their target and their
-    constants, ``NOT_ASKED`` for the others: evidence takes time to read, and a process serves one
-    model on one kind of device.
+    """``status_of`` for the entries whose target and constants fit one of the requests, and
+    ``NOT_READ`` for the others: evidence takes time to read, and a process serves one model on
+    one kind of device.
     """
 
-    def standing(entry: Entry) -> str:
+    def status(entry: Entry) -> str:
         here = Target.parse(entry.target).runs_on(device.major, device.minor)
         fits = any(
             all(entry.constants.get(name) == value for name, value in request.constants.items())
             for request in requests
         )
-        return status(entry) if here and fits else NOT_ASKED
+        return status_of(entry) if here and fits else NOT_READ
 
-    return standing
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Batches of ``low`` to ``high`` tokens go to ``entry``."""
-
-    low: int
-    high: int
-    entry: Entry
+    return status
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """Who serves how many tokens, in ascending order, and what was weighed for it.
-
-    The spans start at one token and leave no gap, or there are none. More tokens than the last span
-    has are for the caller to split: the kernels agree bit for bit, so no result depends on where.
-    """
-
-    spans: tuple[Span, ...]
-    resolutions: tuple[Resolution, ...]
-
-    def require(self) -> tuple[Span, ...]:
-        """The spans. Raises ResolutionError with the trace of every kernel if there are none, or if
-        a kernel whose variant was named cannot serve.
-        """
-        for resolution in self.resolutions:
-            if resolution.request.variant is not None:
-                resolution.require()
-        if not self.spans:
-            first, *others = self.resolutions
-            traces = "".join(f"{other.request}:\n{other.trace()}\n" for other in others)
-            first.require()
-            raise ResolutionError(
-                f"{first.request} on {first.device}: expected entries that together serve batches "
-                f"from 1 token up, found a gap:\n{first.trace()}\n{traces}"
-                f"build every variant: {_BUILD}"
-            )
-        return self.spans
-
-
-def dispatch(
-    requests: Sequence[Request],
-    device: DeviceFacts,
-    manifest: Manifest,
-    status: Callable[[Entry], str],
-) -> Dispatch:
-    """Divide batches among the entries that serve ``requests``, by their limits of tokens and by
-    the latencies that were measured.
-
-    One ``numerics`` tag serves all: an entry with another tag, or with none to compare, would make
-    a token's bits depend on the size of its batch, and is refused. The tag is that of an entry of
-    the best standing that serves one token; of several, the one whose entries are together the
-    fastest, every measured number of tokens weighing alike.
-    """
-    found = [resolve(request, device, manifest, status) for request in requests]
-    alone = _leader(found)
-    if alone is None:
-        return Dispatch((), tuple(found))
-    found = [_agreeing(resolution, alone) for resolution in found]
-    starts = {1}
-    for entry in _accepted(found):
-        low, high = _token_limits(entry)
-        starts |= {low, high + 1, *(tokens + 1 for tokens, _ in entry.latency if tokens < high)}
-    spans: list[Span] = []
-    for low, end in itertools.pairwise(sorted(starts)):
-        best = _cheapest(found, low, end - 1)
-        if best is None:
-            return Dispatch((), tuple(found))
-        if spans and spans[-1].entry is best:
-            low = spans.pop().low
-        spans.append(Span(low, end - 1, best))
-    return Dispatch(tuple(spans), tuple(found))
-
-
-def _token_limits(entry: Entry) -> tuple[int, int]:
-    return entry.contract.limits.get("tokens", (1, 2**31 - 1))
-
-
-def _accepted(resolutions: Sequence[Resolution]) -> Iterator[Entry]:
-    for resolution in resolutions:
-        yield from (found.entry for found in resolution.candidates if found.accepted)
-
-
-def _agreeing(resolution: Resolution, first: Entry) -> Resolution:
-    """The resolution without the candidates whose bits need not be those of ``first``."""
-    candidates = []
-    for found in resolution.candidates:
-        tag = found.entry.numerics
-        if found.entry is not first and (tag is None or tag != first.numerics):
-            reason = f"its numerics are {tag}, those of {first.key} are {first.numerics}"
-            found = dataclasses.replace(found, reasons=(*found.reasons, reason))
-        candidates.append(found)
-    choice = next((found.entry for found in candidates if found.accepted), None)
-    return dataclasses.replace(resolution, choice=choice, candidates=tuple(candidates))
-
-
-def _leader(resolutions: Sequence[Resolution]) -> Entry | None:
-    """The entry whose ``numerics`` tag all others must have."""
-    ranked = _ranked(resolutions, 1, 1)
-    if not ranked:
-        return None
-    best = ranked[0][0]
-    leaders: dict[str | None, Entry] = {}
-    for standing, entry in ranked:
-        if standing == best:
-            leaders.setdefault(entry.numerics, entry)
-    entries = list(_accepted(resolutions))
-    measured = sorted({tokens for entry in entries for tokens, _ in entry.latency})
-
-    def together(leader: Entry) -> float:
-        tag = leader.numerics
-        own = [e for e in entries if e is leader or (tag is not None and e.numerics == tag)]
-        return sum(
-            math.log(min(_microseconds(entry, tokens) for entry in own)) for tokens in measured
-        )
-
-    # Of equals the first: the one that would serve one token if there were no others.
-    return min(leaders.values(), key=together)
-
-
-def _cheapest(resolutions: Sequence[Resolution], low: int, high: int) -> Entry | None:
-    """The first of ``_ranked``, if any."""
-    ranked = _ranked(resolutions, low, high)
-    return ranked[0][1] if ranked else None
-
-
-def _ranked(resolutions: Sequence[Resolution], low: int, high: int) -> list[tuple[object, Entry]]:
-    """(standing, entry) of those that serve batches of ``low`` to ``high`` tokens, by standing,
-    then the latency as measured for ``high``, then the closest fit.
-    """
-    ranked = []
-    for resolution in resolutions:
-        for found in resolution.candidates:
-            limits = _token_limits(found.entry)
-            if found.accepted and limits[0] <= low and high <= limits[1]:
-                _, standing, *fit = _preference(found, resolution.request)
-                ranked.append((standing, _microseconds(found.entry, high), limits[1], fit, found))
-    ranked.sort(key=lambda item: item[:-1])
-    return [(item[0], item[-1].entry) for item in ranked]
-
-
-def _microseconds(entry: Entry, tokens: int) -> float:
-    """The figure of the next number of tokens that was measured: a tile costs the same until it is
-    full. Beyond the last one, the last one's figure a token.
-    """
-    for measured, microseconds in entry.latency:
-        if tokens <= measured:
-            return microseconds
-    if not entry.latency:
-        return math.inf
-    measured, microseconds = entry.latency[-1]
-    return microseconds * tokens / measured
+def preference(candidate: Candidate, request: Request) -> tuple[object, ...]:
+    entry = candidate.entry
+    limits = entry.contract.limits
+    fit = tuple(limits[name][1] if name in limits else 2**63 for name in sorted(request.quantities))
+    return (
+        not candidate.accepted,
+        # Naming a variant vouches for it.
+        0 if request.variant is not None else _STATUS_RANK.get(candidate.status, len(_STATUS_RANK)),
+        fit,
+        _SPECIFICITY[Target.parse(entry.target).suffix],
+        entry.variant == PORTABLE,
+        entry.key,
+    )
 
 
 def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -> tuple[str, ...]:
@@ -354,24 +188,9 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     if request.variant is not None:
         if entry.variant != request.variant:
             reasons.append(f"the caller asked for variant {request.variant}")
-    elif status not in _STANDING and not (status == NOT_ASKED and reasons):
+    elif status not in _STATUS_RANK and not (status == NOT_READ and reasons):
         reasons.append(f"{status}: no evidence that this digest or its source is right on a device")
     return tuple(reasons)
-
-
-def _preference(candidate: Candidate, request: Request) -> tuple[object, ...]:
-    entry = candidate.entry
-    limits = entry.contract.limits
-    fit = tuple(limits[name][1] if name in limits else 2**63 for name in sorted(request.quantities))
-    return (
-        not candidate.accepted,
-        # Naming a variant vouches for it.
-        0 if request.variant is not None else _STANDING.get(candidate.status, len(_STANDING)),
-        fit,
-        _SPECIFICITY[Target.parse(entry.target).suffix],
-        entry.variant == PORTABLE,
-        entry.key,
-    )
 
 
 def _remedy(resolution: Resolution) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from router_runtime.format.contract import Constants
+
 Limits = Mapping[str, tuple[int, int]]
-Constants = Mapping[str, int | float]
 
 #: Token counts around every block, tile and dispatch boundary that a kernel here may have.
 TOKENS = (1, 2, 63, 64, 65, 1000)

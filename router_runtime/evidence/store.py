@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Literal
 
 from router_runtime.device.artifact_store import EVIDENCE_NAME
-from router_runtime.errors import ArtifactError, TrustError, explain
+from router_runtime.errors import ArtifactError, FormatError, TrustError, explain
 from router_runtime.evidence import cases as suite
-from router_runtime.format import manifest as format_
+from router_runtime.format.codec import decode, encode, parse_json
+from router_runtime.format.contract import Constants
 from router_runtime.format.files import read_file
-from router_runtime.format.manifest import Entry, Manifest, ManifestError, Target, Toolchain
+from router_runtime.format.manifest import Entry, Manifest, Toolchain, artifact_name
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
 FORMAT_VERSION = 1
@@ -77,7 +79,7 @@ class Record:
 
     entry: str
     kernel: str
-    constants: Mapping[str, int | float]
+    constants: Constants
     limits: Mapping[str, tuple[int, int]]
     target: str
     file: str
@@ -151,7 +153,7 @@ class EvidenceFiles:
 
 def toolchain_sha256(toolchain: Toolchain) -> str:
     """Digest of the packages and flags that compiled an entry."""
-    text = json.dumps(format_.encode(toolchain), sort_keys=True)
+    text = json.dumps(encode(toolchain), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -182,22 +184,22 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles)
 def dumps(record: Record) -> bytes:
     """The canonical bytes of a record."""
     validate(record)
-    text = json.dumps(format_.encode(record), sort_keys=True, indent=1, allow_nan=False)
+    text = json.dumps(encode(record), sort_keys=True, indent=1, allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 
 def loads(data: bytes) -> Record:
-    """Parse a record. Raises ManifestError for whatever the schema does not allow."""
+    """Parse a record. Raises FormatError for whatever the schema does not allow."""
     try:
-        document = format_.parse_json(data, "evidence")
-    except ManifestError as error:
-        raise ManifestError(f"{error}; {RECORD_AGAIN}") from error
+        document = parse_json(data, "evidence")
+    except FormatError as error:
+        raise FormatError(f"{error}; {RECORD_AGAIN}") from error
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
-        raise ManifestError(
+        raise FormatError(
             f"expected evidence of format version {FORMAT_VERSION}, found {found!r}; {RECORD_AGAIN}"
         )
-    record: Record = format_.decode(Record, document, "evidence")
+    record: Record = decode(Record, document, "evidence")
     validate(record)
     return record
 
@@ -210,12 +212,12 @@ def validate(record: Record) -> None:
     is_digest = _SHA256.fullmatch
     for digest in digests:
         if is_digest(digest) is None:
-            raise ManifestError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
+            raise FormatError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
     _validate_entry(record)
     _validate_device(record)
     for case in record.cases:
         if not 0 <= case.clear <= case.rows or not 0 <= case.reordered <= case.rows:
-            raise ManifestError(
+            raise FormatError(
                 f"evidence of case {case.name}: expected clear and reordered rows within its "
                 f"{case.rows} rows, found {case.clear} and {case.reordered}"
             )
@@ -225,7 +227,7 @@ def validate(record: Record) -> None:
             <= max(case.worst.values(), default=0)
             < math.inf
         ):
-            raise ManifestError(
+            raise FormatError(
                 f"evidence of case {case.name}: expected errors of at least 0, found "
                 f"{dict(case.worst)}"
             )
@@ -236,7 +238,7 @@ def validate(record: Record) -> None:
         )
         if found != expected:
             missing = sorted({name for name, _ in expected} - {name for name, _ in found})
-            raise ManifestError(
+            raise FormatError(
                 f"evidence: expected every case of the suite, in its order and with its seeds, "
                 f"found {len(found)} of {len(expected)} (missing {missing[:5]}); {RECORD_AGAIN}"
             )
@@ -245,14 +247,14 @@ def validate(record: Record) -> None:
 @functools.lru_cache(maxsize=256)
 def _suite_cases(
     kernel: str,
-    constants: tuple[tuple[str, int | float], ...],
+    constants: tuple[tuple[str, int | float | str], ...],
     limits: tuple[tuple[str, tuple[int, int]], ...],
 ) -> tuple[tuple[str, int], ...]:
     """Name and seed of every case, listed once for all records of variants that serve alike."""
     try:
         listed = suite.cases(kernel, dict(constants), dict(limits))
     except (KeyError, ValueError) as error:
-        raise ManifestError(f"evidence: expected a kernel of the suite, found {error}") from error
+        raise FormatError(f"evidence: expected a kernel of the suite, found {error}") from error
     return tuple((case.name, case.seed) for case in listed)
 
 
@@ -260,28 +262,28 @@ def _validate_entry(record: Record) -> None:
     """The record's copies of what its entry says agree with each other."""
     parts = record.entry.split("/")
     if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
-        raise ManifestError(
+        raise FormatError(
             f"evidence: expected the entry {record.kernel}/<model>/{record.target}/<variant>, "
             f"found {record.entry!r}"
         )
     _, model, _, variant = parts
-    file = format_.artifact_name(record.kernel, model, record.target, variant, record.sha256)
+    file = artifact_name(record.kernel, model, record.target, variant, record.sha256)
     if record.file != file:
-        raise ManifestError(f"evidence: expected the file {file}, found {record.file!r}")
+        raise FormatError(f"evidence: expected the file {file}, found {record.file!r}")
 
 
 def _validate_device(record: Record) -> None:
     if not Target.parse(record.target).runs_on(*record.compute_capability):
-        raise ManifestError(
+        raise FormatError(
             f"evidence: expected a device that runs {record.target}, found compute capability "
             f"{record.compute_capability}"
         )
     for name, text in (("device", record.device), ("torch", record.torch)):
         if _TEXT.fullmatch(text) is None or len(text) > 200:
-            raise ManifestError(f"evidence: expected the name of its {name}, found {text!r}")
+            raise FormatError(f"evidence: expected the name of its {name}, found {text!r}")
     # The driver's CUDA version as it reports it: 13000 for 13.0.
     if not 1000 <= record.driver < 1000000:
-        raise ManifestError(
+        raise FormatError(
             f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
         )
 
@@ -346,7 +348,7 @@ def _read_record(path: Path, admit: Admit | None = None) -> Record:
         record = loads(data)
     except TrustError:
         raise
-    except (ArtifactError, ManifestError) as error:
+    except (ArtifactError, FormatError) as error:
         raise ArtifactError(
             explain(f"evidence {path}", expected="a valid record", found=error, remedy=RECORD_AGAIN)
         ) from error

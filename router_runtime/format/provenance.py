@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router_runtime.format import manifest as format_
-from router_runtime.format.manifest import ManifestError, Target
+from router_runtime.errors import FormatError
+from router_runtime.format.codec import decode, encode, refuse_duplicates
+from router_runtime.format.target import Target
 
 FORMAT_VERSION = 1
 
@@ -99,28 +100,28 @@ def stem(distribution: str, version: str) -> str:
 
 
 def marker_dumps(marker: Marker) -> bytes:
-    """The canonical bytes of a marker. Raises ManifestError if a field is not allowed."""
+    """The canonical bytes of a marker. Raises FormatError if a field is not allowed."""
     _check(marker.distribution, marker.version, marker.commit, marker.targets)
     _match(_SHA256, marker.manifest_sha256, "manifest_sha256")
-    return _canonical(format_.encode(marker))
+    return _canonical(encode(marker))
 
 
 def marker_loads(data: bytes) -> Marker:
-    """Parse a marker. Raises ManifestError unless ``marker_dumps`` would give these bytes."""
+    """Parse a marker. Raises FormatError unless ``marker_dumps`` would give these bytes."""
     document = _parse(data, "a release marker")
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
-        raise ManifestError(
+        raise FormatError(
             f"expected a release marker of format version {FORMAT_VERSION}, found {found!r}"
         )
-    marker: Marker = format_.decode(Marker, document, "release marker")
+    marker: Marker = decode(Marker, document, "release marker")
     if marker_dumps(marker) != data:
-        raise ManifestError("expected a release marker in its canonical form, found another")
+        raise FormatError("expected a release marker in its canonical form, found another")
     return marker
 
 
 def statement_dumps(statement: Statement) -> bytes:
-    """The canonical bytes of a statement. Raises ManifestError if a field is not allowed."""
+    """The canonical bytes of a statement. Raises FormatError if a field is not allowed."""
     _check(statement.distribution, statement.version, statement.commit, statement.targets)
     for name, digest in (*statement.subjects.items(), *statement.locks.items()):
         _match(_SHA256, digest, f"digest of {name}")
@@ -157,7 +158,7 @@ def statement_dumps(statement: Statement) -> bytes:
                         "version": statement.version,
                         "targets": list(statement.targets),
                     },
-                    "internalParameters": {"flags": format_.encode(statement.flags)},
+                    "internalParameters": {"flags": encode(statement.flags)},
                     "resolvedDependencies": [source, *locks, *packages],
                 },
                 "runDetails": {"builder": {"id": BUILDER}},
@@ -167,17 +168,17 @@ def statement_dumps(statement: Statement) -> bytes:
 
 
 def statement_loads(data: bytes) -> Statement:
-    """Parse a statement. Raises ManifestError unless ``statement_dumps`` would give these bytes."""
+    """Parse a statement. Raises FormatError unless ``statement_dumps`` would give these bytes."""
     document = _parse(data, "a provenance statement")
     try:
         statement = _statement(document)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ManifestError(
+        raise FormatError(
             f"expected a provenance statement of build type {BUILD_TYPE}, found {error!r}"
         ) from error
     # One way to write it: no key, type or order that is not this format's passes.
     if statement_dumps(statement) != data:
-        raise ManifestError(
+        raise FormatError(
             f"expected a provenance statement of build type {BUILD_TYPE} in its canonical form, "
             "found another"
         )
@@ -219,20 +220,20 @@ def _check(distribution: str, version: str, commit: str, targets: tuple[str, ...
     for target in targets:
         Target.parse(target)
     if not targets or len(set(targets)) != len(targets):
-        raise ManifestError(f"targets: expected distinct ones, found {list(targets)}")
+        raise FormatError(f"targets: expected distinct ones, found {list(targets)}")
 
 
 def _match(pattern: re.Pattern[str], text: Any, where: str) -> str:
     if not isinstance(text, str) or pattern.fullmatch(text) is None:
-        raise ManifestError(f"{where}: expected {pattern.pattern}, found {text!r}")
+        raise FormatError(f"{where}: expected {pattern.pattern}, found {text!r}")
     return text
 
 
 def _parse(data: bytes, what: str) -> Any:
     try:
-        return json.loads(data, object_pairs_hook=format_.refuse_duplicates)
+        return json.loads(data, object_pairs_hook=refuse_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ManifestError(f"expected {what} in JSON, found {error}") from error
+        raise FormatError(f"expected {what} in JSON, found {error}") from error
 
 
 def _canonical(document: Any) -> bytes:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from router_runtime.format.manifest import Repack
+from router_runtime.format.contract import Repack
 from router_runtime.routing.checks import wrong_value
 
 

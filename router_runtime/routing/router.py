@@ -25,11 +25,12 @@ from torch import Tensor
 from router_runtime import spec
 from router_runtime.checkpoint import gates as checkpoint
 from router_runtime.device import driver
+from router_runtime.device.dispatch import DENSE, TokenRange
 from router_runtime.device.kernels import Kernels, kernels_on
 from router_runtime.device.launch import LoadedKernel, Matrix, selector
-from router_runtime.device.resolve import DENSE, Request, Span
+from router_runtime.device.resolve import Request
 from router_runtime.errors import InputError, explain
-from router_runtime.format.manifest import Repack
+from router_runtime.format.contract import Repack
 from router_runtime.ops import registration as ops
 from router_runtime.routing.call import (
     Call,
@@ -146,9 +147,9 @@ class Router:
     Results are ``(weights fp32 [tokens, top_k], ids int32 [tokens, top_k])``. What else a call can
     be given stands in ``serving.py``.
 
-    A dense batch is one launch, of the decode or of the prefill kernel: ``spans`` says of which.
-    All of them carry one ``numerics`` tag, so a token's bits depend on no batch size. A batch
-    larger than the last span is split.
+    A dense batch is one launch, of the decode or of the prefill kernel:
+    ``token_ranges`` says of which. All of them carry one ``numerics`` tag, so a token's bits depend
+    on no batch size. A batch larger than the last range is split.
     """
 
     def __init__(
@@ -463,10 +464,10 @@ class Router:
             raise wrong_value(what, "a dense router", f"mode {self.config.mode!r}")
 
     @property
-    def spans(self) -> tuple[Span, ...]:
+    def token_ranges(self) -> tuple[TokenRange, ...]:
         """Which entry serves how many tokens. Empty for mode ``hash`` and on a CPU."""
         backend = self._backend
-        return backend.spans if isinstance(backend, _CudaDense | _CudaHashGate) else ()
+        return backend.token_ranges if isinstance(backend, _CudaDense | _CudaHashGate) else ()
 
     def update_weights(
         self,
@@ -514,17 +515,17 @@ class Router:
         registered router by its op, so that torch's dispatcher is too.
         """
         backend = self._backend
-        for tokens in [span.low for span in self.spans] or [1]:
+        for tokens in [each.low for each in self.token_ranges] or [1]:
             rows = self._dummies(tokens)
             if self._router_id is None:
                 backend.route(*rows)
             else:
                 self._op("", "default")(*rows, *self._numbers())
         if isinstance(backend, _CudaDense):
-            known = {span.entry.key for span in self.spans}
-            for span in backend.recording_spans:
-                if span.entry.key not in known:
-                    backend.route_with_logits(*self._dummies(span.low))
+            known = {each.entry.key for each in self.token_ranges}
+            for each in backend.recording_token_ranges:
+                if each.entry.key not in known:
+                    backend.route_with_logits(*self._dummies(each.low))
         if self._weights is not None and self._weights.image_bias is not None:
             images = torch.ones(1, dtype=torch.bool, device=self.device)
             self.forward(*self._dummies(1), image_mask=images)
@@ -725,9 +726,11 @@ class _DenseLauncher:
 class _Plan:
     """Launchers by the most tokens that each serves, in ascending order."""
 
-    def __init__(self, spans: Sequence[Span], launchers: Mapping[str, _DenseLauncher]) -> None:
-        self.highs = [span.high for span in spans]
-        self.launchers = [launchers[span.entry.key] for span in spans]
+    def __init__(
+        self, token_ranges: Sequence[TokenRange], launchers: Mapping[str, _DenseLauncher]
+    ) -> None:
+        self.highs = [each.high for each in token_ranges]
+        self.launchers = [launchers[each.entry.key] for each in token_ranges]
 
     def parts(self, tokens: int) -> Iterator[slice]:
         """The rows of each launch of a batch. No bit depends on where it is cut."""
@@ -762,23 +765,24 @@ class _CudaDense:
             )
             for kernel in DENSE
         ]
-        self.spans = kernels.dispatch(requests).require()
+        self.token_ranges = kernels.dispatch(requests).require()
         self._recording = kernels.dispatch(
             [dataclasses.replace(request, parameters=("logits_out",)) for request in requests]
         )
         launchers = {
             entry.key: _DenseLauncher(kernels.load_entry(entry), config, weights, self._placement)
             for entry in {
-                span.entry.key: span.entry for span in (*self.spans, *self._recording.spans)
+                each.entry.key: each.entry
+                for each in (*self.token_ranges, *self._recording.token_ranges)
             }.values()
         }
-        self._plan = _Plan(self.spans, launchers)
-        self._recording_plan = _Plan(self._recording.spans, launchers)
+        self._plan = _Plan(self.token_ranges, launchers)
+        self._recording_plan = _Plan(self._recording.token_ranges, launchers)
 
     @property
-    def recording_spans(self) -> tuple[Span, ...]:
-        """``spans`` of calls that also want logits."""
-        return self._recording.spans
+    def recording_token_ranges(self) -> tuple[TokenRange, ...]:
+        """``token_ranges`` of calls that also want logits."""
+        return self._recording.token_ranges
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         placement = self._placement
@@ -928,7 +932,7 @@ class _CudaHashGate:
         self._placement = Placement(table.device)
         shape = {"HIDDEN": self._hidden_size, "EXPERTS": self._experts, "TOP_K": self._top_k}
         request = Request(GATE, constants=shape | {"IMAGES": 0}, variant=variants.get(GATE))
-        self.spans = kernels.dispatch([request]).require()
+        self.token_ranges = kernels.dispatch([request]).require()
 
         def launch(kernel: LoadedKernel) -> ServingLaunch:
             return ServingLaunch(
@@ -946,8 +950,8 @@ class _CudaHashGate:
                 image_bias=weights.image_bias,
             )
 
-        self._highs = [span.high for span in self.spans]
-        self._launches = [launch(kernels.load_entry(span.entry)) for span in self.spans]
+        self._highs = [each.high for each in self.token_ranges]
+        self._launches = [launch(kernels.load_entry(each.entry)) for each in self.token_ranges]
         self._images: ServingLaunch | None = None
         if weights.image_bias is not None:
             self._images = launch(kernels.load(Request(GATE, constants=shape | {"IMAGES": 1})))

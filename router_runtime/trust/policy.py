@@ -26,14 +26,14 @@ from typing import Any
 from router_runtime.errors import (
     DISTRIBUTION,
     ArtifactError,
+    FormatError,
     TrustError,
     explain,
     install_extra,
 )
-from router_runtime.format import manifest as format_
 from router_runtime.format import provenance
+from router_runtime.format.codec import parse_json
 from router_runtime.format.files import read_file
-from router_runtime.format.manifest import ManifestError
 from router_runtime.format.provenance import Statement
 from router_runtime.version import __version__
 
@@ -200,7 +200,7 @@ def verify_envelope(data: bytes, public_key: Any) -> Statement:
     """The statement of a DSSE envelope that ``public_key`` has signed.
 
     ``public_key`` is an ``Ed25519PublicKey``. The key ids in the envelope are hints that anyone can
-    write, so they are ignored. Raises TrustError or ManifestError.
+    write, so they are ignored. Raises TrustError or FormatError.
     """
     invalid, _, _ = _library()
     payload, signatures = _parse_envelope(data)
@@ -223,34 +223,34 @@ def verify_envelope(data: bytes, public_key: Any) -> Statement:
 
 
 def _parse_envelope(data: bytes) -> tuple[bytes, list[bytes]]:
-    """Payload and signatures. Raises ManifestError for whatever DSSE or this format has not."""
-    document = format_.parse_json(data, "a DSSE envelope")
+    """Payload and signatures. Raises FormatError for whatever DSSE or this format has not."""
+    document = parse_json(data, "a DSSE envelope")
     expected = {"payload", "payloadType", "signatures"}
     if not isinstance(document, dict) or document.keys() != expected:
-        raise ManifestError(f"expected an envelope with exactly the keys {sorted(expected)}")
+        raise FormatError(f"expected an envelope with exactly the keys {sorted(expected)}")
     if document["payloadType"] != provenance.PAYLOAD_TYPE:
-        raise ManifestError(
+        raise FormatError(
             f"expected the payload type {provenance.PAYLOAD_TYPE}, found "
             f"{document['payloadType']!r}"
         )
     signatures = document["signatures"]
     if not isinstance(signatures, list) or not 1 <= len(signatures) <= _MAX_SIGNATURES:
-        raise ManifestError(f"expected 1 to {_MAX_SIGNATURES} signatures; the envelope is unsigned")
+        raise FormatError(f"expected 1 to {_MAX_SIGNATURES} signatures; the envelope is unsigned")
     found = []
     for signature in signatures:
         if not isinstance(signature, dict) or signature.keys() != {"keyid", "sig"}:
-            raise ManifestError("expected signatures with exactly the keys ['keyid', 'sig']")
+            raise FormatError("expected signatures with exactly the keys ['keyid', 'sig']")
         found.append(_base64(signature["sig"], "sig"))
     return _base64(document["payload"], "payload"), found
 
 
 def _base64(text: Any, where: str) -> bytes:
     if not isinstance(text, str):
-        raise ManifestError(f"{where}: expected base64, found {type(text).__name__}")
+        raise FormatError(f"{where}: expected base64, found {type(text).__name__}")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ManifestError(f"{where}: expected base64, found {error}") from error
+        raise FormatError(f"{where}: expected base64, found {error}") from error
 
 
 def _read_policy(
@@ -263,7 +263,7 @@ def _read_policy(
         statement = verify_envelope(data, key)
     except TrustError:
         raise
-    except (ArtifactError, ManifestError) as error:
+    except (ArtifactError, FormatError) as error:
         raise TrustError(
             explain(what, expected="a signed release", found=error, remedy=_VERIFY_RELEASE)
         ) from error

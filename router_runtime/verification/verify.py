@@ -10,13 +10,14 @@ import torch
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
+from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.loader import load_entry
-from router_runtime.device.resolve import DeviceFacts
 from router_runtime.errors import DriverError, TrustError, explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store as evidence
 from router_runtime.evidence.store import CaseRecord, Record
-from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.verification.examine import Run, examine
 from router_runtime.verification.kernel_run import KernelRun

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from build_kernels.catalog.models import Model
 from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
-from router_runtime.format.manifest import MANIFEST_NAME, Entry, Target, dumps
+from router_runtime.format.manifest import MANIFEST_NAME, Entry, dumps
+from router_runtime.format.target import Target
 
 #: Kernels of which a dense router consists start with this.
 DENSE = "dense_router"

@@ -24,7 +24,6 @@ import click
 
 from build_kernels.catalog.models import MODELS, Model
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.format.manifest import ManifestError
 from tests.bench import peers
 from tests.bench.contenders import CONTENDERS, GATE, MODES, OURS
 from tests.bench.machine import Cpu, Gpu
@@ -163,6 +162,6 @@ def main(
     )
     try:
         right = run(options, Cpu() if dry_run else Gpu(), click.echo)
-    except (RouterRuntimeError, ManifestError) as error:
+    except RouterRuntimeError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0 if right else 1)

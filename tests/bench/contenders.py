@@ -110,16 +110,16 @@ class DenseRouters:
 
     def served_by(self, tokens: int) -> str | None:
         """The entry that serves batches of that size; None on a CPU."""
-        spans = self._routers[0].spans
-        fitting = [span.entry.key for span in spans if tokens <= span.high]
-        if fitting or not spans:
+        token_ranges = self._routers[0].token_ranges
+        fitting = [each.entry.key for each in token_ranges if tokens <= each.high]
+        if fitting or not token_ranges:
             return next(iter(fitting), None)
-        return f"{spans[-1].entry.key}, by parts"
+        return f"{token_ranges[-1].entry.key}, by parts"
 
     def declines(self, tokens: int) -> bool:
         """True for a kernel alone that would need several launches."""
-        spans = self._routers[0].spans
-        return self._alone and bool(spans) and tokens > spans[-1].high
+        token_ranges = self._routers[0].token_ranges
+        return self._alone and bool(token_ranges) and tokens > token_ranges[-1].high
 
 
 class GateRouters:

@@ -27,18 +27,13 @@ import click
 
 from router_runtime import __version__
 from router_runtime.device import artifact_store as artifacts
-from router_runtime.device.resolve import (
-    DENSE,
-    MINIMUM_DRIVER,
-    DeviceFacts,
-    Request,
-    asking,
-    dispatch,
-    resolve,
-)
+from router_runtime.device.dispatch import DENSE, dispatch
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
+from router_runtime.device.resolve import Request, resolve, status_if_fitting
 from router_runtime.evidence import store as evidence
 from router_runtime.format import provenance
-from router_runtime.format.manifest import Entry, Manifest, Target
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
 ROOT = Path(__file__).parents[2]
@@ -154,13 +149,13 @@ def _chosen(
     )
     constants = {name: sizes[name] for name in ("HIDDEN", "EXPERTS", "TOP_K")}
     requests = [Request(kernel, constants) for kernel in DENSE]
-    dense = dispatch(requests, device, manifest, asking(requests, device, status))
-    chosen = [span.entry for span in dense.require()]
+    dense = dispatch(requests, device, manifest, status_if_fitting(requests, device, status))
+    chosen = [each.entry for each in dense.require()]
     taken = (*DENSE, *WITHOUT_A_ROUTER)
     others = {entry.kernel: entry.model for entry in manifest.entries if entry.kernel not in taken}
     for kernel, owner in sorted(others.items()):
         request = Request(kernel, constants if owner is not None else {})
-        found = resolve(request, device, manifest, asking([request], device, status))
+        found = resolve(request, device, manifest, status_if_fitting([request], device, status))
         chosen += [candidate.entry for candidate in found.candidates if candidate.accepted]
     return chosen
 

@@ -78,7 +78,7 @@ def program(constants):
 """
 
 CONTRACT = """
-from router_runtime.format.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.contract import Contract, GridAxis, Parameter
 
 
 def contract(constants):
@@ -262,13 +262,14 @@ EVIDENCE = """
 import sys
 from pathlib import Path
 from router_runtime.evidence import store as evidence
-from router_runtime.format import manifest
+from router_runtime.format.manifest import loads
+from router_runtime.format.target import Target
 from router_runtime.evidence import cases as suite
 
-built = manifest.loads(Path("artifacts/manifest.json").read_bytes())
+built = loads(Path("artifacts/manifest.json").read_bytes())
 for entry in built.entries:
     if entry.target in {targets!r}:
-        target = manifest.Target.parse(entry.target)
+        target = Target.parse(entry.target)
         record = evidence.Record(
             entry=entry.key,
             kernel=entry.kernel,

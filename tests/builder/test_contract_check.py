@@ -12,7 +12,9 @@ import pytest
 from build_kernels.build import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
 from build_kernels.compile.cubin import Cubin, read
 from build_kernels.errors import BuildError
-from router_runtime.format.manifest import Contract, GridAxis, ManifestError, Parameter, Target
+from router_runtime.errors import FormatError
+from router_runtime.format.contract import Contract, GridAxis, Parameter
+from router_runtime.format.target import Target
 from tests.builder.conftest import Compile, Project
 
 CONSTANT = GridAxis("constant")
@@ -183,7 +185,7 @@ def test_tensor_maps_are_where_the_compiler_puts_them(
 
 
 def test_a_target_without_a_known_parameter_space_is_refused() -> None:
-    with pytest.raises(ManifestError, match=r"major version \[9, 10\], found sm_120a"):
+    with pytest.raises(FormatError, match=r"major version \[9, 10\], found sm_120a"):
         CONTRACT.parameter_layout(Target.parse("sm_120a"))
 
 

@@ -30,7 +30,12 @@ def _census(data: bytes) -> dict[str, int]:
     ],
 )
 def test_literals(value: float, text: str) -> None:
-    assert nvrtc.literal(value) == text
+    assert nvrtc.literal("NAME", value) == text
+
+
+def test_a_string_constant_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"constant FORM: .* found the string 'swap_ab'; next:"):
+        nvrtc.literal("FORM", "swap_ab")
 
 
 @pytest.mark.parametrize("value", [1e-20, 3.4028234663852886e38, 1.0 / 3.0, 1e-45])

@@ -16,7 +16,8 @@ import pytest
 
 from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE, find_artifacts
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.format.manifest import MANIFEST_NAME, Target, loads
+from router_runtime.format.manifest import MANIFEST_NAME, loads
+from router_runtime.format.target import Target
 
 HERE = Path(__file__).parent
 

@@ -23,7 +23,8 @@ from router_runtime.device.loader import load_entry
 from router_runtime.errors import explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
-from router_runtime.format.manifest import Entry, Target
+from router_runtime.format.manifest import Entry
+from router_runtime.format.target import Target
 from router_runtime.verification.inputs import ROW_INPUT, Inputs, make_inputs
 from router_runtime.verification.kernel_run import KernelRun
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from router_runtime.device.resolve import Span
+from router_runtime.device.dispatch import TokenRange
 from router_runtime.routing.router import _Plan
 
 #: As many rows as the largest batch; every batch is made of some of them.
@@ -56,14 +56,14 @@ class Subject:
         takes; larger batches are split.
         """
         backend = self.router._backend
-        own, spans = backend._plan, backend.spans
-        launchers = dict(zip((span.entry.key for span in spans), own.launchers, strict=True))
+        own, token_ranges = backend._plan, backend.token_ranges
+        launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
         try:
             yield "as dispatched"
-            for entry in {span.entry.key: span.entry for span in spans}.values():
+            for entry in {each.entry.key: each.entry for each in token_ranges}.values():
                 low, high = entry.contract.limits["tokens"]
                 if low == 1:
-                    backend._plan = _Plan([Span(low, high, entry)], launchers)
+                    backend._plan = _Plan([TokenRange(low, high, entry)], launchers)
                     yield entry.key
         finally:
             backend._plan = own

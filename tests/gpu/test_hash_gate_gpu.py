@@ -58,7 +58,7 @@ def routers(model):
     """The product, and every variant alone."""
     product = make_gate(model)
     yield product
-    for variant in sorted({span.entry.variant for span in product.spans}):
+    for variant in sorted({each.entry.variant for each in product.token_ranges}):
         yield make_gate(model, variants={"hash_gate": variant})
 
 
@@ -130,7 +130,7 @@ def test_every_batch_size(gate_models, pool):
                     rows = slice(start, start + size)
                     found = router(x[rows], token_ids[rows])
                     count += differing(found, [output[rows] for output in expected])
-            assert int(count) == 0, router.spans
+            assert int(count) == 0, router.token_ranges
 
 
 def test_neighbours_that_are_not_finite(gate_models, pool):

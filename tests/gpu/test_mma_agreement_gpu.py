@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig
-from router_runtime.device.resolve import Span
+from router_runtime.device.dispatch import TokenRange
 from router_runtime.routing.router import _Plan
 
 #: Tokens of one pattern: three models and five patterns make 4e7 logits of each kernel.
@@ -71,12 +71,12 @@ PATTERNS = {
 def kernels(router):
     """Each kernel that can store logits, alone, whatever the batch."""
     backend = router._backend
-    own, spans = backend._recording_plan, backend._recording.spans
-    launchers = dict(zip((span.entry.key for span in spans), own.launchers, strict=True))
+    own, token_ranges = backend._recording_plan, backend._recording.token_ranges
+    launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
     try:
-        for entry in {span.entry.key: span.entry for span in spans}.values():
+        for entry in {each.entry.key: each.entry for each in token_ranges}.values():
             low, high = entry.contract.limits["tokens"]
-            backend._recording_plan = _Plan([Span(low, high, entry)], launchers)
+            backend._recording_plan = _Plan([TokenRange(low, high, entry)], launchers)
             yield entry.kernel
     finally:
         backend._recording_plan = own

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def batch_sizes(router):
     """One batch for each kernel that the router dispatches to, its largest up to 300 tokens."""
-    return [min(span.high, max(span.low, 300)) for span in router.spans]
+    return [min(each.high, max(each.low, 300)) for each in router.token_ranges]
 
 
 def capture(calls):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig, register_router, unregister_router
-from router_runtime.device.resolve import Span
+from router_runtime.device.dispatch import TokenRange
 from router_runtime.evidence import cases as suite
 from router_runtime.routing.router import _Plan
 from router_runtime.verification.inputs import make_inputs
@@ -131,14 +131,14 @@ class Subject:
     def kernels(self):
         """As dispatched, then each kernel alone; larger batches are split."""
         backend = self.router._backend
-        own, spans = backend._plan, backend.spans
-        launchers = dict(zip((span.entry.key for span in spans), own.launchers, strict=True))
+        own, token_ranges = backend._plan, backend.token_ranges
+        launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
         try:
             yield "as dispatched"
-            for entry in {span.entry.key: span.entry for span in spans}.values():
+            for entry in {each.entry.key: each.entry for each in token_ranges}.values():
                 low, high = entry.contract.limits["tokens"]
                 if low == 1:
-                    backend._plan = _Plan([Span(low, high, entry)], launchers)
+                    backend._plan = _Plan([TokenRange(low, high, entry)], launchers)
                     yield entry.key
         finally:
             backend._plan = own

@@ -13,7 +13,7 @@ from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common import numerics
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.plan import KERNELS
-from router_runtime.format.manifest import Contract, GridAxis, validate_contract
+from router_runtime.format.contract import Contract, GridAxis, validate_contract
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "hash_router": {"THREADS": 128, "TOKENS_PER_BLOCK": 32},

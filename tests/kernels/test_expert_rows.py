@@ -17,10 +17,10 @@ from build_kernels.kernels.dense_router_prefill.rows_geometry import (
     RANKED,
     RowsGeometry,
 )
-from router_runtime.format.manifest import GridAxis, validate_contract
+from router_runtime.format.contract import GridAxis, validate_contract
 
 
-def rows_variants() -> Iterator[tuple[str, dict[str, int | float]]]:
+def rows_variants() -> Iterator[tuple[str, dict[str, int | float | str]]]:
     for kernel in KERNELS:
         for variant in kernel.variants:
             for model in MODELS:
@@ -32,7 +32,7 @@ def rows_variants() -> Iterator[tuple[str, dict[str, int | float]]]:
 VARIANTS = dict(rows_variants())
 
 
-def constants(**changes: int) -> dict[str, int | float]:
+def constants(**changes: int) -> dict[str, int | float | str]:
     return {**next(iter(VARIANTS.values())), **changes}
 
 

@@ -33,6 +33,7 @@ from build_kernels.kernels.dense_router_prefill import (
 from build_kernels.kernels.dense_router_prefill.contract import contract, split_contract
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from router_runtime.format.contract import Constants
 from tests.kernels.tensor_core import (
     BASE,
     Block,
@@ -228,7 +229,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Running:
     ids=["flash", "pro", "own"],
 )
 def test_every_logit_comes_from_its_own_operands(
-    constants: Mapping[str, int | float], tokens: int, running: Running
+    constants: Constants, tokens: int, running: Running
 ) -> None:
     """The walk: packed image and tensor map -> stages -> descriptors -> MMAs -> tensor memory ->
     registers -> staged rows -> the owner's sums -> the logits' places."""
@@ -352,7 +353,7 @@ def route(
     ids=["two tiles", "two parts with idle rows", "one block, one short chunk"],
 )
 def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
-    constants: Mapping[str, int | float], division: Mapping[str, int], running: Running
+    constants: Constants, division: Mapping[str, int], running: Running
 ) -> None:
     """The walk of the form for many tokens, all its warps at once: rings that wrap, stages that
     blocks fill for each other, accumulators that take turns, a last chunk that is short."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from build_kernels.kernels.dense_router_prefill.geometry import LANES
-from router_runtime.format.manifest import Contract
+from router_runtime.format.contract import Contract
 from tests.kernels.tensor_core import Block, Sums, to_bf16
 
 

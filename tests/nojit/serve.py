@@ -107,8 +107,8 @@ def would_have_compiled(compilers: list[str], control: int) -> list[str]:
 def models(device: str) -> list[dict[str, int]]:
     """The sizes of every dense router that the device has kernels for."""
     from router_runtime.device.artifact_store import find_artifacts, read_manifest
-    from router_runtime.device.resolve import DENSE
-    from router_runtime.format.manifest import Target
+    from router_runtime.device.dispatch import DENSE
+    from router_runtime.format.target import Target
 
     if device == "cpu":
         return [SIZES]
@@ -142,7 +142,7 @@ def run_ops(model: dict[str, int], device: str) -> None:
                 routers[mode] = (router, register_router(router))
             router, values["router_id"] = routers[mode]
             if device != "cpu" and mode == "dense":
-                counts = [n for span in router.spans for n in (span.low, span.high)]
+                counts = [n for each in router.token_ranges for n in (each.low, each.high)]
         arguments = [each for each in op._schema.arguments if not each.has_default_value()]
         if unknown := sorted({each.name for each in arguments} - set(values)):
             raise RuntimeError(f"{name}: teach {Path(__file__).name} the arguments {unknown}")

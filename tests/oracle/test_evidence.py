@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from router_runtime.errors import ArtifactError
+from router_runtime.errors import ArtifactError, FormatError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store as evidence
-from router_runtime.format.manifest import (
-    Contract,
-    Entry,
-    GridAxis,
-    Manifest,
-    ManifestError,
-    Parameter,
-    Resources,
-    Toolchain,
-)
+from router_runtime.format.contract import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain
 from router_runtime.verification import inputs
 from router_runtime.verification.examine import examine
 from router_runtime.verification.judge import clear_ids_sha256
@@ -346,7 +338,7 @@ def test_malformed_evidence_is_refused(record, change, tmp_path):
     document = json.loads(evidence.dumps(record))
     change(document)
     data = json.dumps(document).encode()
-    with pytest.raises(ManifestError, match="expected"):
+    with pytest.raises(FormatError, match="expected"):
         evidence.loads(data)
     (tmp_path / record.file_name).write_bytes(data)
     with pytest.raises(ArtifactError, match="verify --record"):
@@ -355,7 +347,7 @@ def test_malformed_evidence_is_refused(record, change, tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 2}', b"\xff"])
 def test_rubbish_is_refused(data):
-    with pytest.raises(ManifestError):
+    with pytest.raises(FormatError):
         evidence.loads(data)
 
 

@@ -13,20 +13,12 @@ import pytest
 import torch
 
 from router_runtime import spec
-from router_runtime.device.resolve import DeviceFacts
+from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import ArtifactError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store as evidence
-from router_runtime.format.manifest import (
-    Contract,
-    Entry,
-    GridAxis,
-    Manifest,
-    Parameter,
-    Resources,
-    Toolchain,
-    artifact_name,
-)
+from router_runtime.format.contract import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain, artifact_name
 from router_runtime.format.manifest import dumps as dump_manifest
 from router_runtime.verification import shared_trials, verify
 from router_runtime.verification.examine import examine

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +25,25 @@ from cuda.bindings import driver as real
 
 from router_runtime import spec
 from router_runtime.device import driver, kernels, loader
-from router_runtime.format import manifest
-from router_runtime.format.manifest import (
+from router_runtime.format.contract import (
+    PARAMETER_TYPES,
+    Constants,
     Contract,
-    Entry,
     GridAxis,
-    Manifest,
     Parameter,
     Repack,
     TensorMap,
 )
+from router_runtime.format.manifest import (
+    MANIFEST_NAME,
+    Entry,
+    Manifest,
+    Resources,
+    Toolchain,
+    artifact_name,
+    dumps,
+)
+from router_runtime.format.target import Target
 from router_runtime.routing import row_ops as rows
 
 SUCCESS = real.CUresult.CUDA_SUCCESS
@@ -166,7 +175,7 @@ def make_entry(
     model: str | None = None,
     target: str = "sm_90a",
     variant: str = "portable",
-    constants: Mapping[str, int | float] | None = None,
+    constants: Constants | None = None,
     numerics: str | None = None,
     shared: int = 0,
     latency: tuple[tuple[int, float], ...] = (),
@@ -179,21 +188,21 @@ def make_entry(
         target=target,
         variant=variant,
         constants=constants or {},
-        file=manifest.artifact_name(kernel, model, target, variant, digest),
+        file=artifact_name(kernel, model, target, variant, digest),
         sha256=digest,
         size=len(code),
         symbol=kernel,
         contract=contract,
         source_sha256=ZERO,
         numerics=numerics,
-        resources=manifest.Resources(32, 0, 0, 0, shared),
+        resources=Resources(32, 0, 0, 0, shared),
         latency=latency,
     )
 
 
 def machine_code(kernel: str, model: str | None, target: str, variant: str) -> bytes:
     """Bytes that differ from entry to entry, with the header of a cubin for the target."""
-    parsed = manifest.Target.parse(target)
+    parsed = Target.parse(target)
     architecture = (parsed.major * 10 + parsed.minor) << 8
     header = struct.pack("<6s10xHH28xI12x", b"\x7fELF\x02\x01", 2, 190, architecture)
     return header + f"{kernel} {model} {target} {variant}".encode() * 8
@@ -205,7 +214,7 @@ def code_of(entry: Entry) -> bytes:
 
 
 def make_manifest(entries: list[Entry]) -> Manifest:
-    toolchain = manifest.Toolchain({"nvrtc": "13.5.37"}, {"cuda": ("-std=c++20",)})
+    toolchain = Toolchain({"nvrtc": "13.5.37"}, {"cuda": ("-std=c++20",)})
     return Manifest(ZERO, toolchain, tuple(entries))
 
 
@@ -213,7 +222,7 @@ def write_artifacts(folder: Path, entries: list[Entry]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in entries:
         (folder / entry.file).write_bytes(code_of(entry))
-    (folder / manifest.MANIFEST_NAME).write_bytes(manifest.dumps(make_manifest(entries)))
+    (folder / MANIFEST_NAME).write_bytes(dumps(make_manifest(entries)))
     return folder
 
 
@@ -353,7 +362,7 @@ class FakeDriver:
         return SUCCESS, library
 
     def cuKernelGetParamInfo(self, kernel: Any, index: int) -> tuple[Any, int, int]:
-        target = manifest.Target.parse(kernel.entry.target)
+        target = Target.parse(kernel.entry.target)
         layout = self.layouts.get(
             kernel.entry.symbol, kernel.entry.contract.parameter_layout(target)
         )
@@ -405,7 +414,7 @@ class FakeDriver:
         arguments: dict[str, Any] = {}
         raw: dict[str, bytes] = {}
         for parameter, address in zip(entry.contract.parameters, table, strict=True):
-            size = manifest.PARAMETER_TYPES[parameter.type][0]
+            size = PARAMETER_TYPES[parameter.type][0]
             raw[parameter.name] = ctypes.string_at(address, size)
             if parameter.type != "tensormap":
                 kind = CTYPES.get(parameter.type, ctypes.c_uint64)

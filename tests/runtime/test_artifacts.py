@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from router_runtime.device import artifact_store as artifacts
-from router_runtime.errors import ArtifactError
-from router_runtime.format.manifest import MANIFEST_NAME, ManifestError, dumps, loads
+from router_runtime.errors import ArtifactError, FormatError
+from router_runtime.format.manifest import MANIFEST_NAME, dumps, loads
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_path_outside_the_folder(folder: Path, name: str) -> None:
     document = json.loads((folder / MANIFEST_NAME).read_bytes())
     document["entries"][0]["file"] = name
     (folder / MANIFEST_NAME).write_text(json.dumps(document))
-    with pytest.raises(ManifestError, match=r"plain \.cubin file name"):
+    with pytest.raises(FormatError, match=r"plain \.cubin file name"):
         artifacts.read_manifest(folder)
 
 
@@ -82,7 +82,7 @@ def test_unknown_key(folder: Path) -> None:
     document = json.loads((folder / MANIFEST_NAME).read_bytes())
     document["entries"][0]["fallback"] = "ptx"
     (folder / MANIFEST_NAME).write_text(json.dumps(document))
-    with pytest.raises(ManifestError, match=r"entries\[0\].*unknown \['fallback'\]"):
+    with pytest.raises(FormatError, match=r"entries\[0\].*unknown \['fallback'\]"):
         artifacts.read_manifest(folder)
 
 
@@ -90,7 +90,7 @@ def test_newer_version(folder: Path) -> None:
     document = json.loads((folder / MANIFEST_NAME).read_bytes())
     document["format_version"] += 1
     (folder / MANIFEST_NAME).write_text(json.dumps(document))
-    with pytest.raises(ManifestError, match=r"expected manifest format version 1, found 2"):
+    with pytest.raises(FormatError, match=r"expected manifest format version 1, found 2"):
         artifacts.read_manifest(folder)
 
 
@@ -137,7 +137,7 @@ def test_default_places(
 )
 def test_latencies_that_make_no_sense(build: SimpleNamespace, latency: Any) -> None:
     entry = build.entry("hash_router", build.hash(), latency=latency)
-    with pytest.raises(ManifestError, match="latency: expected ascending token counts"):
+    with pytest.raises(FormatError, match="latency: expected ascending token counts"):
         dumps(build.manifest([entry]))
 
 

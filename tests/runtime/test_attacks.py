@@ -22,15 +22,15 @@ from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.loader import load_entry
 from router_runtime.device.resolve import Request
-from router_runtime.errors import ArtifactError, RouterRuntimeError
+from router_runtime.errors import ArtifactError, FormatError, RouterRuntimeError
 from router_runtime.evidence import store as evidence
-from router_runtime.format import manifest as format_
 from router_runtime.format import provenance
-from router_runtime.format.manifest import MANIFEST_NAME, ManifestError
+from router_runtime.format.codec import encode, parse_json
+from router_runtime.format.manifest import MANIFEST_NAME, artifact_name, dumps
 from tests.runtime import releases
 
 #: What a reader of an artifacts folder may raise, and nothing else.
-REFUSALS = (RouterRuntimeError, ManifestError)
+REFUSALS = RouterRuntimeError
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def replaced(build: SimpleNamespace, folder: Path, code: bytes, **changes: Any) 
     entry = build.entry("hash_router", build.hash(), **changes)
     sha256 = hashlib.sha256(code).hexdigest()
     parts = (entry.kernel, entry.model, entry.target, entry.variant)
-    document = json.loads(format_.dumps(build.manifest([entry])))
-    file = format_.artifact_name(*parts, sha256)
+    document = json.loads(dumps(build.manifest([entry])))
+    file = artifact_name(*parts, sha256)
     document["entries"][0].update(file=file, sha256=sha256, size=len(code))
     folder.mkdir()
     (folder / file).write_bytes(code)
@@ -214,7 +214,7 @@ def test_only_plain_files_are_read(folder: Path, fake: Any, name: str, kind: str
 @pytest.mark.parametrize("name", ["../a.cubin", "..", "/etc/passwd", "a/../b.cubin", "\0.cubin"])
 def test_names_that_lead_elsewhere(folder: Path, name: str) -> None:
     for path, refusal in (
-        (folder / MANIFEST_NAME, ManifestError),
+        (folder / MANIFEST_NAME, FormatError),
         (next((folder / "evidence").iterdir()), ArtifactError),
     ):
         data = path.read_bytes()
@@ -259,7 +259,7 @@ def test_entries_that_changed_places_in_the_manifest(folder: Path, fake: Any) ->
         path = folder / MANIFEST_NAME
         data = path.read_bytes()
         path.write_text(json.dumps(document))
-        with pytest.raises(ManifestError, match="expected the file"):
+        with pytest.raises(FormatError, match="expected the file"):
             artifacts.read_manifest(folder)
         path.write_bytes(data)
 
@@ -369,7 +369,7 @@ def test_a_record_for_another_cubin(folder: Path, fake: Any) -> None:
         path.unlink()
     record = releases.record_of(entry, sha256="a" * 64)
     (folder / "evidence" / record.file_name).write_bytes(
-        json.dumps(format_.encode(record), sort_keys=True).encode()
+        json.dumps(encode(record), sort_keys=True).encode()
     )
     with pytest.raises(ArtifactError, match="expected the file"):
         load_all(folder)
@@ -417,8 +417,8 @@ def test_rubbish(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
 def test_numbers_that_are_not_json(name: str) -> None:
     """Wherever they stand, and whatever the format says of the value."""
-    with pytest.raises(ManifestError, match=f"expected finite numbers, found {name}"):
-        format_.parse_json(f'{{"any": [{name}]}}'.encode(), "a document")
+    with pytest.raises(FormatError, match=f"expected finite numbers, found {name}"):
+        parse_json(f'{{"any": [{name}]}}'.encode(), "a document")
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_every_value_replaced_by_every_weird_one(
     (marker,) = folder.glob("*" + provenance.MARKER_SUFFIX)
     marker.unlink()
     entries = [entry for entry in fake.entries if entry.kernel == which]
-    document = json.loads(format_.dumps(build.manifest(entries)))
+    document = json.loads(dumps(build.manifest(entries)))
     refused = 0
     for path in [found for found in leaves(document) if found]:
         for value in WEIRD:
@@ -491,6 +491,6 @@ def test_every_value_of_a_record_replaced_by_every_weird_one(folder: Path) -> No
             changed = with_value(document, path, value)
             try:
                 evidence.loads(json.dumps(changed).encode())
-            except ManifestError:
+            except FormatError:
                 refused += 1
     assert refused > 300

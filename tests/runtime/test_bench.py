@@ -299,13 +299,13 @@ def test_the_product_says_what_serves_it_and_a_kernel_alone_declines_more(monkey
         key: str
 
     @dataclasses.dataclass
-    class Span:
+    class TokenRange:
         high: int
         entry: Entry
 
-    spans = (Span(8, Entry("decode")), Span(64, Entry("prefill")))
+    token_ranges = (TokenRange(8, Entry("decode")), TokenRange(64, Entry("prefill")))
     layers = make_layers(cli.TINY, 1, torch.device("cpu"))
-    monkeypatch.setattr("router_runtime.Router.spans", spans)
+    monkeypatch.setattr("router_runtime.Router.token_ranges", token_ranges)
     product = CONTENDERS[OURS].make(layers, "pdl", Settings({}, {}))
     assert [product.served_by(tokens) for tokens in (8, 9, 65)] == [
         *("decode", "prefill", "prefill, by parts")

@@ -19,8 +19,10 @@ from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.plan import plan
 from router_runtime import spec
+from router_runtime.device.dispatch import DENSE, dispatch
+from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.kernels import kernels_on
-from router_runtime.device.resolve import DENSE, DeviceFacts, Request, dispatch
+from router_runtime.device.resolve import Request
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.router import RouterConfig, _CudaDense, _CudaHash, _Weights
 
@@ -69,13 +71,13 @@ def test_dense_router_binds(catalog: Any, model: Any, monkeypatch: pytest.Monkey
         torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16), torch.zeros(model.experts)
     )
     # Both kernels serve, as the figures say, and either can serve alone.
-    assert {span.entry.kernel for span in path.spans} == {DECODE, PREFILL}
-    assert path.spans[0].entry.kernel == DECODE
-    for span in path.spans:
-        path.route(torch.zeros(span.low, model.hidden, dtype=torch.bfloat16))
+    assert {each.entry.kernel for each in path.token_ranges} == {DECODE, PREFILL}
+    assert path.token_ranges[0].entry.kernel == DECODE
+    for each in path.token_ranges:
+        path.route(torch.zeros(each.low, model.hidden, dtype=torch.bfloat16))
     path.route_with_logits(torch.zeros(3, model.hidden, dtype=torch.bfloat16))
     symbols = [launch.symbol for launch in catalog.launches]
-    assert symbols == [*(span.entry.symbol for span in path.spans), DECODE]
+    assert symbols == [*(each.entry.symbol for each in path.token_ranges), DECODE]
     for launch in catalog.launches:
         assert launch.arguments["scale"] == model.scale
         assert launch.arguments["renormalize"] == 1
@@ -127,8 +129,8 @@ def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> 
 
     def served(status: Any, **variants: str) -> set[str]:
         requests = [Request(k, shape, variant=variants.get(k)) for k in DENSE]
-        spans = dispatch(requests, device, manifest, status).require()
-        return {span.entry.variant for span in spans}
+        token_ranges = dispatch(requests, device, manifest, status).require()
+        return {each.entry.variant for each in token_ranges}
 
     def today(entry: Any) -> str:
         return "source-verified" if entry.variant.startswith("portable") else "unproven"

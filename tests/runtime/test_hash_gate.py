@@ -140,18 +140,18 @@ def test_cpu(router: Router, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("tokens", "served_by"), [(1, "portable"), (8, "portable"), (60, "many")])
 def test_cuda(gate: Any, tokens: int, served_by: str, dtype: torch.dtype) -> None:
     made = on_gpu()
-    assert [span.entry.variant for span in made.spans] == ["portable", "many_tokens"]
+    assert [each.entry.variant for each in made.token_ranges] == ["portable", "many_tokens"]
     same(made(hidden(tokens), token_ids(tokens).to(dtype)), expected(tokens))
     (launch,) = gate.launches
     assert launch.grid == (tokens, 1, 1)
     assert launch.arguments["serving"] == 0
     place = 0 if served_by == "portable" else 1
-    assert tokens <= made.spans[place].high
+    assert tokens <= made.token_ranges[place].high
 
 
 @pytest.mark.parametrize("name", ["many_tokens", "portable"])
 def test_a_named_variant_serves_all(gate: Any, name: str) -> None:
-    assert [span.entry.variant for span in on_gpu(hash_gate=name).spans] == [name]
+    assert [each.entry.variant for each in on_gpu(hash_gate=name).token_ranges] == [name]
 
 
 def test_layouts_are_handled(gate: Any) -> None:
@@ -200,7 +200,7 @@ def test_image_variant_is_required_at_construction(
         build.entry("hash_gate", build.gate(), model="s", constants=constants, numerics=TAG)
     ]
     build.artifacts(tmp_path / "artifacts", gpu.entries)
-    assert on_gpu(None).spans
+    assert on_gpu(None).token_ranges
     with pytest.raises(ResolutionError, match="IMAGES is 0, not 1"):
         on_gpu()
 
@@ -256,10 +256,14 @@ def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: 
     weights = _Weights(config, torch.device("cpu"), True)
     table = torch.zeros(11, model.top_k, dtype=torch.int32)
     path = _CudaHashGate(config, weights, table, kernels_on(0), {})
-    assert [span.entry.variant for span in path.spans] == ["portable", "more_tokens", "many_tokens"]
-    for span in path.spans:
-        rows = torch.zeros(span.low, model.hidden, dtype=torch.bfloat16)
-        path.route(rows, torch.zeros(span.low, dtype=torch.int64))
+    assert [each.entry.variant for each in path.token_ranges] == [
+        "portable",
+        "more_tokens",
+        "many_tokens",
+    ]
+    for each in path.token_ranges:
+        rows = torch.zeros(each.low, model.hidden, dtype=torch.bfloat16)
+        path.route(rows, torch.zeros(each.low, dtype=torch.int64))
         (launch,) = gpu.launches[-1:]
-        assert launch.block == (32 * span.entry.constants["WARPS"], 1, 1)
+        assert launch.block == (32 * each.entry.constants["WARPS"], 1, 1)
         assert launch.arguments["vocab"] == 11

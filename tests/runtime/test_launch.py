@@ -15,7 +15,7 @@ from cuda.bindings import driver as real
 from router_runtime.device import launch
 from router_runtime.device.launch import LoadedKernel, Matrix
 from router_runtime.errors import DriverError, InputError
-from router_runtime.format.manifest import GridAxis, TensorMap
+from router_runtime.format.contract import GridAxis, TensorMap
 
 ONE = GridAxis("constant")
 CLUSTER = int(real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)

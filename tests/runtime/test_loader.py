@@ -15,7 +15,7 @@ from cuda.bindings import driver as real
 from router_runtime.device import driver
 from router_runtime.device.loader import load_entry
 from router_runtime.errors import ArtifactError, DriverError
-from router_runtime.format.manifest import Target
+from router_runtime.format.target import Target
 
 
 @pytest.fixture

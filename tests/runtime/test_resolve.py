@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from router_runtime.device.resolve import (
-    MINIMUM_DRIVER,
-    NOT_ASKED,
-    DeviceFacts,
-    Request,
-    asking,
-    dispatch,
-    resolve,
-)
+from router_runtime.device.dispatch import dispatch
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
+from router_runtime.device.resolve import NOT_READ, Request, resolve, status_if_fitting
 from router_runtime.errors import ResolutionError
 
 H100 = DeviceFacts(9, 0, MINIMUM_DRIVER, 132, 227 * 1024)
@@ -96,16 +90,18 @@ def test_evidence_is_asked_for_only_where_it_decides(build: SimpleNamespace) -> 
         return "verified"
 
     request = Request("dense_router_decode", SHAPE)
-    found = resolve(request, H100, build.manifest(entries), asking([request], H100, status))
+    found = resolve(
+        request, H100, build.manifest(entries), status_if_fitting([request], H100, status)
+    )
     assert found.choice in entries[:2]
     assert sorted(asked) == ["portable", "second"]
-    assert found.trace().count("[not asked]: ") == 2
+    assert found.trace().count("[not read]: ") == 2
     assert "no evidence" not in found.trace()
 
 
 def test_what_was_not_asked_is_not_proven(build: SimpleNamespace) -> None:
     """Whoever answers so for an entry that could serve does not make it serve."""
-    found = decide(build, [dense(build)], NOT_ASKED)
+    found = decide(build, [dense(build)], NOT_READ)
     assert found.choice is None
     assert "no evidence that this digest" in found.trace()
 
@@ -198,22 +194,22 @@ def divide(
     return dispatch(REQUESTS, device, build.manifest(entries), status)
 
 
-def spans_of(found: Any) -> list[tuple[int, int, str, str]]:
+def token_ranges_of(found: Any) -> list[tuple[int, int, str, str]]:
     return [
-        (span.low, span.high, span.entry.kernel.rpartition("_")[2], span.entry.variant)
-        for span in found.require()
+        (each.low, each.high, each.entry.kernel.rpartition("_")[2], each.entry.variant)
+        for each in found.require()
     ]
 
 
 def test_the_measured_latency_decides(build: SimpleNamespace) -> None:
     decode, prefill = phase(build, "decode"), phase(build, "prefill", 2**22)
-    found = spans_of(divide(build, [prefill, decode]))
+    found = token_ranges_of(divide(build, [prefill, decode]))
     assert found == [(1, 64, "decode", "portable"), (65, 2**22, "prefill", "portable")]
     slow = dataclasses.replace(decode, latency=((1, 4.0), (64, 12.5), (1024, 90.0)))
-    assert spans_of(divide(build, [prefill, slow]))[0] == (1, 1, "decode", "portable")
+    assert token_ranges_of(divide(build, [prefill, slow]))[0] == (1, 1, "decode", "portable")
     # Beyond the last figure a token costs what it costs there: 12 / 64 us, more than 90 / 1024.
     short = dataclasses.replace(prefill, latency=FIGURES["prefill"][:2])
-    found = spans_of(divide(build, [decode, short]))
+    found = token_ranges_of(divide(build, [decode, short]))
     assert found == [(1, 2**20, "decode", "portable"), (2**20 + 1, 2**22, "prefill", "portable")]
 
 
@@ -221,7 +217,7 @@ def test_several_variants_within_their_limits(build: SimpleNamespace) -> None:
     few = phase(build, "decode", 16, variant="few", latency=((1, 3.0), (64, 9.0)))
     decode = phase(build, "decode", 64)
     wide = phase(build, "prefill", low=33, variant="wide", latency=((1, 9.0), (1024, 15.0)))
-    found = spans_of(divide(build, [wide, decode, few]))
+    found = token_ranges_of(divide(build, [wide, decode, few]))
     assert found == [
         (1, 1, "decode", "few"),
         (2, 64, "decode", "portable"),
@@ -233,10 +229,10 @@ def test_without_figures_the_closest_fit_serves(build: SimpleNamespace) -> None:
     decode, prefill = (
         phase(build, name, high, latency=()) for name, high in (("decode", 64), ("prefill", 4096))
     )
-    found = spans_of(divide(build, [decode, prefill]))
+    found = token_ranges_of(divide(build, [decode, prefill]))
     assert found == [(1, 64, "decode", "portable"), (65, 4096, "prefill", "portable")]
     measured = dataclasses.replace(prefill, latency=FIGURES["prefill"])
-    assert spans_of(divide(build, [decode, measured])) == [(1, 4096, "prefill", "portable")]
+    assert token_ranges_of(divide(build, [decode, measured])) == [(1, 4096, "prefill", "portable")]
 
 
 def test_standing_comes_before_speed(build: SimpleNamespace) -> None:
@@ -247,12 +243,12 @@ def test_standing_comes_before_speed(build: SimpleNamespace) -> None:
     standing = {decode.key: "source-verified", prefill.key: "unproven", hopper.key: "verified"}
     entries = [decode, prefill, hopper]
     found = divide(build, entries, lambda entry: standing[entry.key], B200)
-    assert spans_of(found) == [(1, 2**20, "decode", "portable")]
+    assert token_ranges_of(found) == [(1, 2**20, "decode", "portable")]
     # Naming the variant vouches for it: from there on the figures decide.
     requests = [REQUESTS[0], dataclasses.replace(REQUESTS[1], variant="tcgen05")]
     standing[decode.key] = "verified"
     named = dispatch(requests, B200, build.manifest(entries), lambda e: standing[e.key])
-    assert [span[2:] for span in spans_of(named)] == [
+    assert [each[2:] for each in token_ranges_of(named)] == [
         ("decode", "portable"),
         ("prefill", "tcgen05"),
     ]
@@ -263,7 +259,7 @@ def test_numerics_must_agree(build: SimpleNamespace, tag: str | None) -> None:
     """A prefill kernel of other bits is refused, with the reason, and the decode kernel serves."""
     decode, prefill = phase(build, "decode"), phase(build, "prefill", low=2, numerics=tag)
     found = divide(build, [decode, prefill])
-    assert spans_of(found) == [(1, 2**20, "decode", "portable")]
+    assert token_ranges_of(found) == [(1, 2**20, "decode", "portable")]
     assert (
         f"its numerics are {tag}, those of {decode.key} are {TAG}" in found.resolutions[1].trace()
     )
@@ -282,12 +278,15 @@ def test_of_two_tags_the_faster_set_serves(build: SimpleNamespace) -> None:
     prefill = phase(build, "prefill", 2**22, **own)
     entries = [portable, decode, prefill]
     found = divide(build, entries, device=B200)
-    assert spans_of(found) == [(1, 64, "decode", "tcgen05"), (65, 2**22, "prefill", "tcgen05")]
+    assert token_ranges_of(found) == [
+        (1, 64, "decode", "tcgen05"),
+        (65, 2**22, "prefill", "tcgen05"),
+    ]
     assert f"its numerics are {TAG}, those of {decode.key} are" in found.resolutions[0].trace()
     # Slow ones do not displace what is better on the whole.
     slow = [dataclasses.replace(e, latency=((1, 50.0), (1024, 900.0))) for e in (decode, prefill)]
     found = divide(build, [portable, *slow], device=B200)
-    assert [span[2:] for span in spans_of(found)] == [("decode", "portable")]
+    assert [each[2:] for each in token_ranges_of(found)] == [("decode", "portable")]
     # And the proven ones come first, however slow.
     found = divide(
         build,
@@ -295,12 +294,12 @@ def test_of_two_tags_the_faster_set_serves(build: SimpleNamespace) -> None:
         lambda e: "source-verified" if e is portable else "unproven",
         B200,
     )
-    assert [span[2:] for span in spans_of(found)] == [("decode", "portable")]
+    assert [each[2:] for each in token_ranges_of(found)] == [("decode", "portable")]
 
 
 def test_entries_without_a_tag_do_not_mix(build: SimpleNamespace) -> None:
     decode, prefill = (phase(build, name, numerics=None) for name in PHASES)
-    assert spans_of(divide(build, [decode, prefill])) == [(1, 2**20, "decode", "portable")]
+    assert token_ranges_of(divide(build, [decode, prefill])) == [(1, 2**20, "decode", "portable")]
 
 
 def test_a_gap_is_refused(build: SimpleNamespace) -> None:

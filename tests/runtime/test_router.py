@@ -270,9 +270,9 @@ def test_hash_routers_have_no_logits() -> None:
 
 
 def test_spans(gpu: Any, cpu_dense: Router) -> None:
-    assert cpu_dense.spans == ()
+    assert cpu_dense.token_ranges == ()
     cpu_dense._backend = cuda_dense()[0]
-    found = [(span.low, span.high, span.entry.kernel) for span in cpu_dense.spans]
+    found = [(each.low, each.high, each.entry.kernel) for each in cpu_dense.token_ranges]
     assert found == [(1, 8, D), (9, 32, P)]
 
 
@@ -429,7 +429,7 @@ def test_unproven_kernels_need_their_name(gpu: Any, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ResolutionError, match="verify --record"):
         cuda_dense()
     path, weights = cuda_dense(dense_router_decode="portable")
-    assert {span.entry.kernel for span in path.spans} == {D}
+    assert {each.entry.kernel for each in path.token_ranges} == {D}
     expected = spec.dense_router(hidden(20), weights.weight, weights.bias, K, 1.5)
     same(path.route(hidden(20)), expected)
 
@@ -756,12 +756,12 @@ def test_warmup_runs_kernels_that_only_logits_or_images_take(
     assert weights is not None
     path = _CudaDense(CONFIG, weights, kernels_on(0), {})
     weights.write(weight, bias, bias)
-    plain = {span.entry.key for span in path.spans}
-    only_logits = {span.entry.key for span in path.recording_spans} - plain
+    plain = {each.entry.key for each in path.token_ranges}
+    only_logits = {each.entry.key for each in path.recording_token_ranges} - plain
     assert only_logits
     router._backend = path
     router.warmup()
-    assert len(gpu.launches) == len(path.spans) + len(only_logits) + 1
+    assert len(gpu.launches) == len(path.token_ranges) + len(only_logits) + 1
     assert [bool(each.arguments["image_mask"]) for each in gpu.launches].count(True) == 1
 
 

@@ -9,7 +9,7 @@ import torch
 
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
-from router_runtime.device.resolve import DeviceFacts
+from router_runtime.device.facts import DeviceFacts
 from router_runtime.verification.inputs import ROW_INPUT, make_inputs
 from tests.gpu import sanitize
 

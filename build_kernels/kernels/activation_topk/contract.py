@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from build_kernels.kernels.common.parameters import ROUTING
-from router_runtime.format.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
 WARP = 32
 
 
-def contract(constants: Mapping[str, int | float]) -> Contract:
+def contract(constants: Constants) -> Contract:
     tokens_per_block = int(constants["TOKENS_PER_BLOCK"])
     return Contract(
         parameters=(

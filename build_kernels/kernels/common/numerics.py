@@ -39,11 +39,13 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 
+from router_runtime.format.contract import Constants
+
 #: The version of everything after the logits: change it when any result of steps 2 to 6 changes.
 EPILOGUE_VERSION = 1
 
 
-def dense_tag(constants: Mapping[str, int | float]) -> str:
+def dense_tag(constants: Constants) -> str:
     """What decides the bits of a dense result: MMA family, chunk, epilogue. Entries that share it
     give the same bits.
 
@@ -54,7 +56,7 @@ def dense_tag(constants: Mapping[str, int | float]) -> str:
     return f"{family}/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
 
 
-def gather_tag(constants: Mapping[str, int | float]) -> str:
+def gather_tag(constants: Constants) -> str:
     """What decides the bits of hash_gate's results: the order of hash_gate/order.cuh and its chunk,
     epilogue. All of an expert's dot is summed in it; it is not the dense order."""
     return f"bf16-fma8-tree32-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import typing
 from typing import Annotated, Any, NamedTuple
 
-from router_runtime.format.manifest import Parameter
+from router_runtime.format.contract import Parameter
 
 F32 = Annotated[Any, "f32"]
 I32 = Annotated[Any, "i32"]

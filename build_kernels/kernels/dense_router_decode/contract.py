@@ -9,7 +9,7 @@ from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_decode.geometry import MMA_K, MMA_M, Geometry
 from build_kernels.kernels.dense_router_prefill.contract import split_contract, split_derive
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from router_runtime.format.manifest import Contract, GridAxis, Parameter, Repack
+from router_runtime.format.contract import Contract, GridAxis, Parameter, Repack
 
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float] | None:

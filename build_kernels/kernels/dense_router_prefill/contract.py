@@ -9,7 +9,7 @@ from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, Geometry, ceil_div
 from build_kernels.kernels.dense_router_prefill.rows_geometry import RowsGeometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from router_runtime.format.manifest import Contract, GridAxis, Parameter, Repack, TensorMap
+from router_runtime.format.contract import Contract, GridAxis, Parameter, Repack, TensorMap
 
 
 def derive(constants: Mapping[str, int | float]) -> Mapping[str, int | float]:

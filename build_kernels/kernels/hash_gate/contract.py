@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from build_kernels.kernels.common.numerics import gather_tag
 from build_kernels.kernels.common.parameters import ROUTING
-from router_runtime.format.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
 WARP = 32
 
@@ -17,7 +15,7 @@ MAX_WARPS = 16
 MAX_CHUNKS = 320
 
 
-def derive(constants: Mapping[str, int | float]) -> dict[str, int | float]:
+def derive(constants: Constants) -> dict[str, int | float | str]:
     """The number of warps. Raises ValueError for a hidden dimension that is too long."""
     chunks = -(-int(constants["HIDDEN"]) // int(constants["K_CHUNK"]))
     if chunks > MAX_CHUNKS:
@@ -28,7 +26,7 @@ def derive(constants: Mapping[str, int | float]) -> dict[str, int | float]:
     return {"WARPS": min(chunks, MAX_WARPS)}
 
 
-def contract(constants: Mapping[str, int | float]) -> Contract:
+def contract(constants: Constants) -> Contract:
     return Contract(
         parameters=(
             Parameter("hidden_states", "ptr:bf16"),

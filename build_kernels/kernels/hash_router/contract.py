@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from build_kernels.kernels.common.parameters import ROUTING
-from router_runtime.format.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
 #: Nothing is scored, so there is nothing to scale, to select otherwise or to weigh.
 _UNSCORED = (
@@ -13,7 +11,7 @@ _UNSCORED = (
 )
 
 
-def contract(constants: Mapping[str, int | float]) -> Contract:
+def contract(constants: Constants) -> Contract:
     return Contract(
         parameters=(
             Parameter("token_ids_i32", "ptr:i32"),

@@ -6,14 +6,12 @@ many blocks of a cluster do. Their product with 32 is the longest row it serves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from router_runtime.format.manifest import Contract, GridAxis, Parameter
+from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
 WARP = 32
 
 
-def contract(constants: Mapping[str, int | float]) -> Contract:
+def contract(constants: Constants) -> Contract:
     threads = int(constants["THREADS"])
     warps_per_row = int(constants["WARPS_PER_ROW"])
     blocks_per_row = int(constants["BLOCKS_PER_ROW"])

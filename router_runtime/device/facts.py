@@ -1,0 +1,25 @@
+"""What the choice of a kernel needs to know about a GPU. Pure: the driver fills it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The oldest driver that loads cubins of the CUDA 13 toolchain: 13.0, release 580.
+MINIMUM_DRIVER = 13000
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What resolution knows of a device. ``driver`` is the CUDA version it serves (13000: 13.0)."""
+
+    major: int
+    minor: int
+    driver: int
+    sms: int
+    shared_memory_per_block_optin: int
+
+    def __str__(self) -> str:
+        return (
+            f"compute capability {self.major}.{self.minor}, driver for CUDA "
+            f"{self.driver // 1000}.{self.driver % 1000 // 10}, {self.sms} multiprocessors"
+        )
