@@ -1,0 +1,147 @@
+"""The execution of a launch: the oracle on the memory that the arguments point to."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from router_runtime import spec
+from router_runtime.format.manifest import Entry
+
+
+def view(address: int, dtype: torch.dtype, *shape: int, stride: int | None = None) -> torch.Tensor:
+    """The tensor at an address, as a kernel sees it. ``stride`` is between rows, in elements."""
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    step = columns if stride is None else stride
+    count = (rows - 1) * step + columns
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    flat = torch.frombuffer(memory, dtype=dtype)
+    return flat.as_strided((rows, columns), (step, 1)).view(*shape)
+
+
+def _run_hash(a: Any, entry: Entry) -> None:
+    assert bool(a.token_ids_i32) != bool(a.token_ids_i64)
+    dtype = torch.int32 if a.token_ids_i32 else torch.int64
+    token_ids = view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens)
+    table = view(a.table, torch.int32, a.vocab, a.top_k)
+    result = spec.hash_router(token_ids, table, a.top_k, -1, _served(a).get("padding"))
+    _store(a, a.tokens, result)
+
+
+def _run_gate(a: Any, entry: Entry) -> None:
+    sizes = entry.constants
+    hidden, experts = int(sizes["HIDDEN"]), int(sizes["EXPERTS"])
+    a.top_k = int(sizes["TOP_K"])
+    assert bool(a.token_ids_i32) != bool(a.token_ids_i64)
+    assert a.hidden_states % 16 == 0
+    assert a.row_stride % 8 == 0
+    dtype = torch.int32 if a.token_ids_i32 else torch.int64
+    served = _served(a, experts)
+    assert sizes["IMAGES"] or "image_mask" not in served
+    result = spec.hash_gate(
+        view(a.hidden_states, torch.bfloat16, a.tokens, hidden, stride=a.row_stride),
+        view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens),
+        view(a.weight, torch.bfloat16, experts, hidden),
+        view(a.table, torch.int32, a.vocab, a.top_k),
+        a.scale,
+        bool(a.renormalize),
+        **served,
+    )
+    _store(a, a.tokens, result)
+
+
+def _run_select(a: Any, entry: Entry) -> None:
+    scores = view(a.scores, torch.float32, a.rows, a.row_length, stride=a.row_stride)
+    a.weights_out = a.values_out
+    _store(a, a.rows, spec.topk_select(scores, a.top_k))
+
+
+def _run_activation(a: Any, entry: Entry) -> None:
+    logits = view(a.logits, torch.float32, a.tokens, a.experts, stride=a.row_stride)
+    bias = view(a.bias, torch.float32, a.experts)
+    result = spec.activation_topk(
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, a.experts)
+    )
+    _store(a, a.tokens, result)
+
+
+def _run_dense(a: Any, entry: Entry) -> None:
+    sizes = entry.constants
+    hidden, experts = int(sizes["HIDDEN"]), int(sizes["EXPERTS"])
+    a.top_k = int(sizes["TOP_K"])
+    if entry.contract.tensor_maps:
+        a.hidden_states, columns, count, stride = struct.unpack("<4Q", a.raw["hidden_states"][:32])
+        assert (columns, count) == (hidden, a.tokens)
+        assert stride >= 2 * columns  # the hardware takes no rows that overlap
+        a.row_stride = stride // 2
+    assert a.hidden_states % 16 == 0
+    assert a.row_stride % 8 == 0
+    x = view(a.hidden_states, torch.bfloat16, a.tokens, hidden, stride=a.row_stride)
+    recipe = entry.contract.repacks[0]
+    packed = view(a.packed_weight, torch.bfloat16, recipe.rows * hidden)
+    weight = packed.view(recipe.rows // 16, hidden, 16).permute(0, 2, 1).reshape(-1, hidden)
+    assert not weight[experts:].any()
+    bias = view(a.bias, torch.float32, experts)
+    logits = spec.dense_logits(x, weight[:experts])
+    result = spec.activation_topk(
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, experts)
+    )
+    _store(a, a.tokens, result)
+    if getattr(a, "logits_out", 0):
+        view(a.logits_out, torch.float32, a.tokens, experts).copy_(logits)
+
+
+def _served(a: Any, experts: int = 0) -> dict[str, Any]:
+    """The serving inputs of a launch, under the names of ``spec.activation_topk``."""
+    if not a.serving:
+        return {}
+    rows = torch.arange(a.first_row, a.first_row + a.tokens)
+    marks = view(a.is_padding, torch.bool, a.tokens) if a.is_padding else None
+    count = view(a.num_valid_tokens, torch.int32, 1) if a.num_valid_tokens else None
+    inputs: dict[str, Any] = {"padding": spec.padding_rows(rows, marks, count)}
+    if getattr(a, "image_mask", 0):
+        inputs["image_mask"] = view(a.image_mask, torch.bool, a.tokens)
+        inputs["image_bias"] = view(a.image_bias, torch.float32, experts)
+    for name, dtype in (("given_ids_i32", torch.int32), ("given_ids_i64", torch.int64)):
+        if address := getattr(a, name, 0):
+            inputs["given_ids"] = view(address, dtype, a.tokens, a.top_k)
+    return inputs
+
+
+def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Write weights and ids ``[count, k]`` where the launch wants them, logical ids included."""
+    weights, ids = result
+    view(a.weights_out, torch.float32, count, a.top_k).copy_(weights)
+    if not getattr(a, "serving", 0):
+        stored = spec.with_sentinel(ids, getattr(a, "sentinel", -1))
+        view(a.ids_out, torch.int32, count, a.top_k).copy_(stored)
+        return
+    logical = physical = spec.with_sentinel(ids, a.sentinel)
+    if a.expert_map:
+        entries = max(int(ids.max()) + 1, 1)
+        counts = view(a.replica_counts, torch.int32, entries)
+        expert_map = view(a.expert_map, torch.int32, entries, a.replicas)
+        rows = torch.arange(a.first_row, a.first_row + count)
+        physical = spec.physical_ids(ids, rows, expert_map, counts, a.sentinel)
+    for kept, narrow, wide in (
+        (physical, a.ids_out, a.ids_out_i64),
+        (logical, a.logical_ids_out, a.logical_ids_out_i64),
+    ):
+        dtype = torch.int64 if wide else torch.int32
+        if address := wide or narrow:
+            view(address, dtype, count, a.top_k).copy_(kept)
+
+
+#: Kernel -> executes a launch: the arguments by name, ``raw`` bytes among them, and the entry.
+EXECUTE: dict[str, Callable[[Any, Entry], None]] = {
+    "hash_router": _run_hash,
+    "hash_gate": _run_gate,
+    "topk_select": _run_select,
+    "activation_topk": _run_activation,
+    "dense_router_decode": _run_dense,
+    "dense_router_prefill": _run_dense,
+}
