@@ -55,7 +55,7 @@ def test_dependency_wait_comes_before_any_return(kernel: str) -> None:
     source = (KERNELS / kernel / f"{kernel}.cu").read_text()
     body = source[source.index('extern "C" __global__') :]
     assert contract_of(kernel).programmatic_dependent_launch
-    before, _, _ = body.partition("wait_for_previous_grids();")
+    before, _, _ = body.partition("griddepcontrol_wait();")
     assert before != body
     assert "return" not in before
     assert "[" not in before.split("{", 1)[1].replace("__shared__ SelectionScratch scratch[", "")

@@ -57,8 +57,8 @@ def dense_tag(constants: Constants) -> str:
 
 
 def gather_tag(constants: Constants) -> str:
-    """What decides the bits of hash_gate's results: the order of hash_gate/order.cuh and its chunk,
-    epilogue. All of an expert's dot is summed in it; it is not the dense order."""
+    """What decides the bits of hash_gate's results: the order of hash_gate/dot_product.cuh, its
+    chunk, epilogue. All of an expert's dot is summed in it; it is not the dense order."""
     return f"bf16-fma8-tree32-f32/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
 
 

@@ -1,47 +1,65 @@
-// What CUDA C++ has no name for: a few instructions, an ordering, a test of alignment.
+// PTX instructions and compiler barriers that CUDA C++ has no function for.
+//
+// Programmatic dependent launch, the same in every kernel of this folder:
+//
+//   1. griddepcontrol_launch_dependents() comes first. From then on the GPU may start CTAs of the
+//      next grid beside this one. That is safe this early, because the next grid has its own wait.
+//   2. Before griddepcontrol_wait() a kernel may prefetch or read only buffers that no launch
+//      writes (weight, bias, table) and stores nothing to global memory. This part overlaps with
+//      the end of the previous grid.
+//   3. griddepcontrol_wait(), executed by every CTA on every path, returns when all prerequisite
+//      grids have finished and their stores are visible. All other loads and stores come after it.
+//
+// No kernel parameter is __restrict__. It would let the compiler turn loads into ld.global.nc, and
+// the non-coherent cache may not be used for data that the previous grid was still writing when
+// this one started.
 #pragma once
 
-// Programmatic dependent launch. The wait returns when every grid that this one depends on has
-// finished and its stores are visible; before it a kernel may touch only buffers that no launch
-// writes. The launch of the next grid may be allowed at any point, since that grid waits in turn
-// for all of this one: the kernels allow it first thing.
-__device__ __forceinline__ void wait_for_previous_grids() {
+// Waits for all prerequisite grids: step 3 above. Called by all threads.
+__device__ __forceinline__ void griddepcontrol_wait() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-__device__ __forceinline__ void allow_next_grid() {
+// Lets the next grid start: step 1 above. It starts when every CTA of this grid has called this or
+// has exited, and there is room for it.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Clusters. The arrival releases this thread's earlier stores, the wait acquires those of all
-// threads of the cluster.
+// Arrives at the cluster's barrier and releases this thread's earlier stores. Called by all threads
+// of the cluster, each warp converged; a cluster_wait must follow before the next arrival.
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// Waits until all threads of the cluster have arrived and acquires what they released. Called by
+// all threads of the cluster, each warp converged.
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Stores to the same variable in the shared memory of the cluster's block number `block`.
-__device__ __forceinline__ void store_to_block(unsigned long long* shared, unsigned block,
-                                               unsigned long long value) {
-    const unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
+// Stores `value` to the shared memory of another CTA of the cluster, the one of rank `cta_rank`, at
+// the place that `shared` has in this CTA. Called by any thread. That CTA must have started (a
+// completed cluster barrier tells) and reads the value after a cluster barrier that follows.
+__device__ __forceinline__ void store_to_cluster_rank(unsigned long long* shared,
+                                                      unsigned cta_rank,
+                                                      unsigned long long value) {
+    const unsigned own_address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    unsigned remote_address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(remote_address)
+                 : "r"(own_address), "r"(cta_rank));
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote_address), "l"(value) : "memory");
 }
 
-// Computes the value here: the compiler may not move its computation down to where it is used.
-__device__ __forceinline__ void compute_here(float& value) {
+// Makes the compiler compute `value` before this point: it may not sink the computation down to
+// where the value is used. Emits no instruction.
+__device__ __forceinline__ void prevent_sinking(float& value) {
     asm volatile("" : "+f"(value));
 }
 
-// Brings the line to the second-level cache, and its page's address to the multiprocessor.
-__device__ __forceinline__ void prefetch(const void* address) {
+// Fetches the cache line of a global address into L2. It also brings the address translation of its
+// page to the multiprocessor. Called by any thread.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
-__device__ __forceinline__ bool is_aligned(const void* pointer, unsigned bytes) {
-    return reinterpret_cast<unsigned long long>(pointer) % bytes == 0;
 }

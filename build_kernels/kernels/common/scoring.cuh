@@ -1,19 +1,27 @@
-// Scores, selection keys and weights from FP32 logits: steps 2 to 4 and 6 of the router.
+// Scores, selection keys and routing weights from FP32 logits: steps 2, 3, 4 and 6 of
+// router_runtime/spec.py.
 //
-// Every operation is one IEEE-rounded fp32 operation with subnormals kept, in the order that
-// numerics.py gives together with the constants and the error bound. The result has the same bits
-// on every target and in the CuTe DSL kernels.
+// Every operation is one IEEE-rounded FP32 operation with subnormals kept, in the order that
+// common/numerics.py states together with the constants (EXP_*, LOG1P_*, LOGIT_MAX,
+// RENORM_EPSILON, all macros here) and the error bound. So the bits are the same on every target
+// and in the CuTe DSL kernels (common/scoring.py).
+//
+// Functions are called by one lane for its own values unless they say that the full warp calls.
 #pragma once
 
 #include "common/selection.cuh"
 
-// The score is the square root of this. A NaN logit gives +0; logits beyond the finite range count
-// as its ends.
+// softplus(logit) = max(logit, 0) + log1p(exp(-|logit|)), the square of the score (steps 2 and 3).
+// A NaN logit gives +0; an infinite logit counts as the finite number next to it.
+//
+// Separate from `score_of` for a caller that evaluates many logits: the square root branches (to a
+// slow path for subnormals), and a branch keeps the long chains before it from overlapping.
 __device__ __forceinline__ float softplus(float logit) {
+    // fmaxf and fminf return the operand that is a number: a NaN becomes 0 here, EXP_CLAMP below.
     const float positive = fminf(fmaxf(logit, 0.0f), LOGIT_MAX);
     const float magnitude = fminf(fabsf(logit), EXP_CLAMP);
 
-    // u = exp(-magnitude) = exp(r) * 2^n
+    // u = exp(-magnitude) = exp(r) * 2^n, with exp(r) = p by a polynomial of degree 6.
     const float shifted = __fmaf_rn(magnitude, EXP_NEG_LOG2E, EXP_SHIFT);
     const float n = __fsub_rn(shifted, EXP_SHIFT);
     float r = __fmaf_rn(n, EXP_NEG_LN2_HI, -magnitude);
@@ -25,10 +33,12 @@ __device__ __forceinline__ float softplus(float logit) {
     p = __fmaf_rn(p, r, EXP_C2);
     p = __fmaf_rn(p, r, EXP_C1);
     p = __fmaf_rn(p, r, EXP_C0);
+    // The low bits of `shifted` hold n + 30; added to the exponent field they scale p by 2^(n +
+    // 30).
     const unsigned scaled = __float_as_uint(p) + (__float_as_uint(shifted) << 23);
     const float u = __fmul_rn(__uint_as_float(scaled), EXP_UNSCALE);
 
-    // q = log1p(u) / u
+    // q = log1p(u) / u, by a polynomial of degree 8.
     float q = LOG1P_C8;
     q = __fmaf_rn(q, u, LOG1P_C7);
     q = __fmaf_rn(q, u, LOG1P_C6);
@@ -41,16 +51,32 @@ __device__ __forceinline__ float softplus(float logit) {
     return __fmaf_rn(u, q, positive);
 }
 
-// The bias to select by: that of a NaN logit is -inf, which makes its key -inf.
-__device__ __forceinline__ float selection_bias(float logit, float bias) {
+// The score of a logit, sqrt(softplus(logit)) (step 3). A NaN logit scores +0.
+__device__ __forceinline__ float score_of(float logit) { return __fsqrt_rn(softplus(logit)); }
+
+// The bias to add to the score of `logit`: `bias`, or -inf if the logit is a NaN, which makes the
+// key -inf (step 2).
+__device__ __forceinline__ float bias_for_key(float logit, float bias) {
     return logit != logit ? __int_as_float(0xff800000) : bias;
 }
 
-// The weight of the expert whose score this lane holds. Lanes 0 to k - 1 hold the scores in rank
-// order, the others +0, which leaves the sum as it is.
+// The selection key fl32(score + bias) as an ordered key (step 4; selection.cuh defines the form).
+// `bias` comes from bias_for_key.
+__device__ __forceinline__ unsigned selection_key(float score, float bias) {
+    return ordered_key(__fadd_rn(score, bias));
+}
+
+// The routing weight of the expert whose score this lane holds (step 6):
+//
+//   renormalize: (score / (sum + RENORM_EPSILON)) * scale, with sum = ((s_0 + s_1) + s_2) + ...
+//   otherwise:   score * scale
+//
+// The full warp calls it. Lanes 0 to k - 1 pass the scores in rank order. All other lanes pass +0,
+// because the sum is taken over the next multiple of 8 lanes; adding +0 does not change it.
+// 1 <= k <= 32; k, scale and renormalize are the same in all lanes. A shuffle orders the exchange.
 __device__ __forceinline__ float routing_weight(float score, unsigned k, float scale,
                                                 bool renormalize) {
-    if (!renormalize) return __fmul_rn(score, scale);  // the same for all lanes
+    if (!renormalize) return __fmul_rn(score, scale);
     float sum = 0.0f;
     for (unsigned first = 0; first < k; first += 8) {
 #pragma unroll

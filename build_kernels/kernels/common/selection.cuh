@@ -1,115 +1,148 @@
-// Selection: the k largest of the keys that a warp holds in registers, in rank order.
+// Top-k selection by one warp: the k largest of the keys that its lanes hold in registers, in rank
+// order (step 5 of router_runtime/spec.py). 1 <= k <= 32.
 //
-// A key is a float mapped to an unsigned integer of the same order; `ordered` maps -inf to
-// 0x007fffff, the smallest that occurs, and 0 stands for "no candidate here". A candidate is packed
-// as (key, inverted index): the largest packed value is the largest key and, of equal keys, the one
-// with the lowest index. Packed values are distinct, so a rank is well defined: always k distinct
-// candidates, even if all keys are -inf.
+// Ordered key: a float mapped to an unsigned integer that compares like the float. -inf maps to
+// 0x007fffff, the smallest that occurs. 0 means "no candidate", for the places past the end of a
+// row.
 //
-// Layout: value v of a lane has index (v / 4) * 128 + lane * 4 + v % 4, which is what 16-byte loads
-// of consecutive elements give.
+// Candidate: (ordered key, inverted index) in 64 bits. The largest candidate has the largest key
+// and, among equal keys, the lowest index, which is the tie rule. Candidates are distinct, so each
+// has one rank: the result is k distinct indices even where all keys are -inf.
 //
-// Method. No pass over the keys is made once per selected candidate; instead a threshold is found
-// that at least k and at most 32 keys reach, these are compacted into one shared-memory slot each,
-// and each lane ranks one of them by counting.
-//   1. First threshold: the k-th largest of the 32 lane maxima. At least k keys reach it. On data
-//      in random order few more than k do (about 7 for k = 6, 105 of 1024 for k = 32).
-//   2. If more than 32 reach it, bisect between it and the largest key, at most 32 counting passes,
-//      until at most 32 keys reach the threshold or it is the k-th key itself. In that last case
-//      several candidates share that key, and the lowest indices among them fill the places.
+// Layout: value v of a lane has the index (v / 4) * 128 + lane * 4 + v % 4. Values therefore come
+// in groups of 4, and each group is one 16-byte load of a lane, 512 contiguous bytes of a warp.
+//
+// Method: no pass over all keys per selected expert (a repeated argmax makes k passes). Instead:
+//
+//   1. Threshold. Each lane takes the maximum of its keys; the k-th largest of these 32 maxima is
+//      the threshold. At least k keys reach it. On data in random order few more than k do (about
+//      7 for k = 6, 105 of 1024 for k = 32).
+//   2. Compaction. The candidates that reach the threshold go to a list of 32 in shared memory.
+//   3. If they are more than 32, bisect between the threshold and the largest key, at most 32
+//      counting passes, until at most 32 keys reach the threshold or it is the k-th largest key
+//      itself. In the latter case several candidates share that key; those above it are taken, and
+//      the lowest indices among the equal ones fill the rest.
+//   4. Ranking. Lane j takes candidate j of the list and counts the larger ones: that is its rank.
 #pragma once
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr unsigned WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;  // the mask of a full warp
+constexpr unsigned WARP = 32;                // lanes of a warp
 
-using Packed = unsigned long long;
+using Candidate = unsigned long long;  // 0: none
 
-struct alignas(16) SelectionScratch {  // one for each warp
-    Packed candidates[WARP];
+// Shared memory of one warp for warp_top_k.
+struct alignas(16) SelectionScratch {
+    Candidate candidates[WARP];
     unsigned maxima[WARP];
 };
 
-// The order of floats as unsigned integers. -0 ranks as +0, NaN as -inf.
-__device__ __forceinline__ unsigned ordered(float key) {
+// The ordered key of a float (step 4): -0 ranks as +0, a NaN as -inf. Called by one lane.
+__device__ __forceinline__ unsigned ordered_key(float key) {
+    // Adding +0 turns -0 into +0.
     const float canonical = key != key ? __int_as_float(0xff800000) : __fadd_rn(key, 0.0f);
     const int bits = __float_as_int(canonical);
+    // A negative float has all bits inverted, any other only the sign bit.
     return static_cast<unsigned>(bits) ^ (static_cast<unsigned>(bits >> 31) | 0x80000000u);
 }
 
-__device__ __forceinline__ Packed pack(unsigned key, unsigned index) {
-    return static_cast<Packed>(key) << 32 | static_cast<unsigned>(~index);
+// The candidate with this ordered key and index.
+__device__ __forceinline__ Candidate make_candidate(unsigned key, unsigned index) {
+    return static_cast<Candidate>(key) << 32 | static_cast<unsigned>(~index);
 }
 
-__device__ __forceinline__ unsigned index_of(Packed candidate) {
+__device__ __forceinline__ unsigned candidate_key(Candidate candidate) {
+    return static_cast<unsigned>(candidate >> 32);
+}
+
+__device__ __forceinline__ unsigned candidate_index(Candidate candidate) {
     return ~static_cast<unsigned>(candidate);
 }
 
-__device__ __forceinline__ unsigned first_index(unsigned lane, unsigned group) {
+// The index of the first of the four values of a lane's group.
+__device__ __forceinline__ unsigned group_index(unsigned lane, unsigned group) {
     return group * (4 * WARP) + lane * 4;
 }
 
-// Appends the candidates with low <= key <= high to `list` from position `size` on, in ascending
-// order of index, up to `capacity`. Returns what the size would be without that limit.
+// The index of value `v` of a lane.
+__device__ __forceinline__ unsigned value_index(unsigned lane, unsigned v) {
+    return group_index(lane, v / 4) + v % 4;
+}
+
+// Appends the candidates with low <= key <= high to `list`, which holds `size` of them, in
+// ascending order of index, and drops those past `capacity`. Returns the size that the list would
+// have without that limit.
+//
+// The full warp calls it, with everything but `keys` and `lane` the same in all lanes. The list
+// lies in the warp's shared memory; the caller orders its stores before other lanes' loads
+// (__syncwarp).
 template <unsigned VALUES>
-__device__ __forceinline__ unsigned append(const unsigned (&keys)[VALUES], unsigned lane,
-                                           unsigned low, unsigned high, Packed* list,
-                                           unsigned size, unsigned capacity) {
+__device__ __forceinline__ unsigned append_in_range(const unsigned (&keys)[VALUES], unsigned lane,
+                                                    unsigned low, unsigned high, Candidate* list,
+                                                    unsigned size, unsigned capacity) {
     const unsigned lower_lanes = (1u << lane) - 1;
 #pragma unroll
     for (unsigned group = 0; group < VALUES / 4; ++group) {
-        unsigned lanes[4];
+        unsigned hits[4];  // bit l: value j of lane l's group is in range
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            lanes[j] = __ballot_sync(ALL_LANES, keys[4 * group + j] - low <= high - low);
+            // Unsigned: a key below low wraps around to a large difference.
+            hits[j] = __ballot_sync(ALL_LANES, keys[4 * group + j] - low <= high - low);
         }
-        if ((lanes[0] | lanes[1] | lanes[2] | lanes[3]) == 0) continue;  // the same for all lanes
-        unsigned place = size;
+        if ((hits[0] | hits[1] | hits[2] | hits[3]) == 0) continue;  // the same in all lanes
+        // Index order within a group is lane by lane: first come all hits of the lower lanes.
+        unsigned slot = size;
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            place += __popc(lanes[j] & lower_lanes);
-            size += __popc(lanes[j]);
+            slot += __popc(hits[j] & lower_lanes);
+            size += __popc(hits[j]);
         }
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            if ((lanes[j] >> lane & 1) != 0) {
-                if (place < capacity) {
-                    list[place] = pack(keys[4 * group + j], first_index(lane, group) + j);
+            if ((hits[j] >> lane & 1) != 0) {
+                if (slot < capacity) {
+                    list[slot] = make_candidate(keys[4 * group + j], group_index(lane, group) + j);
                 }
-                ++place;
+                ++slot;
             }
         }
     }
     return size;
 }
 
-// Returns to lane j the candidate of rank j, or 0 from rank k on and where there are fewer
-// candidates. 1 <= k <= 32. All 32 lanes call it.
+// Returns to lane j the candidate of rank j; 0 to lanes from k on, and where the warp holds fewer
+// than j + 1 candidates.
+//
+// The full warp calls it. `keys` are the lane's ordered keys, 0 for none; k (1 to 32) is the same
+// in all lanes; `scratch` is used by this warp alone and may be used again right after the call.
+// __syncwarp orders the exchanges in it.
 template <unsigned VALUES>
-__device__ __forceinline__ Packed warp_top_k(const unsigned (&keys)[VALUES], unsigned lane,
-                                             unsigned k, SelectionScratch& scratch) {
+__device__ __forceinline__ Candidate warp_top_k(const unsigned (&keys)[VALUES], unsigned lane,
+                                                unsigned k, SelectionScratch& scratch) {
     static_assert(VALUES % 4 == 0, "values come in groups of four");
-    unsigned largest = keys[0];
-#pragma unroll
-    for (unsigned v = 1; v < VALUES; ++v) largest = max(largest, keys[v]);
 
-    // The k-th largest lane maximum is the largest that at least k of them reach.
-    scratch.maxima[lane] = largest;
+    // 1. Threshold: the largest lane maximum that at least k lane maxima reach.
+    unsigned lane_max = keys[0];
+#pragma unroll
+    for (unsigned v = 1; v < VALUES; ++v) lane_max = max(lane_max, keys[v]);
+    scratch.maxima[lane] = lane_max;
     __syncwarp();
-    unsigned reach = 0;
+    unsigned reaching = 0;  // lane maxima that are at least this lane's
 #pragma unroll
     for (unsigned i = 0; i < WARP / 4; ++i) {
-        const uint4 others = reinterpret_cast<const uint4*>(scratch.maxima)[i];
-        reach += (others.x >= largest) + (others.y >= largest) + (others.z >= largest) +
-                 (others.w >= largest);
+        const uint4 maxima = reinterpret_cast<const uint4*>(scratch.maxima)[i];
+        reaching += (maxima.x >= lane_max) + (maxima.y >= lane_max) + (maxima.z >= lane_max) +
+                    (maxima.w >= lane_max);
     }
-    // Where fewer than k lanes have a candidate, every candidate reaches the threshold of 1.
-    unsigned low = max(__reduce_max_sync(ALL_LANES, reach >= k ? largest : 0u), 1u);
+    // Where fewer than k lanes hold a candidate the threshold is 1, which every candidate reaches.
+    unsigned low = max(__reduce_max_sync(ALL_LANES, reaching >= k ? lane_max : 0u), 1u);
 
-    Packed* list = scratch.candidates;
-    unsigned size = append(keys, lane, low, 0xffffffffu, list, 0, WARP);
+    // 2. Compaction.
+    Candidate* list = scratch.candidates;
+    unsigned size = append_in_range(keys, lane, low, 0xffffffffu, list, 0, WARP);
     if (size > WARP) {
-        // At least k keys reach low (size of them), fewer than k exceed high.
-        unsigned high = __reduce_max_sync(ALL_LANES, largest);
+        // 3. Bisection. Throughout, `size` keys (at least k) reach low and fewer than k exceed
+        // high.
+        unsigned high = __reduce_max_sync(ALL_LANES, lane_max);
         while (size > WARP && low < high) {
             const unsigned middle = low + (high - low + 1) / 2;
             unsigned reached = 0;
@@ -125,23 +158,24 @@ __device__ __forceinline__ Packed warp_top_k(const unsigned (&keys)[VALUES], uns
         }
         __syncwarp();
         if (size <= WARP) {
-            append(keys, lane, low, 0xffffffffu, list, 0, WARP);
-        } else {  // low is the k-th key
-            size = append(keys, lane, low + 1, 0xffffffffu, list, 0, WARP);
-            append(keys, lane, low, low, list, size, k);
+            append_in_range(keys, lane, low, 0xffffffffu, list, 0, WARP);
+        } else {  // low is the k-th largest key: those above it, then the lowest indices at it
+            size = append_in_range(keys, lane, low + 1, 0xffffffffu, list, 0, WARP);
+            append_in_range(keys, lane, low, low, list, size, k);
             size = k;
         }
     }
     __syncwarp();
 
-    const Packed mine = lane < size ? list[lane] : 0;
+    // 4. Ranking: the list is read by all lanes, then overwritten in rank order.
+    const Candidate own = lane < size ? list[lane] : 0;
     unsigned rank = 0;
     for (unsigned first = 0; first < size; first += 4) {
 #pragma unroll
-        for (unsigned j = 0; j < 4; ++j) rank += first + j < size && list[first + j] > mine;
+        for (unsigned j = 0; j < 4; ++j) rank += first + j < size && list[first + j] > own;
     }
     __syncwarp();
-    if (lane < size) list[rank] = mine;
+    if (lane < size) list[rank] = own;
     __syncwarp();
     return lane < min(k, size) ? list[lane] : 0;
 }

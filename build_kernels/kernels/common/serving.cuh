@@ -1,14 +1,22 @@
-// What serving adds to a call: padding tokens, image tokens, given experts, replicas of experts,
-// 64-bit ids. parameters.py says what each is; a null pointer is an input that the call does not
-// have.
+// The optional inputs and outputs of a call, "serving inputs": padding tokens, image tokens, given
+// expert ids, expert replicas (load balancing), 64-bit ids, logical ids.
 //
-// An expert of -1 is none: the sentinel is stored for it, and it is never mapped.
+// common/parameters.py documents each parameter; Serving has a field for each. A null pointer means
+// that the call does not have that input. A kernel reads any of this only where its parameter
+// `serving` is not 0, and only after the dependency wait.
+//
+// An expert of -1 means "no expert": its id is stored as the sentinel and it has no replicas. A
+// padding token has no expert in any rank (step 7 of router_runtime/spec.py).
 #pragma once
 
+#include "common/memory.cuh"
+
+// All functions are called by single threads. `token` is a row of this launch; `output` is an
+// element of [tokens, top_k], token * top_k + rank.
 struct Serving {
     int sentinel;
-    int first_row;  // row t of the launch is row first_row + t of the batch
-    int replicas;
+    int first_row;  // row t of this launch is row first_row + t of the batch
+    int replicas;   // columns of expert_map
     const unsigned char* is_padding;
     const int* num_valid_tokens;
     const unsigned char* image_mask;
@@ -21,45 +29,41 @@ struct Serving {
     int* logical_ids_out;
     long long* logical_ids_out_i64;
 
-    __device__ __forceinline__ bool pads(long long token) const {
+    // True if the token is padding, by the mask or because it lies past the valid tokens.
+    __device__ __forceinline__ bool is_padding_token(long long token) const {
         return (is_padding != nullptr && is_padding[token] != 0) ||
                (num_valid_tokens != nullptr && first_row + token >= *num_valid_tokens);
     }
 
-    __device__ __forceinline__ bool shows(long long token) const {
+    // True if the token is an image token, which the image bias selects for.
+    __device__ __forceinline__ bool is_image_token(long long token) const {
         return image_mask != nullptr && image_mask[token] != 0;
     }
 
-    __device__ __forceinline__ bool replays() const {
+    // True if the call gives the expert ids, so that nothing is selected.
+    __device__ __forceinline__ bool has_given_ids() const {
         return given_ids_i32 != nullptr || given_ids_i64 != nullptr;
     }
 
-    // The given expert at that place of [tokens, top_k]; -1 for one outside [0, experts).
-    __device__ __forceinline__ int given(long long place, unsigned experts) const {
-        const long long id =
-            given_ids_i64 != nullptr ? given_ids_i64[place] : given_ids_i32[place];
+    // The given expert of an output element; -1 for an id outside [0, experts).
+    __device__ __forceinline__ int given_expert(long long output, unsigned experts) const {
+        const long long id = load_i32_or_i64(given_ids_i32, given_ids_i64, output);
         return id >= 0 && id < experts ? static_cast<int>(id) : -1;
     }
 
-    __device__ __forceinline__ void store_id(long long token, long long place, int expert) const {
+    // Stores the physical id of an expert, and its logical id where the call wants it. With a map,
+    // the physical id is that of a replica: map[expert][row of the batch % replica count].
+    __device__ __forceinline__ void store_expert(long long token, long long output,
+                                                 int expert) const {
         const int logical = expert < 0 ? sentinel : expert;
         int physical = logical;
         if (expert_map != nullptr && expert >= 0) {
-            // Clamped, so that no content of the map can lead outside it.
+            // The count is clamped, so that no content of replica_counts leads outside the map.
             const int count = max(min(replica_counts[expert], replicas), 1);
             const long long replica = (first_row + token) % count;
             physical = expert_map[static_cast<long long>(expert) * replicas + replica];
         }
-        put(ids_out, ids_out_i64, place, physical);
-        put(logical_ids_out, logical_ids_out_i64, place, logical);
-    }
-
-    __device__ __forceinline__ static void put(int* narrow, long long* wide, long long place,
-                                               int id) {
-        if (wide != nullptr) {
-            wide[place] = id;
-        } else if (narrow != nullptr) {
-            narrow[place] = id;
-        }
+        store_i32_or_i64(ids_out, ids_out_i64, output, physical);
+        store_i32_or_i64(logical_ids_out, logical_ids_out_i64, output, logical);
     }
 };

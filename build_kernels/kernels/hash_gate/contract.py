@@ -1,22 +1,30 @@
-"""Launch contract of hash_gate."""
+"""Launch contract of hash_gate: experts from a table, weights from their scores, one CTA per
+token."""
 
 from __future__ import annotations
 
+from build_kernels.kernels.common.limits import MAX_GRID_X, WARP
 from build_kernels.kernels.common.numerics import gather_tag
 from build_kernels.kernels.common.parameters import ROUTING
 from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
-WARP = 32
-
-#: Warps of a block where no model says better: with more, a thread has too few registers.
+#: Warps of a CTA where the catalog does not tune them: with more, a thread has too few registers.
 MAX_WARPS = 16
 
-#: A block keeps 32 sums of every chunk in its 48 KiB of static shared memory, and more.
+#: Chunks of the longest hidden dimension. A CTA keeps 32 fp32 sums of each chunk, 40 KiB in all,
+#: and the logits of an image token in its 48 KiB of static shared memory.
 MAX_CHUNKS = 320
 
 
 def derive(constants: Constants) -> dict[str, int | float | str]:
-    """The number of warps. Raises ValueError for a hidden dimension that is too long."""
+    """Return the constants that follow from the model where the catalog gives none: ``WARPS``.
+
+    Args:
+        constants: ``HIDDEN``, elements of a hidden state; ``K_CHUNK``, elements of a chunk.
+
+    Raises:
+        ValueError: ``HIDDEN`` has more than ``MAX_CHUNKS`` chunks.
+    """
     chunks = -(-int(constants["HIDDEN"]) // int(constants["K_CHUNK"]))
     if chunks > MAX_CHUNKS:
         raise ValueError(
@@ -27,6 +35,17 @@ def derive(constants: Constants) -> dict[str, int | float | str]:
 
 
 def contract(constants: Constants) -> Contract:
+    """Return the contract of one variant.
+
+    Args:
+        constants: ``WARPS``, the warps of a CTA.
+
+    Returns:
+        Parameters: ``hidden_states`` ``[tokens, HIDDEN]`` with ``row_stride`` elements from row to
+        row, ``token_ids`` ``[tokens]`` as int32 or int64, ``weight`` ``[EXPERTS, HIDDEN]``,
+        ``table`` ``[vocab, TOP_K]``, then those of common/parameters.py except the given ids: only
+        the dense kernels and activation_topk take those. Grid: one CTA per token.
+    """
     return Contract(
         parameters=(
             Parameter("hidden_states", "ptr:bf16"),
@@ -36,7 +55,6 @@ def contract(constants: Constants) -> Contract:
             Parameter("table", "ptr:i32"),
             Parameter("row_stride", "i64"),
             Parameter("vocab", "i32"),
-            # No replay of given ids: that is for dense routers.
             *(parameter for parameter in ROUTING if not parameter.name.startswith("given_ids")),
         ),
         grid=(
@@ -46,7 +64,7 @@ def contract(constants: Constants) -> Contract:
         ),
         block=(int(constants["WARPS"]) * WARP, 1, 1),
         programmatic_dependent_launch=True,
-        limits={"tokens": (1, 2**31 - 1)},
+        limits={"tokens": (1, MAX_GRID_X)},
     )
 
 

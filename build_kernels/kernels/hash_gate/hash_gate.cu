@@ -1,53 +1,73 @@
-// hash_gate: experts by table look-up, weighed by the gate's scores of exactly these experts.
+// hash_gate: experts by table look-up, with weights from the gate's scores of exactly these
+// experts.
 //
-//   ids    = table[token id], as they stand in the table
-//   logit  = dot of the hidden state with the weight row of the expert, summed as order.cuh says
-//   score  = sqrt(softplus(logit))           a NaN logit scores 0, infinities count as +-FLT_MAX
-//   weight = score / (sum + 1e-20) * scale   sum of the row's scores from left to right;
-//                                            score * scale if renormalize is 0
+//   ids    = table[token id], unchanged and in the table's order
 //
-// A token id outside [0, vocab) gets TOP_K times the sentinel and weight 0; neither the table nor a
-// weight is read. With IMAGES, an image token has no use for its token id: its ids are the TOP_K
-// experts with the largest score + image bias, of equal ones the lower id first, from the dots with
-// all experts. Without, all tokens are looked up: that code would only be in the way of the others.
-// Preconditions: 1 <= TOP_K <= 32, TOP_K <= EXPERTS <= 1024; rows of hidden states and weights start
-// at multiples of 16 bytes; exactly one of token_ids_i32 and token_ids_i64 is not null.
+// then, of router_runtime/spec.py, for these experts and in this order:
 //
-// One block a token; a warp has every WARPS-th chunk of the hidden dimension, for all of the token's
-// experts: with a warp for every chunk a token takes least time, with fewer more tokens are under way
-// on a multiprocessor. What takes time is the chain of loads, token id, row of the table, rows of the weight, so
-// every warp follows it for itself and a barrier stands only before the last sum.
+//   1     logit  = dot(hidden state, weight row of the expert), in the order of dot_product.cuh
+//   2, 3  score  = sqrt(softplus(logit))          a NaN logit: 0; an infinite one: as +-FLT_MAX
+//   6     weight = score / (sum + 1e-20) * scale  sum of the token's scores in the table's order;
+//                                                 score * scale if renormalize is 0
+//   7     padding tokens                          the sentinel and zero weights
+//
+// A token id outside [0, vocab) counts as padding: neither the table nor a weight row is read.
+// Image tokens (only if IMAGES is 1) do not use their token id: their ids are the TOP_K experts by
+// steps 1 to 5 over all experts, with the image bias. That code is compiled only into the variant
+// that serves calls with an image mask, because it makes all other calls slower (NOTES.md).
+//
+// Grid: one CTA of WARPS warps per token. Warp w has the chunks w, w + WARPS, w + 2 WARPS, ... of
+// the hidden dimension, for all experts of the token. One warp per chunk gives the shortest time
+// for a single token; with fewer warps, more tokens run on a multiprocessor at once.
+//
+// One token is a chain of dependent loads: token id, table row, weight rows. Every warp follows the
+// chain for itself, without a barrier. Steps:
+//
+//   1. All lanes of all warps load the token id and the token's row of the table.
+//   2. For each chunk of its warp, a lane loads 8 elements of the hidden state and of each weight
+//      row and sums the products; shuffles add up the lanes; the chunk's sum of each expert goes to
+//      shared memory (compute_chunk_sums).
+//   3. __syncthreads orders the chunk sums before their loads.
+//   4. Lane j of warp 0 adds the chunk sums of the expert of rank j, computes its score and, by
+//      shuffles, its weight, and stores the result. The other warps exit.
+//
+// Dependent launch (common/ptx.cuh): before the wait, and only where each warp has one chunk, warp
+// 0 prefetches one cache line of every 1/32 of table and weight, so that the pages' translations
+// are known when the chain starts. Everything else comes after the wait.
+//
+// Constants (build_kernels/catalog, contract.py): HIDDEN, EXPERTS, TOP_K, WARPS, IMAGES.
+// Preconditions: 1 <= TOP_K <= 32, TOP_K <= EXPERTS <= 1024; rows of hidden states and weights
+// start at multiples of 16 bytes (row_stride in elements), the table at a multiple of 16 bytes;
+// exactly one of token_ids_i32 and token_ids_i64 is not null.
 
+#include "common/memory.cuh"
 #include "common/ptx.cuh"
 #include "common/scoring.cuh"
 #include "common/selection.cuh"
 #include "common/serving.cuh"
-#include "order.cuh"
+#include "dot_product.cuh"
 
-constexpr unsigned ROUNDS = (CHUNKS + WARPS - 1) / WARPS;
-constexpr unsigned BATCH = TOP_K > 4 ? 8 : TOP_K > 2 ? 4 : TOP_K;  // weight rows at a time
-constexpr unsigned IMAGE_BATCH = 8;
-constexpr unsigned KEYS = (EXPERTS + 4 * WARP - 1) / (4 * WARP) * 4;  // of an image token, a lane
+constexpr unsigned ROUNDS = (CHUNKS + WARPS - 1) / WARPS;  // most chunks of one warp
+constexpr unsigned BATCH = TOP_K > 4 ? 8 : TOP_K > 2 ? 4 : TOP_K;  // weight rows loaded at a time
+constexpr unsigned IMAGE_BATCH = 8;                                // the same for image tokens
+constexpr unsigned KEYS = (EXPERTS + 4 * WARP - 1) / (4 * WARP) * 4;  // per lane, of an image token
 static_assert(TOP_K <= WARP, "a lane for each of a token's experts");
 
+// The shared memory of a CTA.
 struct Shared {
-    float sums[CHUNKS][WARP];              // by chunk, of at most 32 experts
+    float chunk_sums[CHUNKS][WARP];           // [chunk][column], a column per expert, up to 32
     float logits[IMAGES != 0 ? EXPERTS : 1];  // of an image token
-    SelectionScratch selection;
+    SelectionScratch selection;               // of warp 0
 };
 
-template <unsigned WIDTH> struct Ints;
-template <> struct Ints<1> { using Type = int; };
-template <> struct Ints<2> { using Type = int2; };
-template <> struct Ints<4> { using Type = int4; };
-
-// All entries of a row of the table, to every lane.
-__device__ __forceinline__ void load_row(const int* row, int (&ids)[TOP_K]) {
+// Loads all TOP_K entries of a table row into every lane that calls it. The row is aligned to its
+// widest vector that divides TOP_K.
+__device__ __forceinline__ void load_table_row(const int* row, int (&ids)[TOP_K]) {
     constexpr unsigned WIDTH = TOP_K % 4 == 0 ? 4 : TOP_K % 2 == 0 ? 2 : 1;
-    using Vector = typename Ints<WIDTH>::Type;
+    using Ints = typename Vector<WIDTH>::Ints;
 #pragma unroll
     for (unsigned i = 0; i < TOP_K / WIDTH; ++i) {
-        const Vector entries = reinterpret_cast<const Vector*>(row)[i];
+        const Ints entries = reinterpret_cast<const Ints*>(row)[i];
 #pragma unroll
         for (unsigned j = 0; j < WIDTH; ++j) {
             ids[WIDTH * i + j] = reinterpret_cast<const int*>(&entries)[j];
@@ -55,90 +75,101 @@ __device__ __forceinline__ void load_row(const int* row, int (&ids)[TOP_K]) {
     }
 }
 
-// This warp's chunks of the dots of one token with COUNT experts, ids[0] to ids[COUNT - 1], into
-// sums[chunk][first] and after; POWER of them at a time.
-template <unsigned COUNT, unsigned POWER>
-__device__ __forceinline__ void dots(const bf16* x_row, const bf16* weight, const int* ids,
-                                     unsigned first, unsigned warp, unsigned lane,
-                                     Shared& shared) {
+// Computes this warp's chunks of the dots of one token with the experts ids[0] to ids[COUNT - 1],
+// ROWS weight rows at a time, and stores the sums to chunk_sums[chunk][first_column + i].
+//
+// The full warp calls it, every warp of the CTA for its own chunks. No barrier inside: the caller
+// synchronises the CTA before the sums are read.
+template <unsigned COUNT, unsigned ROWS>
+__device__ __forceinline__ void compute_chunk_sums(const bf16* x_row, const bf16* weight,
+                                                   const int* ids, unsigned first_column,
+                                                   unsigned warp, unsigned lane, Shared& shared) {
 #pragma unroll 1
     for (unsigned round = 0; round < ROUNDS; ++round) {
         const unsigned chunk = round * WARPS + warp;
         if (CHUNKS % WARPS != 0 && chunk >= CHUNKS) break;
         const unsigned element = chunk * K_CHUNK + lane * LANE_VALUES;
-        const uint4 packed = load8(x_row, element);
+        const uint4 packed_x = load_8_elements(x_row, element);
 #pragma unroll
-        for (unsigned from = 0; from < COUNT; from += POWER) {
-            uint4 rows[POWER];
+        for (unsigned first = 0; first < COUNT; first += ROWS) {
+            uint4 rows[ROWS];  // zeros past the last expert
 #pragma unroll
-            for (unsigned j = 0; j < POWER; ++j) {
+            for (unsigned j = 0; j < ROWS; ++j) {
                 rows[j] = {};
-                if (from + j < COUNT) {
-                    rows[j] =
-                        load8(weight + static_cast<long long>(ids[from + j]) * HIDDEN, element);
+                if (first + j < COUNT) {
+                    const long long expert = ids[first + j];
+                    rows[j] = load_8_elements(weight + expert * HIDDEN, element);
                 }
             }
-            const Floats8 x = widen(packed);
-            float sums[POWER];
+            const Floats8 x = to_floats(packed_x);
+            float sums[ROWS];
 #pragma unroll
-            for (unsigned j = 0; j < POWER; ++j) {
-                sums[j] = from + j < COUNT ? lane_dot(x, rows[j]) : 0.0f;
+            for (unsigned j = 0; j < ROWS; ++j) {
+                sums[j] = first + j < COUNT ? dot_of_lane(x, rows[j]) : 0.0f;
             }
-            const float sum = warp_sums(sums, lane);
-            constexpr unsigned SHARE = WARP / POWER;  // lanes that hold the same sum
-            if (lane % SHARE == 0) shared.sums[chunk][first + from + lane / SHARE] = sum;
+            const float sum = sum_over_warp(sums, lane);
+            constexpr unsigned LANES_PER_SUM = WARP / ROWS;  // adjacent lanes with the same sum
+            if (lane % LANES_PER_SUM == 0) {
+                shared.chunk_sums[chunk][first_column + first + lane / LANES_PER_SUM] = sum;
+            }
         }
     }
 }
 
-// The logit whose chunks are in column `lane`.
-__device__ __forceinline__ float logit_of(const Shared& shared, unsigned lane) {
-    float logit = shared.sums[0][lane];
+// The logit whose chunk sums are in `column`: their sum in ascending order. Called by one lane,
+// after the CTA's barrier.
+__device__ __forceinline__ float logit_of_column(const Shared& shared, unsigned column) {
+    float logit = shared.chunk_sums[0][column];
 #pragma unroll
     for (unsigned chunk = 1; chunk < CHUNKS; ++chunk) {
-        logit = __fadd_rn(logit, shared.sums[chunk][lane]);
+        logit = __fadd_rn(logit, shared.chunk_sums[chunk][column]);
     }
     return logit;
 }
 
-// Ids and logits of an image token, to lane j of warp 0 those of rank j. All threads call it.
-__device__ __forceinline__ void select_for_image(const bf16* x_row, const bf16* weight,
-                                                 const float* image_bias, unsigned warp,
-                                                 unsigned lane, Shared& shared, int& id,
-                                                 float& logit) {
+// Steps 1 to 5 for an image token: leaves in `id` and `logit` of lane j of warp 0, j < TOP_K, those
+// of rank j; other threads get nothing that they may use. All threads of the CTA call it.
+//
+// 32 experts at a time: every warp sums its chunks of their dots, barrier, warp 0 adds up 32
+// logits, barrier (the columns may be overwritten). Then warp 0 selects among all logits.
+__device__ __forceinline__ void select_image_experts(const bf16* x_row, const bf16* weight,
+                                                     const float* image_bias, unsigned warp,
+                                                     unsigned lane, Shared& shared, int& id,
+                                                     float& logit) {
 #pragma unroll 1
     for (unsigned base = 0; base < EXPERTS; base += WARP) {
 #pragma unroll 1
         for (unsigned first = 0; first < WARP; first += IMAGE_BATCH) {
-            int ids[IMAGE_BATCH];
+            int ids[IMAGE_BATCH];  // past the last expert: the last again, sums not used
 #pragma unroll
             for (unsigned j = 0; j < IMAGE_BATCH; ++j) ids[j] = min(base + first + j, EXPERTS - 1);
-            dots<IMAGE_BATCH, IMAGE_BATCH>(x_row, weight, ids, first, warp, lane, shared);
+            compute_chunk_sums<IMAGE_BATCH, IMAGE_BATCH>(x_row, weight, ids, first, warp, lane,
+                                                         shared);
         }
         __syncthreads();
-        if (warp == 0 && base + lane < EXPERTS) shared.logits[base + lane] = logit_of(shared, lane);
+        if (warp == 0 && base + lane < EXPERTS) {
+            shared.logits[base + lane] = logit_of_column(shared, lane);
+        }
         __syncthreads();
     }
     if (warp != 0) return;
     unsigned keys[KEYS];
 #pragma unroll
     for (unsigned v = 0; v < KEYS; ++v) {
-        const unsigned expert = first_index(lane, v / 4) + v % 4;
+        const unsigned expert = value_index(lane, v);
         keys[v] = 0;
         if (expert < EXPERTS) {
-            const float z = shared.logits[expert];
-            const float score = __fsqrt_rn(softplus(z));
-            keys[v] = ordered(__fadd_rn(score, selection_bias(z, image_bias[expert])));
+            const float expert_logit = shared.logits[expert];
+            keys[v] = selection_key(score_of(expert_logit),
+                                    bias_for_key(expert_logit, image_bias[expert]));
         }
     }
-    id = static_cast<int>(index_of(warp_top_k(keys, lane, TOP_K, shared.selection)));
+    id = static_cast<int>(candidate_index(warp_top_k(keys, lane, TOP_K, shared.selection)));
     logit = lane < TOP_K ? shared.logits[id] : 0.0f;
 }
 
-// No pointer is __restrict__: that would let the compiler read through the non-coherent cache,
-// which may not be used for what the previous grid was still writing when this one started.
-// One block a multiprocessor is all that is asked for: with more, the compiler saves registers by
-// waiting for some of a token's weight rows before it asks for the others.
+// The launch bound asks for one CTA per multiprocessor only: with more, the compiler saves
+// registers by waiting for some of a token's weight rows before it loads the others.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)
 hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* token_ids_i64,
           const bf16* weight, const int* table, long long row_stride, int vocab,
@@ -151,51 +182,62 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
     const unsigned warp = threadIdx.x / WARP;
     const unsigned lane = threadIdx.x % WARP;
     const long long token = blockIdx.x;
-    const Serving call = {sentinel,      first_row,        replicas,   is_padding,
-                          num_valid_tokens, image_mask,    expert_map, replica_counts,
-                          nullptr,       nullptr,          ids_out,    ids_out_i64,
-                          logical_ids_out, logical_ids_out_i64};
+    const Serving call = {sentinel,
+                          first_row,
+                          replicas,
+                          is_padding,
+                          num_valid_tokens,
+                          image_mask,
+                          expert_map,
+                          replica_counts,
+                          nullptr,  // given_ids_i32: only the dense kernels and activation_topk
+                          nullptr,  // given_ids_i64
+                          ids_out,
+                          ids_out_i64,
+                          logical_ids_out,
+                          logical_ids_out_i64};
 
-    allow_next_grid();
-    // Where a single token has to be fast, the first access to a page should not be on its way.
+    griddepcontrol_launch_dependents();
     if (ROUNDS == 1 && warp == 0) {
-        prefetch(table + static_cast<long long>(vocab) * TOP_K / WARP * lane);
-        prefetch(weight + EXPERTS * HIDDEN / WARP * lane);
+        prefetch_l2(table + static_cast<long long>(vocab) * TOP_K / WARP * lane);
+        prefetch_l2(weight + EXPERTS * HIDDEN / WARP * lane);
     }
-    wait_for_previous_grids();
+    griddepcontrol_wait();
+
     const bf16* x_row = hidden_states + token * row_stride;
-    int id = -1;  // no expert
+    int id = -1;  // of rank `lane`, in warp 0; -1: no expert
     float logit = 0.0f;
-    bool routed = true;  // the same for all threads, as every condition before the last barrier
-    if (serving != 0 && call.pads(token)) {
+    // Every condition down to the last barrier depends on the token only, so it is the same in all
+    // threads of the CTA.
+    bool routed = true;
+    if (serving != 0 && call.is_padding_token(token)) {
         routed = false;
-    } else if (IMAGES != 0 && serving != 0 && call.shows(token)) {
-        select_for_image(x_row, weight, image_bias, warp, lane, shared, id, logit);
+    } else if (IMAGES != 0 && serving != 0 && call.is_image_token(token)) {
+        select_image_experts(x_row, weight, image_bias, warp, lane, shared, id, logit);
     } else {
-        const long long token_id =
-            token_ids_i64 != nullptr ? token_ids_i64[token] : token_ids_i32[token];
+        const long long token_id = load_i32_or_i64(token_ids_i32, token_ids_i64, token);
         routed = token_id >= 0 && token_id < vocab;
         if (routed) {
-            const int* row = table + token_id * TOP_K;
+            const int* table_row = table + token_id * TOP_K;
             int ids[TOP_K];
-            load_row(row, ids);
-            if (warp == 0 && lane < TOP_K) id = row[lane];
-            dots<TOP_K, BATCH>(x_row, weight, ids, 0, warp, lane, shared);
+            load_table_row(table_row, ids);
+            if (warp == 0 && lane < TOP_K) id = table_row[lane];
+            compute_chunk_sums<TOP_K, BATCH>(x_row, weight, ids, 0, warp, lane, shared);
             __syncthreads();
-            if (warp == 0 && lane < TOP_K) logit = logit_of(shared, lane);
+            if (warp == 0 && lane < TOP_K) logit = logit_of_column(shared, lane);
         }
     }
     if (warp != 0) return;
 
-    const float score = routed && lane < TOP_K ? __fsqrt_rn(softplus(logit)) : 0.0f;
+    const float score = routed && lane < TOP_K ? score_of(logit) : 0.0f;
     const float result = routing_weight(score, TOP_K, scale, renormalize != 0);
     if (lane < TOP_K) {
-        const long long place = token * TOP_K + lane;
-        weights_out[place] = result;
+        const long long output = token * TOP_K + lane;
+        weights_out[output] = result;
         if (serving != 0) {
-            call.store_id(token, place, id);
+            call.store_expert(token, output, id);
         } else {
-            ids_out[place] = routed ? id : sentinel;
+            ids_out[output] = routed ? id : sentinel;
         }
     }
 }
