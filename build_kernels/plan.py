@@ -192,11 +192,11 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
             )
     # contract.py and what it imports are Python for either language.
     paths = [p for p in folder.iterdir() if p.suffix in (".py", *SUFFIXES[language])]
-    # parameters.py is what contracts of both languages share.
+    # limits.py and parameters.py are what contracts of both languages share.
     paths += [
         path
         for path in (KERNELS / "common").iterdir()
-        if path.suffix in SUFFIXES[language] or path.name == "parameters.py"
+        if path.suffix in SUFFIXES[language] or path.name in ("limits.py", "parameters.py")
     ]
     paths += [KERNELS / "common" / "numerics.py", PACKAGE / _RECIPES[language]]
     return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths}

@@ -251,6 +251,7 @@ def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
         ("kernels/common/factor.cuh", {"scale"}),
         ("kernels/shift/shift.py", {"shift"}),
         ("kernels/common/new.py", {"shift"}),
+        ("kernels/common/limits.py", {"scale", "shift"}),
         ("kernels/common/parameters.py", {"scale", "shift"}),
         ("compile/nvrtc.py", {"scale"}),
         ("compile/cutedsl.py", {"shift"}),

@@ -18,6 +18,7 @@ def contract(constants: Constants) -> Contract:
         Parameters: ``logits`` ``[tokens, experts]`` with ``row_stride`` elements from row to row,
         ``bias`` ``[experts]``, then those of common/parameters.py. Grid: one CTA per
         ``TOKENS_PER_BLOCK`` tokens.
+
     """
     tokens_per_block = int(constants["TOKENS_PER_BLOCK"])
     return Contract(

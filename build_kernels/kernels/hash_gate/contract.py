@@ -24,6 +24,7 @@ def derive(constants: Constants) -> dict[str, int | float | str]:
 
     Raises:
         ValueError: ``HIDDEN`` has more than ``MAX_CHUNKS`` chunks.
+
     """
     chunks = -(-int(constants["HIDDEN"]) // int(constants["K_CHUNK"]))
     if chunks > MAX_CHUNKS:
@@ -45,6 +46,7 @@ def contract(constants: Constants) -> Contract:
         row, ``token_ids`` ``[tokens]`` as int32 or int64, ``weight`` ``[EXPERTS, HIDDEN]``,
         ``table`` ``[vocab, TOP_K]``, then those of common/parameters.py except the given ids: only
         the dense kernels and activation_topk take those. Grid: one CTA per token.
+
     """
     return Contract(
         parameters=(

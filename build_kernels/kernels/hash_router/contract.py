@@ -22,6 +22,7 @@ def contract(constants: Constants) -> Contract:
         Parameters: ``token_ids`` ``[tokens]`` as int32 or int64, ``table`` ``[vocab, top_k]``, then
         those of common/parameters.py that concern no score. Grid: one CTA per ``TOKENS_PER_BLOCK``
         tokens.
+
     """
     return Contract(
         parameters=(

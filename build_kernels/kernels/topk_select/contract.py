@@ -22,6 +22,7 @@ def contract(constants: Constants) -> Contract:
         Parameters: ``scores`` ``[rows, row_length]`` with ``row_stride`` elements from row to row;
         ``values_out`` and ``ids_out`` ``[rows, top_k]``. Grid: ``BLOCKS_PER_ROW`` CTAs for the rows
         of a CTA, of which there are several only where a warp has a row of its own.
+
     """
     threads = int(constants["THREADS"])
     warps_per_row = int(constants["WARPS_PER_ROW"])
