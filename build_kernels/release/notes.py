@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from build_kernels.errors import BuildError, unknown
-from router_runtime.evidence.store import RECORD_AGAIN, Evidence, Record, status
+from router_runtime.evidence.record import RECORD_AGAIN, Record
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import Evidence
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.provenance import Marker
 

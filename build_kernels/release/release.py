@@ -24,9 +24,9 @@ from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError
 from build_kernels.plan import plan
 from build_kernels.release import checkout, notes, sbom, verify_release, wheel
-from router_runtime.device.artifact_store import EVIDENCE_NAME
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence import store as evidence_
+from router_runtime.evidence import record as records
+from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps
 from router_runtime.format.provenance import (
     ENVELOPE_SUFFIX,
@@ -116,7 +116,7 @@ def _files(
     source: checkout.Source,
     targets: Sequence[str],
     manifest: Manifest,
-    evidence: evidence_.Evidence,
+    evidence: Evidence,
     staging: Path,
 ) -> dict[str, bytes]:
     """Every file of the release but the envelope, by name."""
@@ -138,7 +138,7 @@ def _files(
     for entry in manifest.entries:
         artifacts[entry.file] = (staging / "artifacts" / entry.file).read_bytes()
     for record in shipped:
-        artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = evidence_.dumps(record)
+        artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = records.dumps(record)
     bill = sbom.dumps(project, name, manifest)
     package = checkout.files(root, wheel.PACKAGE)
     files = {
@@ -151,7 +151,7 @@ def _files(
             staging / "wheel",
         ),
         start + SBOM_SUFFIX: bill,
-        start + NOTES_SUFFIX: notes.text(marker, manifest, evidence_.Evidence(shipped)).encode(),
+        start + NOTES_SUFFIX: notes.text(marker, manifest, Evidence(shipped)).encode(),
     }
     statement = Statement(
         distribution=name,
@@ -229,9 +229,9 @@ def _compare_with_existing(place: Path, files: Mapping[str, bytes], envelope: st
         )
 
 
-def _evidence(folder: Path) -> evidence_.Evidence:
+def _evidence(folder: Path) -> Evidence:
     try:
-        return evidence_.load_evidence(folder)
+        return load_evidence(folder)
     except RouterRuntimeError as error:
         raise BuildError(f"{error}; next: restore the file, or record it again") from error
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from build_kernels.compile import cubin
 from build_kernels.errors import BuildError
 from build_kernels.release import checkout, compare, wheel
-from router_runtime.device.artifact_store import EVIDENCE_NAME
 from router_runtime.errors import FormatError
-from router_runtime.evidence import store as evidence_
+from router_runtime.evidence import record as records
+from router_runtime.evidence.store import EVIDENCE_NAME
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, loads
 from router_runtime.format.provenance import (
     ENVELOPE_SUFFIX,
@@ -295,7 +295,7 @@ def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterato
     for name, data in sorted(inside.items()):
         if name.startswith(f"{EVIDENCE_NAME}/"):
             try:
-                record = evidence_.loads(data)
+                record = records.loads(data)
             except (FormatError, ValueError) as error:
                 yield f"{name}: {error}"
                 continue

@@ -18,7 +18,8 @@ from router_runtime.device.dispatch import DENSE, Dispatch, dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, resolve
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence.store import Evidence, folders, read_evidence, status
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import Evidence, folders, read_evidence
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust

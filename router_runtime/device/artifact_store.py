@@ -21,7 +21,6 @@ from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
 
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
-EVIDENCE_NAME = "evidence"
 
 _BUILD = "run: make build-cubins"
 

@@ -14,7 +14,8 @@ from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.loader import load_entry
 from router_runtime.device.resolve import Request, Resolution, resolve, status_if_fitting
 from router_runtime.errors import TrustError, explain
-from router_runtime.evidence.store import folders, read_evidence, status
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import folders, read_evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
 from router_runtime.trust import policy as trust
 

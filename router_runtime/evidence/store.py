@@ -1,118 +1,34 @@
-"""Evidence: which device has run the oracle suite on which cubin, and what follows for an entry.
+"""Folders of evidence: one file for each cubin and device, written by ``verify --record`` only.
 
-One file per cubin and device, written by ``router-runtime verify --record`` and never by hand. A
-record says what was run (cubin, source and toolchain digests, suite digest), where (device, driver,
-torch), and for every case the seed, the digests of inputs and ids and the worst errors. Inputs and
-ids can be recomputed without a GPU, and ``make test`` does so for a sample.
-
-A record counts only while it is *current*: made with the suite as it is now, for every case of it.
-A record of an older suite is stale: it stays readable and proves nothing. An entry's status is
-computed here when it is asked for and stored nowhere. This module imports no torch.
-
-Records are shipped beside the manifest, and a user can add their own in the folder that the
-environment variable ``ROUTER_RUNTIME_EVIDENCE`` names: an installed package is often read-only.
+Records are shipped beside the manifest, in the folder ``evidence`` of the artifacts. A user can add
+records in the folder that the environment variable ``ROUTER_RUNTIME_EVIDENCE`` names, because an
+installed package is often read-only.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from router_runtime.device.artifact_store import EVIDENCE_NAME
 from router_runtime.errors import ArtifactError, FormatError, TrustError, explain
-from router_runtime.evidence import cases as suite
-from router_runtime.format.codec import decode, encode, parse_json
-from router_runtime.format.contract import Constants
+from router_runtime.evidence.record import RECORD_AGAIN, Record, dumps, loads
 from router_runtime.format.files import read_file
-from router_runtime.format.manifest import Entry, Manifest, Toolchain, artifact_name
-from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
-FORMAT_VERSION = 1
+#: The folder of shipped records, inside an artifacts folder.
+EVIDENCE_NAME = "evidence"
 #: Names a user's own folder of evidence.
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_EVIDENCE"
-RECORD_AGAIN = "delete it and run on such a GPU: router-runtime verify --record"
 
-#: Is given a file's path and the bytes that were read, and raises if they may not be used.
+#: Called with a file's path and the bytes that were read; raises if they may not be used.
 Admit = Callable[[Path, bytes], None]
 
-Status = Literal["verified", "source-verified", "unproven"]
-
 #: Far above what any record needs, far below what hurts.
-_MAX_RECORD = 4 * 2**20
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
-
-
-@dataclass(frozen=True, slots=True)
-class CaseRecord:
-    """What one case of the suite gave.
-
-    ``clear`` counts the rows whose ids are fully determined by the mathematics; ``ids_sha256`` is
-    over those. ``reordered`` counts rows in which near-ties were ranked in another allowed order
-    than the oracle's. ``worst`` holds the worst errors, see ``judge.Verdict``.
-    """
-
-    name: str
-    seed: int
-    inputs_sha256: str
-    rows: int
-    clear: int
-    reordered: int
-    ids_sha256: str
-    worst: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One cubin on one device. ``entry`` is ``Entry.key``, for readers; digests identify."""
-
-    entry: str
-    kernel: str
-    constants: Constants
-    limits: Mapping[str, tuple[int, int]]
-    target: str
-    file: str
-    sha256: str
-    source_sha256: str
-    toolchain_sha256: str
-    suite_sha256: str
-    device: str
-    compute_capability: tuple[int, int]
-    driver: int
-    torch: str
-    cases: tuple[CaseRecord, ...]
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def current(self) -> bool:
-        """True if it was made with the suite as it is now."""
-        return self.suite_sha256 == suite.suite_sha256()
-
-    @property
-    def file_name(self) -> str:
-        """The name under which the record is stored: the cubin's, then the device's."""
-        device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return f"{self.file.removesuffix('.cubin')}.{device}.json"
-
-    def matches(self, entry: Entry) -> bool:
-        """True if the record is about this very cubin, run over the limits that it has now."""
-        return (
-            self.sha256 == entry.sha256
-            and self.kernel == entry.kernel
-            and dict(self.constants) == dict(entry.constants)
-            and dict(self.limits) == dict(entry.contract.limits)
-        )
+MAX_RECORD_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,143 +65,6 @@ class EvidenceFiles:
                 if path not in self._read:
                     self._read[path] = _read_record(path, admit)
                 yield self._read[path]
-
-
-def toolchain_sha256(toolchain: Toolchain) -> str:
-    """Digest of the packages and flags that compiled an entry."""
-    text = json.dumps(encode(toolchain), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles) -> Status:
-    """The standing of an entry, from the records that are current.
-
-    ``verified``: a record of this very cubin. ``source-verified``: a record of a cubin for another
-    target with the same source and the same toolchain. Else ``unproven``.
-    """
-    own = entry.file.removesuffix("cubin")
-    if any(record.matches(entry) and record.current for record in evidence.of(own)):
-        return "verified"
-    found: Status = "unproven"
-    for record in evidence.of(f"{entry.kernel}-"):
-        if record.matches(entry) and record.current:
-            return "verified"  # the same bytes under another model's name
-        same_source = (record.source_sha256, record.kernel) == (entry.source_sha256, entry.kernel)
-        if (
-            same_source
-            and record.target != entry.target
-            and record.toolchain_sha256 == toolchain_sha256(manifest.toolchain)
-            and record.current
-        ):
-            found = "source-verified"
-    return found
-
-
-def dumps(record: Record) -> bytes:
-    """The canonical bytes of a record."""
-    validate(record)
-    text = json.dumps(encode(record), sort_keys=True, indent=1, allow_nan=False)
-    return text.encode("ascii") + b"\n"
-
-
-def loads(data: bytes) -> Record:
-    """Parse a record. Raises FormatError for whatever the schema does not allow."""
-    try:
-        document = parse_json(data, "evidence")
-    except FormatError as error:
-        raise FormatError(f"{error}; {RECORD_AGAIN}") from error
-    found = document.get("format_version") if isinstance(document, dict) else None
-    if found != FORMAT_VERSION or isinstance(found, bool):
-        raise FormatError(
-            f"expected evidence of format version {FORMAT_VERSION}, found {found!r}; {RECORD_AGAIN}"
-        )
-    record: Record = decode(Record, document, "evidence")
-    validate(record)
-    return record
-
-
-def validate(record: Record) -> None:
-    """Check what the types alone do not express, the list of cases included."""
-    digests = [record.sha256, record.source_sha256, record.toolchain_sha256, record.suite_sha256]
-    for case in record.cases:
-        digests += [case.inputs_sha256, case.ids_sha256]
-    is_digest = _SHA256.fullmatch
-    for digest in digests:
-        if is_digest(digest) is None:
-            raise FormatError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
-    _validate_entry(record)
-    _validate_device(record)
-    for case in record.cases:
-        if not 0 <= case.clear <= case.rows or not 0 <= case.reordered <= case.rows:
-            raise FormatError(
-                f"evidence of case {case.name}: expected clear and reordered rows within its "
-                f"{case.rows} rows, found {case.clear} and {case.reordered}"
-            )
-        if (
-            not 0
-            <= min(case.worst.values(), default=0)
-            <= max(case.worst.values(), default=0)
-            < math.inf
-        ):
-            raise FormatError(
-                f"evidence of case {case.name}: expected errors of at least 0, found "
-                f"{dict(case.worst)}"
-            )
-    if record.current:
-        found = tuple((case.name, case.seed) for case in record.cases)
-        expected = _suite_cases(
-            record.kernel, tuple(record.constants.items()), tuple(record.limits.items())
-        )
-        if found != expected:
-            missing = sorted({name for name, _ in expected} - {name for name, _ in found})
-            raise FormatError(
-                f"evidence: expected every case of the suite, in its order and with its seeds, "
-                f"found {len(found)} of {len(expected)} (missing {missing[:5]}); {RECORD_AGAIN}"
-            )
-
-
-@functools.lru_cache(maxsize=256)
-def _suite_cases(
-    kernel: str,
-    constants: tuple[tuple[str, int | float | str], ...],
-    limits: tuple[tuple[str, tuple[int, int]], ...],
-) -> tuple[tuple[str, int], ...]:
-    """Name and seed of every case, listed once for all records of variants that serve alike."""
-    try:
-        listed = suite.cases(kernel, dict(constants), dict(limits))
-    except (KeyError, ValueError) as error:
-        raise FormatError(f"evidence: expected a kernel of the suite, found {error}") from error
-    return tuple((case.name, case.seed) for case in listed)
-
-
-def _validate_entry(record: Record) -> None:
-    """The record's copies of what its entry says agree with each other."""
-    parts = record.entry.split("/")
-    if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
-        raise FormatError(
-            f"evidence: expected the entry {record.kernel}/<model>/{record.target}/<variant>, "
-            f"found {record.entry!r}"
-        )
-    _, model, _, variant = parts
-    file = artifact_name(record.kernel, model, record.target, variant, record.sha256)
-    if record.file != file:
-        raise FormatError(f"evidence: expected the file {file}, found {record.file!r}")
-
-
-def _validate_device(record: Record) -> None:
-    if not Target.parse(record.target).runs_on(*record.compute_capability):
-        raise FormatError(
-            f"evidence: expected a device that runs {record.target}, found compute capability "
-            f"{record.compute_capability}"
-        )
-    for name, text in (("device", record.device), ("torch", record.torch)):
-        if _TEXT.fullmatch(text) is None or len(text) > 200:
-            raise FormatError(f"evidence: expected the name of its {name}, found {text!r}")
-    # The driver's CUDA version as it reports it: 13000 for 13.0.
-    if not 1000 <= record.driver < 1000000:
-        raise FormatError(
-            f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
-        )
 
 
 def own_folder(explicit: str | os.PathLike[str] | None = None) -> Path | None:
@@ -342,7 +121,7 @@ def _paths(folder: Path) -> list[Path]:
 def _read_record(path: Path, admit: Admit | None = None) -> Record:
     """The record in a file. ``admit`` is given its path and bytes before they are parsed."""
     try:
-        data = read_file(path, _MAX_RECORD, "record", RECORD_AGAIN)
+        data = read_file(path, MAX_RECORD_BYTES, "record", RECORD_AGAIN)
         if admit is not None:
             admit(path, data)
         record = loads(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from router_runtime.evidence.store import CaseRecord
+from router_runtime.evidence.record import CaseRecord
 
 _HEADER = ("entry", "cases", "rows", "clear", "reordered", "error/bound", "relative", "s", "result")
 

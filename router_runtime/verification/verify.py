@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from router_runtime.device import driver
-from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
+from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.loader import load_entry
 from router_runtime.errors import DriverError, TrustError, explain
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence import store as evidence
-from router_runtime.evidence.store import CaseRecord, Record
+from router_runtime.evidence import store
+from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
+from router_runtime.evidence.status import toolchain_sha256
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -49,7 +50,7 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
 
     """
     manifest = read_manifest(artifacts)
-    folder = evidence.own_folder(own) or artifacts / EVIDENCE_NAME
+    folder = store.own_folder(own) or artifacts / store.EVIDENCE_NAME
     if record:
         _check_folder(folder, artifacts)
     driver.initialise()
@@ -73,7 +74,8 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
         key=sharing_key,
     )
     echo(f"{driver.device_name(index)}, {facts}, torch {torch.__version__}")
-    echo(f"oracle suite {suite.suite_sha256()[:16]}, {len(loadable)} entries of {artifacts}")
+    suite_name = f"oracle suite {suite.SUITE_VERSION} (cases {cases_sha256()[:16]})"
+    echo(f"{suite_name}, {len(loadable)} entries of {artifacts}")
     if not loadable:
         echo(
             f"expected an entry for compute capability {facts.major}.{facts.minor}, found none; "
@@ -99,16 +101,14 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
         echo(line)
     for failure in failures:
         echo(failure)
-    if record and folder.resolve() not in [each.resolve() for each in evidence.folders(artifacts)]:
-        echo(
-            f"for the runtime to read it: export {evidence.ENVIRONMENT_VARIABLE}={folder.resolve()}"
-        )
+    if record and folder.resolve() not in [each.resolve() for each in store.folders(artifacts)]:
+        echo(f"for the runtime to read it: export {store.ENVIRONMENT_VARIABLE}={folder.resolve()}")
     return not failures
 
 
 def _check_folder(folder: Path, artifacts: Path) -> None:
     """Refuse a folder that cannot be written, or whose unsigned records would not be read here."""
-    shipped = artifacts / EVIDENCE_NAME
+    shipped = artifacts / store.EVIDENCE_NAME
     if trust.policy() is not None and folder.resolve() == shipped.resolve():
         raise TrustError(
             explain(
@@ -118,7 +118,7 @@ def _check_folder(folder: Path, artifacts: Path) -> None:
                 remedy="name a folder of your own: --evidence DIR",
             )
         )
-    evidence.require_writable(folder)
+    store.require_writable(folder)
 
 
 def _verify_entry(
@@ -199,8 +199,9 @@ def _record(
         file=entry.file,
         sha256=entry.sha256,
         source_sha256=entry.source_sha256,
-        toolchain_sha256=evidence.toolchain_sha256(manifest.toolchain),
-        suite_sha256=suite.suite_sha256(),
+        toolchain_sha256=toolchain_sha256(manifest.toolchain),
+        suite_version=suite.SUITE_VERSION,
+        cases_sha256=cases_sha256(),
         device=driver.device_name(index),
         compute_capability=(facts.major, facts.minor),
         driver=facts.driver,
@@ -208,7 +209,7 @@ def _record(
         cases=tuple(found),
     )
     if not problems:
-        echo(f"      recorded {evidence.write_record(record, folder).name}")
+        echo(f"      recorded {store.write_record(record, folder).name}")
     elif (path := folder / record.file_name).exists():
         path.unlink()
         echo(f"      removed {path.name}: it no longer holds")

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from build_kernels.catalog.models import Model
-from router_runtime.device.artifact_store import EVIDENCE_NAME, read_manifest
+from router_runtime.device.artifact_store import read_manifest
+from router_runtime.evidence.store import EVIDENCE_NAME
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, dumps
 from router_runtime.format.target import Target
 

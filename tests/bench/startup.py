@@ -30,7 +30,7 @@ from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.dispatch import DENSE, dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, resolve, status_if_fitting
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence.store import read_evidence
 from router_runtime.format import provenance
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
@@ -116,7 +116,7 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
     with timed("manifest"):
         manifest = artifacts.read_manifest(folder)
     with timed("evidence"):
-        found = evidence.read_evidence(folder)
+        found = read_evidence(folder)
     known: dict[str, str] = {}
     reading = 0.0
 
@@ -124,7 +124,7 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
         nonlocal reading
         if entry.key not in known:
             start = time.perf_counter()
-            known[entry.key] = evidence.status(entry, manifest, found)
+            known[entry.key] = status(entry, manifest, found)
             reading += (time.perf_counter() - start) * 1e3
         return known[entry.key]
 

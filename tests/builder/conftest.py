@@ -261,16 +261,18 @@ def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 EVIDENCE = """
 import sys
 from pathlib import Path
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
+from router_runtime.evidence.status import toolchain_sha256
+from router_runtime.evidence.store import write_record
 from router_runtime.format.manifest import loads
 from router_runtime.format.target import Target
-from router_runtime.evidence import cases as suite
 
 built = loads(Path("artifacts/manifest.json").read_bytes())
 for entry in built.entries:
     if entry.target in {targets!r}:
         target = Target.parse(entry.target)
-        record = evidence.Record(
+        record = Record(
             entry=entry.key,
             kernel=entry.kernel,
             constants=entry.constants,
@@ -279,18 +281,19 @@ for entry in built.entries:
             file=entry.file,
             sha256=entry.sha256,
             source_sha256=entry.source_sha256,
-            toolchain_sha256=evidence.toolchain_sha256(built.toolchain),
-            suite_sha256=suite.suite_sha256(),
+            toolchain_sha256=toolchain_sha256(built.toolchain),
+            suite_version=suite.SUITE_VERSION,
+            cases_sha256=cases_sha256(),
             device="Example GPU",
             compute_capability=(target.major, target.minor),
             driver=13000,
             torch="2.13.0",
             cases=tuple(
-                evidence.CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {{}})
+                CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {{}})
                 for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
             ),
         )
-        evidence.write_record(record, Path("artifacts/evidence"))
+        write_record(record, Path("artifacts/evidence"))
 """
 
 

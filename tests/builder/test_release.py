@@ -352,7 +352,7 @@ def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> Non
         assert "scale/any/sm_100a/one: source-verified; no evidence for " in said
     elif case == "stale":
         with (committed.root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
-            file.write("# another suite\n")
+            file.write("SUITE_VERSION += 1\n")
         committed.commit()
         said = _refused(committed, "expected every digest of sm_90a", *arguments, "sm_90a")
         assert "unproven; the evidence of Example GPU is of another suite" in said

@@ -17,7 +17,7 @@ import pytest
 
 from build_kernels.errors import BuildError
 from build_kernels.release import verify_release, wheel
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import record as records
 from router_runtime.format.manifest import dumps, loads
 from router_runtime.format.provenance import Statement, statement_dumps, statement_loads
 from tests.builder.conftest import Project, Released, write_keys
@@ -299,14 +299,14 @@ def _replaced(end: str, old: bytes, new: bytes) -> Callable[[Entries], None]:
 def _foreign_evidence(entries: Entries) -> None:
     """A record of some other cubin, under its right name."""
     name = _first(entries, "gpu.json")
-    record = evidence.loads(entries.pop(name))
+    record = records.loads(entries.pop(name))
     foreign = dataclasses.replace(
         record,
         sha256="1" * 64,
         source_sha256="2" * 64,
         file=record.file.replace(record.sha256[:16], "1" * 16),
     )
-    entries[f"{INSIDE}evidence/{foreign.file_name}"] = evidence.dumps(foreign)
+    entries[f"{INSIDE}evidence/{foreign.file_name}"] = records.dumps(foreign)
 
 
 def _evidence_renamed(entries: Entries) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence.store import load_evidence
 from router_runtime.verification import inputs
 from router_runtime.verification.judge import clear_ids_sha256
 from router_runtime.verification.reference import Oracle
@@ -15,7 +15,7 @@ def test_every_entry_passes(verification):
 
 
 def test_recorded_evidence_recomputes(verification):
-    records = evidence.load_evidence(verification.folder / "evidence").records
+    records = load_evidence(verification.folder / "evidence").records
     assert records
     for record in records:
         recorded = {case.name: case for case in record.cases}

@@ -11,7 +11,9 @@ import pytest
 
 from router_runtime.errors import ArtifactError, FormatError
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import record as records
+from router_runtime.evidence import status as statuses
+from router_runtime.evidence import store
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain
 from router_runtime.verification import inputs
@@ -28,7 +30,7 @@ LIMITS = {"row_length": (1, 64), "top_k": (1, 4)}
 TOOLCHAIN = Toolchain({"nvrtc": "13.5"}, {"cuda": ("--std=c++20",)})
 
 
-def mismatches(record: evidence.Record, cases) -> list[str]:
+def mismatches(record: records.Record, cases) -> list[str]:
     """What recomputing these cases on this machine finds wrong with a record."""
     recorded = {case.name: case for case in record.cases}
     wrong = []
@@ -66,7 +68,7 @@ def committed() -> list[Path]:
     ids=lambda path: path.stem if path else "none",
 )
 def test_committed_evidence_recomputes(path):
-    record = evidence.loads(path.read_bytes())
+    record = records.loads(path.read_bytes())
     assert path.name == record.file_name
     if not record.current:
         pytest.skip(
@@ -95,7 +97,7 @@ def record(outputs):
         verdict = examine(Trial(case, given, "cpu"), run, 64)
         assert not verdict.problems
         found.append(
-            evidence.CaseRecord(
+            records.CaseRecord(
                 name=case.name,
                 seed=case.seed,
                 inputs_sha256=inputs.digest(given),
@@ -106,7 +108,7 @@ def record(outputs):
                 worst=verdict.worst,
             )
         )
-    return evidence.Record(
+    return records.Record(
         entry="topk_select/any/sm_90a/row64",
         kernel="topk_select",
         constants={},
@@ -115,8 +117,9 @@ def record(outputs):
         file="topk_select-any-sm_90a-row64-abababababababab.cubin",
         sha256="ab" * 32,
         source_sha256="cd" * 32,
-        toolchain_sha256=evidence.toolchain_sha256(TOOLCHAIN),
-        suite_sha256=suite.suite_sha256(),
+        toolchain_sha256=statuses.toolchain_sha256(TOOLCHAIN),
+        suite_version=suite.SUITE_VERSION,
+        cases_sha256=records.cases_sha256(),
         device="NVIDIA H100 80GB HBM3",
         compute_capability=(9, 0),
         driver=13000,
@@ -152,7 +155,7 @@ def entry_of(record, **changes):
 
 def status(entry, *records, toolchain=TOOLCHAIN):
     manifest = Manifest("ef" * 32, toolchain, (entry,))
-    return evidence.status(entry, manifest, evidence.Evidence(tuple(records)))
+    return statuses.status(entry, manifest, store.Evidence(tuple(records)))
 
 
 def test_a_record_recomputes(record):
@@ -160,17 +163,17 @@ def test_a_record_recomputes(record):
 
 
 def test_round_trip_is_canonical(record, tmp_path):
-    data = evidence.dumps(record)
-    assert evidence.dumps(evidence.loads(data)) == data
-    path = evidence.write_record(record, tmp_path)
+    data = records.dumps(record)
+    assert records.dumps(records.loads(data)) == data
+    path = store.write_record(record, tmp_path)
     assert path.name == "topk_select-any-sm_90a-row64-abababababababab.nvidia-h100-80gb-hbm3.json"
     assert path.read_bytes() == data
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert evidence.load_evidence(tmp_path).records == (evidence.loads(data),)
+    assert store.load_evidence(tmp_path).records == (records.loads(data),)
 
 
 def test_no_evidence(tmp_path):
-    assert evidence.load_evidence(tmp_path / "absent") == evidence.Evidence()
+    assert store.load_evidence(tmp_path / "absent") == store.Evidence()
 
 
 def test_status(record):
@@ -194,12 +197,12 @@ def test_evidence_over_other_limits_does_not_verify(record):
 
 
 def test_stale_evidence_proves_nothing(record):
-    stale = dataclasses.replace(record, suite_sha256="77" * 32)
+    stale = dataclasses.replace(record, cases_sha256="77" * 32)
     assert not stale.current
     assert status(entry_of(record), stale) == "unproven"
     other_target = entry_of(record, sha256="99" * 32, target="sm_100a")
     assert status(other_target, stale) == "unproven"
-    evidence.loads(evidence.dumps(stale))  # still readable
+    records.loads(records.dumps(stale))  # still readable
 
 
 def test_recording_replaces_what_it_supersedes(record, tmp_path):
@@ -208,8 +211,8 @@ def test_recording_replaces_what_it_supersedes(record, tmp_path):
     )
     elsewhere = dataclasses.replace(record, device="NVIDIA H200")
     for each in (old, elsewhere, record):
-        evidence.write_record(each, tmp_path)
-    found = {(each.sha256, each.device) for each in evidence.load_evidence(tmp_path).records}
+        store.write_record(each, tmp_path)
+    found = {(each.sha256, each.device) for each in store.load_evidence(tmp_path).records}
     assert found == {(record.sha256, record.device), (record.sha256, "NVIDIA H200")}
 
 
@@ -228,15 +231,15 @@ CASE_TAMPERING = {
 @pytest.mark.parametrize("change", CASE_TAMPERING)
 def test_tampering_with_a_case_is_caught(record, change):
     """What the schema cannot see, recomputation does."""
-    document = json.loads(evidence.dumps(record))
+    document = json.loads(records.dumps(record))
     for index in range(0, len(document["cases"]), 10):
         case = document["cases"][index]
         for name, alter in CASE_TAMPERING[change].items():
             case[name] = alter(case[name])
-        tampered = evidence.loads(json.dumps(document).encode())
+        tampered = records.loads(json.dumps(document).encode())
         cases = suite.cases("topk_select", {}, LIMITS)
         assert any(case["name"] in line for line in mismatches(tampered, cases))
-        document = json.loads(evidence.dumps(record))
+        document = json.loads(records.dumps(record))
 
 
 def drop_last_case(document):
@@ -335,26 +338,26 @@ def widen_the_limits(document):
     ],
 )
 def test_malformed_evidence_is_refused(record, change, tmp_path):
-    document = json.loads(evidence.dumps(record))
+    document = json.loads(records.dumps(record))
     change(document)
     data = json.dumps(document).encode()
     with pytest.raises(FormatError, match="expected"):
-        evidence.loads(data)
+        records.loads(data)
     (tmp_path / record.file_name).write_bytes(data)
     with pytest.raises(ArtifactError, match="verify --record"):
-        evidence.load_evidence(tmp_path)
+        store.load_evidence(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"a": 1, "a": 2}', b"\xff"])
 def test_rubbish_is_refused(data):
     with pytest.raises(FormatError):
-        evidence.loads(data)
+        records.loads(data)
 
 
 def test_a_renamed_record_is_refused(record, tmp_path):
-    (tmp_path / "topk_select.json").write_bytes(evidence.dumps(record))
+    (tmp_path / "topk_select.json").write_bytes(records.dumps(record))
     with pytest.raises(ArtifactError, match="the name"):
-        evidence.load_evidence(tmp_path)
+        store.load_evidence(tmp_path)
 
 
 # --- a folder of the user's own ------------------------------------------------------------------
@@ -363,67 +366,67 @@ def test_a_renamed_record_is_refused(record, tmp_path):
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     folder = tmp_path / "own"
-    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(folder))
+    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(folder))
     return folder
 
 
 def test_own_evidence_counts_beside_the_shipped(record, tmp_path, own):
     elsewhere = dataclasses.replace(record, device="NVIDIA H200")
-    evidence.write_record(elsewhere, tmp_path / "artifacts" / "evidence")
-    evidence.write_record(record, own)
-    found = evidence.read_evidence(tmp_path / "artifacts")
+    store.write_record(elsewhere, tmp_path / "artifacts" / "evidence")
+    store.write_record(record, own)
+    found = store.read_evidence(tmp_path / "artifacts")
     assert [each.device for each in found.records] == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
 
 
 def test_own_evidence_alone_verifies(record, tmp_path, own):
-    evidence.write_record(record, own)
-    assert status(entry_of(record), *evidence.read_evidence(tmp_path).records) == "verified"
+    store.write_record(record, own)
+    assert status(entry_of(record), *store.read_evidence(tmp_path).records) == "verified"
 
 
 def test_without_the_variable_it_is_not_read(record, tmp_path, own, monkeypatch):
-    evidence.write_record(record, own)
-    monkeypatch.delenv(evidence.ENVIRONMENT_VARIABLE)
-    assert evidence.read_evidence(tmp_path).records == ()
+    store.write_record(record, own)
+    monkeypatch.delenv(store.ENVIRONMENT_VARIABLE)
+    assert store.read_evidence(tmp_path).records == ()
 
 
 def test_a_folder_that_is_both_is_read_once(record, tmp_path, monkeypatch):
     shipped = tmp_path / "evidence"
-    evidence.write_record(record, shipped)
-    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(tmp_path / "." / "evidence"))
-    assert len(evidence.read_evidence(tmp_path).records) == 1
+    store.write_record(record, shipped)
+    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(tmp_path / "." / "evidence"))
+    assert len(store.read_evidence(tmp_path).records) == 1
 
 
 def test_a_named_folder_is_used_or_refused(tmp_path, own):
     with pytest.raises(ArtifactError, match=rf"expected the folder {own}.*verify --record"):
-        evidence.read_evidence(tmp_path)
+        store.read_evidence(tmp_path)
 
 
 def test_a_record_is_read_when_it_decides(record, tmp_path):
     """One that is about another kernel is left alone; doctor reads them all."""
     folder = tmp_path / "evidence"
-    evidence.write_record(record, folder)
+    store.write_record(record, folder)
     other = folder / "hash_router-any-sm_90a-portable-0.nvidia-h100-80gb-hbm3.json"
     other.write_text("rubbish")
-    found = evidence.read_evidence(tmp_path)
+    found = store.read_evidence(tmp_path)
     manifest = Manifest("ef" * 32, TOOLCHAIN, ())
-    assert evidence.status(entry_of(record), manifest, found) == "verified"
+    assert statuses.status(entry_of(record), manifest, found) == "verified"
     with pytest.raises(ArtifactError, match="expected a valid record"):
         assert found.records
     other.unlink()
-    assert evidence.read_evidence(tmp_path).records == (record,)
+    assert store.read_evidence(tmp_path).records == (record,)
 
 
 def test_the_same_bytes_under_another_name_are_verified(record, tmp_path):
     """A model of the user's own with a known model's sizes compiles to the same cubin."""
-    evidence.write_record(record, tmp_path / "evidence")
+    store.write_record(record, tmp_path / "evidence")
     file = record.file.replace("-any-", "-mine-")
     mine = entry_of(record, model="mine", file=file)
     manifest = Manifest("ef" * 32, TOOLCHAIN, (mine,))
-    assert evidence.status(mine, manifest, evidence.read_evidence(tmp_path)) == "verified"
+    assert statuses.status(mine, manifest, store.read_evidence(tmp_path)) == "verified"
 
 
 def test_own_evidence_is_as_strict(record, tmp_path, own):
-    path = evidence.write_record(record, own)
+    path = store.write_record(record, own)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match="expected a valid record"):
-        status(entry_of(record), *evidence.read_evidence(tmp_path).records)
+        status(entry_of(record), *store.read_evidence(tmp_path).records)

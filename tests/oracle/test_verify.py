@@ -16,7 +16,8 @@ from router_runtime import spec
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import ArtifactError
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import store
+from router_runtime.evidence.status import status
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain, artifact_name
 from router_runtime.format.manifest import dumps as dump_manifest
@@ -150,10 +151,10 @@ def test_all_pass_and_nothing_is_written(folder, machine):
 
 def test_recorded_evidence_verifies(folder, machine):
     assert verify.run(folder, True, lambda _: None)
-    found = evidence.load_evidence(folder / "evidence")
+    found = store.load_evidence(folder / "evidence")
     assert len(found.records) == 3
     manifest = Manifest("0" * 64, Toolchain({}, {}), ENTRIES)
-    assert [evidence.status(each, manifest, found) for each in ENTRIES] == [
+    assert [status(each, manifest, found) for each in ENTRIES] == [
         *("verified", "verified", "verified"),
         "source-verified",  # the same source as the one for sm_90a
     ]
@@ -169,17 +170,17 @@ def test_evidence_goes_to_a_folder_of_ones_own(folder, machine, tmp_path, monkey
     mine, lines = tmp_path / "mine" / "evidence", []
     only_one(folder)
     if how == "variable":
-        monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(mine))
+        monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(mine))
         assert verify.run(folder, True, lines.append)
     else:
         assert verify.run(folder, True, lines.append, mine)
         assert lines[-1] == (
-            f"for the runtime to read it: export {evidence.ENVIRONMENT_VARIABLE}={mine}"
+            f"for the runtime to read it: export {store.ENVIRONMENT_VARIABLE}={mine}"
         )
-    assert len(evidence.load_evidence(mine).records) == 1
-    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(mine))
+    assert len(store.load_evidence(mine).records) == 1
+    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(mine))
     (folder / "evidence").unlink()
-    assert len(evidence.read_evidence(folder).records) == 1
+    assert len(store.read_evidence(folder).records) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(folder, machine, monkeypatch):
@@ -205,7 +206,7 @@ def test_a_failure_is_reported_and_removes_its_evidence(folder, machine):
     text = "\n".join(lines)
     assert "FAIL" in text
     assert "weights out of bounds" in text
-    kept = {record.kernel for record in evidence.load_evidence(folder / "evidence").records}
+    kept = {record.kernel for record in store.load_evidence(folder / "evidence").records}
     assert kept == {"hash_router", "topk_select"}
 
 

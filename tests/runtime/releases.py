@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from router_runtime import __version__
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence import store as evidence
-from router_runtime.evidence.store import CaseRecord, Record
+from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
+from router_runtime.evidence.store import write_record
 from router_runtime.format import provenance
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
 from router_runtime.format.provenance import Marker, Statement
@@ -58,7 +58,8 @@ def record_of(entry: Entry, device: str = "Fake GPU", **changes: Any) -> Record:
         "sha256": entry.sha256,
         "source_sha256": entry.source_sha256,
         "toolchain_sha256": "3" * 64,
-        "suite_sha256": suite.suite_sha256(),
+        "suite_version": suite.SUITE_VERSION,
+        "cases_sha256": cases_sha256(),
         "device": device,
         "compute_capability": (9, 0),
         "driver": 13000,
@@ -134,4 +135,4 @@ def sign(folder: Path, name: str = "release", key: Any = KEY, **changes: Any) ->
 
 def add_evidence(folder: Path, entries: list[Entry], device: str = "Fake GPU") -> None:
     for entry in entries:
-        evidence.write_record(record_of(entry, device), folder)
+        write_record(record_of(entry, device), folder)

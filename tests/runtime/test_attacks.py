@@ -23,7 +23,9 @@ from router_runtime.device.kernels import kernels_on
 from router_runtime.device.loader import load_entry
 from router_runtime.device.resolve import Request
 from router_runtime.errors import ArtifactError, FormatError, RouterRuntimeError
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import record as records
+from router_runtime.evidence import store
+from router_runtime.evidence.status import status
 from router_runtime.format import provenance
 from router_runtime.format.codec import encode, parse_json
 from router_runtime.format.manifest import MANIFEST_NAME, artifact_name, dumps
@@ -319,8 +321,8 @@ _ORDER = ("unproven", "source-verified", "verified")
 
 def standings(folder: Path) -> list[int]:
     manifest = artifacts.read_manifest(folder)
-    found = evidence.read_evidence(folder)
-    return [_ORDER.index(evidence.status(entry, manifest, found)) for entry in manifest.entries]
+    found = store.read_evidence(folder)
+    return [_ORDER.index(status(entry, manifest, found)) for entry in manifest.entries]
 
 
 def test_a_flipped_bit_in_evidence_proves_nothing_more(folder: Path, fake: Any) -> None:
@@ -422,13 +424,13 @@ def test_numbers_that_are_not_json(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("manifest", "_MAX_MANIFEST"), ("evidence", "_MAX_RECORD")]
+    ("name", "limit"), [("manifest", "_MAX_MANIFEST"), ("evidence", "MAX_RECORD_BYTES")]
 )
 def test_a_file_without_end(folder: Path, name: str, limit: str) -> None:
     """A sparse file of 1 TiB takes no disk; reading it all would take the memory."""
     paths = {"manifest": folder / MANIFEST_NAME, "evidence": next((folder / "evidence").iterdir())}
     os.truncate(paths[name], 2**40)
-    most = getattr(artifacts if name == "manifest" else evidence, limit)
+    most = getattr(artifacts if name == "manifest" else store, limit)
     with pytest.raises(ArtifactError, match=f"expected at most {most} bytes .*a longer file"):
         load_all(folder)
 
@@ -490,7 +492,7 @@ def test_every_value_of_a_record_replaced_by_every_weird_one(folder: Path) -> No
         for value in WEIRD:
             changed = with_value(document, path, value)
             try:
-                evidence.loads(json.dumps(changed).encode())
+                records.loads(json.dumps(changed).encode())
             except FormatError:
                 refused += 1
     assert refused > 300

@@ -27,7 +27,7 @@ from router_runtime import spec
 from router_runtime.device import kernels, launch
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError, ResolutionError
-from router_runtime.evidence import store as evidence_
+from router_runtime.evidence.status import status
 from router_runtime.ops import registration as ops
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.placement import Placement
@@ -458,7 +458,7 @@ def test_new_evidence_of_ones_own_is_seen(
     releases.add_evidence(own, entries[1:])
     assert kernels_on(0) is not first
     # The fixture calls everything verified; without it the folder alone decides.
-    monkeypatch.setattr(kernels, "status", evidence_.status)
+    monkeypatch.setattr(kernels, "status", status)
     assert {kernels_on(0).status(entry) for entry in entries} == {"verified"}
 
 

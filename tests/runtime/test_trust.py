@@ -22,7 +22,7 @@ from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.errors import ArtifactError, TrustError
-from router_runtime.evidence import store as evidence
+from router_runtime.evidence import store
 from router_runtime.format import provenance
 from router_runtime.format.manifest import MANIFEST_NAME, dumps
 from router_runtime.trust import policy as trust
@@ -35,7 +35,7 @@ VARIABLES = (
     trust.PUBLIC_KEY_VARIABLE,
     trust.ENVELOPE_VARIABLE,
     trust.LOCAL_EVIDENCE_VARIABLE,
-    evidence.ENVIRONMENT_VARIABLE,
+    store.ENVIRONMENT_VARIABLE,
 )
 
 
@@ -541,7 +541,7 @@ def own(release: Release, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
     releases.sign(release.folder)
     folder = release.folder.parent / "own"
     releases.add_evidence(folder, build.small())
-    monkeypatch.setenv(evidence.ENVIRONMENT_VARIABLE, str(folder))
+    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(folder))
     return folder
 
 
@@ -630,10 +630,10 @@ def test_the_digest_is_of_the_bytes_that_are_used(
         return data
 
     monkeypatch.setattr(artifacts, "read_file", reading)
-    monkeypatch.setattr(evidence, "read_file", reading)
+    monkeypatch.setattr(store, "read_file", reading)
     manifest = artifacts.read_manifest(release.folder)
     assert dumps(manifest) != (release.folder / MANIFEST_NAME).read_bytes() == b"exchanged"
-    assert evidence.read_evidence(release.folder).records
+    assert store.read_evidence(release.folder).records
     from router_runtime.device.loader import load_entry
 
     for entry in fake.entries:

@@ -1,0 +1,210 @@
+"""One record of evidence: which device ran the oracle suite on which cubin, and what came out.
+
+A record says what was run (cubin, source, toolchain and suite), where (device, driver, torch), and
+for every case its seed, the digests of its inputs and ids, and the worst errors. Inputs and ids can
+be recomputed without a GPU; ``make test`` does so for a sample of the committed records.
+
+A record counts only while it is *current*: made with the suite as it is now, for every case of it.
+A record of another suite is stale: it can still be read, and it proves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from router_runtime.errors import FormatError
+from router_runtime.evidence import cases as suite
+from router_runtime.format.codec import decode, encode, parse_json
+from router_runtime.format.contract import Constants
+from router_runtime.format.manifest import Entry, artifact_name
+from router_runtime.format.source_digest import RUNTIME, PythonSources
+from router_runtime.format.target import Target
+
+FORMAT_VERSION = 2
+#: The next step that an error about a record names.
+RECORD_AGAIN = "delete it and run on such a GPU: router-runtime verify --record"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
+
+
+@functools.cache
+def cases_sha256() -> str:
+    """The digest of the suite's cases: of the code of ``cases.py``, without comments and layout."""
+    sources = PythonSources({"router_runtime": RUNTIME}, boundaries=("router_runtime.format",))
+    return sources.digest(suite.__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRecord:
+    """What one case of the suite gave.
+
+    ``clear`` counts the rows whose ids are fully determined by the mathematics; ``ids_sha256`` is
+    over those. ``reordered`` counts rows in which near-ties were ranked in another allowed order
+    than the oracle's. ``worst`` holds the worst errors, see ``judge.Verdict``.
+    """
+
+    name: str
+    seed: int
+    inputs_sha256: str
+    rows: int
+    clear: int
+    reordered: int
+    ids_sha256: str
+    worst: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One cubin on one device. ``entry`` is ``Entry.key``, for readers; digests identify."""
+
+    entry: str
+    kernel: str
+    constants: Constants
+    limits: Mapping[str, tuple[int, int]]
+    target: str
+    file: str
+    sha256: str
+    source_sha256: str
+    toolchain_sha256: str
+    suite_version: int
+    cases_sha256: str
+    device: str
+    compute_capability: tuple[int, int]
+    driver: int
+    torch: str
+    cases: tuple[CaseRecord, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def current(self) -> bool:
+        """True if it was made with the suite as it is now."""
+        here = (suite.SUITE_VERSION, cases_sha256())
+        return (self.suite_version, self.cases_sha256) == here
+
+    @property
+    def file_name(self) -> str:
+        """The name under which the record is stored: the cubin's, then the device's."""
+        device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return f"{self.file.removesuffix('.cubin')}.{device}.json"
+
+    def matches(self, entry: Entry) -> bool:
+        """True if the record is about this very cubin, run over the limits that it has now."""
+        return (
+            self.sha256 == entry.sha256
+            and self.kernel == entry.kernel
+            and dict(self.constants) == dict(entry.constants)
+            and dict(self.limits) == dict(entry.contract.limits)
+        )
+
+
+def dumps(record: Record) -> bytes:
+    """The canonical bytes of a record."""
+    validate(record)
+    text = json.dumps(encode(record), sort_keys=True, indent=1, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def loads(data: bytes) -> Record:
+    """Parse a record. Raises FormatError for whatever the schema does not allow."""
+    try:
+        document = parse_json(data, "evidence")
+    except FormatError as error:
+        raise FormatError(f"{error}; {RECORD_AGAIN}") from error
+    found = document.get("format_version") if isinstance(document, dict) else None
+    if found != FORMAT_VERSION or isinstance(found, bool):
+        raise FormatError(
+            f"expected evidence of format version {FORMAT_VERSION}, found {found!r}; {RECORD_AGAIN}"
+        )
+    record: Record = decode(Record, document, "evidence")
+    validate(record)
+    return record
+
+
+def validate(record: Record) -> None:
+    """Check what the types alone do not express, the list of cases included."""
+    digests = [record.sha256, record.source_sha256, record.toolchain_sha256, record.cases_sha256]
+    for case in record.cases:
+        digests += [case.inputs_sha256, case.ids_sha256]
+    is_digest = _SHA256.fullmatch
+    for digest in digests:
+        if is_digest(digest) is None:
+            raise FormatError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
+    _validate_entry(record)
+    _validate_device(record)
+    for case in record.cases:
+        if not 0 <= case.clear <= case.rows or not 0 <= case.reordered <= case.rows:
+            raise FormatError(
+                f"evidence of case {case.name}: expected clear and reordered rows within its "
+                f"{case.rows} rows, found {case.clear} and {case.reordered}"
+            )
+        if (
+            not 0
+            <= min(case.worst.values(), default=0)
+            <= max(case.worst.values(), default=0)
+            < math.inf
+        ):
+            raise FormatError(
+                f"evidence of case {case.name}: expected errors of at least 0, found "
+                f"{dict(case.worst)}"
+            )
+    if record.current:
+        found = tuple((case.name, case.seed) for case in record.cases)
+        expected = _suite_cases(
+            record.kernel, tuple(record.constants.items()), tuple(record.limits.items())
+        )
+        if found != expected:
+            missing = sorted({name for name, _ in expected} - {name for name, _ in found})
+            raise FormatError(
+                f"evidence: expected every case of the suite, in its order and with its seeds, "
+                f"found {len(found)} of {len(expected)} (missing {missing[:5]}); {RECORD_AGAIN}"
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _suite_cases(
+    kernel: str,
+    constants: tuple[tuple[str, int | float | str], ...],
+    limits: tuple[tuple[str, tuple[int, int]], ...],
+) -> tuple[tuple[str, int], ...]:
+    """Name and seed of every case, listed once for all records of variants that serve alike."""
+    try:
+        listed = suite.cases(kernel, dict(constants), dict(limits))
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"evidence: expected a kernel of the suite, found {error}") from error
+    return tuple((case.name, case.seed) for case in listed)
+
+
+def _validate_entry(record: Record) -> None:
+    """The record's copies of what its entry says agree with each other."""
+    parts = record.entry.split("/")
+    if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
+        raise FormatError(
+            f"evidence: expected the entry {record.kernel}/<model>/{record.target}/<variant>, "
+            f"found {record.entry!r}"
+        )
+    _, model, _, variant = parts
+    file = artifact_name(record.kernel, model, record.target, variant, record.sha256)
+    if record.file != file:
+        raise FormatError(f"evidence: expected the file {file}, found {record.file!r}")
+
+
+def _validate_device(record: Record) -> None:
+    if not Target.parse(record.target).runs_on(*record.compute_capability):
+        raise FormatError(
+            f"evidence: expected a device that runs {record.target}, found compute capability "
+            f"{record.compute_capability}"
+        )
+    for name, text in (("device", record.device), ("torch", record.torch)):
+        if _TEXT.fullmatch(text) is None or len(text) > 200:
+            raise FormatError(f"evidence: expected the name of its {name}, found {text!r}")
+    # The driver's CUDA version as it reports it: 13000 for 13.0.
+    if not 1000 <= record.driver < 1000000:
+        raise FormatError(
+            f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
+        )
