@@ -16,108 +16,44 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from router_runtime.device import driver
+from router_runtime.device.launch_config import CONFIG_BYTES, STREAM_WORD, launch_config
+from router_runtime.device.packing import ArgumentLayout, selector
+from router_runtime.device.tensor_map import EncodedTensorMap, Matrix
 from router_runtime.errors import DriverError, InputError, explain
-from router_runtime.format.contract import Contract, TensorMap
+from router_runtime.format.contract import Contract
 from router_runtime.format.manifest import Entry
 
-#: Parameter type -> struct format. Native alignment in ``struct`` is the C layout of the arguments.
-_FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
-
-#: CUlaunchConfig as the C ABI lays it out: gridDimX, Y, Z are 32-bit words 0 to 2, hStream is at
-#: byte 32.
-_CONFIG_BYTES = 56
-_STREAM_WORD64 = 4
-
-_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
-
-#: Values of the driver's enums for tensor maps (CUtensorMapDataType, CUtensorMapSwizzle, ...).
-_MAP_TYPES = {"bf16": (9, 2), "f32": (7, 4)}
-_MAP_SWIZZLES = {"none": 0, "32B": 1, "64B": 2, "128B": 3}
-_MAP_INTERLEAVE_NONE = 0
-_MAP_L2_PROMOTION_256B = 3
-_MAP_FILL_ZERO = 0
+_TORCH_NAMES = {
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "u32": "uint32",
+    "u64": "uint64",
+}
 
 
-class Matrix(NamedTuple):
-    """The argument of a tensor map: a row-major matrix in device memory. ``row_stride`` in
-    elements.
-    """
-
-    address: int
-    rows: int
-    columns: int
-    row_stride: int
-
-
-class _EncodedMap:
-    """One tensor map of one thread, encoded anew when it shall hold another matrix.
-
-    The driver wants it 64-byte aligned to encode it, and copies it into the launch. What a recipe
-    fixes is laid out once: encoding takes half the time of building every argument again.
-    """
-
-    def __init__(self, recipe: TensorMap) -> None:
-        self._recipe = recipe
-        memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-        self.address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-        self._matrix: Matrix | None = None
-        element, self._element_bytes = _MAP_TYPES[recipe.dtype]
-        self._extents = (ctypes.c_uint64 * 2)()
-        self._strides = (ctypes.c_uint64 * 1)()
-        box = (ctypes.c_uint32 * 2)(*recipe.box)
-        steps = (ctypes.c_uint32 * 2)(1, 1)
-        self._keep = (memory, box, steps)
-        self._encode = driver.tensor_map_encoder()
-        self._first = (self.address, element, 2)
-        self._last = (
-            *(ctypes.addressof(part) for part in (self._extents, self._strides, box, steps)),
-            *(_MAP_INTERLEAVE_NONE, _MAP_SWIZZLES[recipe.swizzle]),
-            *(_MAP_L2_PROMOTION_256B, _MAP_FILL_ZERO),
-        )
-
-    def hold(self, matrix: Matrix) -> None:
-        """Describe ``matrix``."""
-        if matrix == self._matrix:
-            return
-        self._matrix = None  # should the encoding fail
-        address, self._extents[1], self._extents[0], row_stride = matrix
-        self._strides[0] = row_stride * self._element_bytes
-        status = self._encode(*self._first, address, *self._last)
-        if status:
-            recipe = self._recipe
-            raise DriverError(
-                explain(
-                    f"tensor map of {recipe.parameter}",
-                    expected="an address and a row stride that are multiples of 16 bytes, and a "
-                    f"box {recipe.box} that fits swizzle {recipe.swizzle}",
-                    found=f"{matrix} refused with CUresult {status}",
-                    remedy="pass the matrix contiguous and aligned",
-                )
-            )
-        self._matrix = matrix
-
-
-class _Block:
+class LaunchBlock:
     """One thread's launch configuration and argument memory for one launcher."""
 
     __slots__ = (*("arguments", "config", "keep", "maps", "pointers", "words32", "words64"),)
 
-    def __init__(self, contract: Contract, layout: _Layout, arguments: bytes) -> None:
+    def __init__(self, contract: Contract, layout: ArgumentLayout, arguments: bytes) -> None:
         self.config = launch_config(contract)
-        raw = (ctypes.c_ubyte * _CONFIG_BYTES).from_address(self.config.getPtr())
+        raw = (ctypes.c_ubyte * CONFIG_BYTES).from_address(self.config.getPtr())
         self.words32 = memoryview(raw).cast("B").cast("I")
         self.words64 = memoryview(raw).cast("B").cast("Q")
         self.arguments = ctypes.create_string_buffer(arguments, max(len(arguments), 1))
-        self.maps = [_EncodedMap(recipe) for recipe in layout.maps]
+        self.maps = [EncodedTensorMap(recipe) for recipe in layout.maps]
         start = ctypes.addressof(self.arguments)
         addresses = [
             self.maps[-1 - place].address if place < 0 else start + place for place in layout.places
@@ -125,32 +61,6 @@ class _Block:
         table = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
         self.pointers = ctypes.addressof(table)
         self.keep = (raw, table)
-
-
-class _Layout:
-    """Where a launcher's arguments lie in a block: scalars packed together, those in front that
-    vary from launch to launch, tensor maps apart.
-
-    ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
-    tensor map i.
-    """
-
-    def __init__(self, contract: Contract, varying: tuple[str, ...]) -> None:
-        types = {parameter.name: parameter.type for parameter in contract.parameters}
-        recipes = {recipe.parameter: recipe for recipe in contract.tensor_maps}
-        scalars = [name for name, kind in types.items() if kind != "tensormap"]
-        self.changing = [name for name in scalars if name in varying]
-        self.packed = [*self.changing, *(name for name in scalars if name not in varying)]
-        self.maps = [recipes[name] for name, kind in types.items() if kind == "tensormap"]
-        offsets = {recipe.parameter: -1 - index for index, recipe in enumerate(self.maps)}
-        format_ = "@"
-        for name in self.packed:
-            code = _FORMATS.get(types[name], "Q")
-            format_ += code
-            offsets[name] = struct.calcsize(format_) - struct.calcsize(code)
-        self.pack = struct.Struct(format_).pack
-        self.pack_into = struct.Struct(format_[: 1 + len(self.changing)]).pack_into
-        self.places = [offsets[name] for name in types]
 
 
 class LoadedKernel:
@@ -260,7 +170,7 @@ class BoundLaunch:
         self, kernel: LoadedKernel, varying: tuple[str, ...], fixed: Mapping[str, Any]
     ) -> None:
         contract = kernel.entry.contract
-        layout = self._layout = _Layout(contract, varying)
+        layout = self._layout = ArgumentLayout(contract, varying)
         positions = {name: index for index, name in enumerate((*varying, *fixed))}
         self._kernel, self._positions = kernel, positions
         self._launch = kernel._launch_kernel
@@ -287,7 +197,7 @@ class BoundLaunch:
             (index, positions[recipe.argument]) for index, recipe in enumerate(layout.maps)
         ]
         # For the first thread that launches; there is seldom another.
-        self._spare = [_Block(contract, layout, self._template)]
+        self._spare = [LaunchBlock(contract, layout, self._template)]
         _launchers.add(self)
 
     def __call__(self, stream: int, *varying: Any) -> None:
@@ -306,19 +216,19 @@ class BoundLaunch:
             block.words32[index] = extent if extent < cap else cap
         for index, position in self._maps:
             block.maps[index].hold(values[position])
-        block.words64[_STREAM_WORD64] = stream
+        block.words64[STREAM_WORD] = stream
         (status,) = self._launch(block.config, kernel.function, block.pointers, 0)
         if status:
             raise self._failed(status, values)
 
-    def _block(self) -> _Block:
+    def _block(self) -> LaunchBlock:
         """The calling thread's block, on its first launch: the one that is there, or a new one."""
         kernel = self._kernel
         kernel.enter_thread()
         try:
             block = self._spare.pop()
         except IndexError:
-            block = _Block(kernel.entry.contract, self._layout, self._template)
+            block = LaunchBlock(kernel.entry.contract, self._layout, self._template)
         self._local.block = block
         return block
 
@@ -351,49 +261,6 @@ class BoundLaunch:
                 remedy=driver.remedy(status),
             )
         )
-
-
-def launch_config(contract: Contract) -> Any:
-    """A launch configuration with everything but the stream and the varying grid axes set."""
-    api = driver.bindings()
-    config = api.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = (axis.value for axis in contract.grid)
-    config.blockDimX, config.blockDimY, config.blockDimZ = contract.block
-    config.sharedMemBytes = contract.dynamic_shared_memory
-    kinds = api.CUlaunchAttributeID
-    attributes = []
-    if contract.cluster_size > 1:
-        cluster = api.CUlaunchAttribute()
-        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        extents = cluster.value.clusterDim
-        extents.x, extents.y, extents.z = contract.cluster
-        attributes.append(cluster)
-    if contract.programmatic_dependent_launch:
-        serial = api.CUlaunchAttribute()
-        serial.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        serial.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(serial)
-    config.attrs = attributes
-    config.numAttrs = len(attributes)
-    return config
-
-
-_TORCH_NAMES = {
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "i32": "int32",
-    "i64": "int64",
-    "u8": "uint8",
-    "u32": "uint32",
-    "u64": "uint64",
-}
-
-
-def selector(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """``operator.itemgetter`` of ``indices``, returning a tuple for any number of them."""
-    if len(indices) > 1:
-        return operator.itemgetter(*indices)
-    return lambda values: tuple(values[index] for index in indices)
 
 
 _kernels: weakref.WeakSet[LoadedKernel] = weakref.WeakSet()

@@ -13,7 +13,8 @@ from typing import Any
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import read_cubin
-from router_runtime.device.launch import LoadedKernel, launch_config
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.device.launch_config import launch_config
 from router_runtime.errors import ArtifactError, DriverError, explain
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target

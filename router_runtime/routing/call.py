@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from router_runtime import spec
-from router_runtime.device.launch import LoadedKernel, selector
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.device.packing import selector
 from router_runtime.routing.checks import refuse_grad, wrong_tensor, wrong_value
 from router_runtime.routing.placement import Placement
 

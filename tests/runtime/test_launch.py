@@ -12,8 +12,9 @@ import pytest
 import torch
 from cuda.bindings import driver as real
 
-from router_runtime.device import launch
-from router_runtime.device.launch import LoadedKernel, Matrix
+from router_runtime.device import launch, tensor_map
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.device.tensor_map import Matrix
 from router_runtime.errors import DriverError, InputError
 from router_runtime.format.contract import GridAxis, TensorMap
 
@@ -55,8 +56,8 @@ def test_launching_by_name_again_uses_the_same_memory(
     build: SimpleNamespace, load: Any, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    block = launch._Block
-    monkeypatch.setattr(launch, "_Block", lambda *given: made.append(given) or block(*given))
+    block = launch.LaunchBlock
+    monkeypatch.setattr(launch, "LaunchBlock", lambda *given: made.append(given) or block(*given))
     kernel = load(contract_of(build, "a=i32 b=ptr:f32 c=f32"))
     given: list[dict[str, Any]] = [
         {"a": 1, "b": 64, "c": 0.5},
@@ -299,6 +300,6 @@ def test_a_matrix_that_cannot_be_mapped(mapped: Any, fake: Any) -> None:
 
 
 def test_swizzle_numbers_are_the_drivers() -> None:
-    for name, value in launch._MAP_SWIZZLES.items():
+    for name, value in tensor_map.SWIZZLES.items():
         suffix = name.upper()
         assert int(getattr(real.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{suffix}")) == value

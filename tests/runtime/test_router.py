@@ -802,7 +802,7 @@ def test_the_first_call_makes_nothing(
         raise AssertionError("made by a call")
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_Block", refused)
+        patch.setattr(launch, "LaunchBlock", refused)
         patch.setattr(Workspaces, "_zeros", refused)
         same(path.route(hidden(3)), wanted)
         same(

@@ -1,0 +1,46 @@
+"""Where a launcher's arguments lie in memory, and how they are packed there with ``struct``."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from router_runtime.format.contract import Contract
+
+#: Parameter type -> struct format. Native alignment in ``struct`` is the C layout of the arguments.
+_FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
+
+
+class ArgumentLayout:
+    """Where a launcher's arguments lie in a block: scalars packed together, those in front that
+    vary from launch to launch, tensor maps apart.
+
+    ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
+    tensor map i.
+    """
+
+    def __init__(self, contract: Contract, varying: tuple[str, ...]) -> None:
+        types = {parameter.name: parameter.type for parameter in contract.parameters}
+        recipes = {recipe.parameter: recipe for recipe in contract.tensor_maps}
+        scalars = [name for name, kind in types.items() if kind != "tensormap"]
+        self.changing = [name for name in scalars if name in varying]
+        self.packed = [*self.changing, *(name for name in scalars if name not in varying)]
+        self.maps = [recipes[name] for name, kind in types.items() if kind == "tensormap"]
+        offsets = {recipe.parameter: -1 - index for index, recipe in enumerate(self.maps)}
+        format_ = "@"
+        for name in self.packed:
+            code = _FORMATS.get(types[name], "Q")
+            format_ += code
+            offsets[name] = struct.calcsize(format_) - struct.calcsize(code)
+        self.pack = struct.Struct(format_).pack
+        self.pack_into = struct.Struct(format_[: 1 + len(self.changing)]).pack_into
+        self.places = [offsets[name] for name in types]
+
+
+def selector(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """``operator.itemgetter`` of ``indices``, returning a tuple for any number of them."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: tuple(values[index] for index in indices)
