@@ -74,7 +74,7 @@ __device__ __forceinline__ void route_serving(const int* token_ids_i32,
 
 // True if vectors of `width` entries divide a row of top_k entries and the three arrays are aligned
 // for them.
-__device__ __forceinline__ bool fits(unsigned width, unsigned top_k, const void* table,
+__device__ __forceinline__ bool can_vectorize(unsigned width, unsigned top_k, const void* table,
                                      const void* weights_out, const void* ids_out) {
     const unsigned bytes = width * 4;
     return top_k % width == 0 && is_aligned(table, bytes) && is_aligned(weights_out, bytes) &&
@@ -110,10 +110,10 @@ hash_router(const int* token_ids_i32, const long long* token_ids_i64, const int*
                               logical_ids_out_i64};
         route_serving(token_ids_i32, token_ids_i64, table, weights_out, first, count, vocab, k,
                       call);
-    } else if (fits(4, k, table, weights_out, ids_out)) {
+    } else if (can_vectorize(4, k, table, weights_out, ids_out)) {
         route<4>(token_ids_i32, token_ids_i64, table, weights_out, ids_out, first, count, vocab, k,
                  sentinel);
-    } else if (fits(2, k, table, weights_out, ids_out)) {
+    } else if (can_vectorize(2, k, table, weights_out, ids_out)) {
         route<2>(token_ids_i32, token_ids_i64, table, weights_out, ids_out, first, count, vocab, k,
                  sentinel);
     } else {

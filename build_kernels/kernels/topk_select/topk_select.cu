@@ -42,8 +42,8 @@ static_assert(PARTS == 1 || ROWS_PER_BLOCK == 1, "a CTA that shares a row has no
 static_assert(WARPS_PER_ROW <= 8 && BLOCKS_PER_ROW <= 8, "8 lists of top_k <= 32 fill LISTED");
 
 // Loads this lane's ordered keys of the columns [begin, end) of a row: the key of index i is that
-// of column begin + i, or 0 from `end` on. Called by every lane of a warp; no exchange. `begin` is a
-// multiple of STEP; `end` is one too, or row_length, and at most `begin` for an empty part.
+// of column begin + i, or 0 from `end` on. Called by every lane of a warp; no exchange. `begin` is
+// a multiple of STEP; `end` is one too, or row_length, and at most `begin` for an empty part.
 __device__ __forceinline__ void load_keys(const float* row, unsigned lane, unsigned begin,
                                           unsigned end, unsigned row_length,
                                           unsigned (&keys)[VALUES_PER_LANE]) {
