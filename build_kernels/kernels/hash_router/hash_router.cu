@@ -75,7 +75,7 @@ __device__ __forceinline__ void route_serving(const int* token_ids_i32,
 // True if vectors of `width` entries divide a row of top_k entries and the three arrays are aligned
 // for them.
 __device__ __forceinline__ bool can_vectorize(unsigned width, unsigned top_k, const void* table,
-                                     const void* weights_out, const void* ids_out) {
+                                              const void* weights_out, const void* ids_out) {
     const unsigned bytes = width * 4;
     return top_k % width == 0 && is_aligned(table, bytes) && is_aligned(weights_out, bytes) &&
            is_aligned(ids_out, bytes);
