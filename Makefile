@@ -38,8 +38,9 @@ verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER
 test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime
 
-test-builder: .venv/.dev ## Run the tests of the builder and the kernels' sources
-	.venv/bin/python -m pytest -o cache_dir=.pytest_cache/builder tests/builder tests/kernels
+test-builder: .venv/.dev ## Run the tests of the builder, the kernels and the import rules
+	.venv/bin/python -m pytest -o cache_dir=.pytest_cache/builder tests/builder tests/kernels \
+	    tests/test_architecture.py
 
 # One thread: torch's threads wait for each other by spinning, which the other run would pay for.
 test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
