@@ -13,12 +13,13 @@ import click
 
 from build_kernels import lock, publish
 from build_kernels.build import build
+from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import MODELS
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
-from build_kernels.compile import cubin, toolchain
+from build_kernels.compile import cubin, instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError, unknown
-from build_kernels.plan import plan, read_model
+from build_kernels.plan import plan
 from build_kernels.release import compare
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
 from router_runtime.format.target import Target
@@ -64,7 +65,7 @@ def _jobs_option(command: _F) -> _F:
     "model_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A model of your own, as TOML; repeatable.",
+    help="Only a model of your own, as TOML; repeatable.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to build into.")
 @click.option("--update-lock", is_flag=True, help="Record the digests in artifacts.lock.")
@@ -98,7 +99,8 @@ def build_command(
         extra_models=[read_model(path) for path in model_files],
     )
     started = time.monotonic()
-    manifest = build(work, folder, jobs, click.echo)
+    # A folder of its own starts with the cubins that artifacts/ already has.
+    manifest = build(work, folder, jobs, click.echo, reuse=[ARTIFACTS] if ARTIFACTS else [])
     click.echo(_table(manifest.entries))
     click.echo(
         f"{len(manifest.entries)} cubins, {sum(entry.size for entry in manifest.entries)} bytes, "
@@ -171,10 +173,10 @@ def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
             "missing; next: make build-cubins"
         )
     facts = cubin.read(data, chosen.file)
-    listing = cubin.sass(data, toolchain.nvdisasm())
+    listing = instructions.sass(data, toolchain.nvdisasm())
     click.echo(_facts(chosen, manifest, facts.tool))
     click.echo("instructions")
-    for instruction, count in cubin.census(listing).items():
+    for instruction, count in instructions.census(listing).items():
         click.echo(f"  {count:6} {instruction}")
     if sass:
         click.echo(listing)

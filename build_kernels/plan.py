@@ -8,41 +8,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
-import re
-import tomllib
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from build_kernels.catalog import kernels as catalog
-from build_kernels.catalog.kernels import Kernel, Language, Variant
+from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latencies
-from build_kernels.catalog.models import ANY, MODELS, Model
+from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
-from build_kernels.compile import cutedsl, nvrtc
 from build_kernels.compile.job import Job
-from build_kernels.compile.sources import KERNELS, PACKAGE, SUFFIXES
+from build_kernels.compile.languages import LANGUAGES, Language
+from build_kernels.compile.sources import KERNELS, PACKAGE
 from build_kernels.errors import BuildError, unknown
 from build_kernels.kernels.common.numerics import CONSTANTS
 from router_runtime.format.manifest import source_digest
-
-#: The module that compiles each language.
-_RECIPES: Mapping[Language, str] = {
-    "cuda": "compile/nvrtc.py",
-    "cutedsl": "compile/cutedsl.py",
-}
-FLAGS: Mapping[Language, tuple[str, ...]] = {"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS}
-
-_MODEL_FIELDS: Mapping[str, type] = {
-    "name": str,
-    "hidden": int,
-    "experts": int,
-    "top_k": int,
-    "scale": float,
-    "hash_layers": int,
-    "vocab": int,
-}
 
 
 def plan(
@@ -50,11 +29,21 @@ def plan(
     targets: Collection[str] = (),
     models: Collection[str] = (),
     kernels: Collection[str] = (),
-    extra_models: Iterable[Model] = (),
+    extra_models: Collection[Model] = (),
 ) -> list[Job]:
-    """The jobs of a build in order of their keys. An empty selection means all of its kind, and the
-    default targets. ``models`` narrows the kernels that depend on a model; the others always stay:
-    a folder that serves one model needs them.
+    """Return the jobs of a build in the order of their keys.
+
+    Args:
+        targets: Only these. Empty: the default targets.
+        models: Only these, and ``extra_models``. Empty: those alone, or without them every model
+            of the catalog. Kernels that serve every model are always included.
+        kernels: Only these. Empty: all.
+        extra_models: Models that are not in the catalog.
+
+    Raises:
+        BuildError: An unknown name, a kernel without its files, or a model that a kernel cannot
+            be compiled for.
+
     """
     known_models = {model.name: model for model in (*MODELS, *extra_models)}
     known_kernels = {kernel.name: kernel for kernel in catalog.KERNELS}
@@ -67,6 +56,7 @@ def plan(
     for found in kernels:
         if found not in known_kernels:
             raise unknown("kernel", found, known_kernels, "next: build-kernels list")
+    wanted = {*models, *(model.name for model in extra_models)}
     jobs = []
     latencies = Latencies(PACKAGE / "catalog" / "latency.toml")
     for kernel in catalog.KERNELS:
@@ -74,7 +64,7 @@ def plan(
             continue
         chosen: list[Model | None] = [None]
         if kernel.per_model:
-            chosen = [m for m in known_models.values() if not models or m.name in models]
+            chosen = [m for name, m in known_models.items() if not wanted or name in wanted]
         own_files = _source_files(kernel.name, kernel.language)
         for model in chosen:
             for variant in kernel.variants:
@@ -89,7 +79,7 @@ def plan(
                 digest = source_digest(
                     files,
                     json.dumps(constants, sort_keys=True, allow_nan=False),
-                    json.dumps(FLAGS[kernel.language]),
+                    json.dumps(LANGUAGES[kernel.language].flags),
                 )
                 for target in dict.fromkeys(targets or DEFAULT_TARGETS):
                     if variant.targets and target not in variant.targets:
@@ -126,28 +116,9 @@ def tree_digest() -> str:
         "plan.py",
         "toolchain.lock",
     )
-    for name in (*data, *sorted(_RECIPES.values())):
+    for name in (*data, *sorted(facts.compiler for facts in LANGUAGES.values())):
         files[name] = (PACKAGE / name).read_bytes()
     return source_digest(files)
-
-
-def read_model(path: Path) -> Model:
-    """A model from a TOML file with exactly the fields of ``Model``."""
-    where = path.name
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BuildError(f"{where}: expected a readable TOML file, found: {error}") from error
-    for found in document:
-        if found not in _MODEL_FIELDS:
-            raise unknown(f"key in {where}", found, _MODEL_FIELDS, "next: rename or remove it")
-    missing = [name for name in _MODEL_FIELDS if name not in document]
-    if missing:
-        raise BuildError(f"{where}: expected the keys {list(_MODEL_FIELDS)}, missing {missing}")
-    values = {name: _field(where, name, document[name]) for name in _MODEL_FIELDS}
-    model = Model(**values)
-    _check_model(where, model)
-    return model
 
 
 def _constants(
@@ -180,8 +151,9 @@ def _contract(kernel: Kernel) -> Any:
 
 def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
     """Every file that one kernel consists of, by its path inside the package."""
+    facts = LANGUAGES[language]
     folder = KERNELS / kernel
-    source = folder / f"{kernel}{SUFFIXES[language][0]}"
+    source = folder / f"{kernel}{facts.suffixes[0]}"
     contract = folder / "contract.py"
     for path in (source, contract):
         if not path.is_file():
@@ -191,40 +163,12 @@ def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
                 "from build_kernels/catalog/kernels.py"
             )
     # contract.py and what it imports are Python for either language.
-    paths = [p for p in folder.iterdir() if p.suffix in (".py", *SUFFIXES[language])]
+    paths = [p for p in folder.iterdir() if p.suffix in (".py", *facts.suffixes)]
     # limits.py and parameters.py are what contracts of both languages share.
     paths += [
         path
         for path in (KERNELS / "common").iterdir()
-        if path.suffix in SUFFIXES[language] or path.name in ("limits.py", "parameters.py")
+        if path.suffix in facts.suffixes or path.name in ("limits.py", "parameters.py")
     ]
-    paths += [KERNELS / "common" / "numerics.py", PACKAGE / _RECIPES[language]]
+    paths += [KERNELS / "common" / "numerics.py", PACKAGE / facts.compiler]
     return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths}
-
-
-def _field(where: str, name: str, value: Any) -> Any:
-    kind = _MODEL_FIELDS[name]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise BuildError(f"{where}: {name}: expected {kind.__name__}, found {value!r}")
-    return value
-
-
-def _check_model(where: str, model: Model) -> None:
-    taken = [known.name for known in MODELS]
-    rules = (
-        ("name", re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", model.name), "letters, digits and ._-"),
-        ("name", model.name not in (*taken, ANY), f"a name other than any of {taken}"),
-        ("hidden", model.hidden > 0 and model.hidden % 64 == 0, "a positive multiple of 64"),
-        ("experts", 1 <= model.experts <= 1024, "1 to 1024"),
-        ("top_k", 1 <= model.top_k <= min(32, model.experts), "1 to 32, at most experts"),
-        ("scale", math.isfinite(model.scale) and 0 <= model.scale <= 1e18, "0 to 1e18"),
-        ("hash_layers", model.hash_layers >= 0, "0 or more"),
-        ("vocab", 1 <= model.vocab < 2**31, "1 to 2^31 - 1"),
-    )
-    for name, holds, expected in rules:
-        if not holds:
-            raise BuildError(
-                f"{where}: {name}: expected {expected}, found {getattr(model, name)!r}"
-            )

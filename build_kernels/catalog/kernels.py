@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from build_kernels.catalog.models import ANY, Model
+from build_kernels.compile.languages import Language
 from router_runtime.format.contract import Constants
-
-Language = Literal["cuda", "cutedsl"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,29 @@
-"""One cubin to be: what a build hands to a compiler."""
+"""One cubin to be compiled: what a plan consists of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from build_kernels.catalog.kernels import Language
-from build_kernels.catalog.latency import Latency
+from build_kernels.compile.languages import LANGUAGES, Language
 from router_runtime.format.contract import Constants
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """One cubin to be compiled.
+
+    Attributes:
+        kernel: Name of the folder under ``kernels/``.
+        language: Of its source.
+        model: The model that it is compiled for; None: it serves every model.
+        target: Such as sm_90a.
+        variant: Name of the catalog's row.
+        constants: Compile-time constants by name.
+        source_sha256: Digest of the sources, constants and flags that go into the cubin.
+        latency: (tokens, microseconds), tokens ascending; of no influence on the cubin.
+
+    """
+
     kernel: str
     language: Language
     model: str | None
@@ -18,9 +31,16 @@ class Job:
     variant: str
     constants: Constants
     source_sha256: str
-    latency: Latency = ()
+    latency: tuple[tuple[int, float], ...] = ()
 
     @property
     def key(self) -> str:
-        """The same name that the manifest's entry has."""
+        """Return the key that the manifest's entry will have."""
         return f"{self.kernel}/{self.model or 'any'}/{self.target}/{self.variant}"
+
+    @property
+    def worker(self) -> str:
+        """Return the kind of worker that compiles it: its target, or its language if one worker
+        compiles for every target.
+        """
+        return self.target if LANGUAGES[self.language].worker_per_target else self.language

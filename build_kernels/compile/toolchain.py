@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from build_kernels.compile import cutedsl, nvrtc
+from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError
 from router_runtime.format.manifest import Toolchain
 
@@ -55,7 +55,9 @@ def check() -> Toolchain:
             + "\n".join(wrong)
             + f"\n{_REMEDY}"
         )
-    return Toolchain(packages=expected, flags={"cuda": nvrtc.FLAGS, "cutedsl": cutedsl.FLAGS})
+    return Toolchain(
+        packages=expected, flags={name: facts.flags for name, facts in LANGUAGES.items()}
+    )
 
 
 def check_release() -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels.compile import cubin, toolchain
+from build_kernels.compile import cubin, instructions, toolchain
+from build_kernels.entries import resources
 from build_kernels.errors import BuildError
 from build_kernels.release import wheel
 from router_runtime.errors import FormatError
@@ -134,9 +135,9 @@ def markdown(found: Difference) -> str:
 
 def machine_code(old: bytes, new: bytes) -> Iterator[str]:
     """What differs between two cubins, down to the first instruction that does."""
-    before, after = (cubin.sass(data, toolchain.nvdisasm()) for data in (old, new))
+    before, after = (instructions.sass(data, toolchain.nvdisasm()) for data in (old, new))
     facts = [
-        cubin.resources(cubin.read(data, "cubin"), cubin.census(listing))
+        resources(cubin.read(data, "cubin"), instructions.census(listing))
         for data, listing in ((old, before), (new, after))
     ]
     yield from _fields(facts[0], facts[1])
@@ -195,7 +196,7 @@ def _toolchain(old: Manifest, new: Manifest) -> Iterator[str]:
 
 
 def _census(before: str, after: str) -> list[str]:
-    counts = cubin.census(before), cubin.census(after)
+    counts = instructions.census(before), instructions.census(after)
     moved = {
         name: (counts[0].get(name, 0), counts[1].get(name, 0)) for name in {*counts[0], *counts[1]}
     }

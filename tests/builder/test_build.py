@@ -16,9 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from build_kernels import build, publish
+from build_kernels import build, entries, publish
+from build_kernels.compile import pool
+from build_kernels.compile.job import Job
 from build_kernels.errors import BuildError
-from build_kernels.plan import Job
+from build_kernels.reuse import Reuse
 from router_runtime.format.manifest import Manifest, loads
 from tests.builder.conftest import KEYS, ROOT, Project, snapshot
 
@@ -60,15 +62,15 @@ def test_code_that_cannot_be_read_is_named_beside_other_failures(
     """One target's disassembly fails: each of its entries says so, and what failed before too."""
     jobs = [SimpleNamespace(key=key) for key in ("one", "two")]
     facts = SimpleNamespace(target="sm_90a")
-    compiled = [build._Compiled(job, b"", facts) for job in jobs]
-    monkeypatch.setattr(build, "_compile", lambda *_: (compiled, ["three: no such constant"]))
+    compiled = [build.Compiled(job, b"", facts) for job in jobs]
+    monkeypatch.setattr(build, "compile_all", lambda *_: (compiled, ["three: no such constant"]))
 
     def broken(*_: object) -> None:
         raise BuildError("expected nvdisasm to read the cubin, found: nothing")
 
-    monkeypatch.setattr(build.cubin, "censuses", broken)
+    monkeypatch.setattr(build.instructions, "censuses", broken)
     with pytest.raises(BuildError) as failure:
-        build._make([*jobs, *jobs], build._Previous(tmp_path, None), 1, print)
+        build.make([*jobs, *jobs], Reuse((tmp_path,), None), 1, print)
     said = str(failure.value)
     assert "one: expected nvdisasm" in said
     assert "two: expected nvdisasm" in said
@@ -77,11 +79,11 @@ def test_code_that_cannot_be_read_is_named_beside_other_failures(
 
 
 def test_wgmma_that_cannot_overlap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "declared", lambda job: (None, None))
-    monkeypatch.setattr(build, "check_contract", lambda *_: None)
+    monkeypatch.setattr(entries, "declared", lambda job: (None, None))
+    monkeypatch.setattr(entries, "check_contract", lambda *_: None)
     counts = {"HGMMA.64": 4, "WARPGROUP.ARRIVE": 4}
     with pytest.raises(BuildError, match="one: expected wgmma instructions that overlap"):
-        build.inspect(SimpleNamespace(key="one"), b"", SimpleNamespace(), counts)
+        entries.inspect(SimpleNamespace(key="one"), b"", SimpleNamespace(), counts)
 
 
 def test_what_a_build_says(fresh: Project) -> None:
@@ -316,7 +318,7 @@ def test_workers_begin_with_the_targets_that_none_is_at() -> None:
         *(Job("b", "cutedsl", None, "sm_90a", str(i), {}, "") for i in range(3)),
         *(Job("b", "cutedsl", None, "sm_100a", str(i), {}, "") for i in range(2)),
     ]
-    queue = build._Queue(jobs)
+    queue = pool.Queue(jobs)
     begun = [queue.take(None) for _ in range(4)]
     assert begun == [jobs[5], jobs[8], jobs[0], jobs[1]]
     # Each keeps to its kind while there is any of it, then helps where most is left.
@@ -326,10 +328,10 @@ def test_workers_begin_with_the_targets_that_none_is_at() -> None:
 
 
 def test_an_ended_pool_starts_no_other_worker() -> None:
-    workers = build._Workers()
-    workers.end()
+    worker = pool.Worker()
+    worker.end()
     with pytest.raises(BuildError, match="interrupted"):
-        workers.of_kind("sm_90a")
+        worker.compile(Job("b", "cutedsl", None, "sm_90a", "a", {}, ""))
 
 
 def test_one_build_at_a_time_in_a_folder(project: Project, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from build_kernels.build import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
+from build_kernels.compile.contract_check import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
 from build_kernels.compile.cubin import Cubin, read
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError

@@ -1,4 +1,4 @@
-"""cubin.py reads what the compilers wrote, and refuses what this project does not ship."""
+"""The builder reads what the compilers wrote, and refuses what this project does not ship."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.compile import cubin, nvrtc, toolchain
+from build_kernels.compile import cubin, instructions, nvrtc, toolchain
+from build_kernels.entries import resources
 from build_kernels.errors import BuildError
 from tests.builder.conftest import Compile
 
@@ -109,8 +110,8 @@ def test_resources_agree_with_cuobjdump(
 
 def test_spills_are_the_bytes_moved_to_and_from_local_memory(compile_cuda: Compile) -> None:
     data = compile_cuda(LOCAL)
-    used = cubin.resources(
-        cubin.read(data, "test"), cubin.census(cubin.sass(data, toolchain.nvdisasm()))
+    used = resources(
+        cubin.read(data, "test"), instructions.census(instructions.sass(data, toolchain.nvdisasm()))
     )
     assert (used.spill_stores, used.spill_loads, used.local_memory) == (16, 16, 16)
 
@@ -127,7 +128,7 @@ def test_census_counts_instructions_by_name() -> None:
             /*1050*/              @!PT LDL.LU.64 R2, [R1] ;
             /*1060*/                   STL [R1+0x10], R5 ;
     """
-    counts = cubin.census(listing)
+    counts = instructions.census(listing)
     assert counts == {
         "LDC": 1,
         "LDL.LU.64": 1,
@@ -137,7 +138,7 @@ def test_census_counts_instructions_by_name() -> None:
         "STL.U8": 1,
     }
     facts = cubin.Cubin("s", "sm_90a", "ptxas", (), 8, 0, 0, None, None, None)
-    used = cubin.resources(facts, counts)
+    used = resources(facts, counts)
     assert (used.spill_stores, used.spill_loads) == (16 + 8 + 4 + 4 + 1, 8)
 
 
@@ -151,8 +152,10 @@ extern "C" __global__ void call(int* x) { *x = called(*x) + called(x[1]); }
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100f"])
 def test_cubins_are_counted_together_as_each_alone(compile_cuda: Compile, target: str) -> None:
     one, other = (compile_cuda(source, target) for source in (CALL, LOCAL))
-    alone = [cubin.census(cubin.sass(data, toolchain.nvdisasm())) for data in (one, other)]
-    together = cubin.censuses((one, other, one), target, toolchain.nvdisasm())
+    alone = [
+        instructions.census(instructions.sass(data, toolchain.nvdisasm())) for data in (one, other)
+    ]
+    together = instructions.censuses((one, other, one), target, toolchain.nvdisasm())
     assert together == [alone[0], alone[1], alone[0]]
     assert alone[0] != alone[1]
     assert any(name.startswith("CALL") for name in alone[0])
@@ -161,7 +164,7 @@ def test_cubins_are_counted_together_as_each_alone(compile_cuda: Compile, target
 def test_what_the_disassembler_refuses_is_an_error(compile_cuda: Compile) -> None:
     data = compile_cuda(TENSOR, "sm_100a")
     with pytest.raises(BuildError, match="expected nvdisasm to read the cubin, found: nvdisasm er"):
-        cubin.censuses([data], "sm_90a", toolchain.nvdisasm())
+        instructions.censuses([data], "sm_90a", toolchain.nvdisasm())
 
 
 TENSOR = r"""
@@ -188,16 +191,16 @@ extern "C" __global__ void tensor(int* x)
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
 def test_the_tensor_core_is_found_in_the_census(compile_cuda: Compile, target: str) -> None:
     """Compiled, not run: it is no kernel that does anything."""
-    found = cubin.tensor_core(
-        cubin.census(cubin.sass(compile_cuda(TENSOR, target), toolchain.nvdisasm()))
+    found = instructions.tensor_core(
+        instructions.census(instructions.sass(compile_cuda(TENSOR, target), toolchain.nvdisasm()))
     )
     assert found.allocations >= 1
     assert (found.releases, found.multiplications, found.commits, found.loads) == (1, 1, 1, 1)
 
 
 def test_no_tensor_core_is_none(compile_cuda: Compile) -> None:
-    counts = cubin.census(cubin.sass(compile_cuda(LOCAL), toolchain.nvdisasm()))
-    assert cubin.tensor_core(counts) == cubin.TensorCore(0, 0, 0, 0, 0)
+    counts = instructions.census(instructions.sass(compile_cuda(LOCAL), toolchain.nvdisasm()))
+    assert instructions.tensor_core(counts) == instructions.TensorCore(0, 0, 0, 0, 0)
 
 
 def test_two_entry_functions_are_refused(compile_cuda: Compile) -> None:
@@ -243,4 +246,4 @@ def test_every_truncation_is_refused(compile_cuda: Compile) -> None:
     ],
 )
 def test_wgmma_that_cannot_overlap_is_seen(counts: dict[str, int], expected: bool) -> None:
-    assert cubin.serialised(counts) is expected
+    assert instructions.serialised(counts) is expected

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from build_kernels.build import identify
 from build_kernels.compile import cutedsl
-from build_kernels.compile.worker import Worker
+from build_kernels.compile.job import Job
+from build_kernels.compile.worker_process import WorkerProcess
+from build_kernels.entries import identify
 from build_kernels.errors import BuildError
-from build_kernels.plan import Job
 from tests.builder.conftest import Compile, Project
 
 
@@ -24,7 +24,7 @@ def test_a_process_for_another_target_is_refused(
 
 
 def test_a_worker_answers_an_unknown_program_with_the_error() -> None:
-    worker = Worker("sm_90a")
+    worker = WorkerProcess("sm_90a")
     try:
         job = Job("missing", "cutedsl", None, "sm_90a", "a", {}, "0" * 64)
         with pytest.raises(BuildError, match=r"(?s)missing/any/sm_90a/a: .*No module named"):

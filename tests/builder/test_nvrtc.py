@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from build_kernels.compile import cubin, nvrtc, toolchain
+from build_kernels.compile import instructions, nvrtc, toolchain
 from build_kernels.errors import BuildError
 from tests.builder.conftest import Compile
 
@@ -14,7 +14,7 @@ EMPTY = 'extern "C" __global__ void empty() {}\n'
 
 
 def _census(data: bytes) -> dict[str, int]:
-    return cubin.census(cubin.sass(data, toolchain.nvdisasm()))
+    return instructions.census(instructions.sass(data, toolchain.nvdisasm()))
 
 
 @pytest.mark.parametrize(

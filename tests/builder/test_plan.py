@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from build_kernels import plan
+from build_kernels import plan, publish
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import Model
+from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
+from router_runtime.format.manifest import loads
 from tests.builder.conftest import FILES, Project
 
 MODEL = """
@@ -272,7 +276,8 @@ def test_source_digests_cover_what_goes_into_a_cubin(
 
 def test_source_digests_cover_the_flags(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {job.key: job.source_sha256 for job in plan.plan()}
-    monkeypatch.setattr(plan, "FLAGS", {**plan.FLAGS, "cuda": ("--other",)})
+    cuda = dataclasses.replace(LANGUAGES["cuda"], flags=("--other",))
+    monkeypatch.setattr(plan, "LANGUAGES", {**LANGUAGES, "cuda": cuda})
     changed = {job.kernel for job in plan.plan() if job.source_sha256 != before[job.key]}
     assert changed == {"scale"}
 
@@ -287,9 +292,9 @@ def test_a_row_without_its_files_is_an_error(kernels: Path, file: str) -> None:
 def test_a_model_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text(MODEL)
-    assert plan.read_model(path) == Model("pruned", 4096, 144, 6, 1.5, 3, 129280)
+    assert read_model(path) == Model("pruned", 4096, 144, 6, 1.5, 3, 129280)
     path.write_text(MODEL.replace("1.5", "2"))
-    assert plan.read_model(path).scale == 2.0
+    assert read_model(path).scale == 2.0
 
 
 @pytest.mark.parametrize(
@@ -318,22 +323,66 @@ def test_a_wrong_model_file_is_refused(tmp_path: Path, old: str, new: str, messa
     path = tmp_path / "my.toml"
     path.write_text(MODEL.replace(old, new, 1))
     with pytest.raises(BuildError, match=message):
-        plan.read_model(path)
+        read_model(path)
 
 
 def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"none\.toml: expected a readable TOML file"):
-        plan.read_model(tmp_path / "none.toml")
+        read_model(tmp_path / "none.toml")
+
+
+def test_a_model_file_narrows_the_plan_to_its_model(kernels: Path) -> None:
+    extra = [Model("pruned", 4096, 144, 6, 1.5, 3, 129280)]
+
+    def keys(*models: str) -> list[str]:
+        jobs = plan.plan(targets=["sm_90a"], models=models, extra_models=extra)
+        return [job.key for job in jobs if not job.key.endswith("/b")]
+
+    assert keys() == ["scale/any/sm_90a/one", "shift/pruned/sm_90a/a"]
+    assert keys("pruned") == keys()
+    assert keys("dsv4-pro") == [
+        "scale/any/sm_90a/one",
+        "shift/dsv4-pro/sm_90a/a",
+        "shift/pruned/sm_90a/a",
+    ]
 
 
 def test_a_model_of_ones_own_builds_without_touching_code(project: Project, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(MODEL)
     before = (project.artifacts / "manifest.json").read_bytes()
-    arguments = ("--model-file", tmp_path / "my.toml", "--model", "pruned", "--target", "sm_90a")
+    arguments = ("--model-file", tmp_path / "my.toml", "--target", "sm_90a")
     result = project.run("build", *arguments)
     assert result.returncode == 1
     assert "next: add --out DIR" in result.stdout
     said = project.build(*arguments, "--out", tmp_path / "out")
-    assert "shift/pruned/sm_90a/only" in said
+    assert "shift/pruned/sm_90a/only  compiled" in said
+    # What every model needs comes from artifacts/.
+    assert "scale/any/sm_90a/one  reused" in said
     assert "2 cubins" in said
     assert (project.artifacts / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["", "digest", "toolchain", "source"])
+def test_artifacts_are_reused_only_where_everything_is_the_same(
+    project: Project, tmp_path: Path, change: str
+) -> None:
+    """A model of the same shape under another name gets the same cubins."""
+    (tmp_path / "my.toml").write_text(MODEL.replace("144", "256"))
+    manifest = project.artifacts / "manifest.json"
+    if change == "digest":
+        for path in project.artifacts.glob("shift-dsv4-flash-*.cubin"):
+            path.write_bytes(path.read_bytes() + b"\0")
+    elif change == "toolchain":
+        manifest.write_text(manifest.read_text().replace("OptLevel(3)", "OptLevel(2)"))
+    elif change == "source":
+        with project.kernel_file("shift/shift.py").open("a") as file:
+            file.write("OTHER = 1\n")
+    out = tmp_path / "out"
+    said = project.build(
+        *("--model-file", tmp_path / "my.toml", "--kernel", "shift", "--target", "sm_90a"),
+        *("--out", out),
+    )
+    how = "compiled" if change else "reused"
+    assert f"shift/pruned/sm_90a/only  {how}" in said
+    (entry,) = loads((out / "manifest.json").read_bytes()).entries
+    assert publish.verified(out, entry.file, entry.sha256)

@@ -7,35 +7,37 @@ from collections.abc import Iterator
 import pytest
 
 from build_kernels import plan
-from build_kernels.build import identify, inspect
-from build_kernels.compile import cubin, toolchain
-from build_kernels.compile.worker import Worker
+from build_kernels.compile import instructions, toolchain
+from build_kernels.compile.job import Job
+from build_kernels.compile.worker_process import WorkerProcess
+from build_kernels.entries import identify, inspect
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
-from build_kernels.plan import Job
 
 STEPS = K_BLOCK // MMA_K
 JOBS = {job.key: job for job in plan.plan() if "TCGEN05" in job.constants}
 
 
 @pytest.fixture(scope="module", params=["sm_100a", "sm_103a"])
-def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
-    found = Worker(request.param)
+def worker(request: pytest.FixtureRequest) -> Iterator[WorkerProcess]:
+    found = WorkerProcess(request.param)
     yield found
     found.close()
 
 
-def found_in(worker: Worker, kernel: str, model: str, variant: str) -> tuple[Job, cubin.TensorCore]:
+def found_in(
+    worker: WorkerProcess, kernel: str, model: str, variant: str
+) -> tuple[Job, instructions.TensorCore]:
     """Compile; what the listing has. ``inspect`` has checked the contract, and here: no spills."""
     job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
     data = worker.compile(job)
-    counts = cubin.census(cubin.sass(data, toolchain.nvdisasm()))
+    counts = instructions.census(instructions.sass(data, toolchain.nvdisasm()))
     used = inspect(job, data, identify(job, data), counts).resources
     assert (used.spill_stores, used.spill_loads, used.local_memory) == (0, 0, 0)
-    return job, cubin.tensor_core(counts)
+    return job, instructions.tensor_core(counts)
 
 
-def test_the_split_form_issues_every_step_once(worker: Worker) -> None:
+def test_the_split_form_issues_every_step_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_decode", "dsv4-flash", "tcgen05")
     g = SplitGeometry.of(job.constants)
     assert found.multiplications == g.blocks * g.pairs * STEPS
@@ -44,7 +46,7 @@ def test_the_split_form_issues_every_step_once(worker: Worker) -> None:
     assert (found.allocations > 0, found.releases) == (True, 1)
 
 
-def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: Worker) -> None:
+def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_prefill", "dsv4-flash", "tcgen05")
     g = Geometry.of(job.constants)
     assert g.last_blocks == 0

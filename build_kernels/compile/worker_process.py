@@ -1,0 +1,97 @@
+"""A worker process as its parent sees it.
+
+A worker starts with nothing of the caller's environment, so no variable that configures a compiler,
+a cache, a locale or a time zone can reach it, and in a temporary folder of its own. It stays for
+several kernels because importing the CuTe DSL takes a second. ``worker.py`` is its program.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from build_kernels.compile.job import Job
+from build_kernels.compile.sources import PACKAGE
+from build_kernels.errors import BuildError
+
+
+class WorkerProcess:
+    """A process that compiles one kernel at a time.
+
+    Args:
+        target: What the CuTe DSL of this process compiles for. None: a worker for CUDA C++, which
+            compiles for every target.
+
+    """
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+        self._folder = tempfile.mkdtemp(prefix="build-kernels-")
+        # A file, not a pipe: it need not be read while the compiler prints.
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        environment = {
+            "PATH": os.defpath,
+            "HOME": self._folder,
+            "TMPDIR": self._folder,
+            "LC_ALL": "C.UTF-8",
+            "TZ": "UTC",
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(PACKAGE.parent),
+        }
+        if target is not None:
+            environment["CUTE_DSL_ARCH"] = target
+        try:
+            # -P: do not search the working directory for modules. -s: nor the user's folder.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-s", "-m", "build_kernels.compile.worker", self._folder],
+                cwd=self._folder,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._printed,
+            )
+        except BaseException:
+            self._printed.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def compile(self, job: Job) -> bytes:
+        """Return the cubin of a job. Raises BuildError with what the compiler printed."""
+        request = {
+            "kernel": job.kernel,
+            "language": job.language,
+            "target": job.target,
+            "constants": dict(job.constants),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            status = self._process.wait()
+            self._printed.seek(0)
+            raise BuildError(
+                f"{job.key}: expected an answer from the compiler, found that its process ended "
+                f"with status {status}:\n{self._printed.read().decode(errors='replace').strip()}"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise BuildError(f"{job.key}: {answer['error']}")
+        return base64.b64decode(answer["cubin"])
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, and remove its folder."""
+        self._process.kill()
+        self._process.communicate()
+        self._printed.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

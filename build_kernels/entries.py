@@ -1,0 +1,95 @@
+"""One compiled job -> one entry of the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+
+from build_kernels.compile import cubin
+from build_kernels.compile.contract_check import check_contract
+from build_kernels.compile.cubin import Cubin
+from build_kernels.compile.instructions import Census, serialised, spills
+from build_kernels.compile.job import Job
+from build_kernels.errors import BuildError
+from router_runtime.format.contract import Contract
+from router_runtime.format.manifest import Entry, Resources, artifact_name
+
+
+def identify(job: Job, data: bytes) -> Cubin:
+    """Return the facts of a job's cubin. Raises BuildError for another target's or kernel's."""
+    facts = cubin.read(data, job.key)
+    if facts.target != job.target:
+        raise BuildError(f"{job.key}: expected a cubin for {job.target}, found {facts.target}")
+    if job.language == "cuda" and facts.symbol != job.kernel:
+        raise BuildError(
+            f'{job.key}: expected extern "C" __global__ {job.kernel}, found {facts.symbol}'
+        )
+    return facts
+
+
+def inspect(job: Job, data: bytes, facts: Cubin, counts: Census) -> Entry:
+    """Return the manifest entry of a compiled job.
+
+    Args:
+        job: What was compiled.
+        data: The cubin.
+        facts: What ``identify`` returned.
+        counts: The census of the cubin's instructions.
+
+    Raises:
+        BuildError: The cubin does not match its contract, or its wgmma instructions do not overlap.
+
+    """
+    contract, numerics = declared(job)
+    check_contract(contract, facts, counts, job.key)
+    if serialised(counts):
+        raise BuildError(
+            f"{job.key}: expected wgmma instructions that overlap, found a barrier before each; "
+            "next: let nothing read an accumulator, and no loop begin again, while MMAs that "
+            "write one are under way"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Entry(
+        kernel=job.kernel,
+        model=job.model,
+        target=job.target,
+        variant=job.variant,
+        constants=job.constants,
+        file=artifact_name(job.kernel, job.model, job.target, job.variant, sha256),
+        sha256=sha256,
+        size=len(data),
+        symbol=facts.symbol,
+        contract=contract,
+        source_sha256=job.source_sha256,
+        numerics=numerics,
+        resources=resources(facts, counts),
+        latency=job.latency,
+    )
+
+
+def declared(job: Job) -> tuple[Contract, str | None]:
+    """Return the contract and the numerics tag that the kernel declares for the job's constants."""
+    module = importlib.import_module(f"build_kernels.kernels.{job.kernel}.contract")
+    try:
+        contract = module.contract(job.constants)
+        tag = module.numerics(job.constants) if hasattr(module, "numerics") else None
+    except (ValueError, KeyError, ArithmeticError) as error:
+        raise BuildError(
+            f"{job.key}: expected a contract for these constants, found {error!r}; "
+            f"next: see build_kernels/kernels/{job.kernel}/contract.py for what it serves"
+        ) from error
+    if not isinstance(contract, Contract):
+        raise BuildError(f"{job.key}: expected a Contract, found {contract!r}")
+    return contract, tag
+
+
+def resources(facts: Cubin, counts: Census) -> Resources:
+    """Return the manifest's record of what a cubin uses."""
+    stores, loads = spills(counts)
+    return Resources(
+        registers=facts.registers,
+        spill_stores=stores,
+        spill_loads=loads,
+        local_memory=facts.local_memory,
+        static_shared_memory=facts.static_shared_memory,
+    )
