@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from build_kernels.catalog.models import ANY, Model
 from build_kernels.compile.languages import Language
 from router_runtime.format.contract import Constants
+
+#: The algorithms of the dense kernels, and the MMA instructions that they are written for.
+Form = Literal["decode", "split_k", "swap_ab", "tile"]
+Mma = Literal["mma_sync", "wgmma", "tcgen05"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +198,11 @@ def _variants(
     )
 
 
+def _form(form: Form, mma: Mma) -> Constants:
+    """Return the constants that name a dense kernel's algorithm and its MMA instruction."""
+    return {"FORM": form, "MMA": mma}
+
+
 KERNELS = (
     Kernel(
         name="hash_router",
@@ -228,11 +238,11 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_DECODE),
+            *_variants(_DECODE, constants=_form("decode", "mma_sync")),
             *_variants(
                 _SPLIT_K,
                 "tcgen05",
-                constants={"TCGEN05": 1},
+                constants={**_form("split_k", "tcgen05"), "TCGEN05": 1},
                 targets=_BLACKWELL,
                 shares=("dense_router_prefill",),
             ),
@@ -245,11 +255,21 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_SPLIT_K, "wgmma_128", targets=_HOPPER),
-            *_variants(_SWAP_AB, targets=_HOPPER),
-            *_variants(_TILE, "wgmma_wide", targets=_HOPPER),
-            *_variants(_SPLIT_K, "tcgen05_256", constants={"TCGEN05": 1}, targets=_BLACKWELL),
-            *_variants(_TILE, "tcgen05", constants={"TCGEN05": 1}, targets=_BLACKWELL),
+            *_variants(_SPLIT_K, "wgmma_128", constants=_form("split_k", "wgmma"), targets=_HOPPER),
+            *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=_HOPPER),
+            *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=_HOPPER),
+            *_variants(
+                _SPLIT_K,
+                "tcgen05_256",
+                constants={**_form("split_k", "tcgen05"), "TCGEN05": 1},
+                targets=_BLACKWELL,
+            ),
+            *_variants(
+                _TILE,
+                "tcgen05",
+                constants={**_form("tile", "tcgen05"), "TCGEN05": 1},
+                targets=_BLACKWELL,
+            ),
         ),
     ),
 )

@@ -15,7 +15,7 @@ from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, 
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
 
 STEPS = K_BLOCK // MMA_K
-JOBS = {job.key: job for job in plan.plan() if "TCGEN05" in job.constants}
+JOBS = {job.key: job for job in plan.plan() if job.constants.get("MMA") == "tcgen05"}
 
 
 @pytest.fixture(scope="module", params=["sm_100a", "sm_103a"])

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from build_kernels import plan
-from build_kernels.catalog.models import Model
+from build_kernels.catalog.models import MODELS, Model
 from build_kernels.kernels.common import tcgen05_layout
 from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
 from build_kernels.kernels.dense_router_prefill import (
@@ -50,8 +50,10 @@ OWN = Model("own", 1024, 144, 6, 1.0, 0, 100)
 
 JOBS = {
     f"{job.kernel}-{job.model}-{job.variant}": job.constants
-    for job in plan.plan(targets=["sm_100a"], extra_models=[OWN])
-    if "TCGEN05" in job.constants
+    for job in plan.plan(
+        targets=["sm_100a"], models=[model.name for model in MODELS], extra_models=[OWN]
+    )
+    if job.constants.get("MMA") == "tcgen05"
 }
 
 
