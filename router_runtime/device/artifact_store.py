@@ -14,6 +14,7 @@ from pathlib import Path
 
 from router_runtime.errors import ArtifactError, explain
 from router_runtime.format import provenance
+from router_runtime.format.advice import REINSTALL, build_artifacts
 from router_runtime.format.files import read_file
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 from router_runtime.format.target import Target
@@ -21,8 +22,6 @@ from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
 
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
-
-_BUILD = "run: make build-cubins"
 
 #: Far above what any manifest or marker needs, far below what hurts.
 _MAX_MANIFEST = 16 * 2**20
@@ -56,7 +55,7 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
                 f"artifacts folder named by {source}",
                 expected=f"{MANIFEST_NAME} in {folder}",
                 found="none",
-                remedy=f"{_BUILD}, or name the folder that holds it",
+                remedy=f"{build_artifacts()}, or name the folder that holds it",
             )
         )
     package = Path(__file__).resolve().parents[1]
@@ -69,7 +68,7 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
             "artifacts folder",
             expected=f"{MANIFEST_NAME} in one of {[str(folder) for folder in tried]}",
             found="none",
-            remedy=f"{_BUILD}, or set {ENVIRONMENT_VARIABLE}",
+            remedy=f"{build_artifacts()}, or set {ENVIRONMENT_VARIABLE}",
         )
     )
 
@@ -81,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
     release this runtime's.
     """
     path = folder / MANIFEST_NAME
-    data = read_file(path, _MAX_MANIFEST, "manifest", _BUILD)
+    data = read_file(path, _MAX_MANIFEST, "manifest", build_artifacts())
     sha256 = hashlib.sha256(data).hexdigest()
     trust.admit(MANIFEST_NAME, sha256, path)
     manifest = loads(data)
@@ -104,7 +103,7 @@ def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
             )
         )
     (path,) = paths
-    data = read_file(path, _MAX_MARKER, "release marker", _BUILD)
+    data = read_file(path, _MAX_MARKER, "release marker", build_artifacts())
     trust.admit(path.name, hashlib.sha256(data).hexdigest(), path)
     marker = provenance.marker_loads(data)
     expected = (path.name, __version__, sha256)
@@ -123,7 +122,7 @@ def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
                 expected=f"runtime {__version__} and the {MANIFEST_NAME} beside it, "
                 f"sha256 {sha256}",
                 found=", ".join(differing),
-                remedy="these files are of different releases: install one of them anew",
+                remedy=f"these files are of different releases: install one again: {REINSTALL}",
             )
         )
 
@@ -137,11 +136,16 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
     """
     path = folder / entry.file
     what = f"cubin of {entry.key}"
-    data = read_file(path, entry.size, what, _BUILD)
+    data = read_file(path, entry.size, what, build_artifacts())
     if len(data) != entry.size:
         found = f"{len(data)} bytes (truncated)"
         raise ArtifactError(
-            explain(what, expected=f"{entry.size} bytes in {path}", found=found, remedy=_BUILD)
+            explain(
+                what,
+                expected=f"{entry.size} bytes in {path}",
+                found=found,
+                remedy=build_artifacts(),
+            )
         )
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
@@ -150,7 +154,7 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
                 what,
                 expected=f"sha256 {entry.sha256} of {path}",
                 found=f"{digest} (altered)",
-                remedy=_BUILD,
+                remedy=build_artifacts(),
             )
         )
     trust.admit(entry.file, digest, path)
@@ -177,6 +181,6 @@ def _check_machine_code(data: bytes, entry: Entry, what: str) -> None:
             what,
             expected=f"machine code for {entry.target}, an executable CUDA ELF",
             found=found,
-            remedy=_BUILD,
+            remedy=build_artifacts(),
         )
     )

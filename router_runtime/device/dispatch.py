@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.resolve import Request, Resolution, preference, resolve
 from router_runtime.errors import ResolutionError
+from router_runtime.format.advice import build_artifacts
 from router_runtime.format.manifest import Entry, Manifest
 
 #: The kernels that compute the same for a dense router: for few tokens, for many.
 DENSE = ("dense_router_decode", "dense_router_prefill")
-
-_BUILD = "make build-cubins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Dispatch:
             raise ResolutionError(
                 f"{first.request} on {first.device}: expected entries that together serve batches "
                 f"from 1 token up, found a gap:\n{first.trace()}\n{traces}"
-                f"build every variant: {_BUILD}"
+                f"build every variant: {build_artifacts()}"
             )
         return self.token_ranges
 

@@ -16,14 +16,13 @@ from router_runtime.device.artifact_store import read_cubin
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.launch_config import launch_config
 from router_runtime.errors import ArtifactError, DriverError, explain
+from router_runtime.format.advice import build_artifacts, build_for_device
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
 #: Dynamic shared memory that needs no opt-in.
 _DEFAULT_SHARED_MEMORY = 48 * 1024
-
-_REBUILD = "rebuild the artifacts: make build-cubins"
 
 _lock = threading.Lock()
 _loaded: dict[tuple[int, str, str], LoadedKernel] = {}
@@ -59,7 +58,7 @@ def _load(entry: Entry, artifacts: Path, device: int) -> LoadedKernel:
                 f"entry {entry.key}",
                 expected=f"a target that runs on cuda:{device}, {facts}",
                 found=f"target {entry.target}",
-                remedy=f"run: build-kernels build --target sm_{facts.major}{facts.minor}a",
+                remedy=build_for_device(facts.major, facts.minor),
             )
         )
     code = read_cubin(entry, artifacts)
@@ -73,7 +72,7 @@ def _load(entry: Entry, artifacts: Path, device: int) -> LoadedKernel:
                     f"cubin of {entry.key}",
                     expected=f"code that {facts} accepts",
                     found=f"{result[0].name} from cuLibraryLoadData",
-                    remedy=f"{_REBUILD}; if it stays, update the driver",
+                    remedy=f"{build_artifacts()}; if it stays, update the driver",
                 )
             )
         library = result[1]
@@ -96,7 +95,7 @@ def _checked_function(api: Any, library: Any, entry: Entry, device: int) -> Any:
                 f"cubin of {entry.key}",
                 expected=f"a kernel called {entry.symbol}",
                 found=result[0].name,
-                remedy=_REBUILD,
+                remedy=build_artifacts(),
             )
         )
     kernel = result[1]
@@ -118,7 +117,7 @@ def _checked_function(api: Any, library: Any, entry: Entry, device: int) -> Any:
                 f"kernel {entry.key}",
                 expected=f"blocks of {threads} threads",
                 found=f"at most {attribute('MAX_THREADS_PER_BLOCK')} with its registers",
-                remedy=_REBUILD,
+                remedy=build_artifacts(),
             )
         )
     if contract.dynamic_shared_memory > _DEFAULT_SHARED_MEMORY:
@@ -161,7 +160,7 @@ def _check_parameters(api: Any, kernel: Any, entry: Entry) -> None:
                 f"parameters of {entry.key}",
                 expected=f"(offset, size) {list(expected)} by its contract",
                 found=found,
-                remedy=_REBUILD,
+                remedy=build_artifacts(),
             )
         )
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
+from router_runtime.format.advice import build_artifacts, build_for_device, build_model
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 
 PORTABLE = "portable"
 
-_BUILD = "make build-cubins"
 
 #: The status of an entry that cannot serve for another reason: its evidence is not read.
 NOT_READ = "not read"
@@ -199,7 +199,7 @@ def _remedy(resolution: Resolution) -> str:
     if device.driver < MINIMUM_DRIVER:
         return "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
     if not resolution.candidates:
-        return f"run: {_BUILD}"
+        return build_artifacts()
     relaxed = dataclasses.replace(request, variant=None)
     here = [
         candidate
@@ -207,15 +207,13 @@ def _remedy(resolution: Resolution) -> str:
         if Target.parse(candidate.entry.target).runs_on(device.major, device.minor)
     ]
     if not here:
-        return (
-            f"run: build-kernels build --target sm_{device.major}{device.minor}a --out DIR "
-            "if that target is supported, or use device='cpu' (see: router-runtime doctor)"
-        )
+        return build_for_device(device.major, device.minor)
     bare = dataclasses.replace(relaxed, parameters=())
     if all(_reasons(c.entry, "verified", relaxed, device) for c in here) and not all(
         _reasons(c.entry, "verified", bare, device) for c in here
     ):
-        return f"rebuild the artifacts for kernels with {list(request.parameters)}: {_BUILD}"
+        names = list(request.parameters)
+        return f"rebuild the artifacts for kernels with {names}: {build_artifacts()}"
     if any(not _reasons(c.entry, "verified", relaxed, device) for c in here):
         if request.variant is not None:
             names = sorted({candidate.entry.variant for candidate in here})
@@ -224,4 +222,4 @@ def _remedy(resolution: Resolution) -> str:
             "run on this GPU: router-runtime verify --record, "
             "or name the variant: Router(..., variants={kernel: variant})"
         )
-    return "add the model to the catalog: build-kernels build --model-file my.toml --out DIR"
+    return build_model()

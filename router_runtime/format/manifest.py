@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
+from router_runtime.format.advice import build_artifacts
 from router_runtime.format.codec import decode, encode, parse_json
 from router_runtime.format.contract import Constants, Contract, validate_contract
 from router_runtime.format.target import Target
@@ -110,17 +111,17 @@ def loads(data: bytes) -> Manifest:
     try:
         document = parse_json(data, "a manifest")
     except FormatError as error:
-        raise FormatError(f"{error}; run: make build-cubins") from error
+        raise FormatError(f"{error}; {build_artifacts()}") from error
     if not isinstance(document, dict):
         raise FormatError(
-            f"expected a JSON object, found {type(document).__name__}; run: make build-cubins"
+            f"expected a JSON object, found {type(document).__name__}; {build_artifacts()}"
         )
     found = document.get("format_version")
     if found != FORMAT_VERSION or isinstance(found, bool):
         raise FormatError(
             f"expected manifest format version {FORMAT_VERSION}, found {found!r}; "
             "use the router_runtime that was released with these artifacts, "
-            "or run: make build-cubins"
+            f"or {build_artifacts()}"
         )
     manifest: Manifest = decode(Manifest, document, "manifest")
     validate(manifest)

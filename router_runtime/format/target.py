@@ -9,6 +9,9 @@ from typing import Literal
 
 from router_runtime.errors import FormatError
 
+#: The targets that ``build_kernels`` compiles for. The builder's catalog lists the same.
+BUILDABLE = ("sm_90a", "sm_100a", "sm_103a", "sm_100f")
+
 _TARGET = re.compile(r"sm_([1-9][0-9]*)([0-9])([af]?)")
 
 

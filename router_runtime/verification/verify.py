@@ -17,6 +17,7 @@ from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
 from router_runtime.evidence.status import toolchain_sha256
+from router_runtime.format.advice import build_for_device
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -79,7 +80,7 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
     if not loadable:
         echo(
             f"expected an entry for compute capability {facts.major}.{facts.minor}, found none; "
-            f"run: build-kernels build --target sm_{facts.major}{facts.minor}a"
+            f"{build_for_device(facts.major, facts.minor)}"
         )
         return False
     rows: list[tuple[str, ...]] = []

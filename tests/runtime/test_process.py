@@ -259,7 +259,7 @@ def test_failed_loads_say_what_to_do(gpu: Any, name: str, message: str) -> None:
     with pytest.raises(DriverError, match=rf"cuLibraryLoadData of dense.*{name}.*{message}"):
         served()
     gpu.load = real.CUresult.CUDA_ERROR_INVALID_IMAGE
-    with pytest.raises(ArtifactError, match="rebuild the artifacts"):
+    with pytest.raises(ArtifactError, match="run: make build-cubins"):
         served()
     gpu.load = real.CUresult.CUDA_SUCCESS
     same(served().route(hidden(3)), expected(0, hidden(3)))

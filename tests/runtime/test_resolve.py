@@ -143,10 +143,17 @@ def test_failure_lists_every_candidate_with_every_reason(build: SimpleNamespace)
         assert reason in text
 
 
-def test_unsupported_compute_capability_names_the_build_command(build: SimpleNamespace) -> None:
+def test_unsupported_compute_capability_names_no_build_command(build: SimpleNamespace) -> None:
     ampere = dataclasses.replace(H100, major=8)
-    with pytest.raises(ResolutionError, match=r"build-kernels build --target sm_80a.*device='cpu'"):
+    with pytest.raises(ResolutionError, match=r"capability 8\.0 .*device='cpu'") as caught:
         decide(build, [dense(build)], "verified", ampere).require()
+    assert "--target" not in str(caught.value)
+
+
+def test_supported_compute_capability_names_the_build_command(build: SimpleNamespace) -> None:
+    other = dataclasses.replace(H100, major=10, minor=3)
+    with pytest.raises(ResolutionError, match=r"build --target sm_103a .*device='cpu'"):
+        decide(build, [dense(build)], "verified", other).require()
 
 
 def test_unknown_model_names_the_catalog(build: SimpleNamespace) -> None:
