@@ -71,8 +71,8 @@ bench: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Time the router
 lint: .venv/.dev .venv-test/.torch ## Check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy build_kernels
-	.venv-test/bin/mypy router_runtime
+	.venv/bin/mypy build_kernels tests/builder tests/kernels
+	.venv-test/bin/mypy router_runtime tests --exclude '^tests/(builder|kernels)/'
 
 format: .venv/.dev ## Rewrite the sources in the one style
 	.venv/bin/ruff check --fix .

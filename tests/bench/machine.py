@@ -60,7 +60,7 @@ class Gpu:
         torch.zeros(1, device=self.device)  # makes the context that the link is loaded into
         # One stream for warming up and for capturing: cuBLAS keeps its workspace by stream, and a
         # capture must not be the first to ask for it.
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self.device)
         self._link = Link(compile_link(self._properties.major, self._properties.minor))
 
     def link(self, previous: Tensor, following: Tensor, dependent: bool) -> None:
@@ -107,7 +107,7 @@ class Gpu:
 
 
 def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 class Cpu:

@@ -30,6 +30,8 @@ from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.dispatch import DENSE, dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, resolve, status_if_fitting
+from router_runtime.errors import DISTRIBUTION
+from router_runtime.evidence import status as evidence
 from router_runtime.evidence.store import read_evidence
 from router_runtime.format import provenance
 from router_runtime.format.manifest import Entry, Manifest
@@ -124,7 +126,7 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
         nonlocal reading
         if entry.key not in known:
             start = time.perf_counter()
-            known[entry.key] = status(entry, manifest, found)
+            known[entry.key] = evidence.status(entry, manifest, found)
             reading += (time.perf_counter() - start) * 1e3
         return known[entry.key]
 
@@ -172,7 +174,7 @@ def sign(folder: Path, into: Path) -> tuple[Path, Path]:
     }
     targets = sorted({entry.target for entry in artifacts.read_manifest(folder).entries})
     statement = provenance.Statement(
-        trust.DISTRIBUTION, __version__, tuple(targets), "0" * 40, (), {}, {}, {}, subjects
+        DISTRIBUTION, __version__, tuple(targets), "0" * 40, (), {}, {}, {}, subjects
     )
     payload = provenance.statement_dumps(statement)
     kind = provenance.PAYLOAD_TYPE

@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _score(logits):  # type: ignore[no-untyped-def]
+def _score(logits):
     return tl.sqrt(tl.maximum(logits, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(logits))))
 
 
 @triton.jit
-def _topk_kernel(  # type: ignore[no-untyped-def]
+def _topk_kernel(
     logits_ptr,
     bias_ptr,
     weights_ptr,

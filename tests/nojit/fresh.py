@@ -113,8 +113,11 @@ def exchange_for_ptx(folder: Path, target: str) -> None:
     sha256 = hashlib.sha256(code).hexdigest()
     document = json.loads((folder / MANIFEST_NAME).read_bytes())
     entry = next(entry for entry in document["entries"] if entry["target"] == target)
-    names = (entry[name] for name in ("kernel", "model", "target", "variant"))
-    entry.update(file=artifact_name(*names, sha256), sha256=sha256, size=len(code))
+    kernel, model, target, variant = (
+        entry[name] for name in ("kernel", "model", "target", "variant")
+    )
+    name = artifact_name(kernel, model, target, variant, sha256)
+    entry.update(file=name, sha256=sha256, size=len(code))
     (folder / entry["file"]).write_bytes(code)
     (folder / MANIFEST_NAME).write_text(json.dumps(document))
 

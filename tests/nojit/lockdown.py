@@ -62,7 +62,7 @@ class _Without:
 
 def _callers() -> str:
     """Who called what an audit hook was told of, the innermost first."""
-    found = []
+    found: list[str] = []
     frame = sys._getframe(2)
     while frame is not None and len(found) < 12:
         code = frame.f_code

@@ -32,7 +32,7 @@ MODES = {
 
 def main(site: str, device: str, *without: str) -> int:
     sys.path.insert(0, str(Path(__file__).parent))
-    import lockdown
+    import lockdown  # type: ignore[import-not-found]  # the sandbox has no package tests
 
     sys.path[0] = site
     lockdown.enter()
@@ -204,7 +204,7 @@ def make_router(mode: str, model: dict[str, int], device: str) -> Any:
     vocabulary = None if mode == "dense" else VOCAB
     config = RouterConfig(*sizes, 1.5, mode=mode, vocab_size=vocabulary)  # type: ignore[arg-type]
     weight = torch.randn(sizes[1], sizes[0]).bfloat16() * 2**-6
-    given = {
+    given: dict[str, Any] = {
         "weight": None if mode == "hash" else weight.to(device),
         "bias": values["bias"] if mode == "dense" else None,
         "table": None if mode == "dense" else values["given_ids"][:VOCAB],

@@ -121,6 +121,6 @@ SUBJECTS = {
 }
 
 
-@pytest.fixture(params=SUBJECTS.values(), ids=SUBJECTS.keys())
+@pytest.fixture(params=list(SUBJECTS.values()), ids=list(SUBJECTS))
 def subject(request):
     return request.param

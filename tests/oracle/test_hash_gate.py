@@ -21,7 +21,8 @@ CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
 
 
 def fl32(number: float) -> float:
-    return struct.unpack("f", struct.pack("f", number))[0]
+    rounded: float = struct.unpack("f", struct.pack("f", number))[0]
+    return rounded
 
 
 def test_by_definition():

@@ -17,7 +17,7 @@ import torch
 from router_runtime import spec
 
 INF, NAN = math.inf, math.nan
-FLT_MAX = struct.unpack("f", struct.pack("I", 0x7F7FFFFF))[0]
+FLT_MAX: float = struct.unpack("f", struct.pack("I", 0x7F7FFFFF))[0]
 EPSILON = 1e-20
 
 
@@ -26,7 +26,8 @@ def fl32(number: float) -> float:
     if math.isnan(number) or math.isinf(number):
         return number
     try:
-        return struct.unpack("f", struct.pack("f", number))[0]
+        rounded: float = struct.unpack("f", struct.pack("f", number))[0]
+        return rounded
     except OverflowError:
         return math.copysign(INF, number)
 
@@ -76,7 +77,8 @@ def number(rng: random.Random) -> float:
     if kind == 0:
         return rng.choice([INF, -INF, NAN, 0.0, -0.0, FLT_MAX, -FLT_MAX, 2.0**-149, -(2.0**-149)])
     if kind == 1:
-        return struct.unpack("f", struct.pack("I", rng.getrandbits(32)))[0]
+        bits: float = struct.unpack("f", struct.pack("I", rng.getrandbits(32)))[0]
+        return bits
     if kind == 2:
         return float(rng.randrange(-3, 3))
     return fl32(rng.gauss(0, 1) * rng.choice([0.5, 4.0, 40.0]))

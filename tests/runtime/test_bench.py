@@ -942,7 +942,7 @@ def test_link_copies_the_first_column(monkeypatch, tokens, dependent):
     assert not following[:, 1:].any()
 
 
-def test_gpu_warms_up_captures_and_times_on_one_stream(monkeypatch):
+def test_gpu_warms_up_captures_and_times_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
     class Graph:
@@ -981,8 +981,8 @@ def test_gpu_warms_up_captures_and_times_on_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside(f"on {stream}"))
     monkeypatch.setattr("tests.bench.machine.WARM_SECONDS", 0)
-    gpu = object.__new__(Gpu)
-    gpu.device, gpu._stream = torch.device("cuda", 0), Stream()  # type: ignore[assignment]
+    gpu: Any = object.__new__(Gpu)
+    gpu.device, gpu._stream = torch.device("cuda", 0), Stream()
     chain = iter(["warm", "captured"])
 
     def run() -> str:
