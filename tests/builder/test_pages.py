@@ -21,7 +21,7 @@ PAGES = [
 #: Folders that a path in a page starts with.
 FOLDERS = ("artifacts/", "build_kernels/", "router_runtime/", "tests/", ".ci/", ".github/")
 #: Made by a build, or placeholders.
-NOT_TRACKED = re.compile(r"[<*]|NAME|artifacts/manifest\.json")
+NOT_TRACKED = re.compile(r"[<*]|NAME|artifacts/(manifest\.json|evidence/)")
 COMMANDS = {"build-kernels": build_kernels.main, "router-runtime": router_runtime.main}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
