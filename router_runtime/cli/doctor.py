@@ -14,10 +14,11 @@ from pathlib import Path
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
-from router_runtime.device.dispatch import DENSE, Dispatch, dispatch
+from router_runtime.device.dispatch import Dispatch, dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, resolve
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence.choice import DENSE
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import Evidence, folders, read_evidence
 from router_runtime.format.manifest import Entry, Manifest

@@ -17,19 +17,14 @@ from dataclasses import dataclass
 
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
+from router_runtime.evidence.choice import Option, closeness, served_by_default, status_rank
 from router_runtime.format.advice import build_artifacts, build_for_device, build_model
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 
-PORTABLE = "portable"
-
-
 #: The status of an entry that cannot serve for another reason: its evidence is not read.
 NOT_READ = "not read"
-
-_STATUS_RANK = {"verified": 0, "source-verified": 1}
-_SPECIFICITY = {"a": 0, "f": 1, "": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +112,7 @@ def resolve(
         if entry.kernel == request.kernel
         for status in (status_of(entry),)
     ]
-    candidates.sort(key=lambda candidate: preference(candidate, request))
+    candidates.sort(key=lambda candidate: _preference(candidate, request))
     choice = candidates[0].entry if candidates and candidates[0].accepted else None
     return Resolution(request, device, choice, tuple(candidates))
 
@@ -141,19 +136,17 @@ def status_if_fitting(
     return status
 
 
-def preference(candidate: Candidate, request: Request) -> tuple[object, ...]:
-    entry = candidate.entry
-    limits = entry.contract.limits
-    fit = tuple(limits[name][1] if name in limits else 2**63 for name in sorted(request.quantities))
-    return (
-        not candidate.accepted,
-        # Naming a variant vouches for it.
-        0 if request.variant is not None else _STATUS_RANK.get(candidate.status, len(_STATUS_RANK)),
-        fit,
-        _SPECIFICITY[Target.parse(entry.target).suffix],
-        entry.variant == PORTABLE,
-        entry.key,
-    )
+def option(candidate: Candidate, request: Request) -> Option:
+    """Return a candidate as one of the options that batches are divided among."""
+    # A caller who names a variant takes it whatever its evidence.
+    rank = 0 if request.variant is not None else status_rank(candidate.status)
+    return Option(candidate.entry, rank, closeness(candidate.entry, request.quantities))
+
+
+def _preference(candidate: Candidate, request: Request) -> tuple[object, ...]:
+    """The key by which candidates are sorted, the preferred one first."""
+    found = option(candidate, request)
+    return not candidate.accepted, found.rank, found.fit
 
 
 def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -> tuple[str, ...]:
@@ -188,7 +181,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     if request.variant is not None:
         if entry.variant != request.variant:
             reasons.append(f"the caller asked for variant {request.variant}")
-    elif status not in _STATUS_RANK and not (status == NOT_READ and reasons):
+    elif not served_by_default(status) and not (status == NOT_READ and reasons):
         reasons.append(f"{status}: no evidence that this digest or its source is right on a device")
     return tuple(reasons)
 

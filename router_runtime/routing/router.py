@@ -25,13 +25,13 @@ from torch import Tensor
 from router_runtime import spec
 from router_runtime.checkpoint import gates as checkpoint
 from router_runtime.device import driver
-from router_runtime.device.dispatch import DENSE, TokenRange
 from router_runtime.device.kernels import Kernels, kernels_on
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
 from router_runtime.device.resolve import Request
 from router_runtime.device.tensor_map import Matrix
 from router_runtime.errors import InputError, explain
+from router_runtime.evidence.choice import DENSE, TokenRange
 from router_runtime.format.contract import Repack
 from router_runtime.ops import registration as ops
 from router_runtime.routing.call import (

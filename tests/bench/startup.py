@@ -27,11 +27,12 @@ import click
 
 from router_runtime import __version__
 from router_runtime.device import artifact_store as artifacts
-from router_runtime.device.dispatch import DENSE, dispatch
+from router_runtime.device.dispatch import dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, resolve, status_if_fitting
 from router_runtime.errors import DISTRIBUTION
 from router_runtime.evidence import status as evidence
+from router_runtime.evidence.choice import DENSE
 from router_runtime.evidence.store import read_evidence
 from router_runtime.format import provenance
 from router_runtime.format.manifest import Entry, Manifest

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from router_runtime.device.dispatch import TokenRange
+from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.router import _Plan
 
 #: As many rows as the largest batch; every batch is made of some of them.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig
-from router_runtime.device.dispatch import TokenRange
+from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.router import _Plan
 
 #: Tokens of one pattern: three models and five patterns make 4e7 logits of each kernel.

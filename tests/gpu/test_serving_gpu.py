@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig, register_router, unregister_router
-from router_runtime.device.dispatch import TokenRange
 from router_runtime.evidence import cases as suite
+from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.router import _Plan
 from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.judge import judge

@@ -107,7 +107,7 @@ def would_have_compiled(compilers: list[str], control: int) -> list[str]:
 def models(device: str) -> list[dict[str, int]]:
     """The sizes of every dense router that the device has kernels for."""
     from router_runtime.device.artifact_store import find_artifacts, read_manifest
-    from router_runtime.device.dispatch import DENSE
+    from router_runtime.evidence.choice import DENSE
     from router_runtime.format.target import Target
 
     if device == "cpu":

@@ -19,10 +19,11 @@ from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.plan import plan
 from router_runtime import spec
-from router_runtime.device.dispatch import DENSE, dispatch
+from router_runtime.device.dispatch import dispatch
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
+from router_runtime.evidence.choice import DENSE
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.router import RouterConfig, _CudaDense, _CudaHash, _Weights
 
