@@ -1,20 +1,23 @@
-# Two environments. .venv: the locked toolchain, the release tools and the linters, no torch.
-# .venv-test: torch and what the runtime's tests need, no compiler. Every package but torch itself is
-# installed by hash.
+# Three environments. .venv: the locked toolchain, the release tools and the linters, no torch.
+# .venv-test: the newest torch and what the runtime's tests need, no compiler. .venv-oldest: the same
+# with the oldest torch and driver bindings. Every package is installed by hash, but for torch and the
+# CUDA libraries that come with it.
 
 PYTHON ?= python3
 # GPU work can run in an environment of your own: make test-gpu PYTHON_GPU=python3
 PYTHON_GPU ?= .venv-test/bin/python
+# Options for every run of the tests, such as PYTEST=--durations=20.
+PYTEST ?=
 
 INSTALL = -m pip install --quiet --disable-pip-version-check
 LOCKED = $(INSTALL) --no-deps --require-hashes --only-binary=:all:
-TORCH = torch==2.13.0
 UV = uv==0.13.9
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build-cubins lock-cubins check-cubins release verify-release test test-builder \
-	test-runtime test-gpu verify-gpu kill-trials lint format lock clean clean-venv
+.PHONY: help build-cubins lock-cubins check-cubins environments release verify-release test \
+	test-builder test-runtime test-oldest test-gpu verify-gpu kill-trials lint format lock \
+	clean clean-venv
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,18 +37,24 @@ release: .venv/.release ## Make a release in dist/; options: RELEASE="--target s
 verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER --key KEY.pub --rebuild"
 	.venv/bin/python -m build_kernels verify-release $(RELEASE)
 
-# Two environments, two runs, side by side: each says what it has to say when it has ended.
-test: .venv/.dev .venv-test/.torch ## Run every test that this machine can run
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime
+environments: .venv-test/.torch .venv-oldest/.torch ## Make the environments that have torch
+
+# Three runs, two at a time; each prints its output when it has ended.
+test: .venv/.dev environments ## Run every test that this machine can run
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime test-oldest
 
 test-builder: .venv/.dev ## Run the tests of the builder, the kernels and the import rules
-	.venv/bin/python -m pytest -o cache_dir=.pytest_cache/builder tests/builder tests/kernels \
+	.venv/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/builder tests/builder tests/kernels \
 	    tests/test_architecture.py
 
-# One thread: torch's threads wait for each other by spinning, which the other run would pay for.
+# One thread: torch's threads wait for each other by spinning, which slows down the other run.
 test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -o cache_dir=.pytest_cache/runtime \
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/runtime \
 	    tests/runtime tests/oracle tests/gpu
+
+test-oldest: .venv-oldest/.torch ## The same with the oldest torch and driver bindings
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/oldest \
+	    tests/runtime tests/oracle
 
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
@@ -98,8 +107,17 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	@touch $@
 
 # A step of its own, without hashes: which build of torch suits depends on the machine.
-.venv-test/.torch: .venv-test/.locked Makefile
-	.venv-test/bin/python $(INSTALL) $(TORCH)
+.venv-test/.torch: tests/torch-newest.txt .venv-test/.locked
+	.venv-test/bin/python $(INSTALL) -r $<
+	@touch $@
+
+.venv-oldest/.locked: tests/oldest.lock
+	$(call new-environment,.venv-oldest)
+	.venv-oldest/bin/python $(LOCKED) -r $<
+	@touch $@
+
+.venv-oldest/.torch: tests/torch-oldest.txt .venv-oldest/.locked
+	.venv-oldest/bin/python $(INSTALL) -r $<
 	@touch $@
 
 define new-environment
@@ -122,9 +140,10 @@ lock: ## Resolve the *.in files again into the *.lock files
 	    tests/dev.in -o tests/dev.lock
 	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \
 	    tests/runtime.in -o tests/runtime.lock
+	$(LOCK_COMMAND) tests/oldest.in -o tests/oldest.lock
 
 clean: ## Remove what was built
 	rm -rf build dist artifacts/manifest.json artifacts/*.cubin
 
-clean-venv: ## Remove both environments
-	rm -rf .venv .venv-test
+clean-venv: ## Remove the environments
+	rm -rf .venv .venv-test .venv-oldest
