@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests import fuzz
+from tests.fuzz.suite import run
 
 
 def test_any_bits(models):
     for seed, model in enumerate(models):
         rows = 300_000
-        counts = fuzz.run("cuda", rows, model=model, seed=seed)
+        counts = run("cuda", rows, model=model, seed=seed)
         print(model, counts)
         assert min(counts.values()) * len(counts) >= rows
