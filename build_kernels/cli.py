@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import click
 
-from build_kernels import lock, publish
+from build_kernels import dispatch, lock, publish
 from build_kernels.build import build
 from build_kernels.catalog.model_file import read_model
-from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.models import ANY, MODELS
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import cubin, instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
@@ -130,8 +130,19 @@ def check_command(jobs: int) -> None:
 
 
 @main.command("list")
-def list_command() -> None:
+@click.option("--dispatch", "target", help="Show which entry serves which batch on this target.")
+@click.option("--markdown", is_flag=True, help="With --dispatch: as kernels/README.md has it.")
+def list_command(target: str | None, markdown: bool) -> None:
     """Show models, targets, and every entry of the full plan."""
+    if target is not None:
+        found = dispatch.rows(target, ARTIFACTS)
+        click.echo(dispatch.markdown(found) if markdown else dispatch.text(found))
+        return
+    if markdown:
+        raise BuildError(
+            "expected --markdown with --dispatch TARGET, found it alone; "
+            "next: build-kernels list --dispatch sm_90a --markdown"
+        )
     click.echo("models")
     for model in MODELS:
         click.echo(
@@ -340,10 +351,10 @@ def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:
 
 def _table(entries: Sequence[Entry]) -> str:
     head = ("kernel", "model", "target", "variant", "regs", "spills", "shared", "bytes", "digest")
-    rows = [
+    lines = [
         (
             entry.kernel,
-            entry.model or "any",
+            entry.model or ANY,
             entry.target,
             entry.variant,
             str(entry.resources.registers),
@@ -354,14 +365,7 @@ def _table(entries: Sequence[Entry]) -> str:
         )
         for entry in entries
     ]
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if 4 <= index <= 7 else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    )
+    return dispatch.aligned([head, *lines], right=range(4, 8))
 
 
 def _same(folder: Path, other: Path | None) -> bool:

@@ -36,11 +36,18 @@ def hashes(text: str) -> dict[str, tuple[str, ...]]:
     return {match[1]: digests for match, digests in _requirements(text)}
 
 
+def of_lock() -> Toolchain:
+    """Return the toolchain that the lock names, whether or not it is installed."""
+    flags = {str(name): facts.flags for name, facts in LANGUAGES.items()}
+    return Toolchain(packages=locked(LOCK.read_text(encoding="ascii")), flags=flags)
+
+
 def check() -> Toolchain:
     """The installed toolchain as the manifest records it. Raises BuildError if it is not exactly
     the locked one.
     """
-    expected = locked(LOCK.read_text(encoding="ascii"))
+    recorded = of_lock()
+    expected = recorded.packages
     installed = _installed()
     wrong = _differences(expected, installed)
     # A second set of CuTe DSL libraries would be preferred over, or mixed with, the locked ones.
@@ -55,9 +62,7 @@ def check() -> Toolchain:
             + "\n".join(wrong)
             + f"\n{_REMEDY}"
         )
-    return Toolchain(
-        packages=expected, flags={name: facts.flags for name, facts in LANGUAGES.items()}
-    )
+    return recorded
 
 
 def check_release() -> None:

@@ -1,0 +1,206 @@
+"""Which entry of the catalog serves which batch, by the runtime's own rule.
+
+``build-kernels list --dispatch`` prints it, and ``kernels/README.md`` shows it. Nothing is built:
+what decides is in the catalog, the kernels' contracts, ``artifacts.lock`` and the evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_kernels import lock
+from build_kernels.catalog.models import MODELS
+from build_kernels.compile import toolchain
+from build_kernels.compile.job import Job
+from build_kernels.entries import declared
+from build_kernels.errors import BuildError
+from build_kernels.plan import plan
+from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence.choice import (
+    DENSE,
+    Option,
+    TokenRange,
+    closeness,
+    divide,
+    served_by_default,
+    status_rank,
+)
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import EVIDENCE_NAME, load_evidence
+from router_runtime.format.manifest import Entry, Manifest, Resources, artifact_name
+
+#: The routers whose batches several entries share: name -> kernels, and constants that they have.
+ROUTERS = {"dense": (DENSE, {}), "hash_gate": (("hash_gate",), {"IMAGES": 0})}
+
+#: For an entry that artifacts.lock does not name: no evidence is about it.
+_NO_DIGEST = "0" * 64
+_NO_RESOURCES = Resources(0, 0, 0, 0, 0)
+
+HEAD = ("model", "router", "tokens", "entry", "form", "MMA")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What serves one range of batches.
+
+    Attributes:
+        model: The model's name.
+        router: A name of ``ROUTERS``.
+        tokens: The range, if every entry is accepted.
+        entry: What serves it then.
+        status: The entry's evidence.
+        by_default: What serves the range if only entries with evidence are accepted: "yes" if it is
+            the entry, else the variants that do.
+
+    """
+
+    model: str
+    router: str
+    tokens: str
+    entry: Entry
+    status: str
+    by_default: str
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells below ``HEAD``."""
+        form, mma = (str(self.entry.constants.get(name, "-")) for name in ("FORM", "MMA"))
+        name = f"{self.entry.kernel}/{self.entry.variant}"
+        return self.model, self.router, self.tokens, name, form, mma
+
+
+def rows(target: str, artifacts: Path | None) -> list[Row]:
+    """Return what serves each batch of each model of the catalog on a target.
+
+    Args:
+        target: Such as sm_90a.
+        artifacts: The folder with artifacts.lock and the evidence. None: nothing has evidence.
+
+    Raises:
+        BuildError: An unknown target, or a lock or evidence that cannot be read.
+
+    """
+    manifest = planned(plan(targets=[target]), artifacts)
+    status_of = recorded_status(manifest, artifacts)
+    found = []
+    for model in MODELS:
+        for router, (kernels, constants) in ROUTERS.items():
+            entries = [
+                entry
+                for entry in manifest.entries
+                if (entry.kernel in kernels and entry.model == model.name)
+                and all(entry.constants.get(name) == value for name, value in constants.items())
+            ]
+            accepted = divide([Option(entry, 0, closeness(entry, ())) for entry in entries])
+            default = divide(
+                [
+                    Option(entry, status_rank(status_of(entry)), closeness(entry, ()))
+                    for entry in entries
+                    if served_by_default(status_of(entry))
+                ]
+            )
+            found += [
+                Row(
+                    model.name,
+                    router,
+                    _tokens(each),
+                    each.entry,
+                    status_of(each.entry),
+                    _by_default(each, default.token_ranges),
+                )
+                for each in accepted.token_ranges
+            ]
+    return found
+
+
+def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
+    """Return the manifest of a plan, with the cubins' digests that artifacts.lock records.
+
+    What only a built cubin tells (size, symbol, resources) is empty.
+    """
+    recorded = lock.read(artifacts / lock.LOCK_NAME).entries if artifacts else {}
+    entries = []
+    for job in jobs:
+        contract, numerics = declared(job)
+        sha256 = recorded[job.key].sha256 if job.key in recorded else _NO_DIGEST
+        entries.append(
+            Entry(
+                kernel=job.kernel,
+                model=job.model,
+                target=job.target,
+                variant=job.variant,
+                constants=job.constants,
+                file=artifact_name(job.kernel, job.model, job.target, job.variant, sha256),
+                sha256=sha256,
+                size=0,
+                symbol="",
+                contract=contract,
+                source_sha256=job.source_sha256,
+                numerics=numerics,
+                resources=_NO_RESOURCES,
+                latency=job.latency,
+            )
+        )
+    return Manifest(_NO_DIGEST, toolchain.of_lock(), tuple(entries))
+
+
+def recorded_status(manifest: Manifest, artifacts: Path | None) -> Callable[[Entry], str]:
+    """Return the status of each entry by the evidence in ``artifacts``; None: all are unproven."""
+    if artifacts is None:
+        return lambda entry: "unproven"
+    try:
+        evidence = load_evidence(artifacts / EVIDENCE_NAME)
+    except RouterRuntimeError as error:
+        raise BuildError(str(error)) from error
+    found = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
+    return lambda entry: found[entry.key]
+
+
+def text(found: Sequence[Row]) -> str:
+    """Return the rows as a table for a terminal, with the evidence."""
+    lines: list[tuple[str, ...]] = [(*HEAD, "status", "by default")]
+    lines += [(*row.cells(), row.status, row.by_default) for row in found]
+    return aligned(lines)
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """Return the rows as a table for a page, without the evidence, which is no part of a source."""
+    lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return lines of cells as columns. ``right``: the columns that are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
+    )
+
+
+def _tokens(found: TokenRange) -> str:
+    """A range of tokens in words. The largest batch of an entry is beyond what is measured."""
+    if found.high >= 1 << 20:
+        return f"{found.low} and more"
+    return f"{found.low} to {found.high}" if found.low < found.high else str(found.low)
+
+
+def _by_default(row: TokenRange, default: Sequence[TokenRange]) -> str:
+    if not default:
+        return "nothing"
+    serving = [each for each in default if each.low <= row.high and row.low <= each.high]
+    if (
+        serving
+        and all(each.entry is row.entry for each in serving)
+        and (serving[-1].high >= row.high)
+    ):
+        return "yes"
+    names = [each.entry.variant for each in serving]
+    last = default[-1]
+    if last.high < row.high:
+        names.append(f"{last.entry.variant} in pieces of {last.high}")
+    return f"no: {', '.join(dict.fromkeys(names))}"

@@ -1,0 +1,54 @@
+"""The builder's table of which entry serves which batch is what the runtime does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from build_kernels import dispatch as table
+from build_kernels.catalog.models import MODELS
+from build_kernels.plan import plan
+from router_runtime.device.dispatch import dispatch
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
+from router_runtime.device.resolve import Request
+from router_runtime.format.manifest import Entry
+from router_runtime.format.target import Target
+
+
+def _verified(entry: Entry) -> str:
+    return "verified"
+
+
+def _portable(entry: Entry) -> str:
+    return "source-verified" if entry.variant == "portable" else "unproven"
+
+
+@pytest.mark.parametrize("status_of", [_verified, _portable])
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_103a"])
+def test_the_table_is_what_the_runtime_does(
+    target: str, status_of: Callable[[Entry], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "recorded_status", lambda manifest, artifacts: status_of)
+    found = table.rows(target, None)
+    manifest = table.planned(plan(targets=[target]), None)
+    parsed = Target.parse(target)
+    device = DeviceFacts(parsed.major, parsed.minor, MINIMUM_DRIVER, 132, 227 * 1024)
+    for model in MODELS:
+        for router, (kernels, constants) in table.ROUTERS.items():
+            requests = [Request(kernel, model.constants() | constants) for kernel in kernels]
+            ranges = dispatch(requests, device, manifest, status_of).token_ranges
+            assert ranges
+            rows = [row for row in found if (row.model, row.router) == (model.name, router)]
+            serving = [each.entry.key for each in ranges]
+            if status_of is _verified:
+                assert [row.entry.key for row in rows] == serving
+                assert {row.by_default for row in rows} == {"yes"}
+            else:
+                assert serving == [f"{kernels[0]}/{model.name}/{target}/portable"]
+                by_default = {row.by_default for row in rows if row.entry.key not in serving}
+                whole = ranges[-1].high > 1 << 20
+                allowed = {"no: portable"}
+                if not whole:
+                    allowed.add(f"no: portable in pieces of {ranges[-1].high}")
+                assert by_default <= allowed
