@@ -31,25 +31,35 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("torch") is not None:
-    from router_runtime.ops.registration import (
+    from router_runtime.ops.functions import (
         activation_topk,
+        activation_topk_replay,
         dense_router,
         dense_router_logits,
-        get_router,
+        dense_router_replay,
+        hash_gate,
         hash_router,
-        register_router,
         topk_select,
-        unregister_router,
     )
-    from router_runtime.routing.router import Router, RouterConfig, warmup_router_compilation
+    from router_runtime.routing.config import RouterConfig
+    from router_runtime.routing.router import (
+        Router,
+        get_router,
+        register_router,
+        unregister_router,
+        warmup_router_compilation,
+    )
 
     __all__ += [
         "Router",
         "RouterConfig",
         "activation_topk",
+        "activation_topk_replay",
         "dense_router",
         "dense_router_logits",
+        "dense_router_replay",
         "get_router",
+        "hash_gate",
         "hash_router",
         "register_router",
         "topk_select",

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from router_runtime.errors import InputError, RouterRuntimeError, explain, install_extra
-from router_runtime.ops import registration as ops
+from router_runtime.ops.functions import activation_topk
+from router_runtime.ops.schemas import NAMESPACE
 from router_runtime.routing.checks import (
     MAX_EXPERTS,
     MAX_TOP_K,
@@ -36,7 +37,8 @@ from router_runtime.routing.checks import (
     refuse_grad,
     wrong_tensor,
 )
-from router_runtime.routing.router import Router, RouterConfig
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.router import Router, unregister_router
 
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 _AGAIN = "call install(model) again"
@@ -125,7 +127,7 @@ def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
     found = {name: module for name, module in model.named_modules() if _installed(module)}
     gates = {name: _gates[module] for name, module in found.items() if module in _gates}
     captured = [
-        name for name, gate in gates.items() if any(each._captured for each in gate.routers())
+        name for name, gate in gates.items() if any(each.is_captured for each in gate.routers())
     ]
     if captured and not force:
         raise InputError(
@@ -139,8 +141,8 @@ def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
     # First what may refuse: a capture of just now.
     for gate in gates.values():
         for router in gate.routers():
-            if router._router_id is not None:
-                ops.unregister_router(router._router_id, force=force)
+            if router.is_registered:
+                unregister_router(router.router_id, force=force)
     for module in found.values():
         del module.forward
         _gates.pop(module, None)
@@ -184,7 +186,7 @@ def _gate_for(
     state = _state(weight, bias)
     if known is not None and known.state == state:
         return known
-    before = () if known is None else tuple(each for each in known.routers() if each._captured)
+    before = () if known is None else tuple(each for each in known.routers() if each.is_captured)
     if weight.dtype is torch.float32:
         # One row, so that what it needs is loaded, or refused, here and not in a graph capture.
         _warm_up(weight, module.num_experts, module.top_k, scale)
@@ -211,7 +213,7 @@ def _gate_for(
 
 def _warm_up(weight: Tensor, experts: int, k: int, scale: float) -> None:
     row = weight.new_zeros((1, experts), dtype=torch.float32)
-    ops.activation_topk(row, row[0], k, scale, True)
+    activation_topk(row, row[0], k, scale, True)
 
 
 def _check_module(module: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -347,7 +349,7 @@ def _transformers_gate_fake(
     )
 
 
-_library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "transformers_gate(Tensor hidden_states, Tensor weight, Tensor? bias, int top_k)"
     " -> (Tensor, Tensor, Tensor)",
@@ -356,5 +358,5 @@ _library.define(  # type: ignore[no-untyped-call]
 for _device in ("CPU", "CUDA"):
     _library.impl("transformers_gate", _transformers_gate, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake(
-    f"{ops.NAMESPACE}::transformers_gate", _transformers_gate_fake, lib=_library
+    f"{NAMESPACE}::transformers_gate", _transformers_gate_fake, lib=_library
 )

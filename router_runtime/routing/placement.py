@@ -1,4 +1,6 @@
-"""A device as a call needs it: its outputs, its current stream, whether it is current."""
+"""A device as a call needs it: its outputs, its current stream, whether it is current; and what
+construction needs: the device itself and its kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ import torch
 from torch import Tensor
 
 from router_runtime.device import driver
+from router_runtime.device.kernels import Kernels, kernels_on
 from router_runtime.errors import InputError, explain
+from router_runtime.routing.checks import wrong_value
 
 
 class Placement:
-    """One device, with what the hot path asks of torch worked out beforehand.
+    """One device, with what every call needs from torch looked up beforehand.
 
-    ``captured``, if set, is called once, by the next launch that a graph captures.
+    Attributes:
+        device: the device.
+        captured: if set, called once, by the next launch that a CUDA graph captures.
+
     """
 
     __slots__ = (
@@ -46,7 +53,7 @@ class Placement:
         return self._new_floats(rows, columns)
 
     def stored(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """A result of ``spec.py``, whose strides depend on its inputs', in outputs of ours."""
+        """A result of ``spec.py``, whose strides depend on its inputs, in contiguous tensors."""
         outputs = self.outputs(*ids.shape)
         return outputs[0].copy_(values), outputs[1].copy_(ids)
 
@@ -58,8 +65,8 @@ class Placement:
     def stream(self) -> int:
         """The raw handle of torch's current stream on the device, for a launch.
 
-        ``torch.cuda.current_stream().cuda_stream`` builds a Stream object on the way, some ten
-        times the cost; the code that torch.compile generates calls this same function.
+        ``torch.cuda.current_stream().cuda_stream`` builds a Stream object on the way, which takes
+        ten times as long; the code that torch.compile generates calls this same function.
         """
         if self.captured is not None and _capturing(self.device):
             captured, self.captured = self.captured, None
@@ -94,8 +101,8 @@ def _refused_after_fork(*shape: int) -> Any:
 
 
 def _refuse_after_fork() -> None:
-    """A forked child's copy of CUDA's state is dead. Every call starts by asking for outputs, where
-    torch's own error, if there is one, says less.
+    """Make every call in a forked child end in our error: its copy of CUDA's state is dead. Every
+    call allocates outputs first, where torch's own error, if there is one, says less.
     """
     for placement in list(_on_gpus):
         placement.refuse_calls()
@@ -116,3 +123,41 @@ def refuse_capture(what: str) -> None:
                 remedy="do it before the capture",
             )
         )
+
+
+def resolved_device(device: torch.device | str | int) -> torch.device:
+    """``device`` with the index that it means now. Raises InputError for one that is neither a CPU
+    nor a GPU that torch can use, and DriverError in a forked child of a process that used CUDA.
+    """
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise wrong_value("device", "'cpu' or a CUDA device", str(resolved))
+    driver.refuse_fork()
+    if torch.cuda._is_in_bad_fork():  # torch initialised it, before this package did
+        raise driver.fork_error()
+    if not torch.cuda.is_available():
+        raise InputError(
+            explain(
+                "device",
+                expected=f"a GPU that torch {torch.__version__} can use for {resolved}",
+                found="none",
+                remedy="use device='cpu', or see: router-runtime doctor",
+            )
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    return torch.device("cuda", index)
+
+
+def kernels_for(
+    device: torch.device, artifacts: str | os.PathLike[str] | None = None
+) -> Kernels | None:
+    """The kernels that serve Routers on ``device``; None on a CPU, which needs none.
+
+    Raises InputError while the current stream is being captured into a graph.
+    """
+    if device.type == "cpu":
+        return None
+    refuse_capture("building a Router")
+    return kernels_on(device.index, artifacts)

@@ -1,23 +1,31 @@
-"""The zeroed buffers in which a kernel's blocks count each other; no two launches that can overlap
-share one.
+"""Workspaces: zeroed buffers in which the CTAs of a split-K launch count each other.
 
-Launches on one stream follow each other, so they share one buffer: for the stream on which a router
-is built it is made then, for others by their first launch. A captured launch can be replayed at any
-time on any stream, so each has its own, for the life of the router: a captured graph holds the
-address. Kernels leave a buffer zeroed where it matters, so it is zeroed once, when it is made.
+Two launches that can overlap never share a workspace. Launches on one stream run in order (under
+programmatic dependent launch too, because every CTA waits for the launch before it before it
+touches global memory), so all routers of one kernel share one workspace for each stream: for the
+stream on which a router is built it is made then, for others by their first launch.
+
+A captured graph can be replayed at any time and on any stream. Its launches that were captured on
+one stream run in order within a replay, and two replays of one graph do not overlap, so each
+capture has one workspace for each stream that it captured. It is never used for anything else,
+because the graph holds its address.
+
+Kernels leave a workspace as they found it where it matters, so it is zeroed once, when it is made.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from router_runtime.device import driver
-from router_runtime.routing.placement import Placement
+from router_runtime.device.launch import LoadedKernel
 
-#: Captured launches that one allocation serves.
+#: How many workspaces of captured launches are allocated at a time.
 _SLOTS = 8
 
 #: The handle that means another stream in every thread (CU_STREAM_PER_THREAD).
@@ -25,60 +33,107 @@ _PER_THREAD_STREAM = 2
 
 
 class Workspaces:
-    """The buffers of one router's launches of one kernel, ``size`` bytes each."""
+    """The workspaces of one kernel on one device, ``size`` bytes each.
 
-    def __init__(self, size: int, placement: Placement) -> None:
-        self._size = -(-size // 256) * 256  # a slot starts where an allocation could
-        self._placement = placement
-        self._by_stream: dict[object, Tensor] = {}
+    They live as long as a router that uses the kernel.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size = -(-size // 256) * 256  # as aligned as an allocation of its own
+        self._device = device
+        self._buffers: list[Tensor] = []
         self._addresses: dict[object, int] = {}
-        self._captured: list[Tensor] = []
+        self._by_capture: dict[tuple[int, int], int] = {}
         self._free: list[int] = []
         self._lock = threading.Lock()
 
     def address(self, stream: int) -> int:
-        """The buffer for one launch on ``stream``, the current stream; null if none is needed."""
+        """The workspace for a launch on ``stream``, the current stream; null if none is needed."""
         if not self._size:
             return 0
         if torch.cuda.is_current_stream_capturing():
-            return self._captured_slot()
-        return self._addresses.get(stream) or self._stream_buffer(stream)
+            return self._captured(stream)
+        return self._addresses.get(stream) or self._on_stream(stream)
 
-    def _stream_buffer(self, stream: int) -> int:
+    def _on_stream(self, stream: int) -> int:
         key = (stream, threading.get_ident()) if stream == _PER_THREAD_STREAM else stream
         with self._lock:
             if key not in self._addresses:
-                buffer = self._by_stream[key] = self._zeros(1)
-                self._addresses[key] = buffer.data_ptr()
+                self._addresses[key] = self._zeros(1, stream)
             return self._addresses[key]
 
-    def _captured_slot(self) -> int:
+    def _captured(self, stream: int) -> int:
+        key = _capture_id(stream), stream
         with self._lock:
-            if not self._free:
-                self._grow()
-            return self._free.pop()
+            if key not in self._by_capture:
+                if not self._free:
+                    self._grow()
+                self._by_capture[key] = self._free.pop()
+            return self._by_capture[key]
 
     def _grow(self) -> None:
-        """More slots, zeroed now and not by the graph: a captured memset would run at every replay,
-        and would stand between two kernels that overlap.
+        """Allocate more workspaces for captured launches.
+
+        They are zeroed now and not by the graph: a captured memset would run at every replay,
+        between two kernels that could otherwise overlap.
         """
-        with driver.relaxed_capture():
-            stream = self._idle_stream()
-            with torch.cuda.stream(stream):
-                buffer = self._zeros(_SLOTS)
-            stream.synchronize()
-        self._captured.append(buffer)
-        first = buffer.data_ptr()
-        self._free.extend(range(first, first + buffer.numel(), self._size))
+        first = self._zeros(_SLOTS)
+        self._free.extend(range(first, first + _SLOTS * self._size, self._size))
+
+    def _zeros(self, count: int, stream: int | None = None) -> int:
+        """The address of ``count`` new workspaces, allocated for ``stream`` or for one that is not
+        being captured.
+
+        Done in a thread of its own. While ``torch.compile`` warms a CUDA graph up, what its thread
+        allocates goes to the graph's memory pool, where torch tolerates nothing that outlives the
+        warm-up.
+        """
+
+        def allocate() -> Tensor:
+            with driver.relaxed_capture():
+                own = (
+                    self._idle_stream()
+                    if stream is None
+                    else torch.cuda.ExternalStream(stream, self._device)  # type: ignore[no-untyped-call]
+                )
+                with torch.cuda.stream(own):
+                    shape = count * self._size
+                    buffer = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+                own.synchronize()
+            return buffer
+
+        with ThreadPoolExecutor(1) as thread:
+            buffer = thread.submit(allocate).result()
+        self._buffers.append(buffer)
+        return buffer.data_ptr()
 
     def _idle_stream(self) -> torch.cuda.Stream:
         """A stream that is not being captured: torch hands out the same few in turn."""
         while True:
-            stream = torch.cuda.Stream(self._placement.device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 if not torch.cuda.is_current_stream_capturing():
                     return stream
 
-    def _zeros(self, count: int) -> Tensor:
-        device = self._placement.device
-        return torch.zeros(count * self._size, dtype=torch.uint8, device=device)
+
+def _capture_id(stream: int) -> int:
+    """The number of the capture that ``stream`` is part of, which no other capture has."""
+    api = driver.bindings()
+    # Bindings of CUDA 12 have the query that knows programmatic dependencies under its own name.
+    query = getattr(api, "cuStreamGetCaptureInfo_v3", None) or api.cuStreamGetCaptureInfo
+    _, capture, *_ = driver.check(query(stream), "cuStreamGetCaptureInfo")
+    return int(capture)
+
+
+_lock = threading.Lock()
+_shared: weakref.WeakValueDictionary[LoadedKernel, Workspaces] = weakref.WeakValueDictionary()
+
+
+def workspaces_of(kernel: LoadedKernel, device: torch.device) -> Workspaces:
+    """The workspaces that all routers share which use this loaded kernel on ``device``."""
+    with _lock:
+        found = _shared.get(kernel)
+        if found is None:
+            found = Workspaces(kernel.entry.contract.workspace_bytes, device)
+            _shared[kernel] = found
+        return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.errors import ArtifactError, explain
 from router_runtime.routing.call import SERVED
-from router_runtime.routing.repack import repacked
+from router_runtime.routing.weights import repacked
 from router_runtime.verification.inputs import Inputs
 
 #: Inputs with one row per token, and the argument that takes their number of columns.

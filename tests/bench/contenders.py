@@ -16,7 +16,7 @@ from build_kernels.catalog.models import Model
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request, resolve
-from router_runtime.ops.registration import activation_topk
+from router_runtime.ops.functions import activation_topk
 from tests.bench.artifacts import DENSE
 from tests.bench.chain import Layers, Output, Route
 

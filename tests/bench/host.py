@@ -22,8 +22,13 @@ from typing import NamedTuple
 import torch
 
 from build_kernels.catalog.models import Model
-from router_runtime import Router, register_router, unregister_router, warmup_router_compilation
-from router_runtime.ops import registration as ops
+from router_runtime import (
+    Router,
+    dense_router,
+    register_router,
+    unregister_router,
+    warmup_router_compilation,
+)
 from tests.bench.chain import make_inputs, make_layers
 from tests.bench.contenders import CONTENDERS, Settings, make_router
 from tests.bench.machine import Machine, attempt
@@ -154,7 +159,7 @@ def measure(
         router = make_router(model, weight, bias, "pdl", settings)
         number, experts, k = register_router(router), model.experts, model.top_k
         registered.append(number)
-        return Subject(lambda: ops.dense_router(x, number, experts, k), router)
+        return Subject(lambda: dense_router(x, number, experts, k), router)
 
     def peer() -> Subject:
         route = CONTENDERS[PEER].make(layers, "pdl", settings)

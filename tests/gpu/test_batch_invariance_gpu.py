@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.router import _Plan
+from router_runtime.routing.cuda_dense import Plan
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384
@@ -55,18 +55,18 @@ class Subject:
         """Each way of serving in turn: as dispatched, then each kernel alone with whatever sizes it
         takes; larger batches are split.
         """
-        backend = self.router._backend
-        own, token_ranges = backend._plan, backend.token_ranges
+        backend = self.router.backend
+        own, token_ranges = backend.plan, backend.token_ranges
         launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
         try:
             yield "as dispatched"
             for entry in {each.entry.key: each.entry for each in token_ranges}.values():
                 low, high = entry.contract.limits["tokens"]
                 if low == 1:
-                    backend._plan = _Plan([TokenRange(low, high, entry)], launchers)
+                    backend.plan = Plan([TokenRange(low, high, entry)], launchers)
                     yield entry.key
         finally:
-            backend._plan = own
+            backend.plan = own
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +154,14 @@ def test_the_pool_is_right(subjects):
 
     for subject in subjects:
         router, config = subject.router, subject.router.config
-        weights = router._weights
         rows = slice(0, 512)
-        exact = spec.dense_logits64(subject.pool[rows], weights.weight)
-        allowed = 2.0**-20 * spec.dense_logits64(subject.pool[rows].abs(), weights.weight.abs())
+        exact = spec.dense_logits64(subject.pool[rows], router.weight)
+        allowed = 2.0**-20 * spec.dense_logits64(subject.pool[rows].abs(), router.weight.abs())
         logits = router.forward_with_logits(subject.pool[rows])[2]
         assert ((logits.double() - exact).abs() <= allowed).all()
         # From these very logits the rest is exact in its ids, and near in its weights.
         expected = spec.activation_topk(
-            logits, weights.bias, config.top_k, config.routed_scaling_factor
+            logits, router.bias, config.top_k, config.routed_scaling_factor
         )
         found = subject.rows(rows)
         assert (found[1] == expected[1]).float().mean() > 0.999

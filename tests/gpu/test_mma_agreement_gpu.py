@@ -10,7 +10,7 @@ import torch
 
 from router_runtime import Router, RouterConfig
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.router import _Plan
+from router_runtime.routing.cuda_dense import Plan
 
 #: Tokens of one pattern: three models and five patterns make 4e7 logits of each kernel.
 TOKENS = 8192
@@ -70,16 +70,16 @@ PATTERNS = {
 
 def kernels(router):
     """Each kernel that can store logits, alone, whatever the batch."""
-    backend = router._backend
-    own, token_ranges = backend._recording_plan, backend._recording.token_ranges
+    backend = router.backend
+    own, token_ranges = backend.logits_plan, backend.logits_token_ranges
     launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
     try:
         for entry in {each.entry.key: each.entry for each in token_ranges}.values():
             low, high = entry.contract.limits["tokens"]
-            backend._recording_plan = _Plan([TokenRange(low, high, entry)], launchers)
+            backend.logits_plan = Plan([TokenRange(low, high, entry)], launchers)
             yield entry.kernel
     finally:
-        backend._recording_plan = own
+        backend.logits_plan = own
 
 
 def logits_by_kernel(model, weight, rows):

@@ -50,7 +50,7 @@ def forget():
     yield routers.append
     torch.cuda.synchronize()
     for router in routers:
-        if router._router_id is not None:
+        if router.is_registered:
             unregister_router(router.router_id, force=True)
 
 
@@ -224,7 +224,7 @@ def test_a_capture_registers_a_router(make_router, draw, same):
     router = make_router(seed=42)
     x = draw(8, router.config.hidden_size)
     expected = [output.clone() for output in router(x)]
-    assert router._router_id is None
+    assert router.is_registered is False
     graph, outputs = capture(lambda: router(x))
     router_id = router.router_id
     graph.replay()
@@ -283,7 +283,8 @@ def test_threads_with_their_own_streams(make_router, draw, same):
 PRELUDE = """
 import os, sys, torch
 import router_runtime as r
-from router_runtime.routing.router import Router, RouterConfig
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.router import Router
 
 torch.set_num_threads(1)  # a forked child has none of torch's other threads
 hidden, experts, k = map(int, sys.argv[1:4])

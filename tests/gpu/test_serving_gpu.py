@@ -10,7 +10,7 @@ import torch
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.router import _Plan
+from router_runtime.routing.cuda_dense import Plan
 from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.judge import judge
 from router_runtime.verification.prng import Random
@@ -130,18 +130,18 @@ class Subject:
 
     def kernels(self):
         """As dispatched, then each kernel alone; larger batches are split."""
-        backend = self.router._backend
-        own, token_ranges = backend._plan, backend.token_ranges
+        backend = self.router.backend
+        own, token_ranges = backend.plan, backend.token_ranges
         launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
         try:
             yield "as dispatched"
             for entry in {each.entry.key: each.entry for each in token_ranges}.values():
                 low, high = entry.contract.limits["tokens"]
                 if low == 1:
-                    backend._plan = _Plan([TokenRange(low, high, entry)], launchers)
+                    backend.plan = Plan([TokenRange(low, high, entry)], launchers)
                     yield entry.key
         finally:
-            backend._plan = own
+            backend.plan = own
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_served_and_plain_calls_in_turn(subjects, same):
 def test_mapped_ids_follow_the_logical_ones(subjects, same):
     for subject in subjects:
         router = subject.router
-        expert_map, counts = router._expert_map
+        expert_map, counts = router.expert_map
         for _kernel in subject.kernels():
             for size in SIZES:
                 x = subject.pool[:size]

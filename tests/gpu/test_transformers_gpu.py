@@ -9,7 +9,7 @@ import torch
 
 from router_runtime import InputError, ResolutionError, spec
 from router_runtime.integrations.transformers import _gates, install, uninstall
-from router_runtime.ops import registration as ops
+from router_runtime.routing.router import ROUTERS
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
 
@@ -180,9 +180,9 @@ def test_graph_of_a_moe_block(dtype, make_model):
         with pytest.raises(InputError, match="force=True") if captured else nullcontext():
             uninstall(model)
         del graph
-        registered = set(ops._routers)
+        registered = ROUTERS.ids()
         uninstall(model, force=True)
-        assert len(registered - set(ops._routers)) == captured
+        assert len(registered - ROUTERS.ids()) == captured
         install(model)
     uninstall(model)
 

@@ -26,6 +26,7 @@ from router_runtime import InputError, get_router, register_router
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
+from router_runtime.routing.router import ROUTERS
 from tests.bench import cli, host, peers, report, startup
 from tests.bench import run as run_
 from tests.bench.artifacts import edition, entries_here, variants_of
@@ -244,7 +245,7 @@ def test_the_routers_of_a_model_are_let_go_before_the_next():
     ids = []
     for router in route._routers:
         ids.append(register_router(router))
-        router._captured = True
+        ROUTERS.mark_captured(router)
     assert len(ids) == measured.routers
     measured.close()
     for router_id in ids:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from router_runtime import spec
-from router_runtime.checkpoint.gates import config_fields, gate_tensors
+from router_runtime.checkpoint.configs import config_fields
+from router_runtime.checkpoint.tensors import gate_tensors
 from router_runtime.errors import InputError
-from router_runtime.routing.router import Router, RouterConfig
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.router import Router
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -240,7 +242,7 @@ def test_image_tokens_of_a_dense_layer() -> None:
 
 
 def test_only_the_gates_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from router_runtime.checkpoint import gates as module
+    from router_runtime.checkpoint import tensors as module
 
     folder = write(tmp_path, checkpoint(SCHEMES["original"]), 3)
     read: list[str] = []
@@ -413,7 +415,7 @@ def test_files_without_the_package() -> None:
     root = Path(__file__).resolve().parents[2]
     code = (
         "import sys; sys.modules['safetensors'] = None\n"
-        "from router_runtime.checkpoint.gates import gate_tensors\n"
+        "from router_runtime.checkpoint.tensors import gate_tensors\n"
         "try: gate_tensors('dense', {}, '/nowhere', 0)\n"
         "except Exception as error: print(error)\n"
     )

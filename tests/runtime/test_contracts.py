@@ -6,6 +6,7 @@ a parameter that the ops do not give, or give under another name, shows without 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,10 @@ from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.evidence.choice import DENSE
 from router_runtime.routing import row_ops as rows
-from router_runtime.routing.router import RouterConfig, _CudaDense, _CudaHash, _Weights
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cuda_dense import CudaDense
+from router_runtime.routing.cuda_hash import CudaHash
+from router_runtime.routing.weights import Weights
 
 DECODE, PREFILL = DENSE
 
@@ -65,12 +69,14 @@ def catalog(gpu: Any, build: SimpleNamespace, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_dense_router_binds(catalog: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     config = RouterConfig(model.hidden, model.experts, model.top_k, model.scale)
-    weights = _Weights(config, torch.device("cpu"))
-    path = _CudaDense(config, weights, kernels_on(0), {})
-    weights.write(
-        torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16), torch.zeros(model.experts)
-    )
+    weights = Weights(config, torch.device("cpu"))
+    path = CudaDense(config, weights, kernels_on(0), {})
+    weight = torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16)
+    weights.write({"weight": weight, "bias": torch.zeros(model.experts)})
     # Both kernels serve, as the figures say, and either can serve alone.
     assert {each.entry.kernel for each in path.token_ranges} == {DECODE, PREFILL}
     assert path.token_ranges[0].entry.kernel == DECODE
@@ -145,7 +151,7 @@ def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> 
 
 def test_hash_router_binds(catalog: Any) -> None:
     config = RouterConfig(4096, 256, 6, 1.5, mode="hash", vocab_size=11)
-    path = _CudaHash(config, torch.zeros(11, 6, dtype=torch.int32), kernels_on(0), {})
+    path = CudaHash(config, Weights(config, torch.device("cpu")), kernels_on(0), {})
     path.route(torch.arange(300))
     (launch,) = catalog.launches
     assert (launch.arguments["vocab"], launch.arguments["top_k"]) == (11, 6)

@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import router_runtime as rt
 from build_kernels.catalog.models import MODELS
 from build_kernels.plan import plan
 from router_runtime import spec
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError, ResolutionError
-from router_runtime.ops import registration as ops
-from router_runtime.routing.router import Router, RouterConfig, _CudaHashGate, _Weights
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cuda_hash import CudaHashGate
+from router_runtime.routing.router import Router
+from router_runtime.routing.weights import Weights
+from tests.runtime.routers import build_on_the_fake_gpu
 
 H, E, K, V = 128, 24, 4, 50
 CONFIG = RouterConfig(H, E, K, 1.5, mode="hash_gate", vocab_size=V)
@@ -56,9 +60,9 @@ def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 @pytest.fixture
 def router() -> Iterator[Router]:
     made = Router(CONFIG, weight=WEIGHT, table=TABLE, image_bias=IMAGE_BIAS, device="cpu")
-    router_id = ops.register_router(made)
+    router_id = rt.register_router(made)
     yield made
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
 
 
 @pytest.fixture
@@ -85,11 +89,11 @@ def gate(gpu: Any, build: SimpleNamespace, tmp_path: Path) -> Any:
 
 
 def on_gpu(image_bias: Tensor | None = IMAGE_BIAS, **variants: str) -> Router:
-    """A router whose backend is the CUDA one, on CPU memory."""
-    made = Router(CONFIG, weight=WEIGHT, table=TABLE, image_bias=image_bias, device="cpu")
-    assert made._weights is not None
-    made._backend = _CudaHashGate(CONFIG, made._weights, TABLE.int(), kernels_on(0), variants)
-    return made
+    """A router whose back end is the CUDA one, on CPU memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        build_on_the_fake_gpu(patch)
+        tensors = {"weight": WEIGHT, "table": TABLE, "image_bias": image_bias}
+        return Router(CONFIG, **tensors, device="cpu", variants=variants)
 
 
 def test_refused_tensors_and_calls(router: Router) -> None:
@@ -113,9 +117,12 @@ def test_refused_tensors_and_calls(router: Router) -> None:
         (lambda: router(x.float(), words), "hidden_states: expected"),
         (lambda: router.forward_with_logits(x), "a dense router"),
         (lambda: router.update_weights(bias=draw(E)), "bias: expected a dense router"),
-        (lambda: ops.hash_gate(x, words, router.router_id, E - 1, K), "'num_experts': 23"),
-        (lambda: ops.dense_router(x, router.router_id, E, K), "'mode': 'hash_gate'"),
-        (lambda: ops.hash_router(words, router.router_id, K), "'mode': 'hash_gate'"),
+        (
+            lambda: rt.hash_gate(x, words, router.router_id, E - 1, K),
+            "'num_experts': 23",
+        ),
+        (lambda: rt.dense_router(x, router.router_id, E, K), "'mode': 'hash_gate'"),
+        (lambda: rt.hash_router(words, router.router_id, K), "'mode': 'hash_gate'"),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -132,7 +139,7 @@ def test_other_modes_take_no_token_ids() -> None:
 def test_cpu(router: Router, tokens: int, dtype: torch.dtype) -> None:
     words = token_ids(tokens).to(dtype)
     same(router(hidden(tokens), words), expected(tokens))
-    op = ops.hash_gate(hidden(tokens), words, router.router_id, E, K)
+    op = rt.hash_gate(hidden(tokens), words, router.router_id, E, K)
     same(op, expected(tokens))
 
 
@@ -209,8 +216,7 @@ def test_update_keeps_the_address(gate: Any) -> None:
     made, other = on_gpu(), draw(E, H, seed=9).bfloat16()
     made.update_weights(weight=other)
     same(made(hidden(5), token_ids(5)), expected(5, other))
-    assert made._weights is not None
-    assert gate.launches[0].arguments["weight"] == made._weights.weight.data_ptr()
+    assert gate.launches[0].arguments["weight"] == made.weight.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -253,9 +259,8 @@ def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: 
     config = RouterConfig(
         model.hidden, model.experts, model.top_k, model.scale, mode="hash_gate", vocab_size=11
     )
-    weights = _Weights(config, torch.device("cpu"), True)
-    table = torch.zeros(11, model.top_k, dtype=torch.int32)
-    path = _CudaHashGate(config, weights, table, kernels_on(0), {})
+    weights = Weights(config, torch.device("cpu"), True)
+    path = CudaHashGate(config, weights, kernels_on(0), {})
     assert [each.entry.variant for each in path.token_ranges] == [
         "portable",
         "more_tokens",

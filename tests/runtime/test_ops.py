@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import router_runtime as rt
 from router_runtime import spec
 from router_runtime.errors import InputError
-from router_runtime.ops import registration as ops
-from router_runtime.routing.router import Router, RouterConfig
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.router import Router
 
 H, E, K, V = 64, 16, 4, 30
 
@@ -23,18 +24,18 @@ def dense() -> Iterator[Router]:
     weight = torch.randn(E, H, generator=generator).bfloat16()
     bias = torch.randn(E, generator=generator)
     router = Router(RouterConfig(H, E, K, 1.5), weight=weight, bias=bias, device="cpu")
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     yield router
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
 
 
 @pytest.fixture
 def hashed() -> Iterator[Router]:
     config = RouterConfig(H, E, K, 1.5, mode="hash", vocab_size=V)
     router = Router(config, table=torch.arange(V * K).view(V, K) % E, device="cpu")
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     yield router
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
 
 
 def hidden(tokens: int) -> Tensor:
@@ -69,50 +70,63 @@ def test_schemas_are_exact() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
+    dsv4 = torch.ops.dsv4
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.dense_router, (hidden(tokens), dense.router_id, E, K)),
-        (ops.dense_router_logits, (hidden(tokens), dense.router_id, E, K)),
-        (ops.hash_router, (torch.arange(tokens), hashed.router_id, K)),
-        (ops.hash_router, (torch.arange(tokens).int(), hashed.router_id, K)),
-        (ops.topk_select, (torch.randn(tokens, 40), 7)),
-        (ops.topk_select, (torch.randn(40, tokens + 7).T, 7)),
-        (ops.activation_topk, (torch.randn(tokens, E), torch.randn(E), K, 2.5, True)),
-        (ops.activation_topk, (torch.randn(tokens, E), torch.randn(E), K, 2.5, False)),
+        (dsv4.dense_router.default, (hidden(tokens), dense.router_id, E, K)),
+        (dsv4.dense_router_logits.default, (hidden(tokens), dense.router_id, E, K)),
+        (dsv4.hash_router.default, (torch.arange(tokens), hashed.router_id, K)),
+        (dsv4.hash_router.default, (torch.arange(tokens).int(), hashed.router_id, K)),
+        (dsv4.topk_select.default, (torch.randn(tokens, 40), 7)),
+        (dsv4.topk_select.default, (torch.randn(40, tokens + 7).T, 7)),
+        (dsv4.activation_topk.default, (torch.randn(tokens, E), torch.randn(E), K, 2.5, True)),
+        (dsv4.activation_topk.default, (torch.randn(tokens, E), torch.randn(E), K, 2.5, False)),
     ]
     if tokens:  # opcheck itself cannot copy an empty tensor with a stride
-        calls.append((ops.dense_router, (hidden(2 * tokens)[::2], dense.router_id, E, K)))
+        calls.append((dsv4.dense_router.default, (hidden(2 * tokens)[::2], dense.router_id, E, K)))
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)
 
 
 def test_results_are_the_oracles(dense: Router, hashed: Router) -> None:
-    found = ops.dense_router(hidden(5), dense.router_id, E, K)
+    found = rt.dense_router(hidden(5), dense.router_id, E, K)
     assert all(torch.equal(a, b) for a, b in zip(found, dense(hidden(5)), strict=True))
-    found = ops.dense_router_logits(hidden(5), dense.router_id, E, K)
+    found = rt.dense_router_logits(hidden(5), dense.router_id, E, K)
     expected = dense.forward_with_logits(hidden(5))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    found = ops.hash_router(torch.arange(5), hashed.router_id, K)
+    found = rt.hash_router(torch.arange(5), hashed.router_id, K)
     assert all(torch.equal(a, b) for a, b in zip(found, hashed(torch.arange(5)), strict=True))
     scores = torch.randn(3, 50)
-    found = ops.topk_select(scores, 8)
+    found = rt.topk_select(scores, 8)
     expected = spec.topk_select(scores, 8)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_calls_that_disagree_with_the_router(dense: Router, hashed: Router) -> None:
     for action, message in (
-        (lambda: ops.dense_router(hidden(1), dense.router_id, E + 1, K), "'num_experts': 17"),
-        (lambda: ops.dense_router(hidden(1), dense.router_id, E, K - 1), "'top_k': 3"),
-        (lambda: ops.dense_router(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
         (
-            lambda: ops.dense_router_logits(hidden(1), dense.router_id, E - 1, K),
+            lambda: rt.dense_router(hidden(1), dense.router_id, E + 1, K),
+            "'num_experts': 17",
+        ),
+        (lambda: rt.dense_router(hidden(1), dense.router_id, E, K - 1), "'top_k': 3"),
+        (lambda: rt.dense_router(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
+        (
+            lambda: rt.dense_router_logits(hidden(1), dense.router_id, E - 1, K),
             "'num_experts': 15",
         ),
-        (lambda: ops.dense_router_logits(hidden(1), hashed.router_id, E, K), "'mode': 'hash'"),
-        (lambda: ops.hash_router(torch.arange(1), dense.router_id, K), "'mode': 'dense'"),
-        (lambda: ops.hash_router(torch.arange(1), hashed.router_id, K + 1), "'top_k': 5"),
-        (lambda: ops.dense_router(hidden(1), 10**9, E, K), "found 1000000000"),
-        (lambda: ops.hash_router(torch.arange(1), -1, K), "found -1"),
+        (
+            lambda: rt.dense_router_logits(hidden(1), hashed.router_id, E, K),
+            "'mode': 'hash'",
+        ),
+        (
+            lambda: rt.hash_router(torch.arange(1), dense.router_id, K),
+            "'mode': 'dense'",
+        ),
+        (
+            lambda: rt.hash_router(torch.arange(1), hashed.router_id, K + 1),
+            "'top_k': 5",
+        ),
+        (lambda: rt.dense_router(hidden(1), 10**9, E, K), "found 1000000000"),
+        (lambda: rt.hash_router(torch.arange(1), -1, K), "found -1"),
     ):
         with pytest.raises(InputError, match=message):
             action()
@@ -133,7 +147,7 @@ def test_calls_that_disagree_with_the_router(dense: Router, hashed: Router) -> N
 )
 def test_refused_selections(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ops.topk_select(*arguments)
+        rt.topk_select(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +165,7 @@ def test_refused_selections(arguments: tuple[Any, ...], message: str) -> None:
 )
 def test_refused_activations(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ops.activation_topk(*arguments)
+        rt.activation_topk(*arguments)
 
 
 class Counter:
@@ -172,10 +186,10 @@ def routers() -> Iterator[list[Router]]:
     for seed in range(61):
         weight = torch.randn(E, H, generator=torch.Generator().manual_seed(seed)).bfloat16()
         made.append(Router(config, weight=weight, bias=torch.zeros(E), device="cpu"))
-        ops.register_router(made[-1])
+        rt.register_router(made[-1])
     yield made
     for router in made:
-        ops.unregister_router(router.router_id)
+        rt.unregister_router(router.router_id)
 
 
 @pytest.mark.parametrize("call", ["op", "router"])
@@ -223,7 +237,9 @@ def test_every_op_compiles_whole(dense: Router, hashed: Router, backend: str) ->
 def test_gradients_are_refused_while_tracing(dense: Router) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x: ops.dense_router(x, dense.router_id, E, K), backend="aot_eager", fullgraph=True
+        lambda x: rt.dense_router(x, dense.router_id, E, K),
+        backend="aot_eager",
+        fullgraph=True,
     )
     with pytest.raises(Exception, match="needs no gradient"):
         compiled(hidden(3).requires_grad_())
@@ -233,8 +249,8 @@ def test_fake_results_have_the_right_form(dense: Router) -> None:
     meta = torch.empty(7, H, dtype=torch.bfloat16, device="meta")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty_like(meta, device="cpu")
-        weights, ids = ops.dense_router(x, 10**9, E, K)
-        logits = ops.dense_router_logits(x, 10**9, E, K)[2]
+        weights, ids = rt.dense_router(x, 10**9, E, K)
+        logits = rt.dense_router_logits(x, 10**9, E, K)[2]
     assert (weights.shape, weights.dtype) == ((7, K), torch.float32)
     assert (ids.shape, ids.dtype) == ((7, K), torch.int32)
     assert (logits.shape, logits.dtype) == ((7, E), torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import os
 import pickle
 import shutil
@@ -23,15 +24,20 @@ import torch
 from cuda.bindings import driver as real
 from torch import Tensor
 
+import router_runtime as rt
 from router_runtime import spec
 from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import ArtifactError, DriverError, InputError
-from router_runtime.ops import registration as ops
 from router_runtime.routing import placement
 from router_runtime.routing import row_ops as rows
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cuda_dense import CudaDense
+from router_runtime.routing.cuda_hash import CudaHash
 from router_runtime.routing.placement import Placement
-from router_runtime.routing.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
+from router_runtime.routing.router import Router
+from router_runtime.routing.weights import Weights
+from tests.runtime.routers import build_on_the_fake_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 H, E, K, V = 128, 24, 4, 50
@@ -49,12 +55,18 @@ def hidden(tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def served(seed: int = 0, device: int = 0) -> _CudaDense:
+def served(seed: int = 0, device: int = 0) -> CudaDense:
     """The CUDA path of a dense router, on CPU memory."""
-    weights = _Weights(CONFIG, torch.device("cpu"))
-    path = _CudaDense(CONFIG, weights, kernels_on(device), {})
-    weights.write(*weights_of(seed))
+    weights = Weights(CONFIG, torch.device("cpu"))
+    path = CudaDense(CONFIG, weights, kernels_on(device), {})
+    weights.write(dict(zip(("weight", "bias"), weights_of(seed), strict=True)))
     return path
+
+
+def zero_table() -> Weights:
+    weights = Weights(HASH, torch.device("cpu"))
+    weights.write({"table": torch.zeros(V, K, dtype=torch.int32)})
+    return weights
 
 
 def expected(seed: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +134,7 @@ def capturing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         state.asked += 1
         return bool(state.now)
 
+    build_on_the_fake_gpu(monkeypatch)
     monkeypatch.setattr(Placement, "stream", STREAM)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
@@ -135,16 +148,12 @@ def dense_router() -> tuple[Router, Callable[[], Any]]:
     """A router that launches on the fake GPU, and a call of it."""
     weight, bias = weights_of(0)
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
-    router._backend = served()
-    router._watch_captures()
     return router, lambda: router(hidden(3))
 
 
 def hash_router() -> tuple[Router, Callable[[], Any]]:
     table = torch.zeros(V, K, dtype=torch.int32)
     router = Router(HASH, table=table, device="cpu")
-    router._backend = _CudaHash(HASH, table, kernels_on(0), {})
-    router._watch_captures()
     return router, lambda: router(torch.arange(3))
 
 
@@ -156,24 +165,24 @@ def test_a_captured_router_stays_registered(
     gpu: Any, capturing: SimpleNamespace, make: Callable[[], Any]
 ) -> None:
     router, call = make()
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     call()
     capturing.now = True
     call()
     capturing.now = False
     call()
     with pytest.raises(InputError, match=r"no CUDA graph has captured.*force=True"):
-        ops.unregister_router(router_id)
-    assert ops.get_router(router_id) is router
-    ops.unregister_router(router_id, force=True)
+        rt.unregister_router(router_id)
+    assert rt.get_router(router_id) is router
+    rt.unregister_router(router_id, force=True)
     # From here on as if it were new: it may be captured again.
-    again = ops.register_router(router)
+    again = rt.register_router(router)
     call()
     capturing.now = True
     call()
     with pytest.raises(InputError, match="force=True"):
-        ops.unregister_router(again)
-    ops.unregister_router(again, force=True)
+        rt.unregister_router(again)
+    rt.unregister_router(again, force=True)
 
 
 @MAKE
@@ -188,7 +197,7 @@ def test_a_capture_registers_what_was_not(
     del router, call
     gc.collect()
     assert reference() is not None
-    ops.unregister_router(router_id, force=True)
+    rt.unregister_router(router_id, force=True)
     gc.collect()
     assert reference() is None
 
@@ -199,8 +208,8 @@ def test_eager_routers_are_not_pinned(
 ) -> None:
     router, call = make()
     call()
-    assert router._router_id is None
-    ops.unregister_router(ops.register_router(router))
+    assert router.is_registered is False
+    rt.unregister_router(rt.register_router(router))
 
 
 @MAKE
@@ -212,7 +221,7 @@ def test_asking_stops_once_captured(
     for _ in range(5):
         call()
     assert capturing.asked == 1
-    ops.unregister_router(router.router_id, force=True)
+    rt.unregister_router(router.router_id, force=True)
 
 
 # --- failures of the device ---
@@ -297,7 +306,7 @@ def in_forked_child(action: Callable[[], str]) -> str:
 
 def test_every_call_is_refused_in_a_forked_child(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = served()
-    lookup = _CudaHash(HASH, torch.zeros(V, K, dtype=torch.int32), kernels_on(0), {})
+    lookup = CudaHash(HASH, zero_table(), kernels_on(0), {})
     scores = torch.randn(3, 9)
 
     def select() -> Any:
@@ -308,8 +317,8 @@ def test_every_call_is_refused_in_a_forked_child(gpu: Any, monkeypatch: pytest.M
         call()
     # On a machine with a GPU they are there by themselves; none of these is on one.
     for own in (
-        path._placement,
-        lookup._placement,
+        path.placement,
+        lookup.placement,
         rows._loaded["topk_select", scores.device].placement,
     ):
         placement._on_gpus.add(own)
@@ -363,11 +372,16 @@ def test_a_child_of_a_parent_whose_torch_used_cuda(
         driver.initialise()
 
 
-def test_routers_are_not_copied() -> None:
+def test_routers_are_not_pickled() -> None:
     weight, bias = weights_of(0)
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
-    for attempt in (lambda: pickle.dumps(router), lambda: copy.deepcopy(router)):
-        with pytest.raises(InputError, match="send the config and the tensors, and build it there"):
+    model = torch.nn.Sequential(router)
+    for attempt in (
+        lambda: pickle.dumps(router),
+        lambda: torch.save(model, io.BytesIO()),
+        lambda: copy.copy(router),
+    ):
+        with pytest.raises(InputError, match=r"send the config and state_dict.*build it there"):
             attempt()
     assert pickle.loads(pickle.dumps(CONFIG)) == CONFIG
 
@@ -376,8 +390,8 @@ def build_and_route(seed: int) -> list[list[int]]:
     """What a spawned worker does."""
     weight, bias = weights_of(seed)
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
-    router_id = ops.register_router(router)
-    ids: list[list[int]] = ops.dense_router(hidden(3), router_id, E, K)[1].tolist()
+    router_id = rt.register_router(router)
+    ids: list[list[int]] = rt.dense_router(hidden(3), router_id, E, K)[1].tolist()
     return ids
 
 
@@ -448,7 +462,7 @@ def test_nothing_is_written_and_nothing_is_locked(gpu: Any, audit: Audit) -> Non
     before = sorted((path, path.stat().st_mtime_ns) for path in artifacts.rglob("*"))
     audit.changes.clear()
     path = served()
-    lookup = _CudaHash(HASH, torch.zeros(V, K, dtype=torch.int32), kernels_on(0), {})
+    lookup = CudaHash(HASH, zero_table(), kernels_on(0), {})
     for tokens in (1, 9, 40):
         path.route(hidden(tokens))
         path.route_with_logits(hidden(tokens))
@@ -459,7 +473,7 @@ def test_nothing_is_written_and_nothing_is_locked(gpu: Any, audit: Audit) -> Non
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
     router.update_weights(weight=weight, bias=bias)
     router.warmup()
-    ops.unregister_router(ops.register_router(router))
+    rt.unregister_router(rt.register_router(router))
     assert audit.changes == []
     assert sorted((path, path.stat().st_mtime_ns) for path in artifacts.rglob("*")) == before
     (artifacts / "canary").write_text("the audit sees what it should")

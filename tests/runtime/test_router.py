@@ -21,27 +21,27 @@ from typing import Any
 
 import pytest
 import torch
+from cuda.bindings import driver as real
 from torch import Tensor
 
+import router_runtime as rt
 from router_runtime import spec
 from router_runtime.device import kernels, launch
 from router_runtime.device.kernels import kernels_on
+from router_runtime.device.resolve import Request
 from router_runtime.errors import InputError, ResolutionError
 from router_runtime.evidence.status import status
-from router_runtime.ops import registration as ops
 from router_runtime.routing import row_ops as rows
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cpu import CpuDense
+from router_runtime.routing.cuda_dense import CudaDense
+from router_runtime.routing.cuda_hash import CudaHash
 from router_runtime.routing.placement import Placement
-from router_runtime.routing.router import (
-    Router,
-    RouterConfig,
-    _CpuDense,
-    _CudaDense,
-    _CudaHash,
-    _Weights,
-    warmup_router_compilation,
-)
-from router_runtime.routing.workspace import Workspaces
+from router_runtime.routing.router import Router, warmup_router_compilation
+from router_runtime.routing.weights import Weights
+from router_runtime.routing.workspace import Workspaces, workspaces_of
 from tests.runtime import releases
+from tests.runtime.routers import build_on_the_fake_gpu
 
 H, E, K, V = 128, 24, 4, 50
 CONFIG = RouterConfig(H, E, K, 1.5)
@@ -68,12 +68,23 @@ def cpu_dense() -> Router:
     return Router(CONFIG, weight=weight, bias=bias, device="cpu")
 
 
-def cuda_dense(config: RouterConfig = CONFIG, **variants: str) -> tuple[_CudaDense, _Weights]:
+def cuda_dense(config: RouterConfig = CONFIG, **variants: str) -> tuple[CudaDense, Weights]:
     """The CUDA path of a router, on CPU memory."""
-    weights = _Weights(config, torch.device("cpu"))
-    path = _CudaDense(config, weights, kernels_on(0), variants)
-    weights.write(*weights_of())
+    weights = Weights(config, torch.device("cpu"))
+    path = CudaDense(config, weights, kernels_on(0), variants)
+    weights.write(named(*weights_of()))
     return path, weights
+
+
+def named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {"weight": weight, "bias": bias}
+
+
+def cuda_hash() -> CudaHash:
+    """The CUDA path of a hash router, on CPU memory."""
+    weights = Weights(HASH, torch.device("cpu"))
+    weights.write({"table": table_of()})
+    return CudaHash(HASH, weights, kernels_on(0), {})
 
 
 def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -271,7 +282,7 @@ def test_hash_routers_have_no_logits() -> None:
 
 def test_spans(gpu: Any, cpu_dense: Router) -> None:
     assert cpu_dense.token_ranges == ()
-    cpu_dense._backend = cuda_dense()[0]
+    cpu_dense.backend = cuda_dense()[0]
     found = [(each.low, each.high, each.entry.kernel) for each in cpu_dense.token_ranges]
     assert found == [(1, 8, D), (9, 32, P)]
 
@@ -282,7 +293,7 @@ def test_hash(gpu: Any, tokens: int, dtype: torch.dtype) -> None:
     token_ids = torch.randint(-3, V + 3, (tokens,)).to(dtype)
     expected = spec.hash_router(token_ids, table_of().int(), K)
     same(Router(HASH, table=table_of(), device="cpu")(token_ids), expected)
-    path = _CudaHash(HASH, table_of().int(), kernels_on(0), {})
+    path = cuda_hash()
     same(path.route(token_ids), expected)
     strided = torch.empty(tokens, 2, dtype=dtype)[:, 0]
     strided.copy_(token_ids)
@@ -373,7 +384,7 @@ def test_gradients_are_no_matter_outside_grad_mode(cpu_dense: Router) -> None:
 def test_refused_token_ids(gpu: Any, make: Any) -> None:
     for route in (
         Router(HASH, table=table_of(), device="cpu"),
-        _CudaHash(HASH, table_of().int(), kernels_on(0), {}).route,
+        cuda_hash().route,
     ):
         with pytest.raises(InputError, match=r"torch.int32 or torch.int64 \[tokens\]"):
             route(make())
@@ -417,9 +428,9 @@ def test_one_row_of_any_stride(gpu: Any) -> None:
     """torch lets a dimension of one element have any stride; a tensor map does not."""
     path, weights = cuda_dense(dense_router_prefill="portable")
     x = hidden(1).expand(1, H).as_strided((1, H), (0, 1))
-    launcher = path._plan.launchers[-1]
+    launcher = path.plan.launchers[-1]
     assert launcher.mapped
-    path._plan.launchers[0] = launcher
+    path.plan.launchers[0] = launcher
     same(path.route(x), spec.dense_router(x, weights.weight, weights.bias, K, 1.5))
     assert gpu.encoded[0]["strides"] == (2 * H,)
 
@@ -477,7 +488,7 @@ def test_update_keeps_addresses(gpu: Any) -> None:
     path, weights = cuda_dense()
     path.route(hidden(3))
     weight, bias = weights_of(1)
-    weights.write(weight, bias)
+    weights.write(named(weight, bias))
     same(path.route(hidden(3)), spec.dense_router(hidden(3), weight, bias, K, 1.5))
     same(path.route(hidden(30)), spec.dense_router(hidden(30), weight, bias, K, 1.5))
     first, second = gpu.launches[:2]
@@ -504,14 +515,11 @@ def test_update_waits_on_both_sides(gpu: Any, monkeypatch: pytest.MonkeyPatch) -
     weight, bias = weights_of()
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
     events: list[str] = []
-    assert router._weights is not None
-    write = router._weights.write
+    write = Weights.write
     monkeypatch.setattr(router, "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
-    monkeypatch.setattr(
-        router._weights, "write", lambda *values: (events.append("write"), write(*values))
-    )
+    monkeypatch.setattr(Weights, "write", lambda *values: (events.append("write"), write(*values)))
     router.update_weights(weight=weight)
     assert events == ["wait", "write", "wait"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -527,7 +535,7 @@ def test_hash_routers_have_no_weights() -> None:
 
 def test_equal_recipes_share_a_buffer(build: SimpleNamespace) -> None:
     recipe = build.dense(H, E).repacks[0]
-    weights = _Weights(CONFIG, torch.device("cpu"))
+    weights = Weights(CONFIG, torch.device("cpu"))
     buffer = weights.packed(recipe)
     assert weights.packed(dataclasses.replace(recipe, parameter="other")) is buffer
     assert weights.packed(dataclasses.replace(recipe, order=(0, 1, 2))) is not buffer
@@ -543,13 +551,14 @@ def test_equal_recipes_share_a_buffer(build: SimpleNamespace) -> None:
 class Streams:
     """Stand-ins for torch's streams, which a CPU has not.
 
-    ``captured`` are being captured. New streams come from 1 up, and 1 is as good as any to be the
-    one that a graph is being captured on.
+    ``captured`` are being captured, in the capture ``capture``. New streams come from 1 up, so 1
+    can be the one that a graph is being captured on.
     """
 
     def __init__(self) -> None:
         self.current = 0
         self.captured: set[int] = set()
+        self.capture = 1
         self.made = 0
         self.waits: list[int] = []
 
@@ -557,6 +566,14 @@ class Streams:
         self.made += 1
         handle = (self.made - 1) % 3 + 1
         return SimpleNamespace(handle=handle, synchronize=lambda: self.waits.append(handle))
+
+    def known(self, handle: int, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(handle=handle, synchronize=lambda: self.waits.append(handle))
+
+    def query(self, handle: int) -> tuple[Any, ...]:
+        """As ``cuStreamGetCaptureInfo``."""
+        assert handle in self.captured
+        return real.CUresult.CUDA_SUCCESS, "active", self.capture, "graph", (), (), 0
 
     @contextlib.contextmanager
     def use(self, stream: SimpleNamespace) -> Iterator[None]:
@@ -572,24 +589,26 @@ def streams(fake: Any, monkeypatch: pytest.MonkeyPatch) -> Streams:
         torch.cuda, "is_current_stream_capturing", lambda: state.current in state.captured
     )
     monkeypatch.setattr(torch.cuda, "Stream", state.new)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", state.known)
+    fake.cuStreamGetCaptureInfo = state.query
     monkeypatch.setattr(torch.cuda, "stream", state.use)
     return state
 
 
 def test_workspace_belongs_to_a_stream(streams: Streams) -> None:
-    spaces = Workspaces(100, Placement(torch.device("cpu")))
+    spaces = Workspaces(100, torch.device("cpu"))
     first, second = spaces.address(0), spaces.address(5)
     assert first != second
     assert spaces.address(0) == first
     assert spaces.address(5) == second
-    other = Workspaces(100, Placement(torch.device("cpu")))
+    other = Workspaces(100, torch.device("cpu"))
     assert other.address(0) not in (first, second)
 
 
 def test_workspace_of_the_per_thread_stream_belongs_to_the_thread(
     streams: Streams,
 ) -> None:
-    spaces = Workspaces(100, Placement(torch.device("cpu")))
+    spaces = Workspaces(100, torch.device("cpu"))
     found = [spaces.address(2)]
     # A thread that is alive at the same time has another identity.
     thread = threading.Thread(target=lambda: found.append(spaces.address(2)))
@@ -599,11 +618,15 @@ def test_workspace_of_the_per_thread_stream_belongs_to_the_thread(
     assert spaces.address(2) == found[0]
 
 
-def test_workspace_belongs_to_a_captured_launch(streams: Streams, fake: Any) -> None:
-    spaces = Workspaces(100, Placement(torch.device("cpu")))
+def test_workspace_belongs_to_a_capture(streams: Streams, fake: Any) -> None:
+    spaces = Workspaces(100, torch.device("cpu"))
     eager = spaces.address(1)
+    streams.waits.clear()
+    fake.calls.clear()
     streams.current, streams.captured = 1, {1}
-    captured = [spaces.address(1) for _ in range(20)]
+    captured = []
+    for streams.capture in range(20):
+        captured.append(spaces.address(1))
     assert len({eager, *captured}) == 21
     assert all(abs(a - b) >= 256 for a in captured for b in captured if a != b)
     # Zeroed on a stream that is not captured, and waited for.
@@ -616,6 +639,36 @@ def test_workspace_belongs_to_a_captured_launch(streams: Streams, fake: Any) -> 
     ]
     streams.captured = set()
     assert spaces.address(1) == eager
+
+
+def test_launches_of_one_capture_share_by_stream(streams: Streams, fake: Any) -> None:
+    """Those on one stream of it run in order; two streams of one capture may overlap."""
+    spaces = Workspaces(100, torch.device("cpu"))
+    streams.current, streams.captured = 1, {1, 5}
+    first = spaces.address(1)
+    assert spaces.address(1) == first
+    assert spaces.address(5) != first
+    streams.capture += 1
+    assert spaces.address(1) != first
+
+
+def test_routers_of_one_kernel_share_its_workspaces(
+    gpu: Any, build: SimpleNamespace, tmp_path: Path, streams: Streams
+) -> None:
+    """However many routers there are. The memory goes with the last one."""
+    gpu.entries = build.small(workspace=100)
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    paths = [cuda_dense()[0] for _ in range(3)]
+    streams.current, streams.captured = 7, {7}
+    for path in paths:
+        path.route(hidden(3))
+        path.route(hidden(20))
+    workspaces = {each.symbol: each.arguments.get("workspace") for each in gpu.launches}
+    assert len({each.arguments.get("workspace") for each in gpu.launches}) == len(workspaces) == 2
+    held = weakref.ref(workspaces_of(kernels_on(0).load(Request(D)), torch.device("cpu")))
+    del path, paths
+    gc.collect()
+    assert held() is None
 
 
 def test_workspace_reaches_the_kernel(
@@ -641,7 +694,7 @@ def test_no_workspace_is_null(gpu: Any) -> None:
 def test_call_while_another_device_is_current(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The router's device is made current for the launch, and the caller's comes back."""
     path, weights = cuda_dense()
-    hashing = _CudaHash(HASH, table_of().int(), kernels_on(0), {})
+    hashing = cuda_hash()
     entered: list[str] = []
 
     @contextlib.contextmanager
@@ -669,17 +722,17 @@ def test_call_while_another_device_is_current(gpu: Any, monkeypatch: pytest.Monk
 def test_registry(cpu_dense: Router) -> None:
     with pytest.raises(InputError, match=r"call register_router\(router\)"):
         _ = cpu_dense.router_id
-    first = ops.register_router(cpu_dense)
+    first = rt.register_router(cpu_dense)
     assert first >= 2
-    assert ops.register_router(cpu_dense) == first == cpu_dense.router_id
-    assert ops.get_router(first) is cpu_dense
-    ops.unregister_router(first)
-    second = ops.register_router(cpu_dense)
+    assert rt.register_router(cpu_dense) == first == cpu_dense.router_id
+    assert rt.get_router(first) is cpu_dense
+    rt.unregister_router(first)
+    second = rt.register_router(cpu_dense)
     assert second > first
-    for action in (ops.get_router, ops.unregister_router):
+    for action in (rt.get_router, rt.unregister_router):
         with pytest.raises(InputError, match=rf"router_id: .*found {first}; .*not reused"):
             action(first)
-    ops.unregister_router(second)
+    rt.unregister_router(second)
 
 
 def test_threads_get_distinct_ids() -> None:
@@ -690,7 +743,7 @@ def test_threads_get_distinct_ids() -> None:
 
     def work(number: int) -> None:
         barrier.wait()
-        found.extend(ops.register_router(router) for router in routers[number::4])
+        found.extend(rt.register_router(router) for router in routers[number::4])
 
     threads = [threading.Thread(target=work, args=(number % 4,)) for number in range(8)]
     for thread in threads:
@@ -700,7 +753,7 @@ def test_threads_get_distinct_ids() -> None:
     assert len(found) == 64
     assert len(set(found)) == 32
     for router_id in set(found):
-        ops.unregister_router(router_id)
+        rt.unregister_router(router_id)
 
 
 def test_memory_comes_back(gpu: Any) -> None:
@@ -708,16 +761,15 @@ def test_memory_comes_back(gpu: Any) -> None:
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
     path, weights = cuda_dense()
     path.route(hidden(3))
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     router(hidden(3))
     held = [weakref.ref(router), weakref.ref(path), weakref.ref(weights)]
-    assert router._weights is not None
-    held += [weakref.ref(router._weights.weight), weakref.ref(weights.weight)]
-    held += [weakref.ref(buffer) for _, buffer in weights._packed]
+    held += [weakref.ref(router.weight), weakref.ref(weights.weight)]
+    held += [weakref.ref(buffer) for buffer in weights.packed_buffers()]
     del router, path, weights
     gc.collect()
     assert held[0]() is not None
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
     gc.collect()
     assert [reference() for reference in held] == [None] * len(held)
 
@@ -726,13 +778,13 @@ def test_warmup(cpu_dense: Router, gpu: Any) -> None:
     warmup_router_compilation(cpu_dense)
     warmup_router_compilation(Router(HASH, table=table_of(), device="cpu"))
     path, _ = cuda_dense()
-    cpu_dense._backend = path
+    cpu_dense.backend = path
     warmup_router_compilation(cpu_dense)
     assert [each.symbol for each in gpu.launches] == [D, P]
 
 
 def test_warmup_runs_kernels_that_only_logits_or_images_take(
-    gpu: Any, build: SimpleNamespace, tmp_path: Path
+    gpu: Any, build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = build.entry(
         D,
@@ -751,15 +803,13 @@ def test_warmup_runs_kernels_that_only_logits_or_images_take(
     ]
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     weight, bias = weights_of()
+    build_on_the_fake_gpu(monkeypatch)
     router = Router(CONFIG, weight=weight, bias=bias, image_bias=bias, device="cpu")
-    weights = router._weights
-    assert weights is not None
-    path = _CudaDense(CONFIG, weights, kernels_on(0), {})
-    weights.write(weight, bias, bias)
+    path = router.backend
+    assert isinstance(path, CudaDense)
     plain = {each.entry.key for each in path.token_ranges}
-    only_logits = {each.entry.key for each in path.recording_token_ranges} - plain
+    only_logits = {each.entry.key for each in path.logits_token_ranges} - plain
     assert only_logits
-    router._backend = path
     router.warmup()
     assert len(gpu.launches) == len(path.token_ranges) + len(only_logits) + 1
     assert [bool(each.arguments["image_mask"]) for each in gpu.launches].count(True) == 1
@@ -770,18 +820,18 @@ def test_warmup_of_a_registered_router_goes_through_its_op(
 ) -> None:
     """torch's dispatcher remembers an op that was called."""
     called = []
-    route = _CpuDense.route
+    route = CpuDense.route
 
     def spied(self: Any, tensor: Tensor) -> Any:
         frames = inspect.stack(context=0)
-        called.append(any(frame.function == "_plain_dense_router" for frame in frames))
+        called.append(any(frame.function == "plain_dense_router" for frame in frames))
         return route(self, tensor)
 
-    monkeypatch.setattr(_CpuDense, "route", spied)
+    monkeypatch.setattr(CpuDense, "route", spied)
     cpu_dense.warmup()
-    router_id = ops.register_router(cpu_dense)
+    router_id = rt.register_router(cpu_dense)
     cpu_dense.warmup()
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
     assert called == [False, True]
 
 

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import router_runtime as rt
 from router_runtime import spec
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError
-from router_runtime.ops import registration as ops
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.call import Call, ExpertMap, Results
-from router_runtime.routing.router import Router, RouterConfig, _CudaDense, _CudaHash, _Weights
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cuda_dense import CudaDense
+from router_runtime.routing.cuda_hash import CudaHash
+from router_runtime.routing.router import Router
+from router_runtime.routing.weights import Weights
 
 H, E, K, V = 128, 24, 4, 50
 SENTINEL = -3
@@ -56,18 +60,18 @@ def count(valid: int) -> Tensor:
 def dense() -> Iterator[Router]:
     router = Router(CONFIG, weight=WEIGHT, bias=BIAS, image_bias=IMAGE_BIAS, device="cpu")
     router.set_expert_map(PHYSICAL, COUNTS)
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     yield router
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
 
 
 @pytest.fixture
 def hashed() -> Iterator[Router]:
     router = Router(HASH, table=TABLE, device="cpu")
     router.set_expert_map(PHYSICAL, COUNTS)
-    router_id = ops.register_router(router)
+    router_id = rt.register_router(router)
     yield router
-    ops.unregister_router(router_id)
+    rt.unregister_router(router_id)
 
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -191,7 +195,7 @@ def test_activation_topk_replay(dense: Router) -> None:
     logits = dense.forward_with_logits(x)[2]
     given = torch.randint(-1, E + 1, (9, K), generator=seeded(8))
     expected = dense.replay(x, given, is_padding=padding)
-    found = ops.activation_topk_replay(
+    found = rt.activation_topk_replay(
         logits, given, 1.5, True, is_padding=padding, sentinel=SENTINEL
     )
     same(found, expected)
@@ -239,10 +243,12 @@ def test_a_count_outside_the_map_stays_inside_it() -> None:
 
 def paths(gpu: Any) -> dict[str, Any]:
     """The CUDA backends, on CPU memory."""
-    weights = _Weights(CONFIG, torch.device("cpu"), image_bias=True)
-    dense = _CudaDense(CONFIG, weights, kernels_on(0), {})
-    weights.write(WEIGHT, BIAS, IMAGE_BIAS)
-    return {"dense": dense, "hash": _CudaHash(HASH, TABLE.int(), kernels_on(0), {})}
+    weights = Weights(CONFIG, torch.device("cpu"), image_bias=True)
+    dense = CudaDense(CONFIG, weights, kernels_on(0), {})
+    weights.write({"weight": WEIGHT, "bias": BIAS, "image_bias": IMAGE_BIAS})
+    table = Weights(HASH, torch.device("cpu"))
+    table.write({"table": TABLE})
+    return {"dense": dense, "hash": CudaHash(HASH, table, kernels_on(0), {})}
 
 
 MAP = ExpertMap(PHYSICAL.int(), COUNTS.int())
@@ -278,7 +284,7 @@ def test_launches(
             )
 
         found = backends[name].serve(tensor, call(), MAP)
-        expected = router._serve(tensor, call())
+        expected = router.serve(tensor, call())
         same(found.given(), expected.given())
     assert all(launch.arguments["serving"] == 1 for launch in gpu.launches)
 
@@ -342,11 +348,11 @@ def test_a_bad_map_leaves_the_old_one(
 
 
 def test_a_map_is_updated_in_place(dense: Router) -> None:
-    assert dense._expert_map is not None
-    addresses = [tensor.data_ptr() for tensor in dense._expert_map]
+    assert dense.expert_map is not None
+    addresses = [tensor.data_ptr() for tensor in dense.expert_map]
     before = dense.forward_mapped(hidden(5))
     dense.update_expert_map(PHYSICAL + 7, COUNTS)
-    assert [tensor.data_ptr() for tensor in dense._expert_map] == addresses
+    assert [tensor.data_ptr() for tensor in dense.expert_map] == addresses
     after = dense.forward_mapped(hidden(5))
     same(after, (before[0], before[1] + 7, before[2]))
 
@@ -525,6 +531,6 @@ def test_every_form_compiles_whole(dense: Router, hashed: Router, backend: str) 
 
 def test_results_hold_the_caller_s_own_tensors(dense: Router) -> None:
     own = Results(torch.empty(4, K), torch.empty(4, K).int())
-    found = dense._serve(hidden(4), Call(outputs=own))
+    found = dense.serve(hidden(4), Call(outputs=own))
     assert found.weights is own.weights
     assert found.ids is own.ids

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import router_runtime as rt
 from router_runtime import spec
 from router_runtime.errors import InputError
 from router_runtime.integrations import transformers as integration
 from router_runtime.integrations.transformers import install, uninstall
-from router_runtime.ops import registration as ops
+from router_runtime.routing.router import ROUTERS
 from tests import small_models
 from tests.small_models import by_id, dense, gates, hashed
 
@@ -263,8 +264,7 @@ def captured() -> Any:
     def capture(model: Any, count: int) -> list[Any]:
         routers = [integration._gates[gate].router for gate in list(gates(model).values())[:count]]
         for router in routers:
-            ops.register_router(router)
-            router._captured = True
+            ROUTERS.mark_captured(router)
         return routers
 
     return capture
@@ -274,17 +274,17 @@ def test_uninstalling_a_captured_model_needs_force(captured: Any) -> None:
     """Its graph would read memory that is gone; forced, nothing of it stays registered."""
     model = make_model(torch.bfloat16)
     names = install(model)
-    registered = set(ops._routers)
+    registered = ROUTERS.ids()
     routers = captured(model, 2)
     ids = [router.router_id for router in routers]
     with pytest.raises(InputError, match=rf"captured: {names[0]}, {names[1]};.*force=True"):
         uninstall(model)
     model(tokens(1, 5))  # as it was
-    assert [ops.get_router(number) for number in ids] == routers
+    assert [rt.get_router(number) for number in ids] == routers
     references = [weakref.ref(router) for router in routers]
     del routers
     assert uninstall(model, force=True) == names
-    assert set(ops._routers) == registered
+    assert ROUTERS.ids() == registered
     gc.collect()
     assert [reference() for reference in references] == [None, None]
 
@@ -292,17 +292,17 @@ def test_uninstalling_a_captured_model_needs_force(captured: Any) -> None:
 def test_uninstall_releases_what_was_registered() -> None:
     model = make_model(torch.bfloat16)
     install(model)
-    registered = set(ops._routers)
-    number = ops.register_router(integration._gates[dense(model)[0]].router)
+    registered = ROUTERS.ids()
+    number = rt.register_router(integration._gates[dense(model)[0]].router)
     uninstall(model)
-    assert number not in ops._routers
-    assert set(ops._routers) == registered
+    assert number not in ROUTERS.ids()
+    assert ROUTERS.ids() == registered
 
 
 def test_a_captured_router_that_was_replaced_is_released_too(captured: Any) -> None:
     model = make_model(torch.bfloat16)
     install(model)
-    registered = set(ops._routers)
+    registered = ROUTERS.ids()
     captured(model, LAYERS)
     install(model)
     model.float()  # these gates have no routers; the graph has the others'
@@ -311,9 +311,9 @@ def test_a_captured_router_that_was_replaced_is_released_too(captured: Any) -> N
         uninstall(model)
     model.bfloat16()
     install(model)
-    assert len(set(ops._routers) - registered) == LAYERS
+    assert len(ROUTERS.ids() - registered) == LAYERS
     uninstall(model, force=True)
-    assert set(ops._routers) == registered
+    assert ROUTERS.ids() == registered
 
 
 def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
@@ -391,10 +391,11 @@ def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """The error names the module, and the command that builds the model."""
     from router_runtime.device.kernels import kernels_on
     from router_runtime.errors import ResolutionError
-    from router_runtime.routing.router import _CudaDense, _Weights
+    from router_runtime.routing.cuda_dense import CudaDense
+    from router_runtime.routing.weights import Weights
 
     def router(config: Any, **_: Any) -> None:
-        _CudaDense(config, _Weights(config, torch.device("cpu")), kernels_on(0), {})
+        CudaDense(config, Weights(config, torch.device("cpu")), kernels_on(0), {})
 
     monkeypatch.setattr(integration, "Router", router)
     model = make_model(torch.bfloat16)

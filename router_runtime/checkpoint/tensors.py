@@ -1,4 +1,4 @@
-"""Routers from released checkpoints: what ``config.json`` says, and where a gate's tensors are.
+"""The tensors of a gate in a released checkpoint.
 
 Two ways of naming a gate's tensors are in use, and each is recognised (``N`` is the layer)::
 
@@ -12,7 +12,6 @@ renamed. Tensors are read by name, one at a time: a checkpoint of many files is 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from router_runtime.checkpoint.configs import read_json
 from router_runtime.errors import InputError, explain, install_extra
 
 INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
 
 #: What a gate's tensors are called, by the last parts of the gate's own name.
 _SCHEMES = {
@@ -41,111 +40,13 @@ _SCHEMES = {
         "table": "tid2eid",
     },
 }
-#: What may stand before ``layers.N``.
+#: The prefixes of ``layers.N`` that are in use.
 _PREFIXES = ("", "model.", "model.language_model.", "language_model.", "language_model.model.")
 
 #: Which tensors a router of each mode is built from.
 TENSORS = {"dense": ("weight", "bias"), "hash": ("table",), "hash_gate": ("weight", "table")}
-#: Modes that score experts, and so may select those of image tokens by another bias.
+#: Modes that score experts, and so may select those of image tokens by a bias of their own.
 _SCORING = ("dense", "hash_gate")
-
-#: Routing that is not section 3's would load without complaint and route wrongly: name -> the
-#: values under which it is. A name that the configuration lacks is at one of them.
-_EXPECTED: dict[str, tuple[object, ...]] = {
-    "scoring_func": ("sqrtsoftplus",),
-    "topk_method": ("noaux_tc",),
-    "n_group": (None, 0, 1),
-    "topk_group": (None, 0, 1),
-    "gate_temp": (None, 1),
-}
-
-
-def config_fields(config: Any, layer: int | None) -> dict[str, Any]:
-    """The fields of a ``RouterConfig`` for ``layer`` of a model.
-
-    ``config`` is a transformers configuration, its dict, a ``config.json`` or the folder that holds
-    one. Without ``layer``: for the layers that choose experts by score.
-    """
-    values = _values(config)
-    for name, expected in _EXPECTED.items():
-        if values.get(name, expected[0]) not in expected:
-            raise _unfit(f"{name} of the configuration", expected[0], values[name])
-    experts = _first(values, "n_routed_experts", "num_local_experts")
-    fields: dict[str, Any] = {
-        "hidden_size": _first(values, "hidden_size"),
-        "num_experts": experts,
-        "top_k": _first(values, "num_experts_per_tok"),
-        "routed_scaling_factor": _first(values, "routed_scaling_factor"),
-        "renormalize": values.get("norm_topk_prob", True),
-        "mode": "dense",
-    }
-    if layer is not None and _is_hash_layer(values, layer):
-        fields |= {"mode": "hash_gate", "vocab_size": _first(values, "vocab_size")}
-    return fields
-
-
-def _values(config: Any) -> Mapping[str, Any]:
-    """The configuration of the language model as a mapping."""
-    if isinstance(config, str | os.PathLike):
-        path = Path(config)
-        path = path / CONFIG_NAME if path.is_dir() else path
-        config = _read_json(path, "configuration")
-    elif hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if not isinstance(config, Mapping):
-        raise InputError(
-            explain(
-                "configuration",
-                expected="a transformers configuration, a dict, or the path of a config.json",
-                found=type(config).__name__,
-                remedy="pass one of these",
-            )
-        )
-    inner = config.get("text_config")  # beside the vision_config of a model that has one
-    return inner if isinstance(inner, Mapping) else config
-
-
-def _first(values: Mapping[str, Any], *names: str) -> Any:
-    """The value under the first of ``names`` that is present."""
-    for name in names:
-        if values.get(name) is not None:
-            return values[name]
-    raise _unfit("configuration", f"the entry {' or '.join(names)}", f"{sorted(values)}")
-
-
-def _is_hash_layer(values: Mapping[str, Any], layer: int) -> bool:
-    layers = _first(values, "num_hidden_layers")
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
-        raise _unfit("layer", f"an integer from 0 to {layers - 1}", layer)
-    if layer < (values.get("first_k_dense_replace") or 0):
-        raise _unfit(
-            f"layer {layer}",
-            "a layer with a router",
-            f"first_k_dense_replace {values['first_k_dense_replace']}: it has one plain MLP",
-        )
-    kinds = values.get("mlp_layer_types")
-    if kinds is not None:
-        kind = kinds[layer] if layer < len(kinds) else "nothing"
-        if kind not in ("hash_moe", "moe"):
-            raise _unfit(f"mlp_layer_types[{layer}]", "'hash_moe' or 'moe'", repr(kind))
-        return bool(kind == "hash_moe")
-    # To take a hash layer for a dense one would route wrongly, so an absent number is no zero,
-    # except where the architecture has none.
-    absent = 0 if values.get("model_type") == "deepseek_v41" else None
-    count = values.get("num_hash_layers", absent)
-    if count is None:
-        raise _unfit(
-            "configuration", "the entry mlp_layer_types or num_hash_layers", f"{sorted(values)}"
-        )
-    return bool(layer < count)
-
-
-def _unfit(what: str, expected: object, found: object) -> InputError:
-    remedy = "pass the model's own config.json, or build the RouterConfig by hand"
-    return InputError(explain(what, expected=expected, found=found, remedy=remedy))
-
-
-# --- tensors ---
 
 
 class _Source(Protocol):
@@ -217,7 +118,7 @@ class _Files:
         return where
 
     def _indexed(self, index: Path) -> dict[str, Path]:
-        content = _read_json(index, "index of the checkpoint")
+        content = read_json(index, "index of the checkpoint")
         names = content.get("weight_map") if isinstance(content, Mapping) else None
         if not isinstance(names, Mapping) or not all(
             isinstance(file, str) and file == Path(file).name for file in names.values()
@@ -290,13 +191,21 @@ def gate_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of one gate, by the names of the Router's arguments.
 
-    ``sizes`` has ``hidden_size``, ``num_experts``, ``top_k`` and ``vocab_size``; ``tensors`` is a
-    mapping of names to tensors, a ``safetensors`` file or a checkpoint's folder; ``layer`` is the
-    number of a layer, or the whole name of a gate (``"mtp.0.ffn.gate"``).
+    Tensors are read by name, one at a time: a checkpoint of many files is never loaded whole.
 
-    The weight comes back as bf16 and the biases as fp32; another float type is converted only if
-    every value survives it. Raises InputError, naming what was looked for, for a tensor that is
-    missing, ambiguous, of the wrong shape, or not exact.
+    Args:
+        mode: the mode of the router: which tensors it needs.
+        sizes: ``hidden_size``, ``num_experts``, ``top_k`` and ``vocab_size``.
+        tensors: a mapping of names to tensors, a ``safetensors`` file, or a checkpoint's folder.
+        layer: the number of a layer, or the whole name of a gate (``"mtp.0.ffn.gate"``).
+
+    Returns:
+        The weight as bf16, the biases as fp32, the table as it is; by name.
+
+    Raises:
+        InputError: a tensor is missing, ambiguous or of another shape, or has a value that the
+            conversion would round. The error names what was looked for.
+
     """
     source: _Source
     source = _InMemory(tensors) if isinstance(tensors, Mapping) else _Files(Path(tensors))
@@ -431,12 +340,3 @@ def _exact(name: str, source: _Source, tensor: Tensor, dtype: torch.dtype) -> Te
             )
         )
     return converted
-
-
-def _read_json(path: Path, what: str) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            explain(what, expected=f"readable JSON at {path}", found=error, remedy="check the path")
-        ) from error

@@ -1,0 +1,377 @@
+"""The custom ops ``torch.ops.dsv4.*`` as Python functions with signatures and documentation.
+
+A function costs nothing over its op and works under ``torch.compile``. The ops have further forms
+without a function: ``torch.ops.dsv4.NAME.mapped`` applies an expert map and returns ``(weights,
+physical ids, ..., logical ids)``; ``torch.ops.dsv4.NAME.out`` writes ``weights_out``, ``ids_out``
+and ``logical_ids_out`` (and ``logits_out``), contiguous tensors of the caller.
+
+Steps are those of ``router_runtime/spec.py``. No op has a backward: inputs that require grad in
+grad mode are refused. Rows may have any stride between them; the elements of a row are copied
+together first if they are not adjacent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Registers the ops.
+from router_runtime.ops import registration as registration
+
+_dense_router = torch.ops.dsv4.dense_router.default
+_dense_router_logits = torch.ops.dsv4.dense_router_logits.default
+_dense_router_replay = torch.ops.dsv4.dense_router_replay.default
+_hash_router = torch.ops.dsv4.hash_router.default
+_hash_gate = torch.ops.dsv4.hash_gate.default
+_topk_select = torch.ops.dsv4.topk_select.default
+_activation_topk = torch.ops.dsv4.activation_topk.default
+_activation_topk_replay = torch.ops.dsv4.activation_topk_replay.default
+
+
+def dense_router(
+    hidden_states: Tensor,
+    router_id: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    image_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Route hidden states by the gate of a registered Router of mode ``dense`` (steps 1 to 7).
+
+    Per token: ``logit = x @ W.T``, ``score = sqrt(softplus(logit))``, the k experts of largest
+    ``score + bias``, and as their weights ``score / (sum of the k scores + 1e-20) * r``.
+
+    Args:
+        hidden_states: bf16 ``[tokens, hidden_size]`` on the router's device; 0 tokens are allowed.
+        router_id: what ``register_router`` returned.
+        num_experts: E, as the router has it.
+        top_k: k, as the router has it.
+        ids_dtype: ``torch.int32`` (as without it) or ``torch.int64``, of the ids.
+        is_padding: bool ``[tokens]``; those rows get the sentinel and zero weights.
+        num_valid_tokens: int32, one element on the device; the rows from that number on are
+            padding. It is read by the kernel, at each replay of a captured graph anew.
+        image_mask: bool ``[tokens]``; those rows are selected by the router's ``image_bias``.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])`` in rank order: k distinct ids in [0, E).
+        Equal keys rank the lower id first. A token's bits depend on no other token of the batch.
+
+    Raises:
+        InputError: no router has that id, it has another mode or other sizes, or a tensor does not
+            fit.
+        DriverError: the launch failed.
+
+    """
+    return _dense_router(  # type: ignore[no-any-return]
+        hidden_states,
+        router_id,
+        num_experts,
+        top_k,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+        image_mask=image_mask,
+    )
+
+
+def dense_router_logits(
+    hidden_states: Tensor,
+    router_id: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    image_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route as ``dense_router`` does, and return the logits that it routed by.
+
+    Arguments and errors are those of ``dense_router``, and ResolutionError where no kernel of this
+    configuration stores logits.
+
+    Returns:
+        ``(weights, ids, logits)``: the first two as of ``dense_router``, bit for bit; logits fp32
+        ``[tokens, E]``, a NaN stored as 0x7fffffff (step 1), also for padding tokens.
+
+    """
+    return _dense_router_logits(  # type: ignore[no-any-return]
+        hidden_states,
+        router_id,
+        num_experts,
+        top_k,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+        image_mask=image_mask,
+    )
+
+
+def dense_router_replay(
+    hidden_states: Tensor,
+    given_ids: Tensor,
+    router_id: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weigh experts that were chosen before, by the gate of a registered dense Router: steps 1 to 3
+    and 6, at the given experts.
+
+    Args:
+        hidden_states: bf16 ``[tokens, hidden_size]``.
+        given_ids: int32 or int64 ``[tokens, k]``: logical ids, whose order is kept. One outside
+            [0, E) becomes the sentinel, with weight 0, and is left out of the sum.
+        router_id: what ``register_router`` returned.
+        num_experts: E, as the router has it.
+        top_k: k, as the router has it.
+        ids_dtype: as of ``dense_router``.
+        is_padding: as of ``dense_router``.
+        num_valid_tokens: as of ``dense_router``.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])``. Given the ids of ``dense_router``, its
+        weights, bit for bit.
+
+    Raises:
+        InputError: as of ``dense_router``.
+        DriverError: the launch failed.
+
+    """
+    return _dense_router_replay(  # type: ignore[no-any-return]
+        hidden_states,
+        given_ids,
+        router_id,
+        num_experts,
+        top_k,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+    )
+
+
+def hash_router(
+    token_ids: Tensor,
+    router_id: int,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Look the experts of tokens up in the table of a registered Router of mode ``hash``:
+    ``ids = table[token]``, each with the weight 1/k.
+
+    Args:
+        token_ids: int32 or int64 ``[tokens]``. One outside [0, vocab_size) gets sentinel ids and
+            zero weights; the table is not read for it.
+        router_id: what ``register_router`` returned.
+        top_k: k, as the router has it.
+        ids_dtype: as of ``dense_router``.
+        is_padding: as of ``dense_router``.
+        num_valid_tokens: as of ``dense_router``.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])``, in the table's order.
+
+    Raises:
+        InputError: as of ``dense_router``.
+        DriverError: the launch failed.
+
+    """
+    return _hash_router(  # type: ignore[no-any-return]
+        token_ids,
+        router_id,
+        top_k,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+    )
+
+
+def hash_gate(
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    router_id: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    image_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Look the experts of tokens up in the table of a registered Router of mode ``hash_gate``, and
+    weigh them by its gate's scores (steps 1 to 3 and 6 at those experts).
+
+    Args:
+        hidden_states: bf16 ``[tokens, hidden_size]``.
+        token_ids: int32 or int64 ``[tokens]``. One outside [0, vocab_size) gets sentinel ids and
+            zero weights; the table is not read for it.
+        router_id: what ``register_router`` returned.
+        num_experts: E, as the router has it.
+        top_k: k, as the router has it.
+        ids_dtype: as of ``dense_router``.
+        is_padding: as of ``dense_router``.
+        num_valid_tokens: as of ``dense_router``.
+        image_mask: bool ``[tokens]``; those tokens are not looked up: they get the k experts of
+            largest key (steps 4 and 5) by the router's ``image_bias``.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])``, in the table's order (image tokens: in rank
+        order).
+
+    Raises:
+        InputError: as of ``dense_router``.
+        DriverError: the launch failed.
+
+    """
+    return _hash_gate(  # type: ignore[no-any-return]
+        hidden_states,
+        token_ids,
+        router_id,
+        num_experts,
+        top_k,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+        image_mask=image_mask,
+    )
+
+
+def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in descending order (the ranking of step 5, of any fp32 rows).
+
+    Equal scores rank the lower id first, and +0 equals -0. A NaN ranks as -inf and is returned
+    unchanged.
+
+    Args:
+        scores: fp32 ``[rows, columns]`` with 1 to 65536 columns; 0 rows are allowed.
+        k: from 1 to 32 and at most ``columns``.
+
+    Returns:
+        ``(values fp32 [rows, k], ids int32 [rows, k])``.
+
+    Raises:
+        InputError: a dtype, a shape or k does not fit, or the first call on a device, which loads
+            its kernels, is made while a graph is being captured.
+        ArtifactError: a file of the artifacts is missing or altered.
+        DriverError: the driver failed.
+        ResolutionError: no kernel serves rows of this length on this device.
+
+    """
+    return _topk_select(scores, k)  # type: ignore[no-any-return]
+
+
+def activation_topk(
+    logits: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    renormalize: bool,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_bias: Tensor | None = None,
+    sentinel: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Route by logits that are there already: steps 2 to 7, without a Router.
+
+    Per token: ``score = sqrt(softplus(logit))`` (0 for a NaN logit), ``key = score + bias`` (-inf
+    for a NaN logit or a NaN key), the k experts of largest key, equal keys the lower id first, and
+    ``weight_j = score_j / (score_0 + ... + score_(k-1) + 1e-20) * scale``. The bias selects and
+    never enters the weights.
+
+    Args:
+        logits: fp32 ``[tokens, E]`` with E from 1 to 1024; any values; 0 tokens are allowed.
+        bias: fp32 ``[E]``; any values.
+        k: from 1 to 32 and at most E.
+        scale: r, finite, from 0 to 1e18.
+        renormalize: False leaves the division out: ``weight_j = score_j * scale``.
+        ids_dtype: ``torch.int32`` (as without it) or ``torch.int64``, of the ids.
+        is_padding: bool ``[tokens]``; those rows get the sentinel and zero weights (step 7).
+        num_valid_tokens: int32, one element on the device; the rows from that number on are
+            padding. It is read by the kernel, at each replay of a captured graph anew.
+        image_mask: bool ``[tokens]``; those rows are selected by ``image_bias``, which is required
+            with it.
+        image_bias: fp32 ``[E]``.
+        sentinel: the id of padding, an int32.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])`` in rank order: k distinct ids in [0, E),
+        weights finite and not negative. All-zero scores give zero weights, never NaN.
+
+    Raises:
+        InputError: a dtype, a shape, a device or a number does not fit, a tensor requires grad in
+            grad mode, or the first call on a device, which loads its kernels, is made while a graph
+            is being captured.
+        ArtifactError: a file of the artifacts is missing or altered.
+        DriverError: the driver failed.
+        ResolutionError: no kernel serves these sizes on this device.
+
+    """
+    return _activation_topk(  # type: ignore[no-any-return]
+        logits,
+        bias,
+        k,
+        scale,
+        renormalize,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+        image_mask=image_mask,
+        image_bias=image_bias,
+        sentinel=sentinel,
+    )
+
+
+def activation_topk_replay(
+    logits: Tensor,
+    given_ids: Tensor,
+    scale: float,
+    renormalize: bool,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    is_padding: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    sentinel: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Weigh experts that were chosen before, by logits: steps 2, 3 and 6 at the given experts.
+
+    Args:
+        logits: fp32 ``[tokens, E]``.
+        given_ids: int32 or int64 ``[tokens, k]``, whose order is kept. An id outside [0, E) becomes
+            the sentinel, with weight 0, and is left out of the sum.
+        scale: as of ``activation_topk``.
+        renormalize: as of ``activation_topk``.
+        ids_dtype: as of ``activation_topk``.
+        is_padding: as of ``activation_topk``.
+        num_valid_tokens: as of ``activation_topk``.
+        sentinel: as of ``activation_topk``.
+
+    Returns:
+        ``(weights fp32 [tokens, k], ids [tokens, k])``. Given the ids of ``activation_topk``, its
+        weights, bit for bit.
+
+    Raises:
+        The errors of ``activation_topk``.
+
+    """
+    return _activation_topk_replay(  # type: ignore[no-any-return]
+        logits,
+        given_ids,
+        scale,
+        renormalize,
+        ids_dtype=ids_dtype,
+        is_padding=is_padding,
+        num_valid_tokens=num_valid_tokens,
+        sentinel=sentinel,
+    )

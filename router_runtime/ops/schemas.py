@@ -1,0 +1,190 @@
+"""The forms of each custom op: their schemas, and what they return, for tracing.
+
+An op that routes has three forms. ``name`` returns weights and ids (and logits). ``name.mapped``
+applies the expert map: its ids are physical ones, and the logical ones follow after the other
+results. ``name.out`` returns nothing and writes ``weights_out`` and ``ids_out`` (and
+``logits_out``); with ``logical_ids_out`` it applies the expert map too.
+
+An op of a Router has each form twice: for callers, with the number ``router_id``, and for
+``torch.compile`` and ``torch.export``, with ``buffer``, the router's weight (or its table in mode
+``hash``), under the name of the form and ``by_buffer``. Routers use the latter when they are
+traced; it is no public interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from router_runtime.routing.checks import check_logits, check_scores, refuse_grad, wrong_tensor
+
+NAMESPACE = "dsv4"
+
+#: What stands in an op's arguments for its router -> how the names of those forms end.
+ROUTER_ARGUMENTS = {"SymInt router_id": "", "Tensor buffer": "by_buffer"}
+
+
+class Shape(NamedTuple):
+    """What the sizes of an op's results follow from: its input rows, experts and k."""
+
+    rows: Tensor
+    experts: int
+    top_k: int
+
+
+class RoutingOp(NamedTuple):
+    """A custom op that routes.
+
+    Attributes:
+        name: its name in the namespace.
+        rows: the tensors that it takes first, in the language of schemas.
+        numbers: the numbers that it takes last.
+        shape: called with its positional arguments, checks them as far as tracing can and returns
+            their ``Shape``.
+        takes_router: whether it takes a router between ``rows`` and ``numbers``. An op that does
+            not is called with what a router would own, such as the expert map.
+        inputs: keyword arguments beyond those that every op has.
+        logits: whether it returns logits.
+
+    """
+
+    name: str
+    rows: str
+    numbers: str
+    shape: Callable[..., Shape]
+    takes_router: bool = True
+    inputs: str = ""
+    logits: bool = False
+
+    def forms(self) -> dict[tuple[str, str], str]:
+        """The schema of each form, by (``""``, ``"mapped"`` or ``"out"``, how its name ends)."""
+        serving = "Tensor? is_padding=None, Tensor? num_valid_tokens=None" + self.inputs
+        results = "Tensor, Tensor" + ", Tensor" * self.logits
+        owned = not self.takes_router
+        given = ", Tensor expert_map, Tensor replica_counts" * owned
+        if_any = ", Tensor? expert_map=None, Tensor? replica_counts=None" * owned
+        outputs = "Tensor(a!) weights_out, Tensor(b!) ids_out" + (
+            ", Tensor(c!) logits_out" * self.logits + ", Tensor(d!)? logical_ids_out=None"
+        )
+        dtype = "ScalarType? ids_dtype=None"
+        schemas: dict[tuple[str, str], str] = {}
+        for router, end in (ROUTER_ARGUMENTS if self.takes_router else {"": ""}).items():
+            positional = ", ".join(filter(None, (self.rows, router, self.numbers)))
+            schemas |= {
+                ("", end): f"({positional}, *, {dtype}, {serving}) -> ({results})",
+                ("mapped", end): f"({positional}, *, {dtype}, {serving}{given})"
+                f" -> ({results}, Tensor)",
+                ("out", end): f"({positional}, *, {serving}{if_any}, {outputs}) -> ()",
+            }
+        return schemas
+
+    def overload(self, form: str, end: str) -> str:
+        """The name of a form: ``dense_router.mapped_by_buffer``."""
+        overload = "_".join(filter(None, (form, end)))
+        return f"{self.name}.{overload}" if overload else self.name
+
+    def fakes(self) -> dict[str, Callable[..., Any]]:
+        """What each form returns, without values; by form."""
+        shape, logits = self.shape, self.logits
+
+        def default(*arguments: Any, ids_dtype: Any = None, **_: Any) -> tuple[Tensor, ...]:
+            rows, experts, top_k = shape(*arguments)
+            results = outputs_like(rows, top_k, ids_dtype or torch.int32)
+            if not logits:
+                return results
+            return *results, rows.new_empty((rows.shape[0], experts), dtype=torch.float32)
+
+        def mapped(*arguments: Any, **inputs: Any) -> tuple[Tensor, ...]:
+            results = default(*arguments, **inputs)
+            return *results, torch.empty_like(results[1])
+
+        def out(*arguments: Any, **_: Any) -> None:
+            shape(*arguments)
+
+        return {"": default, "mapped": mapped, "out": out}
+
+
+def outputs_like(tensor: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Uninitialised fp32 and ``dtype``, each ``[rows, k]``, where ``tensor`` is."""
+    shape = (tensor.shape[0], k)
+    return tensor.new_empty(shape, dtype=torch.float32), tensor.new_empty(shape, dtype=dtype)
+
+
+def topk_select_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What ``topk_select`` returns, without values."""
+    check_scores(scores)
+    return outputs_like(scores, k, torch.int32)
+
+
+def _dense_router(hidden_states: Tensor, router: Any, num_experts: int, top_k: int) -> Shape:
+    if hidden_states.dtype is not torch.bfloat16 or hidden_states.dim() != 2:
+        raise wrong_tensor("hidden_states", "torch.bfloat16 [tokens, hidden_size]", hidden_states)
+    refuse_grad("hidden_states", hidden_states)
+    return Shape(hidden_states, num_experts, top_k)
+
+
+def _dense_router_replay(
+    hidden_states: Tensor, given_ids: Tensor, router: Any, num_experts: int, top_k: int
+) -> Shape:
+    return _dense_router(hidden_states, router, num_experts, top_k)
+
+
+def _hash_router(token_ids: Tensor, router: Any, top_k: int) -> Shape:
+    if token_ids.dtype not in (torch.int32, torch.int64) or token_ids.dim() != 1:
+        raise wrong_tensor("token_ids", "torch.int32 or torch.int64 [tokens]", token_ids)
+    return Shape(token_ids, 0, top_k)
+
+
+def _hash_gate(
+    hidden_states: Tensor, token_ids: Tensor, router: Any, num_experts: int, top_k: int
+) -> Shape:
+    _hash_router(token_ids, router, top_k)
+    return _dense_router(hidden_states, router, num_experts, top_k)
+
+
+def _activation_topk(
+    logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
+) -> Shape:
+    check_logits(logits, bias)
+    return Shape(logits, logits.shape[1], k)
+
+
+def _activation_topk_replay(
+    logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool
+) -> Shape:
+    if logits.dtype is not torch.float32 or logits.dim() != 2:
+        raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
+    return Shape(logits, logits.shape[1], given_ids.shape[1])
+
+
+_STATES, _SIZES = "Tensor hidden_states", "int num_experts, int top_k"
+_IMAGES = ", Tensor? image_mask=None"
+
+ROUTING_OPS = (
+    RoutingOp("dense_router", _STATES, _SIZES, _dense_router, inputs=_IMAGES),
+    RoutingOp("dense_router_logits", _STATES, _SIZES, _dense_router, inputs=_IMAGES, logits=True),
+    RoutingOp("dense_router_replay", f"{_STATES}, Tensor given_ids", _SIZES, _dense_router_replay),
+    RoutingOp("hash_router", "Tensor token_ids", "int top_k", _hash_router),
+    RoutingOp("hash_gate", f"{_STATES}, Tensor token_ids", _SIZES, _hash_gate, inputs=_IMAGES),
+    RoutingOp(
+        "activation_topk",
+        "Tensor logits, Tensor bias",
+        "int k, float scale, bool renormalize",
+        _activation_topk,
+        takes_router=False,
+        inputs=f"{_IMAGES}, Tensor? image_bias=None, int sentinel=-1",
+    ),
+    RoutingOp(
+        "activation_topk_replay",
+        "Tensor logits, Tensor given_ids",
+        "float scale, bool renormalize",
+        _activation_topk_replay,
+        takes_router=False,
+        inputs=", int sentinel=-1",
+    ),
+)
+
+TOPK_SELECT = "(Tensor scores, int k) -> (Tensor, Tensor)"

@@ -1,0 +1,234 @@
+"""Dense gates on a GPU: which kernel serves a batch, and its launch."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from router_runtime.evidence.choice import DENSE, TokenRange
+from router_runtime.device.kernels import Kernels
+from router_runtime.device.launch import LoadedKernel
+from router_runtime.device.packing import selector
+from router_runtime.device.resolve import Request
+from router_runtime.device.tensor_map import Matrix
+from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
+from router_runtime.routing.checks import check_activations, readable_rows
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.placement import Placement
+from router_runtime.routing.weights import Weights
+from router_runtime.routing.workspace import workspaces_of
+
+#: What a launch of a dense kernel may be given. A contract takes those that it names.
+_VARYING = (
+    *("hidden_states", "weights_out", "ids_out", "logits_out", "tokens", "row_stride"),
+    "workspace",
+)
+
+
+class DenseLauncher:
+    """One dense kernel, bound to the weights of one router.
+
+    Attributes:
+        mapped: whether the kernel reads the hidden states through a tensor map, which takes no rows
+            that overlap.
+
+    """
+
+    def __init__(
+        self, kernel: LoadedKernel, config: RouterConfig, weights: Weights, placement: Placement
+    ) -> None:
+        contract = kernel.entry.contract
+        self.mapped = any(recipe.argument == "hidden_states" for recipe in contract.tensor_maps)
+        self._hidden_size = config.hidden_size
+        self._workspaces = workspaces_of(kernel, placement.device)
+        self._workspaces.address(placement.stream())  # made now, and not by the first call
+        fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
+        fixed |= {"renormalize": int(config.renormalize), "sentinel": config.sentinel}
+        fixed["image_bias"] = weights.image_bias
+        fixed |= {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
+        given = [index for index, name in enumerate(_VARYING) if name in kernel.arguments]
+        self._select = selector(given)
+        self._launch = ServingLaunch(kernel, tuple(_VARYING[index] for index in given), **fixed)
+
+    def __call__(
+        self,
+        stream: int,
+        address: int,
+        row_stride: int,
+        tokens: int,
+        weights: int,
+        ids: int,
+        logits: int,
+        served: tuple[int, ...] | None = None,
+    ) -> None:
+        """Launch on ``stream``.
+
+        Args:
+            stream: the raw handle of the current stream.
+            address: where the hidden states start, a multiple of 16.
+            row_stride: from a row of them to the next, in elements.
+            tokens: the number of rows, in the range of the kernel.
+            weights: where the weights go, fp32 ``[tokens, top_k]``.
+            ids: where int32 ids go; 0 if they are int64, which ``served`` has the address of.
+            logits: where the logits go, fp32 ``[tokens, num_experts]``; 0 for none.
+            served: the values of ``call.SERVED``, if the call has serving inputs.
+
+        """
+        rows: int | Matrix = address
+        if self.mapped:
+            rows = Matrix(address, tokens, self._hidden_size, row_stride)
+        workspace = self._workspaces.address(stream)
+        given = self._select((rows, weights, ids, logits, tokens, row_stride, workspace))
+        if served is None:
+            self._launch.plain(stream, *given)
+        else:
+            self._launch.serve(stream, given, served)
+
+
+class Plan:
+    """Launchers by the most tokens that each serves, in ascending order."""
+
+    def __init__(
+        self, token_ranges: Sequence[TokenRange], launchers: Mapping[str, DenseLauncher]
+    ) -> None:
+        self.highs = [each.high for each in token_ranges]
+        self.launchers = [launchers[each.entry.key] for each in token_ranges]
+
+    def parts(self, tokens: int) -> Iterator[slice]:
+        """The rows of each launch of a batch. No bit of a result depends on where it is cut."""
+        most = self.highs[-1]
+        for start in range(0, tokens, most):
+            yield slice(start, min(start + most, tokens))
+
+
+class CudaDense:
+    """A dense gate on a GPU. The resolver has divided the batches among the kernels.
+
+    Attributes:
+        token_ranges: which kernel serves how many tokens.
+        logits_token_ranges: the same for calls that also want logits.
+        plan: what launches them.
+        logits_plan: what launches those that also want logits.
+
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        weights: Weights,
+        kernels: Kernels,
+        variants: Mapping[str, str],
+    ) -> None:
+        self._hidden_size, self._experts = config.hidden_size, config.num_experts
+        self._top_k = config.top_k
+        self._images = weights.image_bias is not None
+        self.placement = Placement(weights.weight.device)
+        requests = [
+            Request(
+                kernel,
+                constants={
+                    "HIDDEN": config.hidden_size,
+                    "EXPERTS": config.num_experts,
+                    "TOP_K": config.top_k,
+                },
+                variant=variants.get(kernel),
+            )
+            for kernel in DENSE
+        ]
+        self.token_ranges = kernels.dispatch(requests).require()
+        self._logits_dispatch = kernels.dispatch(
+            [dataclasses.replace(request, parameters=("logits_out",)) for request in requests]
+        )
+        self.logits_token_ranges = self._logits_dispatch.token_ranges
+        launchers = {
+            entry.key: DenseLauncher(kernels.load_entry(entry), config, weights, self.placement)
+            for entry in {
+                each.entry.key: each.entry
+                for each in (*self.token_ranges, *self.logits_token_ranges)
+            }.values()
+        }
+        self.plan = Plan(self.token_ranges, launchers)
+        self.logits_plan = Plan(self.logits_token_ranges, launchers)
+
+    def watch_captures(self, captured: Callable[[], None]) -> None:
+        self.placement.captured = captured
+
+    def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        placement = self.placement
+        tokens = check_activations(tensor, self._hidden_size, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.route(tensor)
+        weights, ids = placement.outputs(tokens, self._top_k)
+        if tokens:
+            self._launch(self.plan, tensor, tokens, weights, ids, None)
+        return weights, ids
+
+    def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        placement = self.placement
+        tokens = check_activations(tensor, self._hidden_size, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.serve(tensor, call, expert_map)
+        call.check(tokens, self._top_k, placement.device, self._images)
+        results = call.results(placement, tokens, self._top_k, self._experts)
+        plan = self.plan
+        if results.logits is not None:
+            self._logits_dispatch.require()
+            plan = self.logits_plan
+        for rows in plan.parts(tokens):
+            part = results.part(rows)
+            served = call.arguments(rows, part, expert_map)
+            self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3], served)
+        return results
+
+    def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._logits_dispatch.require()
+        placement = self.placement
+        tokens = check_activations(tensor, self._hidden_size, placement.device)
+        if placement.elsewhere():
+            with placement.current():
+                return self.route_with_logits(tensor)
+        weights, ids = placement.outputs(tokens, self._top_k)
+        logits = placement.floats(tokens, self._experts)
+        if tokens:
+            self._launch(self.logits_plan, tensor, tokens, weights, ids, logits)
+        return weights, ids, logits
+
+    def _launch(
+        self,
+        plan: Plan,
+        tensor: Tensor,
+        tokens: int,
+        weights: Tensor,
+        ids: Tensor,
+        logits: Tensor | None,
+        served: tuple[int, ...] | None = None,
+    ) -> None:
+        place = bisect.bisect_left(plan.highs, tokens)
+        if place == len(plan.highs):
+            for rows in plan.parts(tokens):
+                part = Results(weights, ids, logits).part(rows)
+                self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3])
+            return
+        launcher = plan.launchers[place]
+        # ``tensor`` becomes the copy, if there is one: it has to live until the launch.
+        tensor, address, row_stride = readable_rows(tensor)
+        if row_stride < self._hidden_size and launcher.mapped:
+            # The rows overlap, or there is one row, whose stride may be anything.
+            tensor = tensor.contiguous()
+            address, row_stride = tensor.data_ptr(), self._hidden_size
+        launcher(
+            self.placement.stream(),
+            address,
+            row_stride,
+            tokens,
+            weights.data_ptr(),
+            ids.data_ptr() if served is None else narrow_ids(ids),
+            0 if logits is None else logits.data_ptr(),
+            served,
+        )

@@ -1,0 +1,187 @@
+"""The tensors of a gate on its device, and the orders in which kernels read the weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from router_runtime.checkpoint.tensors import TENSORS
+from router_runtime.format.contract import Repack
+from router_runtime.routing.checks import wrong_value
+from router_runtime.routing.config import RouterConfig
+
+#: What a gate's tensors can be: the names of the Router's arguments and buffers.
+NAMES = ("weight", "bias", "image_bias", "table")
+
+
+class Weights:
+    """The tensors of a gate on its device, at addresses that never change.
+
+    ``packed`` returns the buffer of a kernel's Repack recipe; equal recipes share one buffer.
+    """
+
+    def __init__(
+        self, config: RouterConfig, device: torch.device, image_bias: bool = False
+    ) -> None:
+        """Allocate the tensors that a gate of that mode has; ``write`` gives them values.
+
+        Args:
+            config: sizes and mode of the gate.
+            device: where the tensors are.
+            image_bias: whether there is a bias for image tokens.
+
+        """
+        experts = config.num_experts
+        kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.bfloat16, (experts, config.hidden_size)),
+            "bias": (torch.float32, (experts,)),
+            "image_bias": (torch.float32, (experts,)),
+            "table": (torch.int32, (config.vocab_size or 0, config.top_k)),
+        }
+        wanted = {*TENSORS[config.mode], *(["image_bias"] if image_bias else [])}
+        # Normal tensors also under torch.inference_mode: they are written again outside of it.
+        with torch.inference_mode(False):
+            self.tensors = {
+                name: torch.empty(shape, dtype=dtype, device=device)
+                for name, (dtype, shape) in kinds.items()
+                if name in wanted
+            }
+        self._packed: list[tuple[Repack, Tensor]] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """bf16 ``[num_experts, hidden_size]``. KeyError in mode ``hash``, which has none."""
+        return self.tensors["weight"]
+
+    @property
+    def bias(self) -> Tensor:
+        """fp32 ``[num_experts]``. KeyError in other modes than ``dense``."""
+        return self.tensors["bias"]
+
+    @property
+    def image_bias(self) -> Tensor | None:
+        """fp32 ``[num_experts]``, or None."""
+        return self.tensors.get("image_bias")
+
+    @property
+    def table(self) -> Tensor:
+        """int32 ``[vocab_size, top_k]``. KeyError in mode ``dense``, which has none."""
+        return self.tensors["table"]
+
+    def packed(self, recipe: Repack) -> Tensor:
+        """The buffer for ``recipe``. ``write`` gives it values.
+
+        Raises InputError for a recipe of another argument than the weight, or of another size.
+        """
+        if recipe.argument != "weight":
+            raise wrong_value("repack recipe", "the argument 'weight'", recipe.argument)
+        for known, buffer in self._packed:
+            if dataclasses.replace(known, parameter=recipe.parameter) == recipe:
+                return buffer
+        with torch.inference_mode(False):
+            buffer = self.weight.new_empty(packed_shape(recipe, *self.weight.shape))
+        self._packed.append((recipe, buffer))
+        return buffer
+
+    def packed_buffers(self) -> list[Tensor]:
+        """Every buffer that ``packed`` has made."""
+        return [buffer for _, buffer in self._packed]
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Copy checked values, by name, into place, on the current stream."""
+        for name, value in values.items():
+            self.tensors[name].copy_(value)
+        if "weight" in values:
+            for recipe, buffer in self._packed:
+                repack(recipe, self.weight, buffer)
+
+
+def checked_values(config: RouterConfig, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` of a gate's tensors, by name, detached from autograd.
+
+    Raises InputError for a dtype or a shape that does not fit ``config``, for a weight or a bias
+    with a value that is not finite, and for a table with an entry outside [0, num_experts).
+    """
+    experts = config.num_experts
+    checks: dict[str, Callable[[Tensor], Tensor]] = {
+        "weight": lambda tensor: _finite(
+            "weight", tensor, torch.bfloat16, (experts, config.hidden_size)
+        ),
+        "bias": lambda tensor: _finite("bias", tensor, torch.float32, (experts,)),
+        "image_bias": lambda tensor: _finite("image_bias", tensor, torch.float32, (experts,)),
+        "table": lambda tensor: _checked_table(tensor, config),
+    }
+    return {name: checks[name](tensor.detach()) for name, tensor in values.items()}
+
+
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise wrong_value(name, f"{dtype} {list(shape)}", f"{tensor.dtype} {list(tensor.shape)}")
+    _refuse_meta(name, tensor)
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        where = (~finite).nonzero()
+        first = where[0].tolist()
+        raise wrong_value(
+            name, "finite values", f"{len(where)} others, the first at {first}: {tensor[*first]}"
+        )
+    return tensor
+
+
+def _checked_table(table: Tensor, config: RouterConfig) -> Tensor:
+    shape = (config.vocab_size, config.top_k)
+    if table.dtype not in (torch.int32, torch.int64) or tuple(table.shape) != shape:
+        raise wrong_value(
+            "table",
+            f"torch.int32 or torch.int64 {list(shape)}",
+            f"{table.dtype} {list(table.shape)}",
+        )
+    _refuse_meta("table", table)
+    outside = (table < 0) | (table >= config.num_experts)
+    if bool(outside.any()):
+        where = outside.nonzero()
+        first = where[0].tolist()
+        raise wrong_value(
+            "table",
+            f"entries from 0 to {config.num_experts - 1}",
+            f"{len(where)} others, the first at {first}: {int(table[*first])}",
+        )
+    return table
+
+
+def _refuse_meta(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise wrong_value(name, "a tensor with values", "a meta tensor")
+
+
+def packed_shape(recipe: Repack, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of the buffer for a matrix of that size. Raises InputError if it does not fit."""
+    if recipe.rows < rows or math.prod(recipe.shape) != recipe.rows * columns:
+        raise wrong_value(
+            f"repack recipe of {recipe.parameter}",
+            f"at least {rows} rows, and a shape of that many times {columns} elements",
+            f"{recipe.rows} rows, shape {recipe.shape}",
+        )
+    return tuple(recipe.shape[axis] for axis in recipe.order)
+
+
+def repack(recipe: Repack, matrix: Tensor, buffer: Tensor) -> None:
+    """Write ``matrix`` into ``buffer``, which has the shape of ``packed_shape``, by ``recipe``."""
+    rows, columns = matrix.shape
+    if recipe.rows > rows:
+        padded = matrix.new_zeros(recipe.rows, columns)
+        padded[:rows] = matrix
+        matrix = padded
+    buffer.copy_(matrix.reshape(recipe.shape).permute(recipe.order))
+
+
+def repacked(recipe: Repack, matrix: Tensor) -> Tensor:
+    """A new buffer with ``matrix`` by ``recipe``."""
+    buffer = matrix.new_empty(packed_shape(recipe, *matrix.shape))
+    repack(recipe, matrix, buffer)
+    return buffer
