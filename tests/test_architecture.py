@@ -190,7 +190,6 @@ def private_uses(found: tuple[Source, ...]) -> list[str]:
     return wrong
 
 
-@pytest.mark.xfail(strict=True, reason="routing.router still imports ops.registration")
 def test_a_room_imports_only_rooms_below_it() -> None:
     assert upward_imports(sources()) == []
 
@@ -209,12 +208,13 @@ def test_our_modules_are_imported_at_the_top() -> None:
     assert late_imports(sources()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="routing and ops still import each other")
+@pytest.mark.xfail(
+    strict=True, reason="a prefill kernel and its tcgen05 form are one"
+)
 def test_no_circle_of_imports() -> None:
     assert cycle(sources()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="ops and integrations still reach into the Router")
 def test_underscore_names_stay_in_their_module() -> None:
     assert private_uses(sources()) == []
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from router_runtime.evidence.choice import DENSE, TokenRange
 from router_runtime.device.kernels import Kernels
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
 from router_runtime.device.resolve import Request
 from router_runtime.device.tensor_map import Matrix
+from router_runtime.evidence.choice import DENSE, TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 from router_runtime.routing.checks import check_activations, readable_rows
 from router_runtime.routing.config import RouterConfig

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from router_runtime.evidence.choice import TokenRange
 from router_runtime.device.kernels import Kernels
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.resolve import Request
+from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 from router_runtime.routing.checks import check_activations, check_token_ids, readable_rows
 from router_runtime.routing.config import HASH_GATE, HASH_ROUTER, RouterConfig

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from router_runtime.checkpoint.tensors import TENSORS, gate_tensors
-from router_runtime.evidence.choice import TokenRange
 from router_runtime.device.kernels import Kernels
 from router_runtime.errors import InputError, explain
+from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import Backend, DenseBackend
 from router_runtime.routing.call import (
     Call,
@@ -82,6 +82,8 @@ class Router(nn.Module):
     bias: Tensor
     image_bias: Tensor | None
     table: Tensor
+    # nn.Module's own, which runs the hooks and then ``forward``.
+    __call__: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(
         self,
