@@ -1,165 +1,64 @@
-"""What this machine can serve, in words: devices, driver, artifacts, evidence, and every decision.
-
-Useful without a GPU too: then the decisions are shown for the device that each target of the
-manifest was built for.
-"""
+"""The command ``router-runtime doctor``."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import sys
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from router_runtime.device import driver
-from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
-from router_runtime.device.dispatch import Dispatch, dispatch
-from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
-from router_runtime.device.resolve import Request, resolve
-from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence.choice import DENSE
-from router_runtime.evidence.status import status
-from router_runtime.evidence.store import Evidence, folders, read_evidence
-from router_runtime.format.manifest import Entry, Manifest
-from router_runtime.format.target import Target
-from router_runtime.trust import policy as trust
+import click
 
-#: What the present targets allow a block, for decisions about devices that are not here.
-_SHARED_MEMORY_PER_BLOCK = 227 * 1024
-
-Echo = Callable[[str], None]
+from router_runtime.cli import screen, why
+from router_runtime.cli.diagnosis import diagnose, open_contents, places, present_places
+from router_runtime.cli.options import artifacts_option
+from router_runtime.errors import DriverError, RouterRuntimeError
+from router_runtime.format.codec import encode
+from router_runtime.format.target import BUILDABLE
 
 
-def examine(artifacts: str | os.PathLike[str] | None, echo: Echo) -> bool:
-    """Print the report. True if the artifacts and, where there is a GPU, its kernels are usable."""
-    echo(f"python      {sys.version.split()[0]}")
-    for package in ("torch", "cuda-bindings"):
-        echo(f"{package:<12}{_version(package)}")
-    devices = dict(_devices(echo))
-    try:
-        required = trust.policy()
-        echo(f"signature   {f'required: {required}' if required else 'not required'}")
-        folder = find_artifacts(artifacts)
-        manifest = read_manifest(folder)
-    except RouterRuntimeError as error:
-        echo(f"artifacts   {error}")
-        return False
-    echo(f"artifacts   {folder.resolve()}: {len(manifest.entries)} entries")
-    echo(f"source      {manifest.source_sha256}")
-    packages = sorted(manifest.toolchain.packages.items())
-    echo(f"toolchain   {', '.join(f'{name} {version}' for name, version in packages)}")
-    intact = _check_cubins(manifest, folder, echo)
-    try:
-        evidence = Evidence(read_evidence(folder).records)  # every one, needed or not
-    except (RouterRuntimeError, ValueError) as error:
-        echo(f"evidence    {error}")
-        return False
+@click.command()
+@artifacts_option
+@click.option(
+    "--target", type=click.Choice(BUILDABLE), help="Decide for a device of this target instead."
+)
+@click.option("--why", "request", metavar="REQUEST", help=f"Explain one decision: {why.SYNTAX}.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def doctor(artifacts: Path | None, target: str | None, request: str | None, as_json: bool) -> None:
+    """Show what this machine can serve: device, driver, artifacts, evidence, kernels, problems.
 
-    def standing(entry: Entry) -> str:
-        return status(entry, manifest, evidence)
-
-    counts = dict.fromkeys(("verified", "source-verified", "unproven"), 0)
-    for entry in manifest.entries:
-        counts[standing(entry)] += 1
-    read = " and ".join(str(each) for each in folders(folder))
-    echo(f"evidence    {', '.join(f'{count} {name}' for name, count in counts.items())}: {read}")
-    served = True
-    for name, facts in (devices or _imagined(manifest)).items():
-        echo("")
-        echo(f"{name}: {facts}")
-        for request in requests(manifest):
-            resolution = resolve(request, facts, manifest, standing)
-            if resolution.choice is None:
-                served = served and not devices
-                echo(f" {request}: nothing serves it")
-            else:
-                echo(f" {request}: {resolution.choice.key}")
-            echo(resolution.trace())
-        for asked in routers(manifest):
-            found = dispatch(asked, facts, manifest, standing)
-            constants = ", ".join(f"{name}={n}" for name, n in asked[0].constants.items())
-            echo(f" dense router, {constants}: {_division(found)}")
-            served = served and (bool(found.token_ranges) or not devices)
-            for resolution in found.resolutions:
-                echo(resolution.trace() or f"  no entry of {resolution.request.kernel}")
-    return intact and served
-
-
-def requests(manifest: Manifest) -> Iterator[Request]:
-    """One request for each kernel of the manifest that serves alone, and for each range that only
-    some variants of it serve.
+    Without a GPU the decisions are those for a device of each target. Exits with 1 if artifacts are
+    missing or altered, or if a GPU is present and something is not served on it; with --why, if
+    nothing serves the request. The keys of --json are those of the dataclasses in
+    router_runtime/cli: Diagnosis in diagnosis.py, Explanation in why.py.
     """
-    groups: dict[str, list[Entry]] = {}
-    for entry in manifest.entries:
-        if entry.kernel not in DENSE:
-            groups.setdefault(entry.kernel, []).append(entry)
-    for kernel, entries in sorted(groups.items()):
-        ranges = {
-            tuple(sorted((name, high) for name, (_, high) in entry.contract.limits.items()))
-            for entry in entries
-        }
-        for quantities in sorted(ranges):
-            yield Request(kernel, quantities=dict(quantities))
+    if request is not None:
+        explanation = _explain(request, artifacts, target)
+        _print(explanation, why.lines(explanation), as_json)
+        usable = all(answer.chosen for answer in explanation.answers)
+    else:
+        diagnosis = diagnose(artifacts, target)
+        _print(diagnosis, screen.lines(diagnosis), as_json)
+        usable = diagnosis.usable
+    if not usable:
+        raise SystemExit(1)
 
 
-def routers(manifest: Manifest) -> Iterator[list[Request]]:
-    """The requests of each dense router that the manifest has kernels for."""
-    names = ("HIDDEN", "EXPERTS", "TOP_K")
-    shapes = {
-        tuple(entry.constants[name] for name in names)
-        for entry in manifest.entries
-        if entry.kernel in DENSE
-    }
-    for shape in sorted(shapes):
-        yield [Request(kernel, dict(zip(names, shape, strict=True))) for kernel in DENSE]
-
-
-def _division(found: Dispatch) -> str:
-    texts = [f"{each.low} to {each.high} tokens by {each.entry.key}" for each in found.token_ranges]
-    return "; ".join(texts) or "nothing serves it"
-
-
-def _devices(echo: Echo) -> Iterator[tuple[str, DeviceFacts]]:
+def _explain(request: str, artifacts: Path | None, target: str | None) -> why.Explanation:
     try:
-        version = driver.driver_version()
-        count = driver.device_count()
+        contents = open_contents(artifacts)
+        question = why.parse(request, contents.manifest)
     except RouterRuntimeError as error:
-        echo(f"driver      {error}")
-        return
-    needed = f"{MINIMUM_DRIVER // 1000}.{MINIMUM_DRIVER % 1000 // 10}"
-    verdict = "" if version >= MINIMUM_DRIVER else f", too old: CUDA {needed} is needed"
-    echo(f"driver      for CUDA {version // 1000}.{version % 1000 // 10}{verdict}")
-    for index in range(count):
-        yield f"cuda:{index} {driver.device_name(index)}", driver.device_facts(index)
-
-
-def _imagined(manifest: Manifest) -> dict[str, DeviceFacts]:
-    """A device for each target, with the driver it needs."""
-    targets = sorted({entry.target for entry in manifest.entries})
-    return {
-        f"a device for {target}": DeviceFacts(
-            parsed.major, parsed.minor, MINIMUM_DRIVER, 1, _SHARED_MEMORY_PER_BLOCK
-        )
-        for target in targets
-        for parsed in (Target.parse(target),)
-    }
-
-
-def _check_cubins(manifest: Manifest, folder: Path, echo: Echo) -> bool:
-    bad = 0
-    for entry in manifest.entries:
-        try:
-            read_cubin(entry, folder)
-        except RouterRuntimeError as error:
-            bad += 1
-            echo(f"            {error}")
-    echo(f"cubins      {len(manifest.entries) - bad} match their digest, {bad} do not")
-    return not bad
-
-
-def _version(package: str) -> str:
+        raise click.ClickException(str(error)) from error
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        present = present_places()
+    except DriverError:
+        present = ()
+    return why.explain_request(question, contents, places(contents.manifest, present, target))
+
+
+def _print(data: object, text: Iterable[str], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(encode(data), indent=1))
+    else:
+        for line in text:
+            click.echo(line)

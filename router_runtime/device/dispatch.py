@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router_runtime.device.facts import DeviceFacts
-from router_runtime.device.resolve import Request, Resolution, option, resolve
+from router_runtime.device.resolve import Request, Resolution, next_step, option, resolve
 from router_runtime.errors import ResolutionError
 from router_runtime.evidence.choice import TokenRange, agrees, divide
 from router_runtime.format.advice import build_artifacts
@@ -43,9 +43,16 @@ class Dispatch:
             raise ResolutionError(
                 f"{first.request} on {first.device}: expected entries that together serve batches "
                 f"from 1 token up, found a gap:\n{first.trace()}\n{traces}"
-                f"build every variant: {build_artifacts()}"
+                f"{self.next_step()}"
             )
         return self.token_ranges
+
+    def next_step(self) -> str:
+        """What to do if there are no token ranges."""
+        if any(found.accepted for each in self.resolutions for found in each.candidates):
+            return f"build every variant: {build_artifacts()}"
+        known = [each for each in self.resolutions if each.candidates]
+        return next_step((known or self.resolutions)[0])
 
 
 def dispatch(

@@ -95,7 +95,7 @@ class Resolution:
             found = "no entry of this kernel in the manifest; "
         raise ResolutionError(
             f"{self.request} on {self.device}: expected an entry that serves it, "
-            f"found {found}{_remedy(self)}"
+            f"found {found}{next_step(self)}"
         )
 
 
@@ -186,7 +186,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     return tuple(reasons)
 
 
-def _remedy(resolution: Resolution) -> str:
+def next_step(resolution: Resolution) -> str:
     """The next command: it depends on what stands in the way of the nearest candidate."""
     request, device = resolution.request, resolution.device
     if device.driver < MINIMUM_DRIVER:

@@ -142,7 +142,7 @@ def _leader(options: Sequence[Option]) -> Entry | None:
     def together(leader: Entry) -> float:
         own = [entry for entry in entries if agrees(entry, leader)]
         return sum(
-            math.log(min(_microseconds(entry, tokens) for entry in own)) for tokens in measured
+            math.log(min(microseconds(entry, tokens) for entry in own)) for tokens in measured
         )
 
     # Of equals the first: the one that would serve one token if there were no others.
@@ -157,20 +157,22 @@ def _ranked(options: Sequence[Option], low: int, high: int) -> list[Option]:
     for option in options:
         limits = _token_limits(option.entry)
         if limits[0] <= low and high <= limits[1]:
-            key = (option.rank, _microseconds(option.entry, high), limits[1], option.fit)
+            key = (option.rank, microseconds(option.entry, high), limits[1], option.fit)
             ranked.append((key, option))
     ranked.sort(key=lambda item: item[0])
     return [option for _, option in ranked]
 
 
-def _microseconds(entry: Entry, tokens: int) -> float:
-    """The figure of the next number of tokens that was measured: a tile costs the same until it is
-    full. Beyond the last one, the last one's figure per token.
+def microseconds(entry: Entry, tokens: int) -> float:
+    """Return the expected latency of one call, infinite where nothing was measured.
+
+    It is the figure of the next measured number of tokens, because a tile costs the same until it
+    is full; beyond the last figure, it grows in proportion to the tokens.
     """
-    for measured, microseconds in entry.latency:
+    for measured, figure in entry.latency:
         if tokens <= measured:
-            return microseconds
+            return figure
     if not entry.latency:
         return math.inf
-    measured, microseconds = entry.latency[-1]
-    return microseconds * tokens / measured
+    measured, figure = entry.latency[-1]
+    return figure * tokens / measured

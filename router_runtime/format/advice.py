@@ -60,4 +60,4 @@ def _build(root: Path, options: str, out: str) -> str:
     if not (root / ".venv").exists():
         steps.append("make .venv/.toolchain")
     steps.append(f".venv/bin/python -m build_kernels build {options} --out {out}")
-    return f"run: {' && '.join(steps)}; then: export ROUTER_RUNTIME_ARTIFACTS={root / out}"
+    return f"run: {' && '.join(steps)} && export ROUTER_RUNTIME_ARTIFACTS={root / out}"

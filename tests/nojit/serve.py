@@ -52,12 +52,11 @@ def main(site: str, device: str, *without: str) -> int:
 
     if Path(router_runtime.__file__).parent != Path(site) / "router_runtime":
         raise RuntimeError(f"expected the package of {site}, found {router_runtime.__file__}")
-    said: list[str] = []
-    from router_runtime.cli import doctor
+    from router_runtime.cli import diagnosis, screen
 
-    usable = doctor.examine(None, said.append)
-    if not usable:
-        print("\n".join(said))
+    found = diagnosis.diagnose(None)
+    if not found.usable:
+        print("\n".join(screen.lines(found)))
         return 1
     for model in models(device):
         run_ops(model, device)

@@ -1,7 +1,11 @@
-"""``router-runtime doctor`` with a GPU, without one, and with things wrong."""
+"""``router-runtime`` with a GPU, without one, and with things wrong."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +13,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from router_runtime.cli import doctor
+from router_runtime.cli import decisions, diagnosis, why
 from router_runtime.cli.main import main
+from router_runtime.device import driver
+from router_runtime.format import advice
+from router_runtime.format.manifest import MANIFEST_NAME
+
+BUILT = Path(__file__).resolve().parents[2] / "artifacts"
 
 
 @pytest.fixture
@@ -20,86 +29,132 @@ def folder(build: SimpleNamespace, fake: Any, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "status", lambda *_: "verified")
+
+
 def run(folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--artifacts", str(folder)])
 
 
-def test_doctor_with_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "status", lambda *_: "verified")
+def words(done: Result) -> str:
+    """The output with every run of white space as one space: lines are aligned and wrapped."""
+    return " ".join(done.output.split())
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_with_a_gpu(folder: Path) -> None:
     done = run(folder, "doctor")
     assert done.exit_code == 0, done.output
-    for line in (
-        "14 entries",
-        "14 match their digest, 0 do not",
-        "14 verified, 0 source-verified, 0 unproven",
-        "cuda:0 Fake GPU: compute capability 9.0, driver for CUDA 13.0, 132 multiprocessors",
-        "dense_router_decode/small/sm_90a/portable [verified]: chosen",
-        "dense router, HIDDEN=128, EXPERTS=24, TOP_K=4: "
-        "1 to 8 tokens by dense_router_decode/small/sm_90a/portable; "
-        "9 to 32 tokens by dense_router_prefill/small/sm_90a/portable",
-        "built for sm_100a, the device has compute capability 9.0",
-        "topk_select(row_length=65536, top_k=32): topk_select/any/sm_90a/row65536",
-        "topk_select(row_length=1024, top_k=32): topk_select/any/sm_90a/row1024",
-        "serves row_length from 1 to 1024, not 65536",
+    for text in (
+        "14 entries, 14 cubins match their digest, signature not required",
+        "14 verified, 0 source-verified, 0 unproven; 0 stale records",
+        "driver serves CUDA 13.0",
+        "cuda:0 Fake GPU (compute capability 9.0, 132 multiprocessors)",
+        "dense_router/small 1 to 8 tokens dense_router_decode portable verified "
+        "9 tokens and more dense_router_prefill portable verified",
+        "topk_select (row_length to 65536, ",
+        "no problems",
     ):
-        assert line in done.output
+        assert text in words(done)
+    assert len(done.output.splitlines()) < 25
+
+
+@pytest.mark.usefixtures("verified")
+def test_gpus_that_do_not_differ_are_shown_once(folder: Path, fake: Any) -> None:
+    fake.devices = 8
+    done = run(folder, "doctor")
+    assert words(done).count("Fake GPU") == 1
+    assert "cuda:0, cuda:1, cuda:2" in done.output
 
 
 def test_doctor_without_a_gpu(folder: Path, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.init = RuntimeError("no libcuda")
-    monkeypatch.setattr(doctor, "status", lambda *_: "source-verified")
+    monkeypatch.setattr(diagnosis, "status", lambda *_: "source-verified")
     done = run(folder, "doctor")
     assert done.exit_code == 0, done.output
-    for line in (
-        "driver      NVIDIA driver: expected libcuda on this machine, found no libcuda",
-        "a device for sm_100a: compute capability 10.0",
-        "a device for sm_90a: compute capability 9.0",
-        "dense_router_decode/small/sm_100a/portable [source-verified]: chosen",
+    for text in (
+        "driver none",
+        "note: NVIDIA driver: expected libcuda on this machine, found no libcuda",
+        "next: install an NVIDIA driver of release 580",
+        "a device for sm_100a (compute capability 10.0)",
+        "a device for sm_90a (compute capability 9.0)",
+        "dense_router/small 2 kernels, source-verified",
     ):
-        assert line in done.output
+        assert text in words(done)
+    done = run(folder, "doctor", "--target", "sm_100a")
+    assert "sm_90a" not in done.output
+    assert "1 to 8 tokens dense_router_decode portable source-verified" in words(done)
 
 
-def test_doctor_without_a_prefill_kernel(
-    build: SimpleNamespace, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("verified")
+def test_a_target_can_be_shown_in_place_of_the_gpu(folder: Path) -> None:
+    done = run(folder, "doctor", "--target", "sm_100a")
+    assert done.exit_code == 0
+    assert "a device for sm_100a" in done.output
+    assert "Fake GPU" not in done.output
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_without_a_prefill_kernel(build: SimpleNamespace, fake: Any, tmp_path: Path) -> None:
     """The decode kernel serves every batch: nothing is amiss."""
     fake.entries = [entry for entry in build.small() if "prefill" not in entry.kernel]
     folder = build.artifacts(tmp_path / "artifacts", fake.entries)
-    monkeypatch.setattr(doctor, "status", lambda *_: "verified")
     done = run(folder, "doctor")
     assert done.exit_code == 0, done.output
-    assert "TOP_K=4: 1 to 8 tokens by dense_router_decode/small/sm_90a/portable" in done.output
-    assert "no entry of dense_router_prefill" in done.output
+    assert "dense_router/small any number of tokens dense_router_decode portable" in words(done)
 
 
 def test_doctor_with_nothing_proven(folder: Path) -> None:
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "0 verified, 0 source-verified, 14 unproven" in done.output
+    assert "0 verified, 0 source-verified, 14 unproven" in words(done)
     assert "nothing serves it" in done.output
-    assert "no evidence that this digest" in done.output
+    assert "error: nothing serves dense_router/small, " in words(done)
+    assert "note: 7 kernels are unproven: no evidence says that they are right" in words(done)
+    assert "next: run: router-runtime verify --record" in done.output
 
 
-def test_doctor_with_an_old_driver(
-    folder: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+def test_doctor_where_evidence_cannot_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    done = run(folder, "doctor")
+    assert (
+        "next: run: router-runtime verify --record --evidence DIR && "
+        f"export ROUTER_RUNTIME_EVIDENCE=DIR ({folder}/evidence is read-only)" in words(done)
+    )
+
+
+def test_doctor_with_stale_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = (SimpleNamespace(current=False), SimpleNamespace(current=True))
+    monkeypatch.setattr(diagnosis, "Evidence", lambda _: SimpleNamespace(records=records))
+    monkeypatch.setattr(diagnosis, "status", lambda *_: "verified")
+    done = run(folder, "doctor")
+    assert done.exit_code == 0
+    assert "; 1 stale records" in done.output
+    assert "note: 1 records of evidence are stale" in words(done)
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_with_an_old_driver(folder: Path, fake: Any) -> None:
     fake.version = 12080
-    monkeypatch.setattr(doctor, "status", lambda *_: "verified")
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "driver      for CUDA 12.8, too old: CUDA 13.0 is needed" in done.output
+    assert "the driver is too old: it serves CUDA 12.8, CUDA 13.0 is needed" in words(done)
 
 
-def test_doctor_with_an_altered_cubin(
-    folder: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "status", lambda *_: "verified")
-    path = folder / fake.entries[0].file
-    path.write_bytes(b"\0" * path.stat().st_size)
+@pytest.mark.usefixtures("verified")
+def test_doctor_with_an_altered_cubin(folder: Path, fake: Any) -> None:
+    for entry in fake.entries[:2]:
+        path = folder / entry.file
+        path.write_bytes(b"\0" * path.stat().st_size)
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "13 match their digest, 1 do not" in done.output
-    assert "(altered)" in done.output
+    assert "12 cubins match their digest" in words(done)
+    assert "(altered) (and 1 more)" in words(done)
+    assert "build-cubins" in done.output
 
 
 def test_doctor_without_artifacts(tmp_path: Path, fake: Any) -> None:
@@ -108,10 +163,217 @@ def test_doctor_without_artifacts(tmp_path: Path, fake: Any) -> None:
     assert "run: make build-cubins" in done.output
 
 
+def test_doctor_without_artifacts_in_an_installed_wheel(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "checkout", lambda: None)
+    done = run(tmp_path, "doctor")
+    assert "make " not in done.output
+    assert "pip install --force-reinstall" in done.output
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_with_two_wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = {"router_runtime": ["dsv4-router-runtime", "dsv4-router-runtime-sm90a"]}
+    monkeypatch.setattr(diagnosis.importlib.metadata, "packages_distributions", lambda: owners)
+    done = run(folder, "doctor")
+    assert done.exit_code == 1
+    assert "pip uninstall -y dsv4-router-runtime dsv4-router-runtime-sm90a &&" in words(done)
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_on_a_mig_slice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device_name", lambda _: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    done = run(folder, "doctor")
+    assert done.exit_code == 0
+    assert "note: cuda:0 is a MIG slice with 132 multiprocessors" in words(done)
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_in_a_forked_child(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forked() -> None:
+        raise driver.fork_error()
+
+    monkeypatch.setattr(driver, "refuse_fork", forked)
+    done = run(folder, "doctor")
+    assert "note: CUDA after fork: expected the process" in words(done)
+    assert "next: start workers with the 'spawn' method" in done.output
+
+
+@pytest.mark.usefixtures("verified")
+def test_doctor_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = diagnosis.importlib.metadata.version
+
+    def lacking(package: str) -> str:
+        if package == "torch":
+            raise diagnosis.importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(diagnosis.importlib.metadata, "version", lacking)
+    done = run(folder, "doctor")
+    assert done.exit_code == 1
+    assert "error: torch is not installed" in done.output
+
+
+@pytest.mark.usefixtures("verified")
+@pytest.mark.skipif(not (BUILT / MANIFEST_NAME).exists(), reason="run: make build-cubins")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_report_on_what_was_built_fits_a_screen(fake: Any, gpu: bool) -> None:
+    if not gpu:
+        fake.init = RuntimeError("no libcuda")
+    done = run(BUILT, "doctor")
+    assert done.exit_code == 0, done.output
+    assert len(done.output.splitlines()) <= 52
+    assert max(map(len, done.output.splitlines())) <= 140
+
+
+@pytest.mark.usefixtures("verified")
+def test_json_has_everything_of_the_screen(folder: Path) -> None:
+    """These keys are promised: other programs read them."""
+    done = run(folder, "doctor", "--json")
+    found = json.loads(done.output)
+    assert found["schema"] == diagnosis.SCHEMA == 1
+    assert list(found) == [
+        *("schema", "usable", "software", "artifacts", "evidence", "devices", "problems")
+    ]
+    assert list(found["software"]) == [
+        *("router_runtime", "python", "torch", "cuda_bindings", "driver")
+    ]
+    assert list(found["artifacts"]) == [
+        *("folder", "entries", "intact", "signature", "source_sha256", "toolchain")
+    ]
+    assert list(found["evidence"]) == ["folders", "statuses", "stale_records"]
+    (device,) = found["devices"]
+    assert list(device) == [
+        *("name", "indices", "target", "compute_capability", "multiprocessors"),
+        *("shared_memory_per_block", "routers", "row_ops"),
+    ]
+    router = device["routers"][0]
+    assert list(router) == ["kernel", "models", "constants", "ranges", "next"]
+    assert (router["kernel"], router["models"]) == ("dense_router", ["small"])
+    assert list(router["ranges"][0]) == ["low", "high", "entry", "kernel", "variant", "status"]
+    assert list(device["row_ops"][0]) == ["kernel", "limits", "entries", "statuses", "next"]
+    assert found["usable"] is True
+    assert found["problems"] == []
+
+
+def test_json_problems(tmp_path: Path, fake: Any) -> None:
+    found = json.loads(run(tmp_path, "doctor", "--json").output)
+    assert found["usable"] is False
+    assert found["artifacts"] is None
+    (problem,) = found["problems"]
+    assert list(problem) == ["severity", "text", "next"]
+    assert problem["severity"] == "error"
+    assert "build-cubins" in problem["next"]
+
+
+@pytest.mark.usefixtures("verified")
+def test_why_a_dense_batch(folder: Path) -> None:
+    done = run(folder, "doctor", "--why", "dense_router/small/9")
+    assert done.exit_code == 0, done.output
+    for text in (
+        "dense_router/small/9 on cuda:0 Fake GPU",
+        "9 to 32 tokens: dense_router_prefill/small/sm_90a/portable",
+        "dense_router_prefill/small/sm_90a/portable [verified]: chosen",
+        "dense_router_decode/small/sm_90a/portable [verified]: could serve",
+        "(2 entries for other targets or shapes are left out)",
+    ):
+        assert text in words(done)
+    done = run(folder, "doctor", "--why", "dense_router/HIDDEN=128/EXPERTS=24/TOP_K=4")
+    assert "1 to 8 tokens: dense_router_decode" in words(done)
+    assert "9 to 32 tokens: dense_router_prefill" in words(done)
+    # A batch beyond the last range is split into launches of that range.
+    done = run(folder, "doctor", "--why", "dense_router/small/100000")
+    assert "9 to 32 tokens: dense_router_prefill" in words(done)
+
+
+@pytest.mark.usefixtures("verified")
+def test_why_one_kernel_and_a_row_op(folder: Path) -> None:
+    done = run(folder, "doctor", "--why", "dense_router_decode/small/9")
+    assert done.exit_code == 1
+    assert "serves tokens from 1 to 8, not 9" in done.output
+    done = run(folder, "doctor", "--why", "topk_select/row_length=65536/top_k=32")
+    assert done.exit_code == 0, done.output
+    assert "topk_select/any/sm_90a/row65536 [verified]: chosen" in words(done)
+    assert "serves row_length from 1 to 1024, not 65536" in words(done)
+    done = run(folder, "doctor", "--why", "topk_select/row_length=1024/top_k=32")
+    assert "topk_select/any/sm_90a/row1024 [verified]: chosen" in words(done)
+
+
+def test_why_nothing_serves(folder: Path) -> None:
+    done = run(folder, "doctor", "--why", "dense_router/small/1")
+    assert done.exit_code == 1
+    assert "nothing serves it" in done.output
+    assert "no evidence that this digest" in done.output
+    assert "next: run on this GPU: router-runtime verify --record" in done.output
+    named = run(folder, "doctor", "--why", "dense_router/small/1/variant=portable")
+    assert named.exit_code == 0
+    assert "1 to 8 tokens: dense_router_decode/small/sm_90a/portable" in words(named)
+
+
+@pytest.mark.usefixtures("verified")
+def test_why_as_json_and_for_a_target(folder: Path) -> None:
+    done = run(folder, "doctor", "--why", "dense_router/small", "--json", "--target", "sm_100a")
+    found = json.loads(done.output)
+    assert list(found) == ["schema", "request", "answers"]
+    (answer,) = found["answers"]
+    assert list(answer) == [
+        *("device", "indices", "chosen", "ranges", "verdicts", "elsewhere", "next")
+    ]
+    assert list(answer["verdicts"][0]) == [
+        *("entry", "status", "verdict", "reasons", "microseconds")
+    ]
+    assert answer["ranges"] == [[1, 8], [9, 32]]
+    assert all("sm_100a" in key for key in answer["chosen"])
+
+
+@pytest.mark.usefixtures("verified")
+def test_why_without_a_gpu_answers_for_every_target(folder: Path, fake: Any) -> None:
+    fake.init = RuntimeError("no libcuda")
+    done = run(folder, "doctor", "--why", "dense_router/small/1")
+    assert "on a device for sm_100a" in done.output
+    assert "on a device for sm_90a" in done.output
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("dense_routr/small", "expected a kernel of .*; did you mean dense_router?"),
+        ("dense_router/smal", "expected a model of small, found 'smal'; did you mean small?"),
+        ("dense_router/small/variant=portabel", "did you mean portable?"),
+        ("topk_select/row_lenth=5", "did you mean row_length?"),
+        ("topk_select/small", "expected a kernel that depends on a model"),
+        ("nothing/like/it", "found 'nothing'; write KERNEL"),
+    ],
+)
+def test_a_request_that_cannot_be_read(folder: Path, request_: str, message: str) -> None:
+    done = run(folder, "doctor", "--why", request_)
+    assert done.exit_code == 1
+    start, _, end = message.partition(".*")
+    assert start in words(done)
+    assert end in words(done)
+
+
+def test_why_names_the_measured_latency(build: SimpleNamespace, tmp_path: Path) -> None:
+    (entry,) = (each for each in build.small() if each.kernel == "dense_router_decode")
+    entry = dataclasses.replace(entry, latency=((1, 2.5), (8, 4.0)))
+    manifest = build.manifest([entry])
+    contents = diagnosis.Contents(tmp_path, manifest, diagnosis.Evidence())
+    question = why.parse("dense_router/small/5/variant=portable", manifest)
+    places = diagnosis.places(manifest, (), "sm_90a")
+    (answer,) = why.explain_request(question, contents, places).answers
+    assert [verdict.microseconds for verdict in answer.verdicts] == [4.0]
+
+
+def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
+    """The doctor asks for the constants that a Router asks for, where the kernel has them."""
+    shapes = {entry.kernel: decisions.shape_of(entry) for entry in build.small()}
+    assert shapes["dense_router_decode"] == {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
+
+
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
 def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int) -> None:
-    from router_runtime.verification import verify
-
+    command = sys.modules["router_runtime.cli.verify"]
     seen: list[Any] = []
 
     def stand_in(artifacts: Path, record: bool, echo: Any, own: Path | None) -> bool:
@@ -119,7 +381,7 @@ def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, cod
         echo("ran")
         return passed
 
-    monkeypatch.setattr(verify, "run", stand_in)
+    monkeypatch.setattr(command, "run", stand_in)
     done = run(folder, "verify", "--record")
     assert (done.exit_code, done.output) == (code, "ran\n")
     run(folder, "verify")

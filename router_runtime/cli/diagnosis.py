@@ -1,0 +1,391 @@
+"""What ``router-runtime doctor`` finds, as one plain data object for the screen and for JSON.
+
+``--json`` prints the object with the keys of the dataclasses here and in ``decisions``. They are
+stable: a change that a reader could notice raises ``SCHEMA``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from router_runtime.cli.decisions import (
+    RouterDecision,
+    RowOpDecision,
+    imagined_device,
+    router_decisions,
+    row_op_decisions,
+)
+from router_runtime.device import driver
+from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
+from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
+from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import (
+    ENVIRONMENT_VARIABLE,
+    EVIDENCE_NAME,
+    Evidence,
+    folders,
+    own_folder,
+    read_evidence,
+)
+from router_runtime.format.advice import REINSTALL
+from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.target import Target
+from router_runtime.trust import policy as trust
+from router_runtime.version import __version__
+
+SCHEMA = 1
+
+_PACKAGE = "router_runtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong (``error``: the exit code is 1) or worth knowing (``note``)."""
+
+    severity: Literal["error", "note"]
+    text: str
+    next: str
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """Versions; None for what is absent. ``driver`` is the CUDA version that the driver serves."""
+
+    router_runtime: str
+    python: str
+    torch: str | None
+    cuda_bindings: str | None
+    driver: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """The artifacts folder. ``intact`` counts the cubins that match their digest. ``signature`` is
+    the signature policy, None if no signature is required.
+    """
+
+    folder: str
+    entries: int
+    intact: int
+    signature: str | None
+    source_sha256: str
+    toolchain: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceSummary:
+    """The folders that are read, how many entries have each status, and how many records are stale:
+    made with another version of the oracle suite, so that they prove nothing.
+    """
+
+    folders: tuple[str, ...]
+    statuses: Mapping[str, int]
+    stale_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One kind of device and what serves there. ``indices`` are the GPUs of this machine that are
+    such a device, as torch numbers them; it is empty for a device that only stands for ``target``.
+    """
+
+    name: str
+    indices: tuple[int, ...]
+    target: str | None
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory_per_block: int
+    routers: tuple[RouterDecision, ...]
+    row_ops: tuple[RowOpDecision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The whole report."""
+
+    schema: int
+    usable: bool
+    software: Software
+    artifacts: Artifacts | None
+    evidence: EvidenceSummary | None
+    devices: tuple[Device, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device to decide for: present with its indices, or imagined for a target."""
+
+    name: str
+    indices: tuple[int, ...]
+    target: str | None
+    facts: DeviceFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A readable artifacts folder with its evidence."""
+
+    folder: Path
+    manifest: Manifest
+    evidence: Evidence
+
+    def status(self, entry: Entry) -> str:
+        """The evidence status of ``entry``."""
+        return status(entry, self.manifest, self.evidence)
+
+
+def diagnose(artifacts: str | os.PathLike[str] | None, target: str | None = None) -> Diagnosis:
+    """The report for an artifacts folder (see ``find_artifacts``) on this machine's GPUs.
+
+    Without a GPU, or with ``target``, the decisions are those for devices that are not here: one
+    for each target of the manifest, or one for ``target``.
+    """
+    problems: list[Problem] = []
+    software, present = _machine(problems)
+    contents = _contents(artifacts, problems)
+    if contents is None:
+        return Diagnosis(SCHEMA, False, software, None, None, (), tuple(problems))
+    found = _artifacts(contents, problems)
+    statuses = {entry.key: contents.status(entry) for entry in contents.manifest.entries}
+    devices = tuple(
+        _device(place, contents.manifest, lambda entry: statuses[entry.key])
+        for place in places(contents.manifest, present, target)
+    )
+    _judge_devices(devices, contents, statuses, problems)
+    evidence = _evidence(contents, statuses, problems)
+    usable = not any(problem.severity == "error" for problem in problems)
+    return Diagnosis(SCHEMA, usable, software, found, evidence, devices, tuple(problems))
+
+
+def open_contents(artifacts: str | os.PathLike[str] | None) -> Contents:
+    """The manifest and every record of an artifacts folder. Raises RouterRuntimeError."""
+    folder = find_artifacts(artifacts)
+    return Contents(folder, read_manifest(folder), Evidence(read_evidence(folder).records))
+
+
+def present_places() -> tuple[Place, ...]:
+    """The GPUs of this machine; those that do not differ are one place. Raises DriverError."""
+    found: dict[tuple[str, DeviceFacts], list[int]] = {}
+    for index in range(driver.device_count()):
+        key = driver.device_name(index), driver.device_facts(index)
+        found.setdefault(key, []).append(index)
+    return tuple(
+        Place(name, tuple(indices), None, facts) for (name, facts), indices in found.items()
+    )
+
+
+def places(manifest: Manifest, present: tuple[Place, ...], target: str | None) -> tuple[Place, ...]:
+    """The devices to decide for: those present, else one for each target; or one for ``target``."""
+    if present and target is None:
+        return present
+    targets = [target] if target else sorted({entry.target for entry in manifest.entries})
+    return tuple(
+        Place(f"a device for {each}", (), each, imagined_device(Target.parse(each)))
+        for each in targets
+    )
+
+
+def _machine(problems: list[Problem]) -> tuple[Software, tuple[Place, ...]]:
+    present: tuple[Place, ...] = ()
+    version = None
+    try:
+        number = driver.driver_version()
+        version = _cuda(number)
+        if number < MINIMUM_DRIVER:
+            problems.append(
+                Problem(
+                    "error",
+                    f"the driver is too old: it serves CUDA {version}, "
+                    f"CUDA {_cuda(MINIMUM_DRIVER)} is needed",
+                    "install an NVIDIA driver of release 580 or newer",
+                )
+            )
+        present = present_places()
+    except RouterRuntimeError as error:
+        problems.append(_problem("note", error))
+    for place in present:
+        if "MIG" in place.name.split():
+            problems.append(
+                Problem(
+                    "note",
+                    f"{_where(place.indices)} is a MIG slice with {place.facts.sms} "
+                    "multiprocessors: it may not have room for the clusters of every kernel",
+                    "run: router-runtime verify, which loads each kernel; or use the whole GPU",
+                )
+            )
+    torch = _version("torch")
+    if torch is None:
+        problems.append(
+            Problem("error", "torch is not installed: there are no Routers", "pip install torch")
+        )
+    owners = sorted(set(importlib.metadata.packages_distributions().get(_PACKAGE, [])))
+    if len(owners) > 1:
+        problems.append(
+            Problem(
+                "error",
+                f"{len(owners)} installed wheels share the folder of {_PACKAGE}: "
+                f"{', '.join(owners)}",
+                f"run: pip uninstall -y {' '.join(owners)} && {REINSTALL}",
+            )
+        )
+    software = Software(
+        __version__, sys.version.split()[0], torch, _version("cuda-bindings"), version
+    )
+    return software, present
+
+
+def _contents(artifacts: str | os.PathLike[str] | None, problems: list[Problem]) -> Contents | None:
+    try:
+        return open_contents(artifacts)
+    except RouterRuntimeError as error:
+        problems.append(_problem("error", error))
+        return None
+
+
+def _artifacts(contents: Contents, problems: list[Problem]) -> Artifacts:
+    manifest = contents.manifest
+    bad = list(_damaged(contents))
+    if bad:
+        first = _problem("error", bad[0])
+        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        problems.append(Problem("error", f"{first.text}{others}", first.next))
+    required = trust.policy()
+    return Artifacts(
+        folder=str(contents.folder.resolve()),
+        entries=len(manifest.entries),
+        intact=len(manifest.entries) - len(bad),
+        signature=None if required is None else str(required),
+        source_sha256=manifest.source_sha256,
+        toolchain=manifest.toolchain.packages,
+    )
+
+
+def _damaged(contents: Contents) -> Iterator[RouterRuntimeError]:
+    """The error of each cubin that is missing, altered or not allowed."""
+    for entry in contents.manifest.entries:
+        try:
+            read_cubin(entry, contents.folder)
+        except RouterRuntimeError as error:
+            yield error
+
+
+def _device(place: Place, manifest: Manifest, status_of: Callable[[Entry], str]) -> Device:
+    facts = place.facts
+    return Device(
+        place.name,
+        place.indices,
+        place.target,
+        (facts.major, facts.minor),
+        facts.sms,
+        facts.shared_memory_per_block_optin,
+        router_decisions(manifest, facts, status_of),
+        row_op_decisions(manifest, facts, status_of),
+    )
+
+
+def _judge_devices(
+    devices: tuple[Device, ...],
+    contents: Contents,
+    statuses: Mapping[str, str],
+    problems: list[Problem],
+) -> None:
+    """What is not served on a GPU that is here, and how many entries lack evidence."""
+    for device in devices:
+        if not device.indices:
+            continue
+        where = _where(device.indices)
+        unserved: dict[str, list[str]] = {}
+        for router in device.routers:
+            if router.next is not None:
+                unserved.setdefault(router.next, []).append(router.name)
+        for row_op in device.row_ops:
+            if row_op.next is not None:
+                unserved.setdefault(row_op.next, []).append(row_op.kernel)
+        for advice, names in unserved.items():
+            problems.append(
+                Problem("error", f"nothing serves {', '.join(names)} on {where}", advice)
+            )
+    waiting = sum(
+        statuses[entry.key] == "unproven"
+        and any(
+            Target.parse(entry.target).runs_on(*device.compute_capability) for device in devices
+        )
+        for entry in contents.manifest.entries
+    )
+    if waiting:
+        present = any(device.indices for device in devices)
+        advice = _record_evidence(contents.folder)
+        problems.append(
+            Problem(
+                "note",
+                f"{waiting} kernels are unproven: no evidence says that they are right on a GPU, "
+                "so they serve only a Router that names their variant",
+                advice if present else f"on a GPU of their target, {advice}",
+            )
+        )
+
+
+def _evidence(
+    contents: Contents, statuses: Mapping[str, str], problems: list[Problem]
+) -> EvidenceSummary:
+    stale = sum(not record.current for record in contents.evidence.records)
+    if stale:
+        problems.append(
+            Problem(
+                "note",
+                f"{stale} records of evidence are stale: another version of the oracle suite made "
+                "them, so they prove nothing",
+                f"on a GPU of their target, {_record_evidence(contents.folder)}",
+            )
+        )
+    counts = Counter(statuses.values())
+    names = ("verified", "source-verified", "unproven")
+    return EvidenceSummary(
+        tuple(str(folder.resolve()) for folder in folders(contents.folder)),
+        {name: counts[name] for name in names},
+        stale,
+    )
+
+
+def _record_evidence(artifacts: Path) -> str:
+    """The command that records evidence where this process can write it and read it again."""
+    own = own_folder()
+    folder = own or artifacts / EVIDENCE_NAME
+    present = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    if os.access(present, os.W_OK) and (own or trust.policy() is None):
+        return "run: router-runtime verify --record"
+    reason = "is read-only" if trust.policy() is None or own else "must hold signed files only"
+    return (
+        f"run: router-runtime verify --record --evidence DIR && export {ENVIRONMENT_VARIABLE}=DIR "
+        f"({folder} {reason})"
+    )
+
+
+def _problem(severity: Literal["error", "note"], error: RouterRuntimeError) -> Problem:
+    """An error as a problem: its text ends with what to do next."""
+    text, _, advice = str(error).rpartition("; ")
+    return Problem(severity, text, advice) if text else Problem(severity, advice, "")
+
+
+def _where(indices: tuple[int, ...]) -> str:
+    return ", ".join(f"cuda:{index}" for index in indices)
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

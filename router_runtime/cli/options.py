@@ -1,0 +1,15 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE
+
+artifacts_option = click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"The artifacts folder. Default: ${ENVIRONMENT_VARIABLE}, then the installed one.",
+)

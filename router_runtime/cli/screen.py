@@ -1,0 +1,142 @@
+"""The doctor's report as text that fits one screen."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from router_runtime.cli.decisions import RouterDecision, RowOpDecision
+from router_runtime.cli.diagnosis import Device, Diagnosis, Problem
+
+WIDTH = 110
+_LABEL = 12
+
+#: A limit that no tensor reaches.
+_UNLIMITED = 2**31 - 1
+
+
+def lines(found: Diagnosis) -> Iterator[str]:
+    """The report, line by line. Every token range of a device that is here has a line; for devices
+    that are not here, every router has one, unless there is only one such device.
+    """
+    software = found.software
+    yield _labelled(
+        "versions",
+        f"router_runtime {software.router_runtime}, python {software.python}, "
+        f"torch {software.torch or 'not installed'}, "
+        f"cuda-bindings {software.cuda_bindings or 'not installed'}",
+    )
+    yield _labelled(
+        "driver", "none" if software.driver is None else f"serves CUDA {software.driver}"
+    )
+    if found.artifacts is not None:
+        artifacts = found.artifacts
+        yield _labelled("artifacts", artifacts.folder)
+        yield _labelled(
+            "",
+            f"{artifacts.entries} entries, {artifacts.intact} cubins match their digest, "
+            f"signature {artifacts.signature or 'not required'}",
+        )
+    if found.evidence is not None:
+        evidence = found.evidence
+        counts = ", ".join(f"{count} {name}" for name, count in evidence.statuses.items())
+        yield _labelled("evidence", f"{counts}; {evidence.stale_records} stale records")
+    brief = len(found.devices) > 1 and not any(device.indices for device in found.devices)
+    if brief:
+        yield "no GPU here: decisions for a device of each target (one in full: --target TARGET)"
+    for device in found.devices:
+        yield from _device(device, brief)
+    yield "problems" if found.problems else "no problems"
+    for problem in found.problems:
+        yield from _problem(problem)
+
+
+def _device(device: Device, brief: bool) -> Iterator[str]:
+    where = ", ".join(f"cuda:{index}" for index in device.indices)
+    major, minor = device.compute_capability
+    facts = f"compute capability {major}.{minor}"
+    if device.indices:
+        facts += f", {device.multiprocessors} multiprocessors"
+    yield f"{f'{where} ' if where else ''}{device.name} ({facts})"
+    rows = _brief_rows(device.routers) if brief else _range_rows(device.routers)
+    yield from _table(list(rows))
+    if device.row_ops:
+        text = "; ".join(_row_op(row_op) for row_op in device.row_ops)
+        yield from textwrap.wrap(
+            text, WIDTH, initial_indent="  row ops: ", subsequent_indent="    "
+        )
+
+
+def _range_rows(routers: Iterable[RouterDecision]) -> Iterator[tuple[str, ...]]:
+    """One row for each token range of each router."""
+    for router in routers:
+        name = router.name
+        if not router.ranges:
+            yield name, "nothing serves it"
+        for each in router.ranges:
+            last = each is router.ranges[-1]
+            tokens = f"{each.low} to {each.high} tokens"
+            if last:
+                tokens = f"{each.low} tokens and more" if each.low > 1 else "any number of tokens"
+            yield name, tokens, each.kernel, each.variant, each.status
+            name = ""
+
+
+def _brief_rows(routers: Iterable[RouterDecision]) -> Iterator[tuple[str, ...]]:
+    """One row for each kernel and model, with and without image tokens together."""
+    grouped: dict[str, list[RouterDecision]] = {}
+    for router in routers:
+        grouped.setdefault(f"{router.kernel}/{'+'.join(router.models)}", []).append(router)
+    for name, group in grouped.items():
+        ranges = [each for router in group for each in router.ranges]
+        kernels = len({each.entry for each in ranges})
+        statuses = " and ".join(sorted({each.status for each in ranges}))
+        unserved = [router.name for router in group if not router.ranges]
+        if not ranges:
+            yield name, "nothing serves it"
+        else:
+            text = f"{kernels} kernel{'s' if kernels > 1 else ''}, {statuses}"
+            yield name, text + (f"; nothing serves {unserved[0]}" if unserved else "")
+
+
+def _row_op(row_op: RowOpDecision) -> str:
+    if not row_op.entries:
+        return f"nothing serves {row_op.kernel}"
+    limits = ", ".join(
+        f"{name} to {high}" for name, high in row_op.limits.items() if high < _UNLIMITED
+    )
+    return f"{row_op.kernel}{f' ({limits})' if limits else ''} {' and '.join(row_op.statuses)}"
+
+
+def _problem(problem: Problem) -> Iterator[str]:
+    yield from textwrap.wrap(
+        f"{problem.severity}: {problem.text}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    if problem.next:
+        yield f"    next: {problem.next}"
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label:<{_LABEL}}{text}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Rows with their columns aligned; a shorter row's last column takes the rest of the line."""
+    widths: list[int] = []
+    for row in rows:
+        for column, text in enumerate(row[:-1]):
+            if column == len(widths):
+                widths.append(0)
+            widths[column] = max(widths[column], len(text))
+    for row in rows:
+        yield "  " + "  ".join(_padded(row, widths)).rstrip()
+
+
+def _padded(row: tuple[str, ...], widths: Sequence[int]) -> Iterable[str]:
+    for column, text in enumerate(row):
+        yield text.ljust(widths[column]) if column < len(row) - 1 else text
