@@ -203,14 +203,12 @@ def test_the_builder_imports_only_what_needs_no_torch() -> None:
     assert builder_imports(sources()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the command lines and release/ still import late")
+@pytest.mark.xfail(strict=True, reason="build_kernels.cli, release/ and dense_router_prefill")
 def test_our_modules_are_imported_at_the_top() -> None:
     assert late_imports(sources()) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a prefill kernel and its tcgen05 form are one"
-)
+@pytest.mark.xfail(strict=True, reason="a prefill kernel and its tcgen05 form are one")
 def test_no_circle_of_imports() -> None:
     assert cycle(sources()) == []
 
