@@ -21,6 +21,7 @@ from router_runtime import (
     unregister_router,
 )
 from router_runtime.device.driver import bindings
+from tests.gpu.graphs import captured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,19 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def batch_sizes(router):
     """One batch for each kernel that the router dispatches to, its largest up to 300 tokens."""
     return [min(each.high, max(each.low, 300)) for each in router.token_ranges]
-
-
-def capture(calls):
-    """A graph of ``calls`` and what they return; warmed up before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = calls()
-    return graph, results
 
 
 @pytest.fixture
@@ -98,7 +86,7 @@ def test_two_graphs_of_chains_replayed_at_once(make_router, draw, same, forget):
     for tokens in (1, 7, *batch_sizes(router)):
         inputs = [draw(tokens, router.config.hidden_size, seed) for seed in (5, 6)]
         expected = [chained(router, x, 12) for x in inputs]
-        graphs = [capture(lambda x=x: chained(router, x, 12)) for x in inputs]
+        graphs = [captured(lambda x=x: chained(router, x, 12)) for x in inputs]
         torch.cuda.synchronize()
         for _ in range(20):
             for stream, (graph, _) in zip(streams, graphs, strict=True):
@@ -117,7 +105,7 @@ def test_eager_calls_beside_a_replay(make_router, draw, same, forget):
     for tokens in (1, 7, *batch_sizes(router)):
         x, y = (draw(tokens, router.config.hidden_size, seed) for seed in (5, 6))
         expected = router(y)
-        graph, outputs = capture(lambda x=x: router(x))
+        graph, outputs = captured(lambda x=x: router(x))
         graph.replay()
         torch.cuda.synchronize()
         wanted = [output.clone() for output in outputs]
@@ -170,7 +158,7 @@ def test_after_an_invalidated_capture(tokens, make_router, draw, same, forget):
         with torch.cuda.stream(stream):
             found = router(x)
         same(found, expected)
-        graph, outputs = capture(lambda: router(x))
+        graph, outputs = captured(lambda: router(x))
         for _ in range(3):
             for output in outputs:
                 output.fill_(-5)
@@ -192,7 +180,7 @@ def test_after_an_exception_inside_a_capture(make_router, draw, same, forget):
     with pytest.raises(KeyError):
         failing()
     same(router(x), expected)
-    graph, outputs = capture(lambda: router(x))
+    graph, outputs = captured(lambda: router(x))
     graph.replay()
     same(outputs, expected)
 
@@ -207,7 +195,7 @@ def test_a_graph_outlives_every_other_reference(make_router, draw, same):
     x = draw(8, router.config.hidden_size)
     expected = [output.clone() for output in router(x)]
     router_id = register_router(router)
-    graph, outputs = capture(lambda: get_router(router_id)(x))
+    graph, outputs = captured(lambda: get_router(router_id)(x))
     del router
     with pytest.raises(InputError, match=r"no CUDA graph has captured.*force=True"):
         unregister_router(router_id)
@@ -225,7 +213,7 @@ def test_a_capture_registers_a_router(make_router, draw, same):
     x = draw(8, router.config.hidden_size)
     expected = [output.clone() for output in router(x)]
     assert router.is_registered is False
-    graph, outputs = capture(lambda: router(x))
+    graph, outputs = captured(lambda: router(x))
     router_id = router.router_id
     graph.replay()
     same(outputs, expected)

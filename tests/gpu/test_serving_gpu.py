@@ -15,6 +15,7 @@ from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.judge import judge
 from router_runtime.verification.prng import Random
 from router_runtime.verification.reference import Oracle
+from tests.gpu.graphs import captured
 
 #: Around every boundary between the kernels and their tiles.
 SIZES = (1, 2, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 256, 257, 1024, 1025, 4096)
@@ -247,18 +248,6 @@ def test_layouts(subjects, same):
 
 
 # --- graphs ---------------------------------------------------------------------------------------
-
-
-def captured(call):
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-    return graph, outputs
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 300])

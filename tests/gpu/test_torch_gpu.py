@@ -15,6 +15,7 @@ from router_runtime import (
     warmup_router_compilation,
 )
 from router_runtime.verification.prng import Random
+from tests.gpu.graphs import captured
 
 #: A deep model: one router a layer.
 LAYERS = 61
@@ -90,20 +91,6 @@ def test_one_compiled_layer_serves_every_router(backend, registered, draw, same)
     torch._dynamo.reset()
 
 
-def captured(call, warmups=2):
-    """A graph of ``call`` and the outputs that each replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmups):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-    return graph, outputs
-
-
 def replayed(graph, outputs):
     for output in outputs:
         output.fill_(-12345)
@@ -118,7 +105,7 @@ def test_graph_of_a_dense_router(tokens, make_router, draw, same):
     warmup_router_compilation(router)
     hidden = router.config.hidden_size
     x = draw(tokens, hidden)
-    graph, outputs = captured(lambda: router(x))
+    graph, outputs = captured(lambda: router(x), warmups=2)
     for seed in (5, 6, 7):
         x.copy_(draw(tokens, hidden, seed))
         expected = router(x)
@@ -145,7 +132,7 @@ def test_graph_of_the_other_ops(make_router, draw, same):
         return weights, ids, logits
 
     for call in (select, activate, lambda: lookup(token_ids), with_logits):
-        graph, outputs = captured(call)
+        graph, outputs = captured(call, warmups=2)
         scores.copy_(scores.flip(0))
         token_ids.copy_(token_ids.flip(0))
         x.copy_(x.flip(0))
@@ -157,7 +144,7 @@ def test_update_weights_under_a_captured_graph(tokens, make_router, draw, same):
     router, other = make_router(1), make_router(99)
     hidden, experts = router.config.hidden_size, router.config.num_experts
     x = draw(tokens, hidden)
-    graph, outputs = captured(lambda: router(x))
+    graph, outputs = captured(lambda: router(x), warmups=2)
     before = [output.clone() for output in replayed(graph, outputs)]
     random = Random(99)  # the weights of ``other``
     weight = (random.normal(experts, hidden) * 2.0**-6).bfloat16()
@@ -194,7 +181,7 @@ def test_two_graphs_of_one_router_at_once(make_router, draw, same):
     router = make_router()
     inputs = [draw(8, router.config.hidden_size, seed) for seed in (5, 6)]
     expected = [router(x) for x in inputs]
-    graphs = [captured(lambda x=x: router(x)) for x in inputs]
+    graphs = [captured(lambda x=x: router(x), warmups=2) for x in inputs]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for _ in range(200):

@@ -11,6 +11,7 @@ from router_runtime import InputError, ResolutionError, spec
 from router_runtime.integrations.transformers import _gates, install, uninstall
 from router_runtime.routing.router import ROUTERS
 from tests import small_models
+from tests.gpu.graphs import captured
 from tests.small_models import by_id, dense, gates, hashed
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -161,23 +162,15 @@ def test_graph_of_a_moe_block(dtype, make_model):
     install(model)
     for block in blocks(model):
         x, batch = states(block.gate, 2, 4, dtype=dtype), tokens(2, 4)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                block(x, batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = block(x, batch)
+        graph, output = captured(lambda block=block, x=x, batch=batch: block(x, batch), warmups=2)
         for seed in (7, 8):
             x.copy_(states(block.gate, 2, 4, dtype=dtype, seed=seed))
             batch.copy_(batch.flip(0))
             graph.replay()
             torch.cuda.synchronize()
             torch.testing.assert_close(output, block(x, batch))
-        captured = dtype is torch.bfloat16  # the others have no router
-        with pytest.raises(InputError, match="force=True") if captured else nullcontext():
+        registered = dtype is torch.bfloat16  # the others have no router
+        with pytest.raises(InputError, match="force=True") if registered else nullcontext():
             uninstall(model)
         del graph
         registered = ROUTERS.ids()

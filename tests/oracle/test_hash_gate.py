@@ -5,7 +5,6 @@ that look up or weigh in a wrong way.
 from __future__ import annotations
 
 import random
-import struct
 from fractions import Fraction
 
 import pytest
@@ -16,13 +15,9 @@ from router_runtime.evidence import cases as suite
 from router_runtime.verification import inputs
 from router_runtime.verification.examine import examine
 from router_runtime.verification.trial import Trial
+from tests.oracle.fp32 import fl32
 
 CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
-
-
-def fl32(number: float) -> float:
-    rounded: float = struct.unpack("f", struct.pack("f", number))[0]
-    return rounded
 
 
 def test_by_definition():

@@ -15,21 +15,11 @@ import pytest
 import torch
 
 from router_runtime import spec
+from tests.oracle.fp32 import fl32
 
 INF, NAN = math.inf, math.nan
 FLT_MAX: float = struct.unpack("f", struct.pack("I", 0x7F7FFFFF))[0]
 EPSILON = 1e-20
-
-
-def fl32(number: float) -> float:
-    """The nearest fp32 number, ties to even."""
-    if math.isnan(number) or math.isinf(number):
-        return number
-    try:
-        rounded: float = struct.unpack("f", struct.pack("f", number))[0]
-        return rounded
-    except OverflowError:
-        return math.copysign(INF, number)
 
 
 def fl32_exact(number: Fraction) -> float:

@@ -454,12 +454,10 @@ def misbehave(outputs, action):
     calls = itertools.count()
 
     def for_case(case):
+        write = runner(outputs)(case)
+
         def run(given, values, ids, logical_ids=None):
-            found = outputs(case, given)
-            values.copy_(found[0])
-            ids.copy_(found[1])
-            if logical_ids is not None:
-                logical_ids.copy_(found[-1])
+            write(given, values, ids, logical_ids)
             action(given, values, ids, next(calls))
 
         return run
