@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from router_runtime.cli import decisions, diagnosis, why
 from router_runtime.cli.main import main
 from router_runtime.device import driver
+from router_runtime.evidence.store import Evidence
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
 
@@ -175,7 +177,7 @@ def test_doctor_without_artifacts_in_an_installed_wheel(
 @pytest.mark.usefixtures("verified")
 def test_doctor_with_two_wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owners = {"router_runtime": ["dsv4-router-runtime", "dsv4-router-runtime-sm90a"]}
-    monkeypatch.setattr(diagnosis.importlib.metadata, "packages_distributions", lambda: owners)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
     done = run(folder, "doctor")
     assert done.exit_code == 1
     assert "pip uninstall -y dsv4-router-runtime dsv4-router-runtime-sm90a &&" in words(done)
@@ -202,14 +204,14 @@ def test_doctor_in_a_forked_child(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("verified")
 def test_doctor_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = diagnosis.importlib.metadata.version
+    version = importlib.metadata.version
 
     def lacking(package: str) -> str:
         if package == "torch":
-            raise diagnosis.importlib.metadata.PackageNotFoundError(package)
+            raise importlib.metadata.PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr(diagnosis.importlib.metadata, "version", lacking)
+    monkeypatch.setattr(importlib.metadata, "version", lacking)
     done = run(folder, "doctor")
     assert done.exit_code == 1
     assert "error: torch is not installed" in done.output
@@ -358,7 +360,7 @@ def test_why_names_the_measured_latency(build: SimpleNamespace, tmp_path: Path) 
     (entry,) = (each for each in build.small() if each.kernel == "dense_router_decode")
     entry = dataclasses.replace(entry, latency=((1, 2.5), (8, 4.0)))
     manifest = build.manifest([entry])
-    contents = diagnosis.Contents(tmp_path, manifest, diagnosis.Evidence())
+    contents = diagnosis.Contents(tmp_path, manifest, Evidence())
     question = why.parse("dense_router/small/5/variant=portable", manifest)
     places = diagnosis.places(manifest, (), "sm_90a")
     (answer,) = why.explain_request(question, contents, places).answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -45,7 +45,9 @@ SCALARS = sorted(set(PARAMETER_TYPES) - {"tensormap"})
 
 @st.composite
 def axes(draw: st.DrawFn, cluster: int) -> GridAxis:
-    form = draw(st.sampled_from(["constant", "ceil", "ceil_capped_at_sms"]))
+    forms: list[Literal["constant", "ceil", "ceil_capped_at_sms"]]
+    forms = ["constant", "ceil", "ceil_capped_at_sms"]
+    form = draw(st.sampled_from(forms))
     value = cluster * draw(st.integers(1, 100))
     if form == "constant":
         return GridAxis(form, value)
@@ -66,7 +68,7 @@ def contracts(draw: st.DrawFn) -> Contract:
     order = draw(st.permutations(range(draw(st.integers(1, 4)))))
     repacks = (
         (Repack(draw(st.sampled_from(names)), draw(NAMES), 8, (2,) * len(order), tuple(order)),)
-        if names and draw(st.booleans())
+        if draw(st.booleans()) and names
         else ()
     )
     return Contract(
