@@ -20,8 +20,7 @@ from router_runtime.format.target import Target
 #: What the two dense kernels are called together.
 DENSE_ROUTER = "dense_router"
 
-#: What a Router states when it asks for a kernel that is compiled for one model, where the kernel
-#: has a constant of that name.
+#: The constants that a Router's requests state, where the kernel has a constant of that name.
 _SHAPE = ("HIDDEN", "EXPERTS", "TOP_K", "IMAGES")
 
 #: The opt-in shared memory per block, in bytes, of every device that the targets name.

@@ -94,7 +94,8 @@ class EvidenceSummary:
 @dataclass(frozen=True, slots=True)
 class Device:
     """One kind of device and what serves there. ``indices`` are the GPUs of this machine that are
-    such a device, as torch numbers them; it is empty for a device that only stands for ``target``.
+    such a device, as torch numbers them; it is empty for a device that is not here and was made up
+    for ``target``.
     """
 
     name: str

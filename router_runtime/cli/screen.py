@@ -31,11 +31,12 @@ def lines(found: Diagnosis) -> Iterator[str]:
     )
     if found.artifacts is not None:
         artifacts = found.artifacts
+        required = f"required: {artifacts.signature}" if artifacts.signature else "not required"
         yield _labelled("artifacts", artifacts.folder)
         yield _labelled(
             "",
             f"{artifacts.entries} entries, {artifacts.intact} cubins match their digest, "
-            f"signature {artifacts.signature or 'not required'}",
+            f"signature {required}",
         )
     if found.evidence is not None:
         evidence = found.evidence

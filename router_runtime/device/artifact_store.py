@@ -37,7 +37,7 @@ _EXECUTABLE, _EM_CUDA = 2, 190
 
 
 def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the manifest.
+    """Return the folder that holds the manifest.
 
     In this order: the argument, the environment variable ``ROUTER_RUNTIME_ARTIFACTS``,
     ``artifacts`` inside the installed package (a wheel), ``artifacts`` beside the package (a
@@ -74,10 +74,10 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of ``folder``, read once. Raises ArtifactError, TrustError or FormatError.
+    """Return the manifest of ``folder``, read once.
 
     An installed release has a marker beside it: then it must be that release's manifest, and the
-    release this runtime's.
+    release this runtime's. Raises ArtifactError, TrustError or FormatError.
     """
     path = folder / MANIFEST_NAME
     data = read_file(path, _MAX_MANIFEST, "manifest", build_artifacts())
@@ -128,7 +128,7 @@ def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
 
 
 def read_cubin(entry: Entry, folder: Path) -> bytes:
-    """The bytes of ``entry``'s cubin, read once and equal to the manifest's size and digest.
+    """Return the bytes of ``entry``'s cubin, read once and equal to the manifest's size and digest.
 
     The manifest allows plain file names only, and links are refused. The bytes are machine code for
     the entry's target: PTX, a fat binary or a cubin of another target is refused even if the

@@ -62,7 +62,10 @@ def bindings() -> Any:
 
 
 def check(result: tuple[Any, ...], call: str) -> Any:
-    """What a driver call returned: None, one value, or a tuple. Raises DriverError if it failed."""
+    """Return what a driver call returned after its status: None, one value, or a tuple.
+
+    Raises DriverError if the call failed.
+    """
     status, *payload = result
     if status:
         raise DriverError(
@@ -84,7 +87,7 @@ def remedy(status: Any) -> str:
 
 
 def initialise() -> Any:
-    """Initialise the driver once a process and return the bindings.
+    """Initialise the driver, once per process, and return the bindings.
 
     A child forked after that cannot use CUDA: its copy of the driver's state is dead, and the
     driver's own errors about it are obscure, so it is refused here.
@@ -152,12 +155,13 @@ def driver_version() -> int:
 
 
 def device_count() -> int:
+    """Return the number of visible GPUs."""
     count: int = check(initialise().cuDeviceGetCount(), "cuDeviceGetCount")
     return count
 
 
 def device_facts(index: int) -> DeviceFacts:
-    """What resolution needs to know about device ``index`` (as torch numbers them)."""
+    """Return what the choice of a kernel needs to know about device ``index``, as torch counts."""
     api = initialise()
     count = device_count()
     if not 0 <= index < count:
@@ -187,6 +191,7 @@ def device_facts(index: int) -> DeviceFacts:
 
 
 def device_name(index: int) -> str:
+    """Return the driver's name of device ``index``, such as ``NVIDIA H200``."""
     api = initialise()
     device = check(api.cuDeviceGet(index), "cuDeviceGet")
     name: bytes = check(api.cuDeviceGetName(128, device), "cuDeviceGetName")

@@ -40,9 +40,11 @@ class Kernels:
         return known
 
     def resolve(self, request: Request) -> Resolution:
+        """Return which entry serves ``request`` on this device, and why the others do not."""
         return resolve(request, self.facts, self.manifest, self._status_for([request]))
 
     def dispatch(self, requests: Sequence[Request]) -> Dispatch:
+        """Return which entries serve which batch sizes of ``requests``, which compute the same."""
         return dispatch(requests, self.facts, self.manifest, self._status_for(requests))
 
     def _status_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
@@ -53,14 +55,17 @@ class Kernels:
         return self.load_entry(self.resolve(request).require())
 
     def load_entry(self, entry: Entry) -> LoadedKernel:
-        """Raises TrustError if the manifest was read before the policy that is in force now."""
+        """Load ``entry``, once per device and digest.
+
+        Raises TrustError if the manifest was read before the policy that is in force now.
+        """
         if self._policy is not trust.policy():
             raise TrustError(
                 explain(
                     f"kernels of {self.folder}",
                     expected="a manifest read under the signature policy in force",
                     found="one read before it",
-                    remedy="build the Router anew",
+                    remedy="build the Router again",
                 )
             )
         return load_entry(entry, self.manifest, self.folder, self.device)

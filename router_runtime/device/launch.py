@@ -1,15 +1,16 @@
 """Launching a loaded kernel by parameter name.
 
-Argument order exists once, in the contract. ``LoadedKernel.launch`` takes every argument by name;
-``LoadedKernel.bind`` fixes the arguments that stay (weights, bias, scale) and returns a launcher
-for those that vary from call to call, with everything else worked out beforehand: that is the hot
-path.
+The order of arguments is stated once, in the contract. ``LoadedKernel.launch`` takes every argument
+by name. ``LoadedKernel.bind`` fixes the arguments that stay (weights, bias, scale) and returns a
+launcher for those that vary from call to call, with everything else computed beforehand: that is
+the hot path.
 
 One launch costs two passes over memory that already exists: ``struct`` packs the varying arguments
 at once beside those that stay, and the grid and the stream are stored into the launch
-configuration. The block holding all of it belongs to one launcher and one thread: the bindings
-release the interpreter lock inside the launch, so two threads may be in it at once. The driver
-copies arguments and configuration before it returns, so a thread's next launch may reuse them.
+configuration. The memory block with all of it belongs to one launcher and one thread: the
+bindings release the interpreter lock inside the launch, so two threads may be in it at once. The
+driver copies arguments and configuration before it returns, so a thread's next launch may reuse
+them.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class LoadedKernel:
 
     @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
-        """The names that a launch must be given: the parameters, and what the grid and the tensor
-        maps refer to.
+        """The names of a launch's arguments: the parameters, and what the grid and the tensor maps
+        refer to.
         """
         names = dict.fromkeys(name for name, kind in self._types.items() if kind != "tensormap")
         names.update(dict.fromkeys(recipe.argument for recipe in self.entry.contract.tensor_maps))
@@ -103,23 +104,25 @@ class LoadedKernel:
         self._unbound(stream, *(self.value_of(name, arguments[name]) for name in names))
 
     def bind(self, varying: tuple[str, ...], /, **fixed: Any) -> BoundLaunch:
-        """Fix some arguments; ``varying`` names the others in the order the launcher takes them."""
+        """Return a launcher that has the ``fixed`` arguments and takes the ``varying`` in order."""
         self._check_names([*varying, *fixed])
         return BoundLaunch(self, varying, fixed)
 
-    def _check_names(self, given: Iterable[str]) -> None:
-        if sorted(given) != sorted(self.arguments):
+    def _check_names(self, names: Iterable[str]) -> None:
+        if sorted(names) != sorted(self.arguments):
             raise InputError(
                 explain(
                     f"arguments of {self.entry.key}",
                     expected=sorted(self.arguments),
-                    found=sorted(given),
+                    found=sorted(names),
                     remedy="pass each argument once, by name",
                 )
             )
 
     def value_of(self, name: str, value: Any) -> Any:
-        """What the argument ``name`` becomes in the packed arguments."""
+        """Return what the argument ``name`` becomes in the packed arguments: a number, an address,
+        or a ``Matrix`` for a tensor map. Raises InputError for a tensor of another type or device.
+        """
         kind = self._types.get(name, "")
         if value is None and kind.startswith("ptr:"):
             return 0
@@ -147,14 +150,16 @@ class LoadedKernel:
             )
 
     def enter_thread(self) -> None:
-        """What the calling thread needs once before it launches this kernel."""
+        """Prepare the calling thread, once, for launches of this kernel. Raises DriverError in a
+        forked child.
+        """
         if not hasattr(self._local, "entered"):
             driver.refuse_fork()
             driver.adopt_thread(self.device)
             self._local.entered = True
 
     def forget_threads(self) -> None:
-        """Make every thread enter anew."""
+        """Make every thread call ``enter_thread`` again before its next launch."""
         self._local = threading.local()
 
 
@@ -201,6 +206,10 @@ class BoundLaunch:
         _launchers.add(self)
 
     def __call__(self, stream: int, *varying: Any) -> None:
+        """Launch on a raw stream handle with the varying arguments, as ``value_of`` gives them.
+
+        Raises InputError for a value that does not fit its type, DriverError if the launch fails.
+        """
         values = varying + self._fixed
         kernel = self._kernel
         try:
@@ -233,7 +242,7 @@ class BoundLaunch:
         return block
 
     def forget_blocks(self) -> None:
-        """Make every thread build its block anew."""
+        """Make every thread build a new block for its next launch."""
         self._local = threading.local()
 
     def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:

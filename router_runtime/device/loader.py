@@ -29,7 +29,12 @@ _loaded: dict[tuple[int, str, str], LoadedKernel] = {}
 
 
 def load_entry(entry: Entry, manifest: Manifest, artifacts: Path, device: int) -> LoadedKernel:
-    """Load ``entry`` of ``manifest`` on device ``device``. Cached; safe from several threads."""
+    """Return ``entry`` of ``manifest``, loaded and checked on device ``device``. Thread-safe.
+
+    It is loaded once per device and digest. Raises ArtifactError for a file or a kernel that is not
+    what the manifest says, TrustError for one that the signature policy refuses, and DriverError if
+    the driver fails.
+    """
     driver.refuse_fork()
     if entry not in manifest.entries:
         raise ArtifactError(
@@ -166,7 +171,7 @@ def _check_parameters(api: Any, kernel: Any, entry: Entry) -> None:
 
 
 def _check_cluster(api: Any, function: Any, entry: Entry, device: int) -> None:
-    """A cluster that no part of the device can hold would fail at the first launch: say so now."""
+    """Refuse a cluster that no part of the device can hold: its first launch would fail."""
     result = api.cuOccupancyMaxActiveClusters(function, launch_config(entry.contract))
     if int(result[0]) in driver.REMEDIES:
         driver.check(result, f"cuOccupancyMaxActiveClusters of {entry.key}")

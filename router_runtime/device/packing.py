@@ -14,8 +14,8 @@ _FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
 
 
 class ArgumentLayout:
-    """Where a launcher's arguments lie in a block: scalars packed together, those in front that
-    vary from launch to launch, tensor maps apart.
+    """Where a launcher's arguments lie in its memory block: scalars are packed together, those that
+    vary from launch to launch first; tensor maps lie apart.
 
     ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
     tensor map i.
@@ -40,7 +40,7 @@ class ArgumentLayout:
 
 
 def selector(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """``operator.itemgetter`` of ``indices``, returning a tuple for any number of them."""
+    """Return the function that takes a tuple's items at ``indices``, always as a tuple."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda values: tuple(values[index] for index in indices)

@@ -60,6 +60,7 @@ class Candidate:
 
     @property
     def accepted(self) -> bool:
+        """Whether the entry may serve the request."""
         return not self.reasons
 
 
@@ -173,7 +174,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     shared = entry.contract.dynamic_shared_memory + entry.resources.static_shared_memory
     if shared > device.shared_memory_per_block_optin:
         reasons.append(
-            f"needs {shared} bytes of shared memory a block, "
+            f"needs {shared} bytes of shared memory per block, "
             f"the device has {device.shared_memory_per_block_optin}"
         )
     present = {parameter.name for parameter in entry.contract.parameters}
@@ -187,7 +188,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
 
 
 def next_step(resolution: Resolution) -> str:
-    """The next command: it depends on what stands in the way of the nearest candidate."""
+    """Return the next command, by what keeps the nearest candidate from serving."""
     request, device = resolution.request, resolution.device
     if device.driver < MINIMUM_DRIVER:
         return "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"

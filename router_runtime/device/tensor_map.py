@@ -21,9 +21,7 @@ _FILL_ZERO = 0
 
 
 class Matrix(NamedTuple):
-    """The argument of a tensor map: a row-major matrix in device memory. ``row_stride`` in
-    elements.
-    """
+    """A row-major matrix in device memory: its address, its shape, its row stride in elements."""
 
     address: int
     rows: int
@@ -32,10 +30,10 @@ class Matrix(NamedTuple):
 
 
 class EncodedTensorMap:
-    """One tensor map of one thread, encoded anew when it shall hold another matrix.
+    """One tensor map of one thread. It is encoded again only when it is to describe another matrix.
 
-    The driver wants it 64-byte aligned to encode it, and copies it into the launch. What a recipe
-    fixes is laid out once: encoding takes half the time of building every argument again.
+    The driver encodes it at an address aligned to 64 bytes, and copies it into the launch. What the
+    recipe fixes is laid out once: that takes half the time of building every argument again.
     """
 
     def __init__(self, recipe: TensorMap) -> None:
@@ -58,7 +56,7 @@ class EncodedTensorMap:
         )
 
     def hold(self, matrix: Matrix) -> None:
-        """Describe ``matrix``."""
+        """Describe ``matrix``. Raises DriverError if its address or row stride is not aligned."""
         if matrix == self._matrix:
             return
         self._matrix = None  # should the encoding fail

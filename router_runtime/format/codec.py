@@ -22,9 +22,11 @@ _LEAST, _MOST = -(2**63), 2**63 - 1
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """``data`` as JSON in UTF-8. Raises FormatError, naming ``what``, for anything that two
-    readers could understand differently: a key that appears twice, NaN, infinities, another
-    encoding; and for nesting or numbers too large to read.
+    """Return ``data`` parsed as JSON in UTF-8.
+
+    Raises FormatError, naming ``what``, for anything that two readers could understand differently
+    (a key that appears twice, NaN, infinities, another encoding), and for nesting or numbers too
+    large to read.
     """
     try:
         return json.loads(
@@ -39,7 +41,10 @@ def parse_json(data: bytes, what: str) -> Any:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``json.loads(object_pairs_hook=...)``: the object, refused if a key appears twice."""
+    """Return the object of these pairs; for ``json.loads(object_pairs_hook=...)``.
+
+    Raises FormatError if a key appears twice.
+    """
     document = dict(pairs)
     if len(document) != len(pairs):
         names = [name for name, _ in pairs]
@@ -53,7 +58,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def encode(value: Any) -> Any:
-    """A frozen dataclass as what ``json.dumps`` takes."""
+    """Return a dataclass, a mapping or a tuple, and what they hold, as ``json.dumps`` takes it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -66,7 +71,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """Build ``kind`` from parsed JSON, refusing whatever does not fit exactly."""
+    """Return ``kind`` built from parsed JSON.
+
+    Raises FormatError, with ``where`` and the path to it, for the first value that does not fit
+    exactly.
+    """
     try:
         return _decoder(kind)(value)
     except _MisfitError as misfit:
@@ -87,8 +96,8 @@ _Decoder = Callable[[Any], Any]
 
 @functools.cache
 def _decoder(kind: Any) -> _Decoder:
-    """The function that builds ``kind``. Made once a type: type hints are slow to evaluate, and a
-    serving process pays for every manifest and record before its first token.
+    """Return the function that builds ``kind``. It is made once per type: type hints are slow to
+    evaluate, and a serving process decodes every manifest and record before its first token.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -108,7 +117,7 @@ def _decoder(kind: Any) -> _Decoder:
 def _dataclass_decoder(kind: type) -> _Decoder:
     hints = typing.get_type_hints(kind)
     decoders = {field.name: _decoder(hints[field.name]) for field in dataclasses.fields(kind)}
-    # Most values are text or integers: they are looked at here, without a call.
+    # Most values are text or integers: they are checked here, without a call.
     steps = [
         (name, hints[name] is str, hints[name] is int, decoder)
         for name, decoder in decoders.items()

@@ -40,13 +40,13 @@ PARAMETER_TYPES: Mapping[str, tuple[int, int]] = types.MappingProxyType(
 #: 16 only, so a leading ``tensormap`` is at offset 0x30 for sm_90a, and at 0 for sm_100a.
 _PARAMETER_SPACE: Mapping[int, int] = types.MappingProxyType({9: 0x210, 10: 0x380})
 
-#: Nothing here is larger: what a manifest says is added and handed to C without further checks.
+#: No size here is larger: sizes of a manifest are added and handed to C without further checks.
 _LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One kernel parameter. ``type`` is a key of ``PARAMETER_TYPES``."""
+    """One kernel parameter: its name in the launch, and its type, a key of ``PARAMETER_TYPES``."""
 
     name: str
     type: str
@@ -54,15 +54,19 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class GridAxis:
-    """One axis of the grid, in blocks (never in clusters).
+    """The extent of the grid along one axis, in CTAs (never in clusters).
 
-    ``constant``            ``value``
-    ``ceil``                ``ceil(argument / divisor) * value``
-    ``ceil_capped_at_sms``  ``min(ceil(argument / divisor) * value, multiprocessors)``, rounded down
-    to
-                            a multiple of the cluster's extent on this axis, at least one cluster
+    Attributes:
+        form: How the extent is computed. ``constant``: ``value``. ``ceil``:
+            ``ceil(argument / divisor) * value``. ``ceil_capped_at_sms``: the same, at most the
+            number of multiprocessors, rounded down to a multiple of the cluster's extent along this
+            axis, at least one cluster.
+        value: A multiple of the cluster's extent along this axis.
+        argument: The name of an integer argument of the launch, such as ``tokens``; None for
+            ``constant``.
+        divisor: How many units of the argument one step of ``value`` covers, such as the tokens
+            of a tile.
 
-    ``argument`` names an integer argument of the launch, such as ``tokens``.
     """
 
     form: Literal["constant", "ceil", "ceil_capped_at_sms"]
@@ -73,10 +77,15 @@ class GridAxis:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """How the launcher encodes one ``tensormap`` parameter.
+    """How the launcher encodes one ``tensormap`` parameter. Elements outside the tensor read as 0.
 
-    ``argument`` names the row-major 2-D tensor that the map describes (outer, inner); ``box`` is
-    the tile in elements, innermost first; elements outside the tensor read as zero.
+    Attributes:
+        parameter: The name of the kernel parameter.
+        argument: The name of the launch argument: a row-major matrix, shape [rows, columns].
+        dtype: The type of an element.
+        box: The tile that one TMA instruction copies, in elements: (columns, rows).
+        swizzle: The swizzle of the tile in shared memory.
+
     """
 
     parameter: str
@@ -90,9 +99,17 @@ class TensorMap:
 class Repack:
     """The order in which a kernel reads a weight matrix, as data.
 
-    The runtime builds the buffer of ``parameter`` from the row-major matrix ``argument`` once, when
-    the weight is loaded or updated: pad it with zero rows to ``rows``, view it as ``shape``,
-    permute the axes to ``order``, store contiguously. ``shape`` splits rows first, then columns.
+    The runtime builds the buffer of ``parameter`` once, when the weight is loaded or updated: it
+    pads the matrix with zero rows, views it as ``shape``, permutes the axes and stores the result
+    contiguously.
+
+    Attributes:
+        parameter: The name of the kernel parameter that points to the buffer.
+        argument: The name of the row-major matrix, shape [experts, hidden].
+        rows: How many rows the padded matrix has.
+        shape: The view of the padded matrix: factors of its rows, then factors of its columns.
+        order: The permutation of the axes of ``shape``, as ``torch.permute`` takes it.
+
     """
 
     parameter: str
@@ -104,14 +121,26 @@ class Repack:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """How a kernel is launched. Declared beside the kernel, checked by the builder against the
-    cubin and by the loader against the loaded function.
+    """How a kernel is launched.
 
-    ``dynamic_shared_memory`` is in bytes. ``workspace_bytes`` is the size of the buffer behind the
-    parameter ``workspace``: zeroed once when it is made, left zeroed where it matters by every
-    launch, never shared by launches that can overlap. ``limits`` gives, for a named quantity of a
-    request (``tokens``, ``experts``, ``top_k``, ``row_length``), the inclusive range that the
-    kernel serves.
+    Attributes:
+        parameters: The kernel's parameters in their order.
+        grid: The extents of the grid in CTAs: x, y, z.
+        block: Threads per CTA: x, y, z; at most 1024 together.
+        cluster: CTAs per cluster: x, y, z; at most 16 together. More than 8 need an opt-in, which
+            the loader sets.
+        dynamic_shared_memory: Bytes per CTA, beside the static part that the cubin states. More
+            than 48 KiB need an opt-in, which the loader sets.
+        programmatic_dependent_launch: Whether the launch may start before the launch in front of it
+            has ended. The kernel then executes the dependency wait on every path.
+        workspace_bytes: The size of the buffer behind the parameter ``workspace``. It is zeroed
+            when it is made, every launch leaves its counters at zero, and launches that can overlap
+            never share it.
+        tensor_maps: One for each parameter of type ``tensormap``.
+        repacks: The weight matrices that the kernel reads in an order of its own.
+        limits: Quantity of a request (``tokens``, ``experts``, ``top_k``, ``row_length``) -> the
+            inclusive range that the kernel serves.
+
     """
 
     parameters: tuple[Parameter, ...]
@@ -127,17 +156,20 @@ class Contract:
 
     @property
     def cluster_size(self) -> int:
+        """The number of CTAs per cluster."""
         return self.cluster[0] * self.cluster[1] * self.cluster[2]
 
     @property
     def nonportable_cluster(self) -> bool:
-        """Clusters of more than 8 blocks need an opt-in attribute on the function."""
+        """Whether the cluster has more than 8 CTAs, which need an opt-in of the function."""
         return self.cluster_size > 8
 
     def parameter_layout(self, target: Target) -> tuple[tuple[int, int], ...]:
-        """(offset, size) in bytes of each parameter on the device, as the compilers lay them out
-        for ``target``, cubins record them and the driver reports them. It concerns who checks, not
-        who launches: a launch gives the driver one address a parameter.
+        """Return (offset, size) in bytes of each parameter in the device's parameter space.
+
+        Compilers lay parameters out so for ``target``, cubins record it and the driver reports it.
+        Only checks need it: a launch hands the driver one address per parameter. Raises FormatError
+        for a target whose parameter space is unknown.
         """
         if target.major not in _PARAMETER_SPACE:
             raise FormatError(
@@ -169,10 +201,10 @@ def validate_contract(contract: Contract, where: str) -> None:
             raise FormatError(f"{where}: expected positive {label} extents, found {extents}")
     threads = contract.block[0] * contract.block[1] * contract.block[2]
     if threads > 1024:
-        raise FormatError(f"{where}: expected at most 1024 threads a block, found {threads}")
+        raise FormatError(f"{where}: expected at most 1024 threads per block, found {threads}")
     if contract.cluster_size > 16:
         raise FormatError(
-            f"{where}: expected at most 16 blocks a cluster, found {contract.cluster_size}"
+            f"{where}: expected at most 16 blocks per cluster, found {contract.cluster_size}"
         )
     if not 0 <= contract.dynamic_shared_memory < _LIMIT:
         raise FormatError(f"{where}: expected dynamic shared memory >= 0 bytes")

@@ -36,8 +36,16 @@ _LIMIT = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the cubin says it uses. Spills and local memory are in bytes per thread, shared memory
-    in bytes per block (static part only; the dynamic part is the contract's)."""
+    """What the cubin states that it uses.
+
+    Attributes:
+        registers: Registers per thread.
+        spill_stores: Bytes per thread that the compiler spills.
+        spill_loads: Bytes per thread that it loads back.
+        local_memory: Bytes of local memory per thread.
+        static_shared_memory: Bytes per CTA; the dynamic part is in the contract.
+
+    """
 
     registers: int
     spill_stores: int
@@ -48,10 +56,27 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cubin. ``model`` is None where the kernel does not depend on a model; ``numerics`` is
-    None where the kernel accumulates nothing over the hidden dimension. ``latency`` holds what one
-    call was measured to take, as (tokens, microseconds) with ascending tokens: it chooses among
-    variants that may all serve, and is empty where nothing was measured."""
+    """One cubin and how it is launched.
+
+    Attributes:
+        kernel: The kernel's name, a folder of ``build_kernels/kernels``.
+        model: The model that it is compiled for; None: it serves every model.
+        target: What it is compiled for, such as ``sm_90a``.
+        variant: Which of the kernel's compilations it is.
+        constants: The compile-time constants.
+        file: The content-addressed name of the cubin's file (``artifact_name``).
+        sha256: The digest of the file.
+        size: The size of the file in bytes.
+        symbol: The name of the kernel inside the cubin.
+        contract: How it is launched.
+        source_sha256: The digest of what the compiler reads: sources, constants and flags.
+        numerics: What decides the bits of its results; entries with the same tag give the same
+            bits. None: it accumulates nothing over the hidden dimension.
+        resources: What the cubin states that it uses.
+        latency: Measured (tokens, microseconds) of one call, ascending in tokens; empty: nothing
+            was measured. It chooses among entries that may all serve.
+
+    """
 
     kernel: str
     model: str | None
@@ -84,6 +109,8 @@ class Toolchain:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """Everything that one build made: its sources' digest, its toolchain, its cubins."""
+
     source_sha256: str
     toolchain: Toolchain
     entries: tuple[Entry, ...]

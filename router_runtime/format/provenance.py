@@ -59,6 +59,7 @@ class Marker:
 
     @property
     def file_name(self) -> str:
+        """The name of the marker's file in the artifacts folder."""
         return stem(self.distribution, self.version) + MARKER_SUFFIX
 
 
@@ -72,7 +73,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """Who made what of what.
+    """What a release consists of, and what it was built from and with.
 
     ``subjects``: name -> SHA-256 of every file: those beside the wheel by file name, those of its
     artifacts folder by their path inside it. ``changes``: what differed from ``commit``, empty if
@@ -91,6 +92,7 @@ class Statement:
 
     @property
     def clean(self) -> bool:
+        """Whether the sources were exactly those of ``commit``."""
         return not self.changes
 
 

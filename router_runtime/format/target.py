@@ -29,6 +29,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
+        """Return the target of that name. Raises FormatError for any other text."""
         match = _TARGET.fullmatch(text)
         if match is None:
             raise FormatError(
@@ -40,7 +41,7 @@ class Target:
         return f"sm_{self.major}{self.minor}{self.suffix}"
 
     def runs_on(self, major: int, minor: int) -> bool:
-        """True if a cubin for this target loads on a device of compute capability major.minor."""
+        """Return whether a cubin for this target loads on compute capability ``major.minor``."""
         if self.suffix == "a":
             return (major, minor) == (self.major, self.minor)
         return major == self.major and minor >= self.minor

@@ -523,7 +523,7 @@ if os.geteuid() == 0:  # only now: the interpreter may be where no other user ma
     assert not os.access("/", os.W_OK)
 
 import router_runtime as r
-from router_runtime.cli import doctor
+from router_runtime.cli import diagnosis, screen
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
 
 config = r.RouterConfig({H}, {E}, {K}, 1.5)
@@ -535,7 +535,7 @@ r.topk_select(torch.randn(3, 9), 2)
 folder = find_artifacts()
 for entry in read_manifest(folder).entries:
     read_cubin(entry, folder)
-doctor.examine(None, lambda line: None)
+list(screen.lines(diagnosis.diagnose(None)))
 assert not changes, changes
 print("served")
 """

@@ -134,7 +134,7 @@ def test_failure_lists_every_candidate_with_every_reason(build: SimpleNamespace)
     for reason in (
         "built for sm_100a, the device has compute capability 9.0",
         "HIDDEN is 7168, not 128",
-        "needs 307200 bytes of shared memory a block, the device has 232448",
+        "needs 307200 bytes of shared memory per block, the device has 232448",
         "needs a driver for CUDA 13.0, found CUDA 12.8",
         "serves tokens from 1 to 8, not 9",
         "unproven: no evidence",

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import router_runtime
 from router_runtime import Router, RouterConfig
+from router_runtime.cli import diagnosis, screen
 from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
@@ -449,7 +450,7 @@ def test_what_was_loaded_before_and_is_not_covered_is_told(
     load(release, fake.entries)
     with pytest.raises(TrustError, match="signature over"):
         kernels_on(0, unsigned)
-    with pytest.raises(TrustError, match="one read before it; build the Router anew"):
+    with pytest.raises(TrustError, match="one read before it; build the Router again"):
         before.load_entry(before.manifest.entries[0])
 
 
@@ -604,16 +605,16 @@ def test_recording_beside_a_signed_manifest_is_refused(release: Release, fake: A
 
 
 def test_doctor_says_what_is_required(release: Release, fake: Any) -> None:
-    from router_runtime.cli import doctor
-
-    lines: list[str] = []
     require(release)
-    assert doctor.examine(release.folder, lines.append)
-    said = next(line for line in lines if line.startswith("signature"))
-    assert "required: dsv4-router-runtime 0.1.0 of commit c0ffee" in said
+    found = diagnosis.diagnose(release.folder)
+    assert found.usable
+    assert "signature required: dsv4-router-runtime 0.1.0 of commit c0ffee" in "\n".join(
+        screen.lines(found)
+    )
     other_manifest(release, SimpleNamespace())
-    assert not doctor.examine(release.folder, lines.append)
-    assert "signature over" in lines[-1]
+    found = diagnosis.diagnose(release.folder)
+    assert not found.usable
+    assert "signature over" in found.problems[-1].text
 
 
 def test_the_digest_is_of_the_bytes_that_are_used(
