@@ -5,24 +5,32 @@ Kernels are tested against it, and the ops use it for CPU tensors. It favours be
 over being fast, and imports nothing of this package.
 
 Per token, with hidden state ``x`` (bf16, H), gate weight ``W`` (bf16, E x H), selection bias ``b``
-(fp32, E), scale ``r`` and ``k`` experts a token::
+(fp32, E), scale ``r`` and ``k`` experts, in numbered steps that everything else refers to:
 
-    logit[e]  = sum_h x[h] W[e, h]                     NaN is stored as 0x7fffffff
-    score[e]  = sqrt(softplus(clamp(logit[e])))        NaN logit: 0
-    key[e]    = fl32(score[e] + b[e])                  NaN logit or NaN key: -inf; -0: +0
-    ids       = the k experts of largest key           equal keys: the lower id first
-    weight[j] = (score[ids[j]] / (sum + 1e-20)) * r    sum in rank order
+1. ``logit[e] = sum over h of x[h] W[e, h]``, accumulated in fp32. A NaN is stored as 0x7fffffff.
+2. A NaN logit gives score 0 and key -inf. Every other logit is clamped to the finite fp32 range.
+3. ``score[e] = sqrt(softplus(logit[e]))``, with ``softplus(z) = max(z, 0) + log1p(exp(-|z|))``.
+4. ``key[e] = fl32(score[e] + b[e])``; -0 becomes +0, a NaN becomes -inf. The bias selects and never
+   enters a weight.
+5. ``ids`` = the k experts of largest key, in descending order; equal keys: the lower id first.
+   They are always k distinct ids.
+6. ``weight[j] = (score[ids[j]] / (sum + 1e-20)) * r``, where ``sum`` adds the k scores in rank
+   order, from left to right. Without renormalization ``weight[j] = score[ids[j]] * r``.
+7. A padding token gets k times the sentinel as its id, and zero weights.
 
-The bias selects and never enters the weights. Results are ``(weights fp32, ids int32)``.
+The steps after the first round every operation to fp32 once: no contraction, no flushed subnormals.
+Results are ``(weights fp32, ids int32)``.
 
-What an engine may pass in beside that, per token:
+A call may change the steps of some tokens:
 
-    image token    selected by another bias
-    given ids      those experts in that order instead of the selected ones; one outside [0, E)
-                   is no expert: its score is 0
-    padding token  k times no expert
-    no expert      weight 0; its id is the sentinel
-    expert map     physical id = map[id, row modulo count[id]], verbatim; no expert has no entry
+- An image token is selected by another bias, in step 4.
+- Given ids take the place of steps 4 and 5, in their order. An id outside [0, E) is no expert.
+- No expert: its score is 0, its weight 0, its id the sentinel.
+- An expert map replaces each id at the end: ``physical id = map[id, row modulo count[id]]``, taken
+  as it is. No expert is not mapped.
+- Mode ``hash``: ``ids = table[token]`` with weights 1/k, in place of all steps but the last. Mode
+  ``hash_gate``: ``ids = table[token]``, and weights by steps 1 to 3 and 6 at these experts. A token
+  outside the vocabulary gets k times no expert.
 """
 
 from __future__ import annotations
@@ -41,12 +49,12 @@ NO_EXPERT = -1
 
 
 def dense_logits64(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """``x @ W.T`` in float64: exact products, one float64 accumulation. ``[N, E]`` float64."""
+    """Step 1 in float64, ``[N, E]``: exact products, one float64 accumulation."""
     return hidden_states.double() @ weight.double().T
 
 
 def dense_logits(hidden_states: Tensor, weight: Tensor, k_chunk: int | None = None) -> Tensor:
-    """The router's logits, ``[N, E]`` fp32.
+    """The logits of step 1, fp32 ``[N, E]``.
 
     With ``k_chunk``, the hidden dimension is cut into chunks of that many elements; each chunk's
     sum is rounded to fp32 and the chunks are added in ascending order, starting from chunk 0's, in
@@ -64,22 +72,19 @@ def dense_logits(hidden_states: Tensor, weight: Tensor, k_chunk: int | None = No
 
 
 def sqrt_softplus64(logits: Tensor) -> Tensor:
-    """``sqrt(softplus(z))`` in float64, with softplus(z) = max(z, 0) + log1p(exp(-|z|)).
-
-    A NaN logit gives 0; the others are clamped to the finite fp32 range first.
-    """
+    """The scores of steps 2 and 3 in float64: ``sqrt(softplus(z))``, 0 for a NaN logit."""
     z = logits.double().clamp(-LOGIT_MAX, LOGIT_MAX)
     score = torch.sqrt(z.clamp(min=0.0) + torch.log1p(torch.exp(-z.abs())))
     return torch.where(logits.isnan(), torch.zeros_like(score), score)
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
-    """The scores in fp32: computed in float64 and rounded once."""
+    """The scores of steps 2 and 3 in fp32: computed in float64 and rounded once."""
     return sqrt_softplus64(logits).float()
 
 
 def selection_keys(scores: Tensor, bias: Tensor, logits: Tensor) -> Tensor:
-    """``fl32(score + bias)``: what experts are ranked by. Never NaN, never -0.
+    """The keys of step 4, ``fl32(score + bias)``: never NaN, never -0.
 
     ``logits`` are needed because a NaN logit ranks as -inf whatever its bias is.
     """
@@ -89,7 +94,7 @@ def selection_keys(scores: Tensor, bias: Tensor, logits: Tensor) -> Tensor:
 
 
 def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in descending order: ``(values fp32, ids int32)``.
+    """The k largest of each row, in descending order: ``(values fp32, ids int32)``. Step 5 on keys.
 
     Equal scores: the lower id first. NaN ranks as -inf and is returned unchanged; +0 and -0 tie.
     """
@@ -100,10 +105,7 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def routing_weights(scores: Tensor, scale: float, renormalize: bool = True) -> Tensor:
-    """Weights of the chosen experts from their fp32 scores ``[N, k]`` in rank order.
-
-    Every operation is one fp32 rounding: the sum from left to right, the division, the product.
-    """
+    """The weights of step 6, from the fp32 scores ``[N, k]`` of the experts in rank order."""
     r = torch.tensor(scale, dtype=torch.float32, device=scores.device)
     if not renormalize:
         return scores * r
@@ -126,7 +128,7 @@ def activation_topk(
     given_ids: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``.
+    """Steps 2 to 7: from fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``.
 
     ``image_mask`` and ``padding`` are bool ``[N]``; ``image_bias`` fp32 ``[E]``; ``given_ids``
     integers ``[N, k]``. No expert is ``NO_EXPERT``.
@@ -164,11 +166,11 @@ def padding_rows(
 def physical_ids(
     ids: Tensor, rows: Tensor, expert_map: Tensor, replica_counts: Tensor, sentinel: int
 ) -> Tensor:
-    """``expert_map[id, row modulo replica_counts[id]]``, verbatim; the sentinel for ``NO_EXPERT``.
+    """``expert_map[id, row modulo replica_counts[id]]``; the sentinel for ``NO_EXPERT``.
 
     ``ids`` ``[N, k]``, ``rows`` their numbers in the batch ``[N]``, ``expert_map`` ``[E, R]``,
-    ``replica_counts`` ``[E]``. A count outside [1, R] is taken for the nearest in it. An entry of
-    the map is returned whatever it is: a negative one means nothing here.
+    ``replica_counts`` ``[E]``. A count outside [1, R] counts as the nearest one in it. An entry of
+    the map is returned as it is: a negative one has no meaning here.
     """
     experts = ids.clamp(min=0).long()
     counts = replica_counts[experts].clamp(1, expert_map.shape[1])
@@ -190,7 +192,7 @@ def dense_router(
     renormalize: bool = True,
     k_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From hidden states ``[N, H]`` to ``(weights [N, k], ids [N, k])``."""
+    """Steps 1 to 6: from hidden states ``[N, H]`` to ``(weights [N, k], ids [N, k])``."""
     logits = dense_logits(hidden_states, weight, k_chunk)
     return activation_topk(logits, bias, k, scale, renormalize)
 
@@ -198,7 +200,7 @@ def dense_router(
 def hash_router(
     token_ids: Tensor, table: Tensor, k: int, sentinel: int = -1, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``ids = table[token]``, verbatim, with uniform weights 1/k.
+    """``ids = table[token]``, as they are there, with equal weights 1/k.
 
     A token outside [0, vocab) and a padding token get the sentinel in every id and zero weights;
     the table is not read for them.
@@ -234,7 +236,7 @@ def hash_gate(
     image_bias: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``ids = table[token]``, verbatim; weights from the scores of exactly these experts.
+    """``ids = table[token]``, as they are there; weights by steps 1 to 3 and 6 at these experts.
 
     A token outside [0, vocab) gets the sentinel in every id and zero weights, and so does one of
     ``padding`` (bool ``[N]``). An image token (``image_mask``, bool ``[N]``) is not looked up: it

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
-from collections.abc import Iterator
+import tokenize
 from pathlib import Path
 
-import click
-import pytest
+from build_kernels.cli import main
+from tests.pages import PAGES, ROOT, code, every_page, wrong_commands
 
-from build_kernels import cli as build_kernels
-from router_runtime.cli import main as router_runtime
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    path
-    for pattern in ("*.md", "router_runtime/*.md", "build_kernels/kernels/**/*.md")
-    for path in sorted(ROOT.glob(pattern))
-]
 #: Folders that a path in a page starts with.
 FOLDERS = ("artifacts/", "build_kernels/", "router_runtime/", "tests/", ".ci/", ".github/")
 #: Made by a build, or placeholders.
 NOT_TRACKED = re.compile(r"[<*]|NAME|artifacts/(manifest\.json|evidence/)")
-COMMANDS = {"build-kernels": build_kernels.main, "router-runtime": router_runtime.main}
-
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def code(page: Path) -> Iterator[str]:
-    """The inline code of a page (what it names) and the lines of its code blocks."""
-    prose = []
-    for index, part in enumerate(re.split(r"^```.*$", page.read_text(), flags=re.MULTILINE)):
-        if index % 2:
-            yield from part.splitlines()
-        else:
-            prose.append(part)
-    yield from (" ".join(found.split()) for found in re.findall(r"`([^`]+)`", "".join(prose)))
 
 
 def test_there_are_pages() -> None:
@@ -70,16 +49,41 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 @every_page
-def test_commands_and_their_options_exist(page: Path) -> None:
-    for text in code(page):
-        for found in re.finditer(r"(build-kernels|router-runtime) ([a-z-]+)([^#|(,]*)", text):
-            name, command, rest = found.groups()
-            group = COMMANDS[name]
-            assert command in group.commands, text
-            options = {
-                option
-                for parameter in group.commands[command].params
-                if isinstance(parameter, click.Option)
-                for option in parameter.opts
-            }
-            assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options, text
+def test_commands_of_the_builder_exist(page: Path) -> None:
+    assert wrong_commands(page, "build-kernels", main) == []
+
+
+# --- docstrings and comments ---------------------------------------------------------------------
+
+SOURCES = [
+    path
+    for folder in ("build_kernels", "router_runtime", "tests")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".cu", ".cuh", ".toml", ".in") and path != Path(__file__)
+] + [ROOT / "Makefile", ROOT / "pyproject.toml", *sorted((ROOT / ".github").rglob("*.yml"))]
+
+
+def prose(path: Path) -> str:
+    """Docstrings and comments of a file, or all of it where it is not Python."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return text
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found += [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return "\n".join(found)
+
+
+def test_files_that_comments_name_exist() -> None:
+    names = {path.name for path in [*SOURCES, *PAGES]}
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in SOURCES
+        for name in re.findall(r"(?<![\w.*<>{-])[A-Za-z_]\w*\.(?:py|cuh?|toml|md)\b", prose(path))
+        if name not in names and not name.startswith("NAME.")
+    }
+    assert found == set()
