@@ -59,7 +59,7 @@ test-oldest: .venv-oldest/.torch ## The same with the oldest torch and driver bi
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
 
-# The loader asks for one kernel parameter too many, to see that there is none: no error of ours.
+# The loader queries one kernel parameter too many on purpose, so errors of API calls are not reported.
 .PHONY: sanitize
 sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer; options: SANITIZE="dense_router_prefill/dsv4-pro"
 	for tool in memcheck racecheck synccheck; do \

@@ -51,7 +51,7 @@ def check_weights(
         reference: Of the same rows.
         inputs: Where ``scale`` and ``renormalize`` are.
         weights: fp32 ``[N, k]``.
-        ids: The chosen experts ``[N, k]``, whatever their order.
+        ids: The chosen experts ``[N, k]``, in any order.
         missing: Marks positions without an expert, bool ``[N, k]``: their score is 0, and their
             weight must be +0.
 
@@ -75,7 +75,7 @@ def check_weights(
     wrong = ~(inside & ((weights.view(torch.int32) == 0) | ~none)).all(dim=1)
     error = (found - exact).abs()
     bound = torch.where(found < exact, exact - allowed.low, allowed.high - exact)
-    # Below this a weight is noise of the subnormals, and its relative error says nothing.
+    # Below this the roundings of subnormals dominate, and a relative error means nothing.
     relative = torch.where(exact > 1e-12 * scale, error / exact, torch.zeros_like(error))
     worst = {"weight": _largest(error / bound), "weight_relative": _largest(relative)}
     problems = [report(wrong, "weights out of bounds", weights, exact)] if wrong.any() else []

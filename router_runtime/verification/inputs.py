@@ -105,7 +105,7 @@ def _hash_gate(case: Case, random: Random) -> Inputs:
     table = random.integers(0, sizes["experts"], sizes["vocab"], sizes["top_k"])
     match case.pattern:
         case "repeated":
-            # Rows come back verbatim, also where an expert stands in one twice.
+            # Rows are returned verbatim, also where one holds an expert twice.
             table = table[:, :1].expand_as(table)
         case "one_expert":
             table = torch.full_like(table, sizes["experts"] - 1)

@@ -81,7 +81,7 @@ def judge(
         oracle: The expected results of the case.
         values: Weights, or for ``topk_select`` the selected values: fp32 ``[N, k]`` on the CPU.
         ids: int32 or int64 ``[N, k]`` on the CPU.
-        logits: What a dense kernel stored, fp32 ``[N, E]``, if it was asked to.
+        logits: What a dense kernel stored, fp32 ``[N, E]``, if it stored them.
         logical_ids: ``[N, k]`` where the inputs have an expert map; ``ids`` are then physical.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Expert j must be ranked before expert i if the lowest possible key of j is above the highest
 possible key of i, or if the two tie exactly and j has the lower id, or if both have the same inputs
-(hence the same key, whatever it is) and j has the lower id. A row in which these rules leave only
+(hence the same key) and j has the lower id. A row in which these rules leave only
 one outcome is *clear*: its ids are the same for every correct kernel.
 """
 

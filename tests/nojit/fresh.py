@@ -1,10 +1,10 @@
 """An environment that holds the installed package, torch, cuda-python and nothing else.
 
-``python -m tests.nojit.fresh`` shows on this machine, with its GPU if there is one, that serving
-compiles nothing, writes nothing and starts nothing, and says what it found. If that fails, it says
-what is in the environment, everything that the process said, and which of the locks it ran into:
-those without which it goes through. ``--verify`` examines the kernels first and uses that as
-evidence, for when there is none or it is stale.
+``python -m tests.nojit.fresh`` checks on this machine, with its GPU if there is one, that serving
+compiles nothing, writes no file and starts no process, and prints what it found. If that fails, it
+prints what is in the environment, the output of the process, and which of the locks stopped it:
+those without which it succeeds. ``--verify`` first runs the oracle suite on the kernels and uses
+the result as evidence, for a checkout whose evidence is missing or stale.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def make_site(into: Path, artifacts: Path) -> Path:
 
 
 def run(site: Path, device: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Serve from ``site``: no PATH, an empty home and working folder that must stay empty but for
-    an empty cache of the driver's, no compilation by the driver. Adds what was left in those
-    folders to the output and fails for it. ``without`` names locks to leave open.
+    """Run ``serve`` in ``site``, with no PATH, an empty home folder and an empty working folder.
+
+    Files that are in those folders afterwards are added to the output and make the run fail, except
+    an empty cache of the driver. ``without`` names locks that are left open.
     """
     home = site.with_name("-without-".join((site.name + "-home", *without)))
     home.mkdir()
@@ -101,13 +102,13 @@ def run(site: Path, device: str, without: tuple[str, ...] = ()) -> subprocess.Co
 
 
 def report(done: subprocess.CompletedProcess[str]) -> str:
-    """All that a run said."""
+    """The exit status and the output of a run."""
     return f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 def exchange_for_ptx(folder: Path, target: str) -> None:
-    """Put PTX in the place of the target's first cubin, and its digest and size in the manifest: a
-    driver that was given it would compile it.
+    """Replace the target's first cubin by PTX, which a driver would compile, and its digest and
+    size in the manifest.
     """
     code = PTX.replace(b"sm_90a", target.encode())
     sha256 = hashlib.sha256(code).hexdigest()
@@ -129,17 +130,17 @@ def _files(folder: Path) -> list[str]:
 def _closure() -> set[str]:
     """The installed distributions that ``ROOTS`` require, without compilers."""
     found: set[str] = set()
-    asked: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     waiting = [(root, "") for root in ROOTS]
     while waiting:
         name, extra = waiting.pop()
-        if (name, extra) in asked or name.startswith(ABSENT):
+        if (name, extra) in seen or name.startswith(ABSENT):
             continue
-        asked.add((name, extra))
+        seen.add((name, extra))
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # if it matters, the import fails and says so
+            continue  # if it matters, the import fails with its name
         found.add(name)
         for line in distribution.requires or []:
             requirement = Requirement(line)
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verified(folder: Path, copy: Path) -> Path:
-    """A copy with evidence that is made now."""
+    """A copy of an artifacts folder, with evidence of this very run."""
     from router_runtime.verification import verify
 
     copy.mkdir()
@@ -209,7 +210,7 @@ def _verified(folder: Path, copy: Path) -> Path:
 
 
 def _environment() -> str:
-    """What a site consists of on this machine."""
+    """The Python and the distributions of a site on this machine, one per line."""
     lines = [f"python {sys.version} at {sys.executable}"]
     for name in sorted(_closure()):
         distribution = importlib.metadata.distribution(name)

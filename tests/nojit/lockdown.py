@@ -1,9 +1,9 @@
 """Locks on a process: what compiles, writes, starts children or reaches a network fails there.
 
-``enter`` makes compilers look uninstalled. ``seal`` has three locks, by name: ``hook`` refuses, and
-remembers, what Python code tries; the other two are the kernel's, and hold for every library in the
-process: with ``limit`` no file grows, with ``filter`` none is made, renamed or removed, no program
-starts and no internet socket opens. Linux; plain standard-library Python.
+``enter`` makes compilers look uninstalled. ``seal`` closes three locks. ``hook`` is an audit hook:
+it refuses and remembers what Python code tries. The other two are enforced by the Linux kernel on
+every library in the process: with ``limit`` no file grows; with ``filter`` no file is made, renamed
+or removed, no program starts and no internet socket opens. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _present: set[str] = set()
 
 
 class _Without:
-    """A finder of modules that does not find some. Whoever asks whether one is there is told that
-    it is not, as torch asks when it initialises CUDA; an error for an answer would end that.
+    """A module finder that does not find some modules. It returns None for them instead of raising,
+    because torch looks for some of them when it initialises CUDA and would stop at an error.
     """
 
     def __init__(self, finder: Any, absent: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ class _Without:
 
 
 def _callers() -> str:
-    """Who called what an audit hook was told of, the innermost first."""
+    """The call stack of the event that an audit hook handles, innermost frame first."""
     found: list[str] = []
     frame = sys._getframe(2)
     while frame is not None and len(found) < 12:
@@ -84,7 +84,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def enter(absent: tuple[str, ...] = COMPILERS) -> None:
-    """Make compilers, or other modules, look uninstalled, for good."""
+    """Make compilers, or other modules, look uninstalled until the process ends."""
     sys.meta_path[:] = [_Without(finder, absent) for finder in sys.meta_path]
 
 
@@ -99,13 +99,13 @@ def _in_memory(parts: tuple[str, ...]) -> set[str]:
 
 
 def driver_compilers() -> list[str]:
-    """Which of the driver's own compilers are in memory."""
+    """The driver's own compiler libraries that are in memory, sorted."""
     return sorted(_in_memory(DRIVER_LIBRARIES))
 
 
 def violations() -> list[str]:
-    """What was tried since ``seal``, what runs beside this process, and which compilers it has
-    loaded beyond those that were there: torch loads NVRTC when it is imported, used or not.
+    """What has violated the locks since ``seal``: refused attempts, child processes, and compiler
+    libraries that were not loaded before. torch loads NVRTC when it is imported, used or not.
     """
     found = list(_violations)
     for task in Path("/proc/self/task").iterdir():
@@ -163,9 +163,10 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 
 
 def seal(without: tuple[str, ...] = ()) -> None:
-    """Refuse writes, children and connections on every thread of this process, for good. Raises
-    OSError if the kernel does not take part. ``without`` names the locks to leave open, to see
-    which of them somebody runs into.
+    """Refuse writes, child processes and connections on every thread until the process ends.
+
+    ``without`` names locks that are left open, to find out which of them a fault runs into. Raises
+    OSError if the Linux kernel does not support the filter.
     """
     if "limit" not in without:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # SIGXFSZ is ignored by Python: EFBIG

@@ -1,8 +1,8 @@
 """Run every op, and every kernel that a Router may pick, in a process that can compile nothing.
 
-``python -I -S -B serve.py SITE DEVICE``, with ``SITE`` made by ``fresh.make_site``; after that,
-names of locks to leave open. Prints one line for each op and exits with 0; or says what went wrong,
-or what was tried, and exits with 1.
+``python -I -S -B serve.py SITE DEVICE [LOCK...]``, with ``SITE`` made by ``fresh.make_site`` and
+the names of locks to leave open. Prints one line for each op and exits with 0; or prints what
+failed or was refused and exits with 1.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ NO_COMPILER = {221: "CUDA_ERROR_JIT_COMPILER_NOT_FOUND", 223: "CUDA_ERROR_JIT_CO
 
 
 def ptx_in_the_driver(device: str) -> int:
-    """A control after all serving: what the driver says to PTX, from loading it to the function.
-    0 if it has compiled it.
-    """
+    """The CUresult of loading PTX after all serving, as a control: 0 if the driver compiled it."""
     import torch
 
     from router_runtime.device import driver
@@ -93,8 +91,9 @@ def ptx_in_the_driver(device: str) -> int:
 
 
 def would_have_compiled(compilers: list[str], control: int) -> list[str]:
-    """What is wrong with a process that had those of the driver's compilers in memory when it had
-    served. One that then refuses PTX has compiled none, and neither has one without a compiler.
+    """The problems of a process that had these compilers of the driver in memory after serving.
+
+    If it then refused PTX (``control``), or had no compiler in memory, it cannot have compiled.
     """
     said = NO_COMPILER.get(control, f"CUresult {control}" if control else "compiled")
     print(f"the driver's compilers after serving: {compilers or 'none'}; PTX then: {said}")
@@ -123,7 +122,7 @@ def models(device: str) -> list[dict[str, int]]:
 
 
 def run_ops(model: dict[str, int], device: str) -> None:
-    """Every op of the package in every form, once for each kernel that its Router may pick."""
+    """Run every op of the package in every form, once per kernel that its Router may pick."""
     import torch
 
     from router_runtime import register_router

@@ -1,4 +1,4 @@
-"""What must hold for any bit pattern whatever, by property-based testing of spec.py."""
+"""What must hold for any bit pattern, by property-based tests of spec.py."""
 
 from __future__ import annotations
 

@@ -466,7 +466,7 @@ def misbehave(outputs, action):
 
 
 def leave_last_row(_, values, ids, __):
-    # What an unwritten element holds: whatever was there before.
+    # What an unwritten element holds: its old content.
     values[-1] = element_after(values)
     ids[-1] = element_after(ids)
 

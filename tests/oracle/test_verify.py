@@ -35,7 +35,7 @@ SERVING = (
     "ids_out_i64 logical_ids_out logical_ids_out_i64"
 )
 SCORED = f"{SERVING} image_mask image_bias given_ids_i32 given_ids_i64"
-#: What the kernels are launched with; repacked weights stand under the name of their matrix.
+#: The launch arguments of each kernel; repacked weights have the name of their matrix.
 PARAMETERS = {
     "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k"
     + SERVING,
