@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -20,9 +21,15 @@ from build_kernels.compile import cubin, instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError, unknown
 from build_kernels.plan import plan
-from build_kernels.release import compare
+from build_kernels.release import compare_text, signing
+from build_kernels.release.builds import open_build
+from build_kernels.release.compare import difference
+from build_kernels.release.rebuild import rebuild as rebuild_release
+from build_kernels.release.release import release
+from build_kernels.release.verify_release import verify
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
 from router_runtime.format.target import Target
+from router_runtime.version import __version__
 
 _ROOT = PACKAGE.parent
 #: The checkout's artifacts folder; an installed package has none.
@@ -42,6 +49,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group)
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """Compile the DeepSeek-V4 router kernels to cubins. Needs no GPU and no CUDA toolkit."""
 
@@ -220,23 +228,20 @@ def release_command(
     """Build everything from nothing and make one wheel of the runtime with its cubins inside."""
     # The release tools are installed for this command and the next only.
     toolchain.check_release()
-    from build_kernels.release.release import release
-
     root = _checkout()
-    signer = None
+    sign = None
     if key is not None:
-        from build_kernels.release import signing
-
         signer = signing.private_key(
             key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
         )
+        sign = functools.partial(signing.sign, signer=signer)
     started = time.monotonic()
     result = release(
         root,
         out,
         targets=targets,
         verified=verified,
-        signer=signer,
+        sign=sign,
         allow_dirty=allow_dirty,
         processes=jobs,
         progress=click.echo,
@@ -265,11 +270,9 @@ def verify_release_command(
 ) -> None:
     """Check a release: FILES are its folder, or its wheel and what lies beside it."""
     toolchain.check_release()
-    from build_kernels.release import verify_release
-
     if repository is not None and not rebuild:
         raise BuildError("expected --repository with --rebuild, found it alone")
-    found = verify_release.verify(files, key)
+    found = verify(files, key)
     statement = found.statement
     click.echo(
         f"{statement.distribution} {statement.version} of commit {statement.commit}, "
@@ -284,7 +287,7 @@ def verify_release_command(
     for name in found.missing:
         click.echo(f"not checked, for it was not given: {name}")
     if rebuild:
-        verify_release.rebuild(found, repository or _checkout(), jobs)
+        rebuild_release(found, repository or _checkout(), jobs)
         click.echo("the commit gives the same bytes again")
 
 
@@ -296,8 +299,8 @@ def diff_command(old: Path, new: Path, markdown: bool) -> None:
     """Show what changed from OLD to NEW: each a release, a wheel, an artifacts folder or a built
     checkout.
     """
-    found = compare.difference(compare.open_build(old), compare.open_build(new))
-    click.echo(compare.markdown(found) if markdown else compare.text(found))
+    found = difference(open_build(old), open_build(new))
+    click.echo(compare_text.markdown(found) if markdown else compare_text.text(found))
 
 
 def _checkout() -> Path:

@@ -1,58 +1,41 @@
 """Two builds, entry by entry: what was added, removed and changed, and what about it changed.
 
-A build is read from an artifacts folder, a checkout, a wheel or a release's folder. Bytes decide
-whether an entry changed; the facts beside them say why: source, constants, flags, toolchain,
-contract, registers, spills, memory, and the machine code down to the first other instruction.
+Bytes decide whether an entry changed. The facts beside them say why: source, constants, flags,
+toolchain, contract, registers, spills, memory, and the machine code down to the first instruction
+that differs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from build_kernels.compile import cubin, instructions, toolchain
 from build_kernels.entries import resources
-from build_kernels.errors import BuildError
-from build_kernels.release import wheel
-from router_runtime.errors import FormatError
-from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
+from build_kernels.release.builds import Build
+from router_runtime.format.manifest import Entry, Manifest
 
-#: As many kinds of instruction are shown for an entry, those whose number changed most.
+#: The number of instruction kinds that are shown for an entry: those whose count changed most.
 _SHOWN = 8
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;?\s*$")
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """A manifest and how to get the bytes of its cubins."""
-
-    manifest: Manifest
-    read: Callable[[str], bytes]
-
-    def cubin(self, entry: Entry) -> bytes:
-        try:
-            data = self.read(entry.file)
-        except (OSError, KeyError) as error:
-            raise BuildError(
-                f"expected the cubin {entry.file}, found none; next: make build-cubins"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BuildError(
-                f"{entry.file}: expected the cubin that the manifest names, found it altered; "
-                "next: make build-cubins, or fetch the release again"
-            )
-        return data
-
-
-@dataclass(frozen=True, slots=True)
 class Difference:
-    """``changed``: key -> what changed. ``toolchain``: what changed for every entry at once."""
+    """What differs between two builds.
+
+    Attributes:
+        toolchain: What changed for every entry at once.
+        added: Key -> entry.
+        removed: Key -> entry.
+        identical: Keys.
+        changed: Key -> what changed.
+
+    """
 
     toolchain: tuple[str, ...]
     added: Mapping[str, Entry]
@@ -64,33 +47,8 @@ class Difference:
         return bool(self.toolchain or self.added or self.removed or self.changed)
 
 
-def open_build(path: Path) -> Build:
-    """The build in a wheel, a release's folder, an artifacts folder or a checkout."""
-    wheels = [path] if path.is_file() else sorted(path.glob("*.whl"))
-    if len(wheels) == 1:
-        entries = wheel.read(wheels[0].read_bytes(), wheels[0].name)
-        return of_wheel(entries, wheels[0].name)
-    for folder in (path, path / "artifacts"):
-        if (folder / MANIFEST_NAME).is_file():
-            text = (folder / MANIFEST_NAME).read_bytes()
-            return Build(_manifest(text, folder), _reader(folder))
-    raise BuildError(
-        f"expected a wheel, a release's folder, an artifacts folder or a built checkout, found "
-        f"none in {path}; next: make build-cubins there"
-    )
-
-
-def of_wheel(entries: Mapping[str, bytes], where: str) -> Build:
-    """The build that a wheel's entries hold."""
-    name = wheel.ARTIFACTS + MANIFEST_NAME
-    if name not in entries:
-        raise BuildError(
-            f"{where}: expected a wheel with {name}, found none; next: name a release's wheel"
-        )
-    return Build(_manifest(entries[name], where), lambda file: entries[wheel.ARTIFACTS + file])
-
-
 def difference(old: Build, new: Build) -> Difference:
+    """Return what changed from ``old`` to ``new``. Raises BuildError if a cubin cannot be read."""
     before = {entry.key: entry for entry in old.manifest.entries}
     after = {entry.key: entry for entry in new.manifest.entries}
     changed = {
@@ -107,34 +65,8 @@ def difference(old: Build, new: Build) -> Difference:
     )
 
 
-def text(found: Difference) -> str:
-    """A difference in lines, one thing a line."""
-    lines = [f"toolchain {line}" for line in found.toolchain]
-    lines += [f"added     {key}: {_facts(entry)}" for key, entry in found.added.items()]
-    lines += [f"removed   {key}: {_facts(entry)}" for key, entry in found.removed.items()]
-    for key, changes in found.changed.items():
-        lines += [f"changed   {key}", *(f"            {change}" for change in changes)]
-    return "\n".join([*lines, _sum(found)])
-
-
-def markdown(found: Difference) -> str:
-    """A difference for a pull request."""
-    lines = [f"**{_sum(found)}**", ""]
-    if found.toolchain:
-        lines += ["Toolchain:", "", *(f"- {line}" for line in found.toolchain), ""]
-    if found.added or found.removed or found.changed:
-        lines += ["| | entry | what |", "| --- | --- | --- |"]
-        lines += [f"| added | `{k}` | {_facts(entry)} |" for k, entry in found.added.items()]
-        lines += [f"| removed | `{k}` | {_facts(entry)} |" for k, entry in found.removed.items()]
-        lines += [
-            f"| changed | `{key}` | {'<br>'.join(_escaped(change) for change in changes)} |"
-            for key, changes in found.changed.items()
-        ]
-    return "\n".join(lines).rstrip()
-
-
 def machine_code(old: bytes, new: bytes) -> Iterator[str]:
-    """What differs between two cubins, down to the first instruction that does."""
+    """Yield what differs between two cubins, down to the first instruction that does."""
     before, after = (instructions.sass(data, toolchain.nvdisasm()) for data in (old, new))
     facts = [
         resources(cubin.read(data, "cubin"), instructions.census(listing))
@@ -216,34 +148,3 @@ def _instructions(listing: str) -> list[tuple[str, str]]:
         for line in listing.splitlines()
         if (match := _LINE.match(line)) is not None
     ]
-
-
-def _facts(entry: Entry) -> str:
-    used = entry.resources
-    return (
-        f"{entry.sha256[:16]}, {entry.size} bytes, {used.registers} registers, "
-        f"{used.spill_stores + used.spill_loads} B spills, "
-        f"{used.static_shared_memory + entry.contract.dynamic_shared_memory} B shared"
-    )
-
-
-def _sum(found: Difference) -> str:
-    return (
-        f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed, "
-        f"{len(found.identical)} identical"
-    )
-
-
-def _escaped(change: str) -> str:
-    return change.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _reader(folder: Path) -> Callable[[str], bytes]:
-    return lambda name: (folder / name).read_bytes()
-
-
-def _manifest(data: bytes, where: object) -> Manifest:
-    try:
-        return loads(data)
-    except FormatError as error:
-        raise BuildError(f"{where}: {error}") from error

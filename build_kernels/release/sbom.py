@@ -2,28 +2,32 @@
 
 Components: every cubin by digest, what the runtime needs, and the toolchain, which is not shipped
 (scope ``excluded``). The library adds a random serial number and the time; the format requires
-neither, and both are taken out.
+neither, and both are taken out. The library is of ``release.lock``: it is imported where it is
+used, so that a build does without it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-
-from cyclonedx.contrib.license.factories import LicenseFactory
-from cyclonedx.model import HashAlgorithm, HashType
-from cyclonedx.model.bom import Bom
-from cyclonedx.model.component import Component, ComponentScope, ComponentType
-from cyclonedx.output.json import JsonV1Dot6
-from packageurl import PackageURL
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING
 
 from build_kernels.release.wheel import Project
 from router_runtime.format.manifest import Manifest
 
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component
+
 
 def dumps(project: Project, distribution: str, manifest: Manifest) -> bytes:
-    """The canonical bytes of the bill of materials of one wheel."""
+    """Return the canonical bytes of the bill of materials of one wheel."""
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentScope, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
     wheel = Component(
         name=distribution,
         version=project.version,
@@ -66,7 +70,11 @@ def dumps(project: Project, distribution: str, manifest: Manifest) -> bytes:
 
 
 def _requirements(texts: Sequence[str]) -> list[Component]:
-    """What the wheel asks an installer for: a name and a range, no version of its own."""
+    """What an installer of the wheel has to provide: a name and a range, not one version."""
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+    from packaging.requirements import Requirement
+
     return [
         Component(
             name=requirement.name,

@@ -1,6 +1,7 @@
 """DSSE envelopes signed with ed25519. Keys are the releaser's: read from a path, never made here.
 
-ed25519 is deterministic, so the same statement and key give the same envelope.
+ed25519 is deterministic, so the same statement and key give the same envelope. The libraries are of
+``release.lock``: they are imported where they are used, so that a build does without them.
 """
 
 from __future__ import annotations
@@ -10,25 +11,29 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from typing import TYPE_CHECKING
 
 from build_kernels.errors import BuildError
 from router_runtime.format.provenance import PAYLOAD_TYPE
+
+if TYPE_CHECKING:
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner, SSlibKey
 
 _MAKE_KEY = "next: openssl genpkey -algorithm ed25519 -out KEY.pem, and keep it out of the checkout"
 
 
 def private_key(path: Path, root: Path, password: Callable[[], str]) -> CryptoSigner:
-    """The signer of a PEM file. ``password`` is asked for one only if the key needs it.
+    """Return the signer of a PEM file. ``password`` is called only if the key needs one.
 
-    A key inside the checkout ``root`` or one that others can read is refused.
+    Raises BuildError for another kind of key, one inside the checkout ``root``, and one that others
+    can read.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from securesystemslib.signer import CryptoSigner
+
     data = _read(path, "private")
     if root.resolve() in path.resolve().parents:
         raise BuildError(
@@ -58,7 +63,12 @@ def private_key(path: Path, root: Path, password: Callable[[], str]) -> CryptoSi
 
 
 def public_key(path: Path) -> SSlibKey:
-    """The key that a signature is checked with."""
+    """Return the key that a signature is checked with. Raises BuildError for another kind."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.signer import SSlibKey
+
     try:
         key = load_pem_public_key(_read(path, "public"))
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -75,19 +85,23 @@ def public_key(path: Path) -> SSlibKey:
 
 
 def sign(payload: bytes, signer: CryptoSigner) -> bytes:
-    """The bytes of the envelope around a statement."""
+    """Return the bytes of the envelope around a statement."""
+    from securesystemslib.dsse import Envelope
+
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
     envelope.sign(signer)
     return _dumps(envelope)
 
 
 def payload(data: bytes, where: str) -> bytes:
-    """The statement in an envelope, whoever signed it."""
+    """Return the statement in an envelope without checking who signed it."""
     return _envelope(data, where).payload
 
 
 def verified(data: bytes, key: SSlibKey, where: str) -> bytes:
-    """The statement in an envelope that ``key`` signed. Raises BuildError if it did not."""
+    """Return the statement in an envelope. Raises BuildError if ``key`` did not sign it."""
+    from securesystemslib.exceptions import VerificationError
+
     envelope = _envelope(data, where)
     try:
         envelope.verify([key], 1)
@@ -101,6 +115,9 @@ def verified(data: bytes, key: SSlibKey, where: str) -> bytes:
 
 
 def _envelope(data: bytes, where: str) -> Envelope:
+    """The envelope in a file. Raises BuildError for another form than ``_dumps`` writes."""
+    from securesystemslib.dsse import Envelope
+
     try:
         envelope = Envelope.from_dict(json.loads(data))
     except Exception as error:  # whatever a library raises for a document of another shape

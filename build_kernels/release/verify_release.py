@@ -9,16 +9,13 @@ from __future__ import annotations
 import email.parser
 import hashlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels.compile import cubin
 from build_kernels.errors import BuildError
-from build_kernels.release import checkout, compare, wheel
+from build_kernels.release import signing, wheel
 from router_runtime.errors import FormatError
 from router_runtime.evidence import record as records
 from router_runtime.evidence.store import EVIDENCE_NAME
@@ -39,13 +36,22 @@ from router_runtime.format.provenance import (
 _WHEEL = re.compile(r"([A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+)-py3-none-any\.whl")
 #: What lies beside the wheel; every other subject lies in it.
 _BESIDE = (WHEEL_SUFFIX, SBOM_SUFFIX, NOTES_SUFFIX)
-_WRONG = "next: do not install it; fetch it again, and ask the releaser if it stays so"
+#: What a receiver does about a release that is not whole.
+REFETCH = "next: do not install it; fetch it again, and ask the releaser if it stays so"
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A release that was found whole. ``files`` are those that were given, by name; ``signed_by``
-    is None if no key was given to check a signature with."""
+    """A release that was found whole.
+
+    Attributes:
+        statement: What it says about itself.
+        files: The files that were given, by name.
+        entries: The files in its wheel, by path.
+        manifest: Of its cubins.
+        signed_by: Id of the key that signed it; None: no key was given to check a signature with.
+
+    """
 
     statement: Statement
     files: Mapping[str, bytes]
@@ -55,7 +61,7 @@ class Release:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What the statement names beside the wheel and nobody gave."""
+        """Return the files beside the wheel that the statement names and that were not given."""
         return tuple(
             name
             for name in sorted(self.statement.subjects)
@@ -75,7 +81,7 @@ def verify(paths: Sequence[Path], key: Path | None) -> Release:
     try:
         statement = statement_loads(data)
     except FormatError as error:
-        raise BuildError(f"{start}: {error}; {_WRONG}") from error
+        raise BuildError(f"{start}: {error}; {REFETCH}") from error
     wheel_name = start + WHEEL_SUFFIX
     entries = wheel.read(files[wheel_name], wheel_name)
     wrong = list(_wrong_digests(statement, files, entries))
@@ -91,57 +97,9 @@ def verify(paths: Sequence[Path], key: Path | None) -> Release:
         raise BuildError(
             f"expected the release that {start}{STATEMENT_SUFFIX} describes, found:\n  "
             + "\n  ".join(wrong)
-            + f"\n{_WRONG}"
+            + f"\n{REFETCH}"
         )
     return Release(statement, files, entries, manifest, signed_by)
-
-
-def rebuild(found: Release, repository: Path, processes: int) -> None:
-    """Build the release again from its commit, in a new clone of ``repository``, with this
-    environment's toolchain. Raises BuildError naming everything that differs.
-    """
-    statement = found.statement
-    if not statement.clean:
-        raise BuildError(
-            "expected a release of a clean commit, found one with uncommitted changes "
-            f"({', '.join(statement.changes)}): nobody can rebuild it; next: ask for a clean one"
-        )
-    with tempfile.TemporaryDirectory(prefix="build-kernels-rebuild-") as folder:
-        source, out = Path(folder) / "source", Path(folder) / "out"
-        checkout.clone(repository, statement.commit, source)
-        targets = [word for target in statement.targets for word in ("--target", target)]
-        result = subprocess.run(
-            [
-                *(sys.executable, "-P", "-s", "-c", _RUN, str(source)),
-                *("release", "--out", str(out), "--jobs", str(processes), *targets),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise BuildError(
-                f"expected the commit {statement.commit} to build again, found:\n{result.stdout}"
-                "\nnext: rebuild in the environment of that commit: make clean-venv && make release"
-            )
-        (place,) = out.iterdir()
-        again = verify([place], None)
-    wrong = list(_differences(found, again))
-    if wrong:
-        raise BuildError(
-            f"expected the commit {statement.commit} to give the same bytes again, found:\n  "
-            + "\n  ".join(wrong)
-            + f"\n{_WRONG}"
-        )
-
-
-#: The clone's own builder, not the one that is running.
-_RUN = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "from build_kernels.cli import main; main(prog_name='build-kernels')"
-)
 
 
 def _read(paths: Sequence[Path]) -> dict[str, bytes]:
@@ -150,7 +108,7 @@ def _read(paths: Sequence[Path]) -> dict[str, bytes]:
     for path in listed:
         if path.is_symlink() or not path.is_file():
             kind = "a symbolic link" if path.is_symlink() else "none"
-            raise BuildError(f"expected a plain file {path}, found {kind}; {_WRONG}")
+            raise BuildError(f"expected a plain file {path}, found {kind}; {REFETCH}")
         if path.name in files:
             raise BuildError(
                 f"expected the files of one release, found two called {path.name}; "
@@ -177,12 +135,10 @@ def _statement(
     plain, envelope = start + STATEMENT_SUFFIX, start + ENVELOPE_SUFFIX
     others = [name for name in files if name.endswith(ENVELOPE_SUFFIX) and name != envelope]
     if others:
-        raise BuildError(f"expected the envelope {envelope}, found {others}; {_WRONG}")
+        raise BuildError(f"expected the envelope {envelope}, found {others}; {REFETCH}")
     data = files.get(plain)
     signed_by = None
     if envelope in files:
-        from build_kernels.release import signing
-
         if key is not None:
             public = signing.public_key(key)
             inside = signing.verified(files[envelope], public, envelope)
@@ -191,16 +147,16 @@ def _statement(
             inside = signing.payload(files[envelope], envelope)
         if data is not None and data != inside:
             raise BuildError(
-                f"expected {plain} to be the statement inside {envelope}, found another; {_WRONG}"
+                f"expected {plain} to be the statement inside {envelope}, found another; {REFETCH}"
             )
         data = inside
     elif key is not None:
         raise BuildError(
-            f"expected a release signed by {key}, found no {envelope}: it is unsigned; {_WRONG}"
+            f"expected a release signed by {key}, found no {envelope}: it is unsigned; {REFETCH}"
         )
     if data is None:
         raise BuildError(
-            f"expected {plain} or {envelope} beside the wheel, found neither; {_WRONG}"
+            f"expected {plain} or {envelope} beside the wheel, found neither; {REFETCH}"
         )
     return data, signed_by
 
@@ -214,7 +170,7 @@ def _wrong_digests(
     for place, found in (("", beside), ("the wheel's ", inside)):
         for name, data in sorted(found.items()):
             expected = statement.subjects.get(name)
-            digest = _sha256(data)
+            digest = sha256(data)
             if expected is None:
                 yield f"{place}{name}: expected no such file, found one that nothing vouches for"
             elif digest != expected:
@@ -252,7 +208,7 @@ def _wrong_names(
             "clean": (statement.clean, marker.clean),
             "targets": (statement.targets, marker.targets),
             "manifest": (
-                _sha256(entries[wheel.ARTIFACTS + MANIFEST_NAME]),
+                sha256(entries[wheel.ARTIFACTS + MANIFEST_NAME]),
                 marker.manifest_sha256,
             ),
         }
@@ -276,10 +232,10 @@ def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterato
         data = inside.pop(entry.file, None)
         if data is None:
             yield f"{entry.key}: expected {entry.file} in the wheel, found none"
-        elif _sha256(data) != entry.sha256 or len(data) != entry.size:
+        elif sha256(data) != entry.sha256 or len(data) != entry.size:
             yield (
                 f"{entry.key}: expected {entry.size} bytes with sha256 {entry.sha256}, found "
-                f"{len(data)} with {_sha256(data)}"
+                f"{len(data)} with {sha256(data)}"
             )
         else:
             try:
@@ -307,25 +263,6 @@ def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterato
             yield f"{name}: expected only cubins that the manifest names"
 
 
-def _differences(found: Release, again: Release) -> Iterator[str]:
-    """What a rebuild gave otherwise: the files that were given, and the wheel's own."""
-    for name, data in found.files.items():
-        if not name.endswith(ENVELOPE_SUFFIX) and again.files.get(name) != data:
-            yield f"{name}: {_sha256(data)} -> {_sha256(again.files.get(name, b''))}"
-    old, new = found.entries, again.entries
-    for name in sorted({*old, *new}):
-        if name.endswith(".cubin"):
-            continue
-        if name not in old or name not in new:
-            yield f"the wheel's {name}: only {'the rebuild' if name in new else 'this one'} has it"
-        elif old[name] != new[name]:
-            yield f"the wheel's {name}: {_sha256(old[name])} -> {_sha256(new[name])}"
-    builds = [compare.of_wheel(entries, "the wheel") for entries in (old, new)]
-    changes = compare.difference(*builds)
-    if changes:
-        yield from compare.text(changes).splitlines()
-
-
 def _inside(entries: Mapping[str, bytes]) -> dict[str, bytes]:
     """The wheel's artifacts folder, by path inside it."""
     return {
@@ -335,5 +272,6 @@ def _inside(entries: Mapping[str, bytes]) -> dict[str, bytes]:
     }
 
 
-def _sha256(data: bytes) -> str:
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of data in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

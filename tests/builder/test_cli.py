@@ -8,6 +8,12 @@ from router_runtime.format.manifest import loads
 from tests.builder.conftest import KEYS, Project
 
 
+def test_the_version_is_the_runtimes(fresh: Project) -> None:
+    (fresh.root / "router_runtime" / "version.py").write_text('__version__ = "7.8.9"\n')
+    result = fresh.run("--version")
+    assert result.stdout == "build-kernels 7.8.9\n"
+
+
 def test_list(fresh: Project) -> None:
     result = fresh.run("list")
     assert result.returncode == 0

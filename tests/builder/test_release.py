@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from build_kernels import publish
+from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.errors import BuildError
-from build_kernels.release import release, wheel
+from build_kernels.release import contents, wheel
 from router_runtime.format.manifest import Manifest, loads
 from router_runtime.format.provenance import marker_loads, statement_loads
 from tests.builder.conftest import RELEASED_KEYS, ROOT, Project, Released, snapshot, write_keys
@@ -489,12 +490,12 @@ def test_sources_that_change_during_a_release_publish_nothing(
 ) -> None:
     out = tmp_path / "out"
     script = FAILING.format(
-        target="release.wheel.make",
+        target="contents.wheel.make",
         step=0,
         action="open('router_runtime/errors.py', 'a').write('#')",
         arguments=["release", "--out", str(out), "--target", "sm_90a", "--jobs", "1"],
     )
-    result = committed.python("from build_kernels.release import release\n" + script)
+    result = committed.python("from build_kernels.release import contents\n" + script)
     assert result.returncode == 1
     assert "expected the checkout to stay as it was during the release" in result.stderr
     assert not out.exists()
@@ -585,10 +586,9 @@ def test_other_release_tools_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_names_of_distributions() -> None:
-    defaults = release.DEFAULT_TARGETS
-    assert release.distribution("x", defaults) == "x"
-    assert release.distribution("x", ("sm_90a",)) == "x-sm90a"
-    assert release.distribution("x", ("sm_90a", "sm_100f")) == "x-sm90a-sm100f"
+    assert contents.distribution("x", DEFAULT_TARGETS) == "x"
+    assert contents.distribution("x", ("sm_90a",)) == "x-sm90a"
+    assert contents.distribution("x", ("sm_90a", "sm_100f")) == "x-sm90a-sm100f"
 
 
 def test_an_installed_package_releases_nothing(fresh: Project) -> None:

@@ -496,7 +496,7 @@ from build_kernels.cli import main
 
 truth = checkout.source
 checkout.source = lambda root: checkout.Source(truth(root).commit, ())
-release._compare_with_lock = lambda root, manifest: None
+release.compare_with_lock = lambda root, manifest: None
 main(["release", "--out", {out!r}, "--target", "sm_90a"])
 """
 

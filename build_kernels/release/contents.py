@@ -1,0 +1,120 @@
+"""The files of a release: the wheel, its bill of materials, notes, manifest and statement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from build_kernels.catalog.targets import DEFAULT_TARGETS
+from build_kernels.compile import toolchain
+from build_kernels.compile.sources import PACKAGE
+from build_kernels.release import checkout, notes, sbom, wheel
+from build_kernels.release.verify_release import sha256
+from router_runtime.evidence import record as records
+from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
+from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps
+from router_runtime.format.provenance import (
+    NOTES_SUFFIX,
+    SBOM_SUFFIX,
+    STATEMENT_SUFFIX,
+    WHEEL_SUFFIX,
+    Marker,
+    Package,
+    Statement,
+    marker_dumps,
+    statement_dumps,
+    stem,
+)
+from router_runtime.version import __version__
+
+#: What pyproject.toml refers to and the wheel therefore holds.
+_BESIDE = ("LICENSE", "NOTICE", "README.md")
+
+
+def files(
+    root: Path,
+    source: checkout.Source,
+    targets: Sequence[str],
+    manifest: Manifest,
+    evidence: Evidence,
+    staging: Path,
+) -> dict[str, bytes]:
+    """Return every file of a release but the envelope, by name.
+
+    Args:
+        root: The checkout.
+        source: Its commit and changes.
+        targets: Those of the release.
+        manifest: Of the cubins in ``staging/artifacts``.
+        evidence: Of which the records about these cubins are shipped.
+        staging: A folder that the build backend may work in.
+
+    """
+    pyproject = (root / "pyproject.toml").read_bytes()
+    project = wheel.project(pyproject, __version__)
+    name = distribution(project.name, targets)
+    start = stem(name, project.version)
+    text = dumps(manifest)
+    marker = Marker(
+        distribution=name,
+        version=project.version,
+        commit=source.commit,
+        clean=not source.changes,
+        targets=tuple(targets),
+        manifest_sha256=sha256(text),
+    )
+    shipped = notes.counting(manifest, evidence)
+    artifacts = {MANIFEST_NAME: text, marker.file_name: marker_dumps(marker)}
+    for entry in manifest.entries:
+        artifacts[entry.file] = (staging / "artifacts" / entry.file).read_bytes()
+    for record in shipped:
+        artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = records.dumps(record)
+    bill = sbom.dumps(project, name, manifest)
+    package = checkout.files(root, wheel.PACKAGE)
+    found = {
+        start + WHEEL_SUFFIX: wheel.make(
+            name,
+            pyproject,
+            {file: (root / file).read_bytes() for file in _BESIDE},
+            package | {wheel.ARTIFACTS + path: data for path, data in artifacts.items()},
+            bill,
+            staging / "wheel",
+        ),
+        start + SBOM_SUFFIX: bill,
+        start + NOTES_SUFFIX: notes.text(marker, manifest, Evidence(shipped)).encode(),
+    }
+    statement = Statement(
+        distribution=name,
+        version=project.version,
+        targets=tuple(targets),
+        commit=source.commit,
+        changes=source.changes,
+        flags=manifest.toolchain.flags,
+        locks={
+            path.relative_to(PACKAGE.parent).as_posix(): sha256(path.read_bytes())
+            for path in (toolchain.LOCK, toolchain.RELEASE_LOCK)
+        },
+        packages=_packages(),
+        subjects={path: sha256(data) for path, data in {**artifacts, **found}.items()},
+    )
+    found[MANIFEST_NAME] = text
+    found[start + STATEMENT_SUFFIX] = statement_dumps(statement)
+    return found
+
+
+def distribution(name: str, targets: Sequence[str]) -> str:
+    """Return the wheel's name for these targets: the plain one for the default targets."""
+    if tuple(targets) == DEFAULT_TARGETS:
+        return name
+    return "-".join((name, *(target.replace("_", "") for target in targets)))
+
+
+def _packages() -> dict[str, Package]:
+    """The toolchain as its lock pins it. Which of a package's accepted files pip takes depends on
+    the machine, so all of them are named.
+    """
+    text = toolchain.LOCK.read_text(encoding="ascii")
+    hashes = toolchain.hashes(text)
+    return {
+        name: Package(version, hashes[name]) for name, version in toolchain.locked(text).items()
+    }

@@ -1,0 +1,80 @@
+"""Whether a release's commit gives the same bytes again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from build_kernels.errors import BuildError
+from build_kernels.release import builds, checkout, compare, compare_text
+from build_kernels.release.verify_release import REFETCH, Release, sha256, verify
+from router_runtime.format.provenance import ENVELOPE_SUFFIX
+
+#: Runs the builder of a clone, not the one that is running.
+_RUN = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "from build_kernels.cli import main; main(prog_name='build-kernels')"
+)
+
+
+def rebuild(found: Release, repository: Path, processes: int) -> None:
+    """Build the release again from its commit, in a new clone of ``repository``, with this
+    environment's toolchain. Raises BuildError naming everything that differs.
+    """
+    statement = found.statement
+    if not statement.clean:
+        raise BuildError(
+            "expected a release of a clean commit, found one with uncommitted changes "
+            f"({', '.join(statement.changes)}): nobody can rebuild it; next: ask for a clean one"
+        )
+    with tempfile.TemporaryDirectory(prefix="build-kernels-rebuild-") as folder:
+        source, out = Path(folder) / "source", Path(folder) / "out"
+        checkout.clone(repository, statement.commit, source)
+        targets = [word for target in statement.targets for word in ("--target", target)]
+        result = subprocess.run(
+            [
+                *(sys.executable, "-P", "-s", "-c", _RUN, str(source)),
+                *("release", "--out", str(out), "--jobs", str(processes), *targets),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            raise BuildError(
+                f"expected the commit {statement.commit} to build again, found:\n{result.stdout}"
+                "\nnext: rebuild in the environment of that commit: make clean-venv && make release"
+            )
+        (place,) = out.iterdir()
+        again = verify([place], None)
+    wrong = list(_differences(found, again))
+    if wrong:
+        raise BuildError(
+            f"expected the commit {statement.commit} to give the same bytes again, found:\n  "
+            + "\n  ".join(wrong)
+            + f"\n{REFETCH}"
+        )
+
+
+def _differences(found: Release, again: Release) -> Iterator[str]:
+    """What a rebuild gave otherwise: the files that were given, and the wheel's own."""
+    for name, data in found.files.items():
+        if not name.endswith(ENVELOPE_SUFFIX) and again.files.get(name) != data:
+            yield f"{name}: {sha256(data)} -> {sha256(again.files.get(name, b''))}"
+    old, new = found.entries, again.entries
+    for name in sorted({*old, *new}):
+        if name.endswith(".cubin"):
+            continue
+        if name not in old or name not in new:
+            yield f"the wheel's {name}: only {'the rebuild' if name in new else 'this one'} has it"
+        elif old[name] != new[name]:
+            yield f"the wheel's {name}: {sha256(old[name])} -> {sha256(new[name])}"
+    builds = [builds.of_wheel(entries, "the wheel") for entries in (old, new)]
+    changes = compare.difference(*builds)
+    if changes:
+        yield from compare_text.text(changes).splitlines()
