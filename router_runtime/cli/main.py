@@ -7,9 +7,11 @@ import importlib.util
 import click
 
 from router_runtime.cli.doctor import doctor
+from router_runtime.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="router-runtime %(version)s")
 def main() -> None:
     """Prebuilt DeepSeek-V4 router kernels: what this machine can serve, and whether it is right."""
 

@@ -63,7 +63,7 @@ def _forge(folder: Path, **changes: object) -> None:
     entries = wheel.read((folder / WHEEL).read_bytes(), WHEEL)
     found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != PLAIN}
     found |= {n.removeprefix(INSIDE): d for n, d in entries.items() if n.startswith(INSIDE)}
-    subjects = {name: verify_release._sha256(data) for name, data in found.items()}
+    subjects = {name: verify_release.sha256(data) for name, data in found.items()}
     forged = dataclasses.replace(statement, **{"subjects": subjects, **changes})  # type: ignore[arg-type]
     (folder / PLAIN).write_bytes(statement_dumps(forged))
 

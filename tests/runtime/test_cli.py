@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from router_runtime import version
 from router_runtime.cli import decisions, diagnosis, why
 from router_runtime.cli.main import main
 from router_runtime.device import driver
@@ -43,6 +44,11 @@ def run(folder: Path, *arguments: str) -> Result:
 def words(done: Result) -> str:
     """The output with every run of white space as one space: lines are aligned and wrapped."""
     return " ".join(done.output.split())
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.output == f"router-runtime {version.__version__}\n"
 
 
 @pytest.mark.usefixtures("verified")
