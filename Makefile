@@ -143,7 +143,7 @@ lock: ## Resolve the *.in files again into the *.lock files
 	$(LOCK_COMMAND) tests/oldest.in -o tests/oldest.lock
 
 clean: ## Remove what was built
-	rm -rf build dist artifacts/manifest.json artifacts/*.cubin
+	rm -rf build dist artifacts/manifest.json artifacts/inputs.json artifacts/*.cubin
 
 clean-venv: ## Remove the environments
 	rm -rf .venv .venv-test .venv-oldest

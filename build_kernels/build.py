@@ -1,8 +1,7 @@
 """Jobs -> cubins checked against their contracts -> entries -> one folder.
 
-A cubin of an earlier build is used again only if everything that goes into it is the same (sources,
-constants, flags, target, toolchain) and its bytes have the digest that its manifest names. Nothing
-is published unless every job has succeeded.
+A cubin of an earlier build is used again only if exactly the same goes into it (``reuse.py``) and
+its bytes have the digest that its manifest names. Nothing is published unless every job succeeded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from build_kernels.compile.instructions import Census
 from build_kernels.compile.job import Job
 from build_kernels.entries import identify, inspect
 from build_kernels.errors import BuildError
-from build_kernels.reuse import Reuse
+from build_kernels.reuse import INPUTS_NAME, Reuse, inputs_text
 from router_runtime.format.manifest import Entry, Manifest
 
 #: Called with one line for each job that has ended.
@@ -53,20 +52,22 @@ def build(
             "expected a plan with entries, found an empty plan; next: build-kernels list"
         )
     tools = toolchain.check()
-    before = plan.tree_digest()
+    before = plan.files_digest()
     with publish.locked(out):
         entries, cubins = [], {}
         for entry, data in make(jobs, Reuse((out, *reuse), tools), processes, progress):
             entries.append(entry)
             cubins[entry.file] = data
-        if plan.tree_digest() != before:
+        if plan.files_digest() != before:
             raise BuildError(
                 "expected the sources to stay as they were during the build, found them changed; "
                 "next: run the command again"
             )
         entries.sort(key=lambda entry: entry.key)
-        manifest = Manifest(source_sha256=before, toolchain=tools, entries=tuple(entries))
-        publish.publish(out, manifest, cubins)
+        manifest = Manifest(plan.tree_digest(), tools, tuple(entries))
+        by_key = {entry.key: entry for entry in entries}
+        inputs = inputs_text((job, by_key[job.key]) for job in jobs)
+        publish.publish(out, manifest, cubins, {INPUTS_NAME: inputs})
     return manifest
 
 

@@ -1,27 +1,29 @@
 """What a build makes: catalog rows x models x targets, narrowed by the command line.
 
-A ``Job`` is one cubin to be. Its ``source_sha256`` covers everything that goes into it except the
-target and the toolchain packages, so that entries of two targets made from the same source say so.
+A ``Job`` is one cubin to be compiled. Its ``source_sha256`` covers everything that goes into the
+cubin except the target and the packages of the toolchain, so entries of two targets made from the
+same sources have the same (``digests.py`` says what counts).
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+from build_kernels import digests
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latencies
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile.job import Job
-from build_kernels.compile.languages import LANGUAGES, Language
-from build_kernels.compile.sources import KERNELS, PACKAGE
+from build_kernels.compile.languages import LANGUAGES
+from build_kernels.compile.sources import PACKAGE
+from build_kernels.digests import Sources
 from build_kernels.errors import BuildError, unknown
 from build_kernels.kernels.common.numerics import CONSTANTS
-from router_runtime.format.manifest import source_digest
 
 
 def plan(
@@ -57,68 +59,81 @@ def plan(
         if found not in known_kernels:
             raise unknown("kernel", found, known_kernels, "next: build-kernels list")
     wanted = {*models, *(model.name for model in extra_models)}
-    jobs = []
-    latencies = Latencies(PACKAGE / "catalog" / "latency.toml")
+    jobs: list[Job] = []
+    sources = Sources(PACKAGE)
     for kernel in catalog.KERNELS:
         if kernels and kernel.name not in kernels:
             continue
         chosen: list[Model | None] = [None]
         if kernel.per_model:
             chosen = [m for name, m in known_models.items() if not wanted or name in wanted]
-        own_files = _source_files(kernel.name, kernel.language)
-        for model in chosen:
-            for variant in kernel.variants:
-                if not variant.has(model):
-                    continue
-                constants = _constants(kernel, model, variant)
-                if constants is None:
-                    continue
-                files = dict(own_files)
-                for shared in variant.shares:
-                    files |= _source_files(shared, kernel.language)
-                digest = source_digest(
-                    files,
-                    json.dumps(constants, sort_keys=True, allow_nan=False),
-                    json.dumps(LANGUAGES[kernel.language].flags),
-                )
-                for target in dict.fromkeys(targets or DEFAULT_TARGETS):
-                    if variant.targets and target not in variant.targets:
-                        continue
-                    name = model.name if model else None
-                    jobs.append(
-                        Job(
-                            kernel=kernel.name,
-                            language=kernel.language,
-                            model=name,
-                            target=target,
-                            variant=variant.name,
-                            constants=constants,
-                            source_sha256=digest,
-                            latency=latencies.of(kernel.name, variant.name, name, target),
-                        )
-                    )
+        jobs += _jobs(kernel, chosen, tuple(targets) or DEFAULT_TARGETS, sources)
     return sorted(jobs, key=lambda job: job.key)
 
 
 def tree_digest() -> str:
-    """The digest of every file that can change a manifest entry, for the whole commit."""
+    """Return the digest of all that this commit can build: of every job of the catalog, for every
+    target, and of the toolchain's lock.
+
+    A kernel for which there is no plan counts as such, so that others can be built beside it.
+    """
+    facts = [digests.digest([(PACKAGE / "toolchain.lock").read_text(encoding="ascii")])]
+    sources = Sources(PACKAGE)
+    for kernel in sorted(catalog.KERNELS, key=lambda kernel: kernel.name):
+        models = MODELS if kernel.per_model else (None,)
+        try:
+            jobs = list(_jobs(kernel, models, TARGETS, sources))
+        except BuildError:
+            facts.append(f"{kernel.name}: no plan")
+        else:
+            facts += sorted(f"{job.key} {job.source_sha256} {job.latency}" for job in jobs)
+    return digests.digest(facts)
+
+
+def files_digest() -> str:
+    """Return the digest of the bytes of every file that a build reads: what a build compares to see
+    that nobody changes the sources while it runs.
+    """
     files = {
         path.relative_to(PACKAGE).as_posix(): path.read_bytes()
-        for path in KERNELS.rglob("*")
-        if path.suffix in (".py", ".cu", ".cuh", ".toml")
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".cu", ".cuh", ".toml", ".lock")
     }
-    data = (
-        "catalog/kernels.py",
-        "catalog/latency.py",
-        "catalog/latency.toml",
-        "catalog/models.py",
-        "catalog/targets.py",
-        "plan.py",
-        "toolchain.lock",
-    )
-    for name in (*data, *sorted(facts.compiler for facts in LANGUAGES.values())):
-        files[name] = (PACKAGE / name).read_bytes()
-    return source_digest(files)
+    return digests.files_digest(files)
+
+
+def _jobs(
+    kernel: Kernel, models: Iterable[Model | None], targets: Iterable[str], sources: Sources
+) -> Iterator[Job]:
+    """The jobs of one kernel, for each of the models that has it."""
+    latencies = Latencies(PACKAGE / "catalog" / "latency.toml")
+    identity = sources.identity(kernel.name, kernel.language)
+    exact = sources.exact(kernel.name, kernel.language)
+    flags = json.dumps(LANGUAGES[kernel.language].flags)
+    for model in models:
+        for variant in kernel.variants:
+            if not variant.has(model):
+                continue
+            constants = _constants(kernel, model, variant)
+            if constants is None:
+                continue
+            given = json.dumps(constants, sort_keys=True, allow_nan=False)
+            source_sha256 = digests.digest([identity, given, flags])
+            for target in dict.fromkeys(targets):
+                if variant.targets and target not in variant.targets:
+                    continue
+                name = model.name if model else None
+                yield Job(
+                    kernel=kernel.name,
+                    language=kernel.language,
+                    model=name,
+                    target=target,
+                    variant=variant.name,
+                    constants=constants,
+                    source_sha256=source_sha256,
+                    inputs_sha256=digests.digest([exact, given, flags, target]),
+                    latency=latencies.of(kernel.name, variant.name, name, target),
+                )
 
 
 def _constants(
@@ -147,28 +162,3 @@ def _constants(
 
 def _contract(kernel: Kernel) -> Any:
     return importlib.import_module(f"build_kernels.kernels.{kernel.name}.contract")
-
-
-def _source_files(kernel: str, language: Language) -> dict[str, bytes]:
-    """Every file that one kernel consists of, by its path inside the package."""
-    facts = LANGUAGES[language]
-    folder = KERNELS / kernel
-    source = folder / f"{kernel}{facts.suffixes[0]}"
-    contract = folder / "contract.py"
-    for path in (source, contract):
-        if not path.is_file():
-            raise BuildError(
-                f"kernel {kernel}: expected the file {path.relative_to(PACKAGE.parent)}, "
-                "found none; next: add it, or remove the kernel's row "
-                "from build_kernels/catalog/kernels.py"
-            )
-    # contract.py and what it imports are Python for either language.
-    paths = [p for p in folder.iterdir() if p.suffix in (".py", *facts.suffixes)]
-    # limits.py and parameters.py are what contracts of both languages share.
-    paths += [
-        path
-        for path in (KERNELS / "common").iterdir()
-        if path.suffix in facts.suffixes or path.name in ("limits.py", "parameters.py")
-    ]
-    paths += [KERNELS / "common" / "numerics.py", PACKAGE / facts.compiler]
-    return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths}

@@ -1,9 +1,9 @@
 """Puts finished artifacts into their folder so that a reader never sees half of them.
 
 Order: cubins first, each written beside its place, synced and renamed; then the manifest, by one
-``os.replace``; then cubins that the new manifest does not name are removed. A build killed at any
-point leaves a manifest whose files are all there. File names carry the content's digest, so new
-cubins never replace different old ones.
+``os.replace``; then the build's notes, and cubins that the new manifest does not name are removed.
+A build killed at any point leaves a manifest whose files are all there. File names carry the
+content's digest, so new cubins never replace different old ones.
 """
 
 from __future__ import annotations
@@ -73,8 +73,18 @@ def verified(folder: Path, file: str, sha256: str) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
-def publish(folder: Path, manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
-    """Write a build into its folder, which the caller locked. ``cubins``: file name -> bytes."""
+def publish(
+    folder: Path, manifest: Manifest, cubins: Mapping[str, bytes], notes: Mapping[str, bytes]
+) -> None:
+    """Write a build into its folder, which the caller locked.
+
+    Args:
+        folder: The build's folder.
+        manifest: Its manifest.
+        cubins: File name -> bytes, of every cubin that the manifest names.
+        notes: File name -> bytes, of files for the next build. They may be lost.
+
+    """
     text = dumps(manifest)
     _prune(folder, _TEMPORARY, ())
     for name, data in sorted(cubins.items()):
@@ -82,6 +92,8 @@ def publish(folder: Path, manifest: Manifest, cubins: Mapping[str, bytes]) -> No
     sync(folder)
     _write(folder, MANIFEST_NAME, text)
     sync(folder)
+    for name, data in notes.items():
+        _write(folder, name, data)
     _prune(folder, _OURS, cubins)
 
 

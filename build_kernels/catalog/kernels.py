@@ -30,7 +30,6 @@ class Variant:
             model that is not named; without it, no other model has the variant. None: the variant
             has no constants that depend on the model, and every model has it.
         targets: Those that have the variant's instructions. Empty: all.
-        shares: Names of kernels whose folders hold sources of this variant too.
 
     """
 
@@ -38,7 +37,6 @@ class Variant:
     constants: Constants = field(default_factory=dict)
     by_model: Mapping[str, Constants] | None = None
     targets: tuple[str, ...] = ()
-    shares: tuple[str, ...] = ()
 
     def has(self, model: Model | None) -> bool:
         """Return whether ``model`` has this variant. None: the kernel is the same for all."""
@@ -190,12 +188,9 @@ def _variants(
     *names: str,
     constants: Constants | None = None,
     targets: tuple[str, ...] = (),
-    shares: tuple[str, ...] = (),
 ) -> tuple[Variant, ...]:
     """Return the variants ``names`` of a table, or all of them."""
-    return tuple(
-        Variant(name, constants or {}, table[name], targets, shares) for name in names or table
-    )
+    return tuple(Variant(name, constants or {}, table[name], targets) for name in names or table)
 
 
 def _form(form: Form, mma: Mma) -> Constants:
@@ -244,7 +239,6 @@ KERNELS = (
                 "tcgen05",
                 constants={**_form("split_k", "tcgen05"), "TCGEN05": 1},
                 targets=_BLACKWELL,
-                shares=("dense_router_prefill",),
             ),
         ),
     ),

@@ -16,6 +16,10 @@ from router_runtime.format.contract import Constants
 #: The options of ``cute.compile`` besides the target and the request to keep the cubin.
 FLAGS = ("OptLevel(3)",)
 
+#: Raise it by one when the same source, constants and flags are to give another cubin: evidence of
+#: one target then no longer counts for another. ``FLAGS`` need no version, they are in the digest.
+RECIPE_VERSION = 1
+
 
 def compile_cubin(module: str, constants: Constants, target: str) -> bytes:
     """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the

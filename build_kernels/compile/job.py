@@ -19,7 +19,9 @@ class Job:
         target: Such as sm_90a.
         variant: Name of the catalog's row.
         constants: Compile-time constants by name.
-        source_sha256: Digest of the sources, constants and flags that go into the cubin.
+        source_sha256: Digest of what the compiler sees of the sources, of constants and flags.
+        inputs_sha256: Digest of the names and bytes of the sources, of constants, flags and target:
+            where it is the same, so is the cubin.
         latency: (tokens, microseconds), tokens ascending; of no influence on the cubin.
 
     """
@@ -31,6 +33,7 @@ class Job:
     variant: str
     constants: Constants
     source_sha256: str
+    inputs_sha256: str
     latency: tuple[tuple[int, float], ...] = ()
 
     @property

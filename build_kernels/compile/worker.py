@@ -18,7 +18,7 @@ from typing import Any
 
 from build_kernels.compile import cutedsl, nvrtc, toolchain
 from build_kernels.compile.languages import LANGUAGES, Language
-from build_kernels.compile.sources import KERNELS
+from build_kernels.compile.sources import KERNELS, headers
 from build_kernels.errors import BuildError
 from router_runtime.format.contract import Constants
 
@@ -65,23 +65,11 @@ def _compile(kernel: str, language: Language, target: str, constants: Constants)
     return nvrtc.compile_cubin(
         name=kernel,
         source=(KERNELS / kernel / f"{kernel}{source}").read_text(encoding="utf-8"),
-        headers=_headers(kernel),
+        headers=headers(kernel),
         constants=constants,
         target=target,
         include_directories=toolchain.include_directories(),
     )
-
-
-def _headers(kernel: str) -> dict[str, str]:
-    """Return the headers that a source can include, by what its ``#include`` says: ``<name>.cuh``
-    of its own folder, ``common/<name>.cuh`` of the shared one.
-    """
-    _, suffix = LANGUAGES["cuda"].suffixes
-    headers = {}
-    for prefix, folder in (("", KERNELS / kernel), ("common/", KERNELS / "common")):
-        for path in sorted(folder.glob(f"*{suffix}")):
-            headers[prefix + path.name] = path.read_text(encoding="utf-8")
-    return headers
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -200,17 +199,3 @@ def validate(manifest: Manifest) -> None:
 def _match(pattern: re.Pattern[str], text: str, where: str, expected: str) -> None:
     if pattern.fullmatch(text) is None:
         raise FormatError(f"{where}: expected {expected}, found {text!r}")
-
-
-def source_digest(files: Mapping[str, bytes], *facts: str) -> str:
-    """SHA-256 over named file contents and further facts, with every length made explicit."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        for part in (name.encode(), files[name]):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    for fact in facts:
-        data = fact.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()

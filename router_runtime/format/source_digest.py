@@ -356,7 +356,8 @@ def _cuda_lines(text: str) -> Iterator[str]:
                     yield line
                 line, directive = "", True
             # A macro without parameters may begin with a parenthesis: #define NAME (1)
-            if gap and line and (_separates(line[-1], token[0]) or (directive and token == "(")):
+            kept = directive and token == "("
+            if gap and line not in ("", "#") and (kept or _separates(line[-1], token[0])):
                 line += " "
             line += token
             gap = fresh = False

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,8 @@ def test_a_full_build(project: Project) -> None:
     manifest = _assert_usable(project.artifacts)
     assert tuple(entry.key for entry in manifest.entries) == KEYS
     files = {path.name for path in project.artifacts.iterdir()}
-    assert files == {"manifest.json", "artifacts.lock", *(e.file for e in manifest.entries)}
+    notes = {"manifest.json", "artifacts.lock", "inputs.json"}
+    assert files == {*notes, *(e.file for e in manifest.entries)}
     for path in project.artifacts.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
     for entry in manifest.entries:
@@ -266,7 +268,8 @@ def test_a_killed_build_leaves_a_usable_folder(project: Project, target: str, st
     manifest = _assert_usable(project.artifacts)
     assert manifest != old
     files = {path.name for path in project.artifacts.iterdir()}
-    assert files == {"manifest.json", "artifacts.lock", *(e.file for e in manifest.entries)}
+    notes = {"manifest.json", "artifacts.lock", "inputs.json"}
+    assert files == {*notes, *(e.file for e in manifest.entries)}
 
 
 def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None:
@@ -314,9 +317,9 @@ def test_a_worker_started_by_hand_removes_nothing(tmp_path: Path) -> None:
 
 def test_workers_begin_with_the_targets_that_none_is_at() -> None:
     jobs = [
-        *(Job("a", "cuda", None, "sm_90a", str(i), {}, "") for i in range(5)),
-        *(Job("b", "cutedsl", None, "sm_90a", str(i), {}, "") for i in range(3)),
-        *(Job("b", "cutedsl", None, "sm_100a", str(i), {}, "") for i in range(2)),
+        *(Job("a", "cuda", None, "sm_90a", str(i), {}, "", "") for i in range(5)),
+        *(Job("b", "cutedsl", None, "sm_90a", str(i), {}, "", "") for i in range(3)),
+        *(Job("b", "cutedsl", None, "sm_100a", str(i), {}, "", "") for i in range(2)),
     ]
     queue = pool.Queue(jobs)
     begun = [queue.take(None) for _ in range(4)]
@@ -331,7 +334,7 @@ def test_an_ended_pool_starts_no_other_worker() -> None:
     worker = pool.Worker()
     worker.end()
     with pytest.raises(BuildError, match="interrupted"):
-        worker.compile(Job("b", "cutedsl", None, "sm_90a", "a", {}, ""))
+        worker.compile(Job("b", "cutedsl", None, "sm_90a", "a", {}, "", ""))
 
 
 def test_one_build_at_a_time_in_a_folder(project: Project, tmp_path: Path) -> None:
@@ -433,3 +436,91 @@ def test_the_builder_never_imports_torch(fresh: Project) -> None:
 def test_the_builder_works_without_a_compiler_on_the_path(fresh: Project) -> None:
     assert shutil.which("sh")
     fresh.build("--target", "sm_90a", "--out", "out", env={"PATH": "/nonexistent"})
+
+
+def _helper_of_shift(project: Project) -> None:
+    """Give the CuTe DSL kernel a module beside it, and a build with a lock."""
+    source = project.kernel_file("shift/shift.py")
+    project.kernel_file("shift/own.py").write_text('"""Ours."""\n\n\ndef added(k):\n    return k\n')
+    text = source.read_text().replace("cutlass.Float32(self.top_k)", "added(self.top_k)")
+    text = text.replace("own.added", "added").replace("added(", "cutlass.Float32(own.added(")
+    text = text.replace("own.added(self.top_k)", "own.added(self.top_k))")
+    source.write_text("from build_kernels.kernels.shift import own\n" + text)
+    project.build("--update-lock")
+
+
+def _comments(project: Project) -> None:
+    for name, comment in (
+        ("scale/scale.cu", "// What it does.\n"),
+        ("common/factor.cuh", "/* The factor. */\n"),
+        ("shift/shift.py", '"""What it does."""\n\n# Why.\n\n'),
+        ("shift/own.py", "# Ours.\n"),
+        ("shift/contract.py", "# How it is launched.\n"),
+    ):
+        path = project.kernel_file(name)
+        path.write_text(comment + path.read_text())
+
+
+def _other_names(project: Project) -> None:
+    project.kernel_file("common/factor.cuh").rename(project.kernel_file("common/multiplier.cuh"))
+    project.kernel_file("shift/own.py").rename(project.kernel_file("shift/zz_mine.py"))
+    for name, old, new in (
+        ("scale/scale.cu", "common/factor.cuh", "common/multiplier.cuh"),
+        ("shift/shift.py", "own", "zz_mine"),
+    ):
+        path = project.kernel_file(name)
+        path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("change", [_comments, _other_names])
+def test_words_and_names_change_no_byte_that_is_published(
+    project: Project, change: Callable[[Project], None]
+) -> None:
+    """And nothing is reused on the word of a digest that does not see them."""
+    _helper_of_shift(project)
+    notes = project.artifacts / "inputs.json"
+    before = snapshot(project.artifacts)
+    change(project)
+    assert _compiled(project.build()) == list(KEYS)
+    after = snapshot(project.artifacts)
+    assert after.pop(notes.name) != before.pop(notes.name)
+    assert after == before
+    said = project.run("check")
+    assert said.returncode == 0, said.stdout
+    assert project.build().count("  reused  ") == len(KEYS)
+
+
+def test_a_contract_is_no_input_of_the_compiler(project: Project) -> None:
+    path = project.kernel_file("scale/contract.py")
+    path.write_text(path.read_text().replace('argument="tokens"', 'value=2, argument="tokens"'))
+    before = {entry.key: entry for entry in _manifest(project.artifacts).entries}
+    assert _compiled(project.build()) == []
+    for entry in _manifest(project.artifacts).entries:
+        same = entry.source_sha256 == before[entry.key].source_sha256
+        assert same == (entry.kernel != "scale")
+        assert entry.sha256 == before[entry.key].sha256
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"a": 1}', "{"])
+def test_without_its_notes_a_build_compiles_everything(project: Project, text: str | None) -> None:
+    before = snapshot(project.artifacts)
+    notes = project.artifacts / "inputs.json"
+    notes.unlink()
+    if text is not None:
+        notes.write_text(text)
+    assert _compiled(project.build()) == list(KEYS)
+    assert snapshot(project.artifacts) == before
+
+
+def test_mixed_up_notes_give_no_job_the_cubin_of_another_target(project: Project) -> None:
+    before = snapshot(project.artifacts)
+    notes = project.artifacts / "inputs.json"
+    inputs = json.loads(notes.read_text())
+    targets = {entry.sha256: entry.target for entry in _manifest(project.artifacts).entries}
+    swapped = {
+        digest: next(other for other, target in targets.items() if target != targets[cubin])
+        for digest, cubin in inputs.items()
+    }
+    notes.write_text(json.dumps(swapped))
+    assert _compiled(project.build()) == list(KEYS)
+    assert snapshot(project.artifacts) == before

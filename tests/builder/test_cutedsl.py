@@ -26,11 +26,11 @@ def test_a_process_for_another_target_is_refused(
 def test_a_worker_answers_an_unknown_program_with_the_error() -> None:
     worker = WorkerProcess("sm_90a")
     try:
-        job = Job("missing", "cutedsl", None, "sm_90a", "a", {}, "0" * 64)
+        job = Job("missing", "cutedsl", None, "sm_90a", "a", {}, "0" * 64, "0" * 64)
         with pytest.raises(BuildError, match=r"(?s)missing/any/sm_90a/a: .*No module named"):
             worker.compile(job)
         with pytest.raises(BuildError, match="expected a process with CUTE_DSL_ARCH=sm_100a"):
-            worker.compile(Job("missing", "cutedsl", None, "sm_100a", "a", {}, "0" * 64))
+            worker.compile(Job("missing", "cutedsl", None, "sm_100a", "a", {}, "0" * 64, "0" * 64))
     finally:
         worker.close()
 
@@ -38,7 +38,7 @@ def test_a_worker_answers_an_unknown_program_with_the_error() -> None:
 def test_a_cubin_for_another_target_is_refused(compile_cuda: Compile) -> None:
     """The ELF flags do not tell sm_100a from sm_100f; the builder does."""
     data = compile_cuda('extern "C" __global__ void f() {}', "sm_100f")
-    job = Job("f", "cuda", None, "sm_100a", "a", {}, "0" * 64)
+    job = Job("f", "cuda", None, "sm_100a", "a", {}, "0" * 64, "0" * 64)
     with pytest.raises(
         BuildError, match="f/any/sm_100a/a: expected a cubin for sm_100a, found sm_100f"
     ):

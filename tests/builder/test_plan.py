@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import plan, publish
+from build_kernels import digests, plan, publish
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.model_file import read_model
@@ -41,6 +41,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "kernels/common/numerics.py",
         "compile/nvrtc.py",
         "compile/cutedsl.py",
+        "compile/worker.py",
+        "compile/worker_process.py",
         "catalog/kernels.py",
         "catalog/latency.py",
         "catalog/models.py",
@@ -57,7 +59,6 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(catalog, "KERNELS", rows)
     monkeypatch.setattr(plan, "PACKAGE", tmp_path)
-    monkeypatch.setattr(plan, "KERNELS", tmp_path / "kernels")
     monkeypatch.setattr(plan, "_contract", lambda kernel: object())
     return tmp_path
 
@@ -218,24 +219,21 @@ def test_a_contract_may_have_no_form_for_a_model(
     assert "shift/dsv4-flash/sm_90a/b" in keys
 
 
-def test_a_variant_may_share_the_sources_of_another_kernel(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_may_import_the_sources_of_another(kernels: Path) -> None:
     other = kernels / "kernels" / "other"
     other.mkdir()
-    for name in ("other.py", "contract.py"):
-        (other / name).write_text("")
-    variants = (Variant("a"), Variant("b", shares=("other",)))
-    monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, variants),))
+    (other / "form.py").write_text("WIDTH = 1\n")
+    with (kernels / "kernels" / "shift" / "shift.py").open("a") as file:
+        file.write("from build_kernels.kernels.other import form\n")
 
     def digests() -> dict[str, str]:
-        return {job.variant: job.source_sha256 for job in plan.plan(targets=("sm_90a",))}
+        return {job.kernel: job.source_sha256 for job in plan.plan(models=("dsv4-pro",))}
 
     before = digests()
-    (other / "form.py").write_text("# new")
+    (other / "form.py").write_text("WIDTH = 2\n")
     after = digests()
-    assert before["a"] == after["a"]
-    assert before["b"] != after["b"]
+    assert before["scale"] == after["scale"]
+    assert before["shift"] != after["shift"]
 
 
 def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
@@ -255,23 +253,91 @@ def test_targets_of_one_source_share_its_digest(kernels: Path) -> None:
         ("kernels/common/factor.cuh", {"scale"}),
         ("kernels/shift/shift.py", {"shift"}),
         ("kernels/common/new.py", {"shift"}),
-        ("kernels/common/limits.py", {"scale", "shift"}),
         ("kernels/common/parameters.py", {"scale", "shift"}),
-        ("compile/nvrtc.py", {"scale"}),
-        ("compile/cutedsl.py", {"shift"}),
-        ("kernels/common/numerics.py", {"scale", "shift"}),
+        ("kernels/common/limits.py", {"scale", "shift"}),
+        ("kernels/common/unused.py", set()),
     ],
 )
 def test_source_digests_cover_what_goes_into_a_cubin(
     kernels: Path, file: str, affected: set[str]
 ) -> None:
+    common = kernels / "kernels" / "common"
+    (common / "limits.py").write_text("MOST = 1\n")
+    (common / "parameters.py").write_text("from build_kernels.kernels.common import limits\n")
+    (common / "new.py").write_text("")
+    for name in ("scale/contract.py", "shift/contract.py", "shift/shift.py"):
+        module = "new" if name == "shift/shift.py" else "parameters"
+        with (kernels / "kernels" / name).open("a") as opened:
+            opened.write(f"from build_kernels.kernels.common import {module}\n")
     before = {job.key: job.source_sha256 for job in plan.plan()}
     tree = plan.tree_digest()
-    with (kernels / file).open("a") as opened:
-        opened.write("\n")
+    for written in ("\n", "ADDED = 1\n" if file.endswith(".py") else "constexpr int ADDED = 1;\n"):
+        assert {job.key: job.source_sha256 for job in plan.plan()} == before
+        assert plan.tree_digest() == tree
+        with (kernels / file).open("a") as opened:
+            opened.write(written)
     changed = {job.kernel for job in plan.plan() if job.source_sha256 != before[job.key]}
     assert changed == affected
+    assert (plan.tree_digest() != tree) == bool(affected)
+
+
+@pytest.mark.parametrize(("language", "affected"), [("cuda", {"scale"}), ("cutedsl", {"shift"})])
+def test_source_digests_cover_the_recipe(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, language: str, affected: set[str]
+) -> None:
+    before = {job.key: job.source_sha256 for job in plan.plan()}
+    facts = dataclasses.replace(LANGUAGES[language], recipe=99)
+    monkeypatch.setattr(digests, "LANGUAGES", {**LANGUAGES, language: facts})
+    changed = {job.kernel for job in plan.plan() if job.source_sha256 != before[job.key]}
+    assert changed == affected
+
+
+@pytest.mark.parametrize(
+    ("file", "affected"),
+    [
+        ("compile/nvrtc.py", {"scale"}),
+        ("compile/cutedsl.py", {"shift"}),
+        ("compile/worker.py", {"scale", "shift"}),
+        ("compile/worker_process.py", {"scale", "shift"}),
+        ("kernels/scale/own.cuh", {"scale"}),
+        ("kernels/shift/shift.py", {"shift"}),
+        ("kernels/shift/contract.py", set()),
+    ],
+)
+def test_input_digests_cover_every_byte_that_a_compiler_reads(
+    kernels: Path, file: str, affected: set[str]
+) -> None:
+    before = {job.key: job for job in plan.plan()}
+    files = plan.files_digest()
+    with (kernels / file).open("a") as opened:
+        opened.write("\n")
+    after = plan.plan()
+    changed = {job.kernel for job in after if job.inputs_sha256 != before[job.key].inputs_sha256}
+    assert changed == affected
+    assert all(job.source_sha256 == before[job.key].source_sha256 for job in after)
+    assert plan.files_digest() != files
+
+
+def test_input_digests_differ_between_targets_constants_and_flags(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inputs() -> set[str]:
+        return {job.inputs_sha256 for job in plan.plan()}
+
+    before = inputs()
+    assert len(before) == len(plan.plan())
+    others = {name: dataclasses.replace(facts, flags=()) for name, facts in LANGUAGES.items()}
+    monkeypatch.setattr(plan, "LANGUAGES", others)
+    assert not before & inputs()
+
+
+def test_a_kernel_without_a_plan_leaves_the_others(kernels: Path) -> None:
+    tree = plan.tree_digest()
+    (kernels / "kernels" / "shift" / "shift.py").write_text("this is no Python\n")
+    assert plan.plan(kernels=("scale",))
     assert plan.tree_digest() != tree
+    with pytest.raises(BuildError, match=r"kernel shift: .*shift\.py: expected Python, found"):
+        plan.plan()
 
 
 def test_source_digests_cover_the_flags(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +436,7 @@ def test_artifacts_are_reused_only_where_everything_is_the_same(
     (tmp_path / "my.toml").write_text(MODEL.replace("144", "256"))
     manifest = project.artifacts / "manifest.json"
     if change == "digest":
-        for path in project.artifacts.glob("shift-dsv4-flash-*.cubin"):
+        for path in project.artifacts.glob("shift-*.cubin"):
             path.write_bytes(path.read_bytes() + b"\0")
     elif change == "toolchain":
         manifest.write_text(manifest.read_text().replace("OptLevel(3)", "OptLevel(2)"))
