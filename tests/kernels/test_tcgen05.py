@@ -25,11 +25,11 @@ from build_kernels.catalog.models import MODELS, Model
 from build_kernels.kernels.common import tcgen05_layout
 from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
 from build_kernels.kernels.dense_router_prefill import (
-    dense_router_prefill,
     split_k,
     split_tcgen05,
     tile_tcgen05,
 )
+from build_kernels.kernels.dense_router_prefill import tile as tile_form
 from build_kernels.kernels.dense_router_prefill.contract import contract, split_contract
 from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, MMA_K, Geometry
 from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
@@ -218,7 +218,7 @@ def test_swizzled_steps_stay_in_their_rows() -> None:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
-    return as_python(monkeypatch, split_k, split_tcgen05, dense_router_prefill, tile_tcgen05)
+    return as_python(monkeypatch, split_k, split_tcgen05, tile_form, tile_tcgen05)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,6 @@ from cutlass import Float32, Int32, cute
 
 from build_kernels.kernels.common import bulk, ptx, tcgen05, tcgen05_layout
 from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
-from build_kernels.kernels.dense_router_prefill.dense_router_prefill import (
-    CONSUMERS,
-    DenseRouterPrefill,
-)
 from build_kernels.kernels.dense_router_prefill.geometry import (
     ACCUMULATORS,
     K_BLOCK,
@@ -29,6 +25,10 @@ from build_kernels.kernels.dense_router_prefill.geometry import (
     MMA_K,
     WARPGROUP,
     Geometry,
+)
+from build_kernels.kernels.dense_router_prefill.tile import (
+    CONSUMERS,
+    DenseRouterPrefill,
 )
 
 #: Columns that are read from tensor memory at a time: few registers beside the totals.
