@@ -10,9 +10,9 @@ import pytest
 
 from build_kernels.catalog.kernels import KERNELS as ROWS
 from build_kernels.catalog.models import MODELS
+from build_kernels.compile.sources import KERNELS
 from build_kernels.kernels.common import numerics
 from build_kernels.kernels.common.parameters import ROUTING
-from build_kernels.plan import KERNELS
 from router_runtime.format.contract import Contract, GridAxis, validate_contract
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
