@@ -203,12 +203,10 @@ def test_the_builder_imports_only_what_needs_no_torch() -> None:
     assert builder_imports(sources()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="dense_router_prefill imports its tcgen05 form late")
 def test_our_modules_are_imported_at_the_top() -> None:
     assert late_imports(sources()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a prefill kernel and its tcgen05 form are one")
 def test_no_circle_of_imports() -> None:
     assert cycle(sources()) == []
 
