@@ -74,7 +74,7 @@ def _differences(found: Release, again: Release) -> Iterator[str]:
             yield f"the wheel's {name}: only {'the rebuild' if name in new else 'this one'} has it"
         elif old[name] != new[name]:
             yield f"the wheel's {name}: {sha256(old[name])} -> {sha256(new[name])}"
-    builds = [builds.of_wheel(entries, "the wheel") for entries in (old, new)]
-    changes = compare.difference(*builds)
+    before, after = (builds.of_wheel(entries, "the wheel") for entries in (old, new))
+    changes = compare.difference(before, after)
     if changes:
         yield from compare_text.text(changes).splitlines()
