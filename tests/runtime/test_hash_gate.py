@@ -92,19 +92,20 @@ def on_gpu(image_bias: Tensor | None = IMAGE_BIAS, **variants: str) -> Router:
     """A router whose back end is the CUDA one, on CPU memory."""
     with pytest.MonkeyPatch.context() as patch:
         build_on_the_fake_gpu(patch)
-        tensors = {"weight": WEIGHT, "table": TABLE, "image_bias": image_bias}
+        tensors: dict[str, Any] = {"weight": WEIGHT, "table": TABLE, "image_bias": image_bias}
         return Router(CONFIG, **tensors, device="cpu", variants=variants)
 
 
 def test_refused_tensors_and_calls(router: Router) -> None:
-    for tensors, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"weight": WEIGHT}, r"expected \['weight', 'table'\], found \['weight'\]"),
         ({"weight": WEIGHT, "table": TABLE, "bias": draw(E)}, "tensors of a hash_gate router"),
         ({"weight": WEIGHT, "table": TABLE - 1}, "entries from 0 to 23"),
         ({"weight": WEIGHT, "table": TABLE[1:]}, r"table: expected .*\[50, 4\]"),
         ({"weight": WEIGHT * torch.nan, "table": TABLE}, "weight: expected finite values"),
         ({"weight": WEIGHT, "table": TABLE, "image_bias": draw(E + 1)}, "image_bias: expected"),
-    ):
+    )
+    for tensors, message in refused:
         with pytest.raises(InputError, match=message):
             Router(CONFIG, **tensors, device="cpu")
     with pytest.raises(InputError, match="vocab_size: expected"):
@@ -177,7 +178,11 @@ def test_serving_inputs(device: str, gate: Any, router: Router) -> None:
     valid = torch.tensor([27], dtype=torch.int32)
     dropped = padding | (torch.arange(tokens) >= 27)
     wanted = expected(tokens, image_mask=images, image_bias=IMAGE_BIAS, padding=dropped)
-    inputs = {"is_padding": padding, "num_valid_tokens": valid, "image_mask": images}
+    inputs: dict[str, Any] = {
+        "is_padding": padding,
+        "num_valid_tokens": valid,
+        "image_mask": images,
+    }
     same(made(x, words, **inputs), wanted)
     same(made(x, words, **inputs, ids_dtype=torch.int64), wanted)
     same(made(x, words, is_padding=padding), expected(tokens, padding=padding))

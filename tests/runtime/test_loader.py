@@ -117,6 +117,7 @@ def test_a_tensor_map_is_aligned_by_its_address(
 ) -> None:
     """A driver reports offsets from 0x210 on sm_90a, and 0x240 is the first multiple of 64."""
     prefill = next(entry for entry in fake.entries if entry.contract.tensor_maps)
+    layout: tuple[tuple[int, int], ...]
     layout = ((0x30, 128), (0xB0, 8), (0xB8, 8), (0xC0, 8), (0xC8, 8), (0xD0, 4), (0xD4, 4))
     layout = (
         *layout,

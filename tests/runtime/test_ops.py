@@ -88,10 +88,10 @@ def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
 
 
 def test_results_are_the_oracles(dense: Router, hashed: Router) -> None:
-    found = rt.dense_router(hidden(5), dense.router_id, E, K)
+    found: tuple[Tensor, ...] = rt.dense_router(hidden(5), dense.router_id, E, K)
     assert all(torch.equal(a, b) for a, b in zip(found, dense(hidden(5)), strict=True))
     found = rt.dense_router_logits(hidden(5), dense.router_id, E, K)
-    expected = dense.forward_with_logits(hidden(5))
+    expected: tuple[Tensor, ...] = dense.forward_with_logits(hidden(5))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     found = rt.hash_router(torch.arange(5), hashed.router_id, K)
     assert all(torch.equal(a, b) for a, b in zip(found, hashed(torch.arange(5)), strict=True))
@@ -199,13 +199,16 @@ def test_61_routers_share_two_graphs(routers: list[Router], call: str) -> None:
 
     def by_op(x: Tensor, router_id: int) -> Tensor:
         weights, ids = torch.ops.dsv4.dense_router(x, router_id, E, K)
-        return weights * 2 + ids
+        mixed: Tensor = weights * 2 + ids
+        return mixed
 
     def by_router(x: Tensor, router: Router) -> Tensor:
         weights, ids = router(x)
         return weights * 2 + ids
 
-    layer = torch.compile(by_op if call == "op" else by_router, backend=counter, fullgraph=True)
+    layer: Any = torch.compile(
+        by_op if call == "op" else by_router, backend=counter, fullgraph=True
+    )
     x = hidden(5)
     for router in routers:
         found = layer(x, router.router_id if call == "op" else router)

@@ -280,10 +280,12 @@ def test_hash_routers_have_no_logits() -> None:
         Router(HASH, table=table_of(), device="cpu").forward_with_logits(torch.arange(3))
 
 
-def test_spans(gpu: Any, cpu_dense: Router) -> None:
-    assert cpu_dense.token_ranges == ()
+def test_token_ranges(gpu: Any, cpu_dense: Router) -> None:
+    token_ranges = cpu_dense.token_ranges
+    assert token_ranges == ()
     cpu_dense.backend = cuda_dense()[0]
-    found = [(each.low, each.high, each.entry.kernel) for each in cpu_dense.token_ranges]
+    token_ranges = cpu_dense.token_ranges
+    found = [(each.low, each.high, each.entry.kernel) for each in token_ranges]
     assert found == [(1, 8, D), (9, 32, P)]
 
 
@@ -763,7 +765,7 @@ def test_memory_comes_back(gpu: Any) -> None:
     path.route(hidden(3))
     router_id = rt.register_router(router)
     router(hidden(3))
-    held = [weakref.ref(router), weakref.ref(path), weakref.ref(weights)]
+    held: list[Any] = [weakref.ref(router), weakref.ref(path), weakref.ref(weights)]
     held += [weakref.ref(router.weight), weakref.ref(weights.weight)]
     held += [weakref.ref(buffer) for buffer in weights.packed_buffers()]
     del router, path, weights

@@ -436,8 +436,11 @@ def test_refused_replays(dense: Router, hashed: Router, given: Tensor, message: 
         ({"ids_out": torch.empty(5, K, device="meta").int()}, "ids_out: expected .* on cpu"),
     ],
 )
-def test_refused_outputs(dense: Router, change: dict[str, Tensor], message: str) -> None:
-    outputs = {"weights_out": torch.full((5, K), 9.0), "ids_out": torch.full((5, K), 9).int()}
+def test_refused_outputs(dense: Router, change: dict[str, Any], message: str) -> None:
+    outputs: dict[str, Any] = {
+        "weights_out": torch.full((5, K), 9.0),
+        "ids_out": torch.full((5, K), 9).int(),
+    }
     with pytest.raises(InputError, match=message):
         dense.forward_out(hidden(5), **{**outputs, **change})
     assert (outputs["weights_out"] == 9).all()

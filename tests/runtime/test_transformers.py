@@ -230,7 +230,9 @@ def test_new_weights_of_the_same_form_keep_the_router() -> None:
     module.weight.mul_(2)
     install(model)
     assert _gates[module].router is not router
-    assert _gates[module].router.config.routed_scaling_factor == 3.0
+    renewed = _gates[module].router
+    assert renewed is not None
+    assert renewed.config.routed_scaling_factor == 3.0
 
 
 def test_another_dtype_is_another_forward() -> None:
@@ -264,6 +266,7 @@ def captured() -> Any:
     def capture(model: Any, count: int) -> list[Any]:
         routers = [integration._gates[gate].router for gate in list(gates(model).values())[:count]]
         for router in routers:
+            assert router is not None
             ROUTERS.mark_captured(router)
         return routers
 
@@ -293,7 +296,9 @@ def test_uninstall_releases_what_was_registered() -> None:
     model = make_model(torch.bfloat16)
     install(model)
     registered = ROUTERS.ids()
-    number = rt.register_router(integration._gates[dense(model)[0]].router)
+    router = integration._gates[dense(model)[0]].router
+    assert router is not None
+    number = rt.register_router(router)
     uninstall(model)
     assert number not in ROUTERS.ids()
     assert ROUTERS.ids() == registered

@@ -22,9 +22,10 @@ from router_runtime.cli import diagnosis, screen
 from router_runtime.device import artifact_store as artifacts
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
-from router_runtime.errors import ArtifactError, TrustError
+from router_runtime.errors import DISTRIBUTION, ArtifactError, TrustError
 from router_runtime.evidence import store
 from router_runtime.format import provenance
+from router_runtime.format.files import read_file
 from router_runtime.format.manifest import MANIFEST_NAME, dumps
 from router_runtime.trust import policy as trust
 from router_runtime.verification import verify
@@ -231,7 +232,7 @@ def another_package(release: Release) -> None:
         (truncated, "expected a DSSE envelope in JSON"),
         (missing, "no such file"),
         (a_link, "a link to"),
-        (older_release, f"{trust.DISTRIBUTION} {router_runtime.__version__}.*found .* 0.0.9"),
+        (older_release, f"{DISTRIBUTION} {router_runtime.__version__}.*found .* 0.0.9"),
         (another_package, "found dsv4-router-runtimes"),
     ],
 )
@@ -291,7 +292,7 @@ def test_the_version_is_the_distributions() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (project["name"], project["dynamic"]) == (trust.DISTRIBUTION, ["version"])
+    assert (project["name"], project["dynamic"]) == (DISTRIBUTION, ["version"])
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -622,7 +623,7 @@ def test_the_digest_is_of_the_bytes_that_are_used(
 ) -> None:
     """Files are exchanged right after they were read: what was signed is what is used."""
     require(release)
-    genuine = artifacts.read_file
+    genuine = read_file
 
     def reading(path: Path, *rest: Any) -> bytes:
         data = genuine(path, *rest)
