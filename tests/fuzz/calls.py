@@ -19,14 +19,10 @@ def dense_router(routers: Routers, draw: Draw, rows: int) -> Call:
         "dense_router_logits" if logits else "dense_router",
         [draw.bf16(rows, routers.hidden), router.router_id, routers.experts, routers.k],
         keywords,
-        rows,
-        routers.k,
-        routers.experts,
-        router.config.sentinel,
-        padding,
+        *(rows, routers.k, routers.experts, router.config.sentinel, padding),
         logits,
-        routers.maps if draw.choose.random() < 0.3 else None,
-        draw.choose.choice((torch.int32, torch.int64)),
+        routers.maybe_mapped(draw),
+        draw.ids_dtype(),
     )
 
 
@@ -42,11 +38,7 @@ def dense_router_replay(routers: Routers, draw: Draw, rows: int) -> Call:
         "dense_router_replay",
         [draw.bf16(rows, routers.hidden), given, router.router_id, routers.experts, routers.k],
         keywords,
-        rows,
-        routers.k,
-        routers.experts,
-        router.config.sentinel,
-        padding,
+        *(rows, routers.k, routers.experts, router.config.sentinel, padding),
         distinct=False,
         exact=exact,
     )
@@ -64,13 +56,9 @@ def hash_router(routers: Routers, draw: Draw, rows: int) -> Call:
         "hash_router",
         [token_ids, router.router_id, routers.k],
         keywords,
-        rows,
-        routers.k,
-        routers.experts,
-        router.config.sentinel,
-        padding,
-        mapped=routers.maps if draw.choose.random() < 0.3 else None,
-        ids_dtype=draw.choose.choice((torch.int32, torch.int64)),
+        *(rows, routers.k, routers.experts, router.config.sentinel, padding),
+        mapped=routers.maybe_mapped(draw),
+        ids_dtype=draw.ids_dtype(),
         distinct=False,
         exact=torch.where(known.unsqueeze(1), looked_up, router.config.sentinel),
     )
@@ -91,13 +79,9 @@ def hash_gate(routers: Routers, draw: Draw, rows: int) -> Call:
         "hash_gate",
         [draw.bf16(rows, routers.hidden), token_ids, router.router_id, routers.experts, routers.k],
         keywords,
-        rows,
-        routers.k,
-        routers.experts,
-        router.config.sentinel,
-        padding,
-        mapped=routers.maps if draw.choose.random() < 0.3 else None,
-        ids_dtype=draw.choose.choice((torch.int32, torch.int64)),
+        *(rows, routers.k, routers.experts, router.config.sentinel, padding),
+        mapped=routers.maybe_mapped(draw),
+        ids_dtype=draw.ids_dtype(),
         distinct=False,
         exact=exact,
     )
@@ -134,7 +118,7 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
         sentinel,
         padding,
         mapped=mapped,
-        ids_dtype=draw.choose.choice((torch.int32, torch.int64)),
+        ids_dtype=draw.ids_dtype(),
     )
 
 

@@ -78,3 +78,7 @@ class Draw:
     def maybe(self, make: Callable[[], Tensor]) -> Tensor | None:
         """What ``make`` returns, or None: each half the time."""
         return make() if self.choose.random() < 0.5 else None
+
+    def ids_dtype(self) -> torch.dtype:
+        """The dtype of the ids of a call: int32 or int64."""
+        return self.choose.choice((torch.int32, torch.int64))

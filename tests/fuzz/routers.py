@@ -104,3 +104,7 @@ class Routers:
         if images and (mask := draw.maybe(lambda: draw.mask(rows))) is not None:
             keywords["image_mask"] = mask
         return keywords, padding
+
+    def maybe_mapped(self, draw: Draw) -> tuple[Tensor, Tensor] | None:
+        """The expert map and its counts for three calls in ten, which then store logical ids."""
+        return self.maps if draw.choose.random() < 0.3 else None
