@@ -1,8 +1,4 @@
-"""What ``router-runtime doctor`` finds, as one plain data object for the screen and for JSON.
-
-``--json`` prints the object with the keys of the dataclasses here and in ``decisions``. They are
-stable: a change that a reader could notice raises ``SCHEMA``.
-"""
+"""What this machine can serve: looks at driver, artifacts and evidence, and makes the report."""
 
 from __future__ import annotations
 
@@ -16,11 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 from router_runtime.cli.decisions import (
-    RouterDecision,
-    RowOpDecision,
     imagined_device,
     router_decisions,
     row_op_decisions,
+)
+from router_runtime.cli.report import (
+    SCHEMA,
+    Artifacts,
+    Device,
+    Diagnosis,
+    EvidenceSummary,
+    Problem,
+    Software,
 )
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
@@ -41,84 +44,7 @@ from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
 
-SCHEMA = 1
-
 _PACKAGE = "router_runtime"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that is wrong (``error``: the exit code is 1) or worth knowing (``note``)."""
-
-    severity: Literal["error", "note"]
-    text: str
-    next: str
-
-
-@dataclass(frozen=True, slots=True)
-class Software:
-    """Versions; None for what is absent. ``driver`` is the CUDA version that the driver serves."""
-
-    router_runtime: str
-    python: str
-    torch: str | None
-    cuda_bindings: str | None
-    driver: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Artifacts:
-    """The artifacts folder. ``intact`` counts the cubins that match their digest. ``signature`` is
-    the signature policy, None if no signature is required.
-    """
-
-    folder: str
-    entries: int
-    intact: int
-    signature: str | None
-    source_sha256: str
-    toolchain: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class EvidenceSummary:
-    """The folders that are read, how many entries have each status, and how many records are stale:
-    made with another version of the oracle suite, so that they prove nothing.
-    """
-
-    folders: tuple[str, ...]
-    statuses: Mapping[str, int]
-    stale_records: int
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One kind of device and what serves there. ``indices`` are the GPUs of this machine that are
-    such a device, as torch numbers them; it is empty for a device that is not here and was made up
-    for ``target``.
-    """
-
-    name: str
-    indices: tuple[int, ...]
-    target: str | None
-    compute_capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory_per_block: int
-    routers: tuple[RouterDecision, ...]
-    row_ops: tuple[RowOpDecision, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """The whole report."""
-
-    schema: int
-    usable: bool
-    software: Software
-    artifacts: Artifacts | None
-    evidence: EvidenceSummary | None
-    devices: tuple[Device, ...]
-    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def doctor(artifacts: Path | None, target: str | None, request: str | None, as_j
     Without a GPU the decisions are those for a device of each target. Exits with 1 if artifacts are
     missing or altered, or if a GPU is present and something is not served on it; with --why, if
     nothing serves the request. The keys of --json are those of the dataclasses in
-    router_runtime/cli: Diagnosis in diagnosis.py, Explanation in why.py.
+    router_runtime/cli: Diagnosis in report.py, Explanation in why.py.
     """
     if request is not None:
         explanation = _explain(request, artifacts, target)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from router_runtime.cli.decisions import RouterDecision, RowOpDecision
-from router_runtime.cli.diagnosis import Device, Diagnosis, Problem
+from router_runtime.cli.report import Device, Diagnosis, Problem
 
 WIDTH = 110
 _LABEL = 12

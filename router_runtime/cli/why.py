@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from router_runtime.cli.decisions import DENSE_ROUTER, router_requests, shape_of
-from router_runtime.cli.diagnosis import SCHEMA, Contents, Place
+from router_runtime.cli.diagnosis import Contents, Place
+from router_runtime.cli.report import SCHEMA
 from router_runtime.device.dispatch import Dispatch, dispatch
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.resolve import Candidate, Request, Resolution, next_step, resolve

@@ -11,7 +11,6 @@ A record of another suite is stale: it can still be read, and it proves nothing.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
 from router_runtime.evidence import cases as suite
-from router_runtime.format.codec import decode, encode, parse_json
+from router_runtime.format.codec import canonical_json, decode, parse_json
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, artifact_name
 from router_runtime.format.source_digest import RUNTIME, PythonSources
@@ -106,8 +105,7 @@ class Record:
 def dumps(record: Record) -> bytes:
     """The canonical bytes of a record."""
     validate(record)
-    text = json.dumps(encode(record), sort_keys=True, indent=1, allow_nan=False)
-    return text.encode("ascii") + b"\n"
+    return canonical_json(record)
 
 
 def loads(data: bytes) -> Record:

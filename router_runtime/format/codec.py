@@ -31,7 +31,7 @@ def parse_json(data: bytes, what: str) -> Any:
     try:
         return json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=refuse_duplicates,
+            object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
         )
     except FormatError:
@@ -40,7 +40,7 @@ def parse_json(data: bytes, what: str) -> Any:
         raise FormatError(f"expected {what} in JSON, found {error}") from error
 
 
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs; for ``json.loads(object_pairs_hook=...)``.
 
     Raises FormatError if a key appears twice.
@@ -57,6 +57,16 @@ def _refuse_constant(name: str) -> Any:
     raise FormatError(f"expected finite numbers, found {name}")
 
 
+def canonical_json(value: Any) -> bytes:
+    """Return the one way in which the files of a release write ``value``, as ``encode`` takes it.
+
+    Keys are sorted, separators are fixed, the text is ASCII and ends with a newline. Raises
+    ValueError for a number that is not finite.
+    """
+    text = json.dumps(encode(value), sort_keys=True, indent=1, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
 def encode(value: Any) -> Any:
     """Return a dataclass, a mapping or a tuple, and what they hold, as ``json.dumps`` takes it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -65,7 +75,7 @@ def encode(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [encode(item) for item in value]
     return value
 

@@ -10,14 +10,13 @@ Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
 from router_runtime.format.advice import build_artifacts
-from router_runtime.format.codec import decode, encode, parse_json
+from router_runtime.format.codec import canonical_json, decode, parse_json
 from router_runtime.format.contract import Constants, Contract, validate_contract
 from router_runtime.format.target import Target
 
@@ -127,8 +126,7 @@ def dumps(manifest: Manifest) -> bytes:
     ordered = dataclasses.replace(
         manifest, entries=tuple(sorted(manifest.entries, key=lambda entry: entry.key))
     )
-    text = json.dumps(encode(ordered), sort_keys=True, indent=1, allow_nan=False)
-    return text.encode("ascii") + b"\n"
+    return canonical_json(ordered)
 
 
 def loads(data: bytes) -> Manifest:

@@ -8,14 +8,13 @@ write each, and any other bytes are refused. Plain standard-library Python, no c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from router_runtime.errors import FormatError
-from router_runtime.format.codec import decode, encode, refuse_duplicates
+from router_runtime.format.codec import canonical_json, decode, encode, parse_json
 from router_runtime.format.target import Target
 
 FORMAT_VERSION = 1
@@ -105,12 +104,12 @@ def marker_dumps(marker: Marker) -> bytes:
     """The canonical bytes of a marker. Raises FormatError if a field is not allowed."""
     _check(marker.distribution, marker.version, marker.commit, marker.targets)
     _match(_SHA256, marker.manifest_sha256, "manifest_sha256")
-    return _canonical(encode(marker))
+    return canonical_json(marker)
 
 
 def marker_loads(data: bytes) -> Marker:
     """Parse a marker. Raises FormatError unless ``marker_dumps`` would give these bytes."""
-    document = _parse(data, "a release marker")
+    document = parse_json(data, "a release marker")
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
         raise FormatError(
@@ -144,7 +143,7 @@ def statement_dumps(statement: Statement) -> bytes:
         }
         for name, package in sorted(statement.packages.items())
     ]
-    return _canonical(
+    return canonical_json(
         {
             "_type": STATEMENT_TYPE,
             "predicateType": PREDICATE_TYPE,
@@ -171,7 +170,7 @@ def statement_dumps(statement: Statement) -> bytes:
 
 def statement_loads(data: bytes) -> Statement:
     """Parse a statement. Raises FormatError unless ``statement_dumps`` would give these bytes."""
-    document = _parse(data, "a provenance statement")
+    document = parse_json(data, "a provenance statement")
     try:
         statement = _statement(document)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -229,15 +228,3 @@ def _match(pattern: re.Pattern[str], text: Any, where: str) -> str:
     if not isinstance(text, str) or pattern.fullmatch(text) is None:
         raise FormatError(f"{where}: expected {pattern.pattern}, found {text!r}")
     return text
-
-
-def _parse(data: bytes, what: str) -> Any:
-    try:
-        return json.loads(data, object_pairs_hook=refuse_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"expected {what} in JSON, found {error}") from error
-
-
-def _canonical(document: Any) -> bytes:
-    text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False)
-    return text.encode("ascii") + b"\n"

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from router_runtime import version
-from router_runtime.cli import decisions, diagnosis, why
+from router_runtime.cli import decisions, diagnosis, report, why
 from router_runtime.cli.main import main
 from router_runtime.device import driver
 from router_runtime.evidence.store import Evidence
@@ -240,7 +240,7 @@ def test_json_has_everything_of_the_screen(folder: Path) -> None:
     """These keys are promised: other programs read them."""
     done = run(folder, "doctor", "--json")
     found = json.loads(done.output)
-    assert found["schema"] == diagnosis.SCHEMA == 1
+    assert found["schema"] == report.SCHEMA == 1
     assert list(found) == [
         *("schema", "usable", "software", "artifacts", "evidence", "devices", "problems")
     ]
