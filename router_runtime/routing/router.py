@@ -590,10 +590,10 @@ class Router(nn.Module):
         nothing where no device and no dtype would change, else an InputError.
         """
         for name, tensor in self._weights.tensors.items():
-            # Found on an empty tensor of the same kind, so that nothing is allocated or changed.
-            before = tensor.new_empty((0,) * tensor.dim())
-            after = fn(before)
-            if _kind(after) != _kind(before):
+            # Tried on another tensor of the same kind, so that nothing is copied or changed.
+            probe = tensor.new_empty((1,) * tensor.dim())
+            kind, after = _kind(probe), fn(probe)
+            if _kind(after) != kind:
                 raise self._fixed(name, tensor, after)
         return self
 
