@@ -1,6 +1,7 @@
 """The custom ops ``torch.ops.dsv4.*`` as Python functions with signatures and documentation.
 
-A function costs nothing over its op and works under ``torch.compile``. The ops have further forms
+A function costs no measurable time over its op (keyword arguments, which torch takes long to parse,
+are passed on only if there are any) and works under ``torch.compile``. The ops have further forms
 without a function: ``torch.ops.dsv4.NAME.mapped`` applies an expert map and returns ``(weights,
 physical ids, ..., logical ids)``; ``torch.ops.dsv4.NAME.out`` writes ``weights_out``, ``ids_out``
 and ``logical_ids_out`` (and ``logits_out``), contiguous tensors of the caller.
@@ -65,6 +66,8 @@ def dense_router(
         DriverError: the launch failed.
 
     """
+    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
+        return _dense_router(hidden_states, router_id, num_experts, top_k)  # type: ignore[no-any-return]
     return _dense_router(  # type: ignore[no-any-return]
         hidden_states,
         router_id,
@@ -98,6 +101,8 @@ def dense_router_logits(
         ``[tokens, E]``, a NaN stored as 0x7fffffff (step 1), also for padding tokens.
 
     """
+    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
+        return _dense_router_logits(hidden_states, router_id, num_experts, top_k)  # type: ignore[no-any-return]
     return _dense_router_logits(  # type: ignore[no-any-return]
         hidden_states,
         router_id,
@@ -144,6 +149,8 @@ def dense_router_replay(
         DriverError: the launch failed.
 
     """
+    if ids_dtype is None and is_padding is num_valid_tokens is None:
+        return _dense_router_replay(hidden_states, given_ids, router_id, num_experts, top_k)  # type: ignore[no-any-return]
     return _dense_router_replay(  # type: ignore[no-any-return]
         hidden_states,
         given_ids,
@@ -185,6 +192,8 @@ def hash_router(
         DriverError: the launch failed.
 
     """
+    if ids_dtype is None and is_padding is num_valid_tokens is None:
+        return _hash_router(token_ids, router_id, top_k)  # type: ignore[no-any-return]
     return _hash_router(  # type: ignore[no-any-return]
         token_ids,
         router_id,
@@ -232,6 +241,8 @@ def hash_gate(
         DriverError: the launch failed.
 
     """
+    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
+        return _hash_gate(hidden_states, token_ids, router_id, num_experts, top_k)  # type: ignore[no-any-return]
     return _hash_gate(  # type: ignore[no-any-return]
         hidden_states,
         token_ids,
@@ -318,6 +329,12 @@ def activation_topk(
         ResolutionError: no kernel serves these sizes on this device.
 
     """
+    if (
+        sentinel == -1
+        and ids_dtype is None
+        and is_padding is num_valid_tokens is image_mask is image_bias is None
+    ):
+        return _activation_topk(logits, bias, k, scale, renormalize)  # type: ignore[no-any-return]
     return _activation_topk(  # type: ignore[no-any-return]
         logits,
         bias,
@@ -365,6 +382,8 @@ def activation_topk_replay(
         The errors of ``activation_topk``.
 
     """
+    if sentinel == -1 and ids_dtype is None and is_padding is num_valid_tokens is None:
+        return _activation_topk_replay(logits, given_ids, scale, renormalize)  # type: ignore[no-any-return]
     return _activation_topk_replay(  # type: ignore[no-any-return]
         logits,
         given_ids,

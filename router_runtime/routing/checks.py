@@ -132,6 +132,15 @@ def wrong_tensor(name: str, expected: str, tensor: Tensor) -> InputError:
     )
 
 
+def wrong_token_ids(mode: str, given: bool) -> InputError:
+    """The error for token ids that are given in a mode that takes none, or that are missing."""
+    return wrong_value(
+        "token_ids",
+        "token ids beside the rows in mode 'hash_gate', and in no other",
+        f"{'token ids' if given else 'no token ids'} in mode {mode!r}",
+    )
+
+
 def wrong_value(name: str, expected: object, found: object) -> InputError:
     """The error for an argument of the wrong value."""
     return InputError(

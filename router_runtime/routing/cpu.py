@@ -11,7 +11,7 @@ from torch import Tensor
 from router_runtime import spec
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results
-from router_runtime.routing.checks import check_activations, check_token_ids
+from router_runtime.routing.checks import check_activations, check_token_ids, wrong_token_ids
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.placement import CPU
 from router_runtime.routing.weights import Weights
@@ -81,7 +81,11 @@ class CpuHash(_CpuBackend):
 class CpuHashGate(_CpuBackend):
     """A table of experts by token id, weighed by the gate's scores, on a CPU."""
 
-    def route(self, hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def route(
+        self, hidden_states: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if token_ids is None:
+            raise wrong_token_ids("hash_gate", given=False)
         return self.serve(hidden_states, Call(token_ids=token_ids), None)[:2]
 
     def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:

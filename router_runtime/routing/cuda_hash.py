@@ -14,7 +14,12 @@ from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.resolve import Request
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
-from router_runtime.routing.checks import check_activations, check_token_ids, readable_rows
+from router_runtime.routing.checks import (
+    check_activations,
+    check_token_ids,
+    readable_rows,
+    wrong_token_ids,
+)
 from router_runtime.routing.config import HASH_GATE, HASH_ROUTER, RouterConfig
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.weights import Weights
@@ -134,7 +139,11 @@ class CudaHashGate:
     def watch_captures(self, captured: Callable[[], None]) -> None:
         self.placement.captured = captured
 
-    def route(self, hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def route(
+        self, hidden_states: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if token_ids is None:
+            raise wrong_token_ids("hash_gate", given=False)
         placement = self.placement
         tokens = check_activations(hidden_states, self._hidden_size, placement.device)
         check_token_ids(token_ids, placement.device, tokens)

@@ -20,7 +20,9 @@ import torch
 import router_runtime as rt
 from router_runtime.device import kernels
 from router_runtime.routing.placement import Placement
-from tests.runtime import conftest as stand_ins
+from tests.fake_driver.artifacts import small_entries, write_artifacts
+from tests.fake_driver.calls import SUCCESS, FakeDriver
+from tests.fake_driver.install import installed, serve_cpu_memory
 from tests.runtime.routers import build_on_the_fake_gpu
 
 H, E, K, V = 128, 24, 4, 50
@@ -56,32 +58,39 @@ def calls() -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Print microseconds per call: the tenth percentile and the median of the batches."""
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        fake = stand_ins.FakeDriver()
-        fake.entries = stand_ins.small_entries()
-        artifacts = stand_ins.write_artifacts(Path(folder) / "artifacts", fake.entries)
-        patch.setenv("ROUTER_RUNTIME_ARTIFACTS", str(artifacts))
-        patch.setattr(kernels.driver, "bindings", lambda: fake)
-        patch.setattr(kernels, "status", lambda *_: "verified")
-        patch.setattr(fake, "cuLaunchKernelEx", lambda *_: (stand_ins.SUCCESS,), raising=False)
-        stream = Placement.stream
-        stand_ins.serve_cpu_memory(patch)
-        patch.setattr(Placement, "stream", stream)
-        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        build_on_the_fake_gpu(patch)
-        subjects = calls()
-        times: dict[str, list[float]] = {name: [] for name in subjects}
-        for batch in range(BATCHES + 2):
-            for name, call in subjects.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    call()
-                if batch >= 2:
-                    times[name].append((time.perf_counter() - start) / CALLS * 1e6)
-    for name, found in times.items():
-        low, median = sorted(found)[BATCHES // 10], statistics.median(found)
-        print(f"{name:32} {low:7.2f} {median:7.2f} us")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as folder,
+        installed(patch) as fake,
+    ):
+        print(measured(patch, fake, Path(folder)))
+
+
+def measured(patch: pytest.MonkeyPatch, fake: FakeDriver, folder: Path) -> str:
+    """Microseconds of the calling thread for each call, as text."""
+    fake.entries = small_entries()
+    patch.setenv("ROUTER_RUNTIME_ARTIFACTS", str(write_artifacts(folder / "a", fake.entries)))
+    patch.setattr(kernels, "status", lambda *_: "verified")
+    patch.setattr(fake, "cuLaunchKernelEx", lambda *_: (SUCCESS,), raising=False)
+    stream = Placement.stream
+    serve_cpu_memory(patch)
+    patch.setattr(Placement, "stream", stream)
+    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    build_on_the_fake_gpu(patch)
+    subjects = calls()
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for batch in range(BATCHES + 2):
+        for name, call in subjects.items():
+            start = time.thread_time()
+            for _ in range(CALLS):
+                call()
+            if batch >= 2:
+                times[name].append((time.thread_time() - start) / CALLS * 1e6)
+    return "\n".join(
+        f"{name:32} {sorted(found)[BATCHES // 10]:7.2f} {statistics.median(found):7.2f} us"
+        for name, found in times.items()
+    )
 
 
 if __name__ == "__main__":
