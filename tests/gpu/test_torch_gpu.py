@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from router_runtime import (
     Router,
@@ -97,6 +99,204 @@ def replayed(graph, outputs):
     graph.replay()
     torch.cuda.synchronize()
     return outputs
+
+
+class Layer(torch.nn.Module):
+    """A layer that holds its router. What it adds is exact, so that nothing but routing can differ
+    between eager and compiled.
+    """
+
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self, x):
+        weights, ids = self.router(x)
+        x = torch.where(ids[:, :1] % 2 == 0, x.flip(1), -x)
+        return torch.where(weights[:, :1] > 2 * weights[:, 1:2], -x, x), weights, ids
+
+
+class Model(torch.nn.Module):
+    """Layers that are alike, each of which reads what the one before it returned."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x, weights, ids = layer(x)
+        return x, weights, ids
+
+
+@pytest.fixture
+def make_layers(models):
+    """Layers of the largest model, whose decode kernel needs a workspace. What a graph captures
+    stays registered, so it is unregistered at the end.
+    """
+    torch._dynamo.reset()
+    made = []
+
+    def make(count):
+        hidden, experts, top_k = models[-1]
+        config = RouterConfig(hidden, experts, top_k, 1.5)
+        for seed in range(count):
+            generator = torch.Generator("cuda").manual_seed(seed)
+            weight = torch.randn(experts, hidden, generator=generator, device="cuda") * 2.0**-6
+            bias = torch.randn(experts, generator=generator, device="cuda") * 0.125
+            made.append(Layer(Router(config, weight=weight.bfloat16(), bias=bias, device="cuda")))
+        return made[-count:]
+
+    yield make
+    torch._dynamo.reset()
+    for layer in made:
+        if layer.router.is_registered:
+            unregister_router(layer.router.router_id, force=True)
+    made.clear()
+    gc.collect()
+
+
+def per_layer(mode):
+    """A step of a model whose layers are called through one compiled function."""
+
+    @torch.compile(fullgraph=True, mode=mode)
+    def call(layer, x):
+        return layer(x)
+
+    def step(model, x):
+        torch.compiler.cudagraph_mark_step_begin()
+        for layer in model.layers:
+            x, weights, ids = call(layer, x)
+        return [result.clone() for result in (x, weights, ids)]
+
+    return step
+
+
+def whole(mode):
+    """A step of a model that is compiled as a whole."""
+    compiled = {}
+
+    def step(model, x):
+        if model not in compiled:
+            compiled[model] = torch.compile(model, fullgraph=True, mode=mode)
+        torch.compiler.cudagraph_mark_step_begin()
+        return [result.clone() for result in compiled[model](x)]
+
+    return step
+
+
+WAYS = pytest.mark.parametrize("way", [per_layer, whole])
+
+
+@ignore_warnings
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@WAYS
+def test_compiled_models_are_right(way, mode, make_layers, draw, same):
+    """In two graphs at most; with other weights and with another batch too."""
+    pytest.importorskip("triton", reason="inductor needs triton")
+    counters.clear()
+    model, step = Model(make_layers(LAYERS)), way(mode)
+    hidden = model.layers[0].router.config.hidden_size
+    for tokens in (4, 9):
+        for seed in (5, 6, 7, 8):
+            x = draw(tokens, hidden, seed)
+            expected, found = model(x), step(model, x)
+            same(found[1:], expected[1:])
+            assert torch.equal(found[0], expected[0])
+        other = model.layers[3].router
+        other.update_weights(weight=model.layers[4].router.weight.roll(1, 0))
+        x = draw(tokens, hidden, 9)
+        same(step(model, x)[1:], model(x)[1:])
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@ignore_warnings
+@WAYS
+def test_memory_of_cuda_graphs_does_not_grow_with_the_routers(way, make_layers, draw):
+    """Beyond their weights, which are there before."""
+    pytest.importorskip("triton", reason="inductor needs triton")
+    grown = {}
+    for count in (8, LAYERS):
+        torch._dynamo.reset()
+        model, step = Model(make_layers(count)), way("reduce-overhead")
+        x = draw(4, model.layers[0].router.config.hidden_size)
+        model(x)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for _ in range(5):
+            step(model, x)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        grown[count] = torch.cuda.memory_reserved() - before
+        # Or else no CUDA graph was made, and nothing was measured.
+        assert all(layer.router.is_captured for layer in model.layers)
+    print(f"bytes beyond the routers' own: {grown}")
+    assert grown[LAYERS] <= grown[8] + 4 * 2**20
+
+
+@ignore_warnings
+def test_export(make_layers, draw, same):
+    model = Model(make_layers(3))
+    hidden = model.layers[0].router.config.hidden_size
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(model, (draw(4, hidden),), dynamic_shapes=({0: tokens},))
+    run = program.module()
+    for count in (4, 9, 300):
+        x = draw(count, hidden, count)
+        same(run(x)[1:], model(x)[1:])
+
+
+@pytest.mark.parametrize("tokens", [4, 70])
+def test_a_copy_and_a_loaded_state_are_right(tokens, make_router, draw, same):
+    """Also in a graph that was captured before."""
+    router, other = make_router(1), make_router(99)
+    x = draw(tokens, router.config.hidden_size)
+    graph, outputs = captured(lambda: router(x))
+    twin, expected = copy.deepcopy(router), router(x)
+    same(twin(x), expected)
+    router.load_state_dict(other.state_dict())
+    same(replayed(graph, outputs), other(x))
+    same(twin(x), expected)
+    router.load_state_dict(twin.state_dict())
+    same(replayed(graph, outputs), expected)
+    unregister_router(router.router_id, force=True)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_graphs_of_many_routers_share_workspaces(streams, models, make_router, draw, same):
+    """One capture of several routers, on one stream or forked to two; replayed beside another."""
+    routers = [make_router(seed, models[-1]) for seed in range(40, 44)]
+    x = draw(4, models[-1][0])
+    expected = [router(x) for router in routers]
+
+    def call():
+        others = [torch.cuda.Stream() for _ in range(streams - 1)]
+        here = torch.cuda.current_stream()
+        for other in others:
+            other.wait_stream(here)
+        results = []
+        for index, router in enumerate(routers):
+            with torch.cuda.stream([here, *others][index % streams]):
+                results.append(router(x))
+        for other in others:
+            here.wait_stream(other)
+        return results
+
+    graphs = [captured(call) for _ in range(2)]
+    sides = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for side, (graph, _) in zip(sides, graphs, strict=True):
+            with torch.cuda.stream(side):
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, results in graphs:
+        for found, wanted in zip(results, expected, strict=True):
+            same(found, wanted)
+    for router in routers:
+        unregister_router(router.router_id, force=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64, 65, 300])
