@@ -231,10 +231,10 @@ def release_command(
     root = _checkout()
     sign = None
     if key is not None:
-        signer = signing.private_key(
+        private_key = signing.private_key(
             key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
         )
-        sign = functools.partial(signing.sign, signer=signer)
+        sign = functools.partial(signing.sign, key=private_key)
     started = time.monotonic()
     result = release(
         root,

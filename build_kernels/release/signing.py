@@ -1,12 +1,12 @@
 """DSSE envelopes signed with ed25519. Keys are the releaser's: read from a path, never made here.
 
-ed25519 is deterministic, so the same statement and key give the same envelope. The libraries are of
-``release.lock``: they are imported where they are used, so that a build does without them.
+ed25519 is deterministic, so the same statement and key give the same envelope. The package
+``cryptography`` is of ``release.lock``: it is imported where it is used, so that a build does
+without it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from build_kernels.errors import BuildError
-from router_runtime.format.provenance import PAYLOAD_TYPE
+from router_runtime.errors import FormatError, TrustError
+from router_runtime.trust import dsse
 
 if TYPE_CHECKING:
-    from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
 
 _MAKE_KEY = "next: openssl genpkey -algorithm ed25519 -out KEY.pem, and keep it out of the checkout"
 
 
-def private_key(path: Path, root: Path, password: Callable[[], str]) -> CryptoSigner:
-    """Return the signer of a PEM file. ``password`` is called only if the key needs one.
+def private_key(path: Path, root: Path, password: Callable[[], str]) -> Ed25519PrivateKey:
+    """Return the key in a PEM file. ``password`` is called only if the key needs one.
 
     Raises BuildError for another kind of key, one inside the checkout ``root``, and one that others
     can read.
@@ -32,7 +35,6 @@ def private_key(path: Path, root: Path, password: Callable[[], str]) -> CryptoSi
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    from securesystemslib.signer import CryptoSigner
 
     data = _read(path, "private")
     if root.resolve() in path.resolve().parents:
@@ -59,38 +61,30 @@ def private_key(path: Path, root: Path, password: Callable[[], str]) -> CryptoSi
         raise BuildError(
             f"{path}: expected an ed25519 private key, found {type(key).__name__}; {_MAKE_KEY}"
         )
-    return CryptoSigner(key)
+    return key
 
 
-def public_key(path: Path) -> SSlibKey:
+def public_key(path: Path) -> Ed25519PublicKey:
     """Return the key that a signature is checked with. Raises BuildError for another kind."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from securesystemslib.signer import SSlibKey
-
     try:
-        key = load_pem_public_key(_read(path, "public"))
-    except (ValueError, UnsupportedAlgorithm) as error:
+        return dsse.read_public_key(_read(path, "public"), str(path))
+    except TrustError as error:
         raise BuildError(
-            f"{path}: expected an ed25519 public key in PEM, found {error}; "
-            f"next: openssl pkey -in KEY.pem -pubout -out {path}"
+            f"{error}; next: the key that the releaser published, or of your own private key: "
+            f"openssl pkey -in KEY.pem -pubout -out {path}"
         ) from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise BuildError(
-            f"{path}: expected an ed25519 public key, found {type(key).__name__}; "
-            "next: the key that the releaser published"
-        )
-    return SSlibKey.from_crypto(key)
 
 
-def sign(payload: bytes, signer: CryptoSigner) -> bytes:
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """Return the id of a key, which envelopes name and people compare."""
+    return dsse.fingerprint(key.public_bytes_raw())
+
+
+def sign(payload: bytes, key: Ed25519PrivateKey) -> bytes:
     """Return the bytes of the envelope around a statement."""
-    from securesystemslib.dsse import Envelope
-
-    envelope = Envelope(payload, PAYLOAD_TYPE, {})
-    envelope.sign(signer)
-    return _dumps(envelope)
+    signature = key.sign(dsse.signed_bytes(payload))
+    signed = dsse.Signature(fingerprint(key.public_key()), signature)
+    return dsse.dumps(dsse.Envelope(payload, (signed,)))
 
 
 def payload(data: bytes, where: str) -> bytes:
@@ -98,43 +92,32 @@ def payload(data: bytes, where: str) -> bytes:
     return _envelope(data, where).payload
 
 
-def verified(data: bytes, key: SSlibKey, where: str) -> bytes:
+def verified(data: bytes, key: Ed25519PublicKey, where: str) -> bytes:
     """Return the statement in an envelope. Raises BuildError if ``key`` did not sign it."""
-    from securesystemslib.exceptions import VerificationError
-
     envelope = _envelope(data, where)
-    try:
-        envelope.verify([key], 1)
-    except VerificationError as error:
+    if not dsse.is_signed_by(envelope, key):
         raise BuildError(
-            f"{where}: expected a signature by the key {key.keyid[:16]}, found none that is valid "
-            f"among {[keyid[:16] for keyid in envelope.signatures]}: it was signed with another "
-            "key or altered; next: do not install it; ask the releaser"
-        ) from error
+            f"{where}: expected a signature by the key {fingerprint(key)[:16]}, found none that is "
+            f"valid among {[each.keyid[:16] for each in envelope.signatures]}: it was signed with "
+            "another key or altered; next: do not install it; ask the releaser"
+        )
     return envelope.payload
 
 
-def _envelope(data: bytes, where: str) -> Envelope:
-    """The envelope in a file. Raises BuildError for another form than ``_dumps`` writes."""
-    from securesystemslib.dsse import Envelope
-
+def _envelope(data: bytes, where: str) -> dsse.Envelope:
+    """The envelope in a file. Raises BuildError for another form than ``dsse.dumps`` writes."""
     try:
-        envelope = Envelope.from_dict(json.loads(data))
-    except Exception as error:  # whatever a library raises for a document of another shape
+        envelope = dsse.loads(data)
+    except FormatError as error:
         raise BuildError(
-            f"{where}: expected a DSSE envelope, found {error!r}; next: fetch it again"
+            f"{where}: expected a DSSE envelope, found: {error}; next: fetch it again"
         ) from error
-    if envelope.payload_type != PAYLOAD_TYPE or _dumps(envelope) != data:
+    if dsse.dumps(envelope) != data:
         raise BuildError(
-            f"{where}: expected a DSSE envelope of {PAYLOAD_TYPE} in its canonical form, found "
-            f"another (of {envelope.payload_type!r}); next: fetch it again"
+            f"{where}: expected a DSSE envelope in its canonical form, found another; "
+            "next: fetch it again"
         )
     return envelope
-
-
-def _dumps(envelope: Envelope) -> bytes:
-    text = json.dumps(envelope.to_dict(), sort_keys=True, indent=1, allow_nan=False)
-    return text.encode("ascii") + b"\n"
 
 
 def _read(path: Path, kind: str) -> bytes:

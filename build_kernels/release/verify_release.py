@@ -142,7 +142,7 @@ def _statement(
         if key is not None:
             public = signing.public_key(key)
             inside = signing.verified(files[envelope], public, envelope)
-            signed_by = public.keyid
+            signed_by = signing.fingerprint(public)
         else:
             inside = signing.payload(files[envelope], envelope)
         if data is not None and data != inside:
@@ -227,7 +227,6 @@ def _wrong_names(
 def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterator[str]:
     """Each cubin must be what its entry says, and each record of evidence about one of them."""
     inside = _inside(entries)
-    sources = {(entry.kernel, entry.source_sha256) for entry in manifest.entries}
     for entry in manifest.entries:
         data = inside.pop(entry.file, None)
         if data is None:
@@ -257,7 +256,7 @@ def _wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterato
                 continue
             if name != f"{EVIDENCE_NAME}/{record.file_name}":
                 yield f"{name}: expected the name {record.file_name}"
-            if (record.kernel, record.source_sha256) not in sources:
+            if not any(record.concerns(entry) for entry in manifest.entries):
                 yield f"{name}: expected a record about a cubin of this release, found another's"
         elif name.endswith(".cubin"):
             yield f"{name}: expected only cubins that the manifest names"

@@ -93,13 +93,25 @@ class Record:
         return f"{self.file.removesuffix('.cubin')}.{device}.json"
 
     def matches(self, entry: Entry) -> bool:
-        """True if the record is about this very cubin, run over the limits that it has now."""
+        """Return whether the record is about this very cubin: its digest decides, whatever it was
+        built from. The cases follow from constants and limits, so these must be the entry's too.
+        """
         return (
             self.sha256 == entry.sha256
             and self.kernel == entry.kernel
             and dict(self.constants) == dict(entry.constants)
             and dict(self.limits) == dict(entry.contract.limits)
         )
+
+    def same_sources(self, entry: Entry) -> bool:
+        """Return whether the record is about a cubin of the sources, constants and flags of which
+        this entry is made.
+        """
+        return (self.kernel, self.source_sha256) == (entry.kernel, entry.source_sha256)
+
+    def concerns(self, entry: Entry) -> bool:
+        """Return whether the record is about this cubin or about one of the same sources."""
+        return self.sha256 == entry.sha256 or self.same_sources(entry)
 
 
 def dumps(record: Record) -> bytes:

@@ -20,10 +20,22 @@ def toolchain_sha256(toolchain: Toolchain) -> str:
 
 
 def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles) -> Status:
-    """The standing of an entry, from the records that are current.
+    """Return the status of an entry, from the records that are current.
 
-    ``verified``: a record of this very cubin. ``source-verified``: a record of a cubin for another
-    target with the same source and the same toolchain. Else ``unproven``.
+    Args:
+        entry: Of ``manifest``.
+        manifest: Names the toolchain that compiled the entry.
+        evidence: The records. Of files, only those are read that can decide.
+
+    Returns:
+        ``verified``: a record names the digest of this very cubin. ``source-verified``: a record is
+        about a cubin for another target, of the same sources and the same toolchain. Else
+        ``unproven``.
+
+    Raises:
+        ArtifactError: A record that is read is not valid.
+        TrustError: A signature policy does not cover it.
+
     """
     own = entry.file.removesuffix("cubin")
     if any(record.matches(entry) and record.current for record in evidence.of(own)):
@@ -32,9 +44,8 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles)
     for record in evidence.of(f"{entry.kernel}-"):
         if record.matches(entry) and record.current:
             return "verified"  # the same bytes under another model's name
-        same_source = (record.source_sha256, record.kernel) == (entry.source_sha256, entry.kernel)
         if (
-            same_source
+            record.same_sources(entry)
             and record.target != entry.target
             and record.toolchain_sha256 == toolchain_sha256(manifest.toolchain)
             and record.current

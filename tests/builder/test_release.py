@@ -340,7 +340,7 @@ def test_an_entry_that_the_lock_has_and_the_build_lacks_is_refused(committed: Pr
     assert "removed  scale/any/sm_90a/gone" in said
 
 
-@pytest.mark.parametrize("case", ["verified", "unverified", "stale", "absent"])
+@pytest.mark.parametrize("case", ["verified", "unverified", "stale", "cases", "absent"])
 def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> None:
     arguments = ["--target", "sm_90a", "--target", "sm_100a", "--require-verified"]
     if case == "verified":
@@ -351,14 +351,84 @@ def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> Non
         )
         assert "found 2 of 2 that are not" in said
         assert "scale/any/sm_100a/one: source-verified; no evidence for " in said
-    elif case == "stale":
-        with (committed.root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
-            file.write("SUITE_VERSION += 1\n")
+    elif case in ("stale", "cases"):
+        suite = committed.root / "router_runtime" / "evidence" / "cases.py"
+        if case == "stale":
+            suite.write_text(suite.read_text() + "SUITE_VERSION += 1\n")
+        else:
+            suite.write_text(suite.read_text().replace('{"tokens": 1}', '{"tokens": 2}'))
         committed.commit()
         said = _refused(committed, "expected every digest of sm_90a", *arguments, "sm_90a")
         assert "unproven; the evidence of Example GPU is of another suite" in said
     else:
         _refused(committed, "unknown target in this release 'sm_103a'", *arguments, "sm_103a")
+
+
+def _statuses(folder: Path) -> list[str]:
+    """The rows of a release's notes that are about its entries."""
+    (notes,) = folder.glob("*.notes.md")
+    return [line for line in notes.read_text().splitlines() if line.startswith("| scale/")]
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def test_evidence_survives_comments_docstrings_and_names_of_files(
+    released: Released, committed: Project, tmp_path: Path
+) -> None:
+    kernel, runtime = committed.kernel_file("scale/scale.cu"), committed.root / "router_runtime"
+    _edit(kernel, "extern", "// What it does.\nextern")
+    _edit(kernel, "common/factor.cuh", "common/multiplier.cuh")
+    header = committed.kernel_file("common/factor.cuh")
+    header.write_text("/* The factor. */\n" + header.read_text())
+    header.rename(committed.kernel_file("common/multiplier.cuh"))
+    contract = committed.kernel_file("scale/contract.py")
+    contract.write_text('"""How it is launched."""\n' + contract.read_text())
+    _edit(runtime / "evidence" / "cases.py", "@dataclass", "# Remark.\n@dataclass")
+    _edit(runtime / "evidence" / "cases.py", '    """One launch.', '    """A launch.')
+    _edit(runtime / "spec.py", "\nimport torch\n", "\nimport torch  # remark\n")
+    committed.commit()
+    folder = committed.release("--out", tmp_path / "out", "--require-verified", "sm_90a")
+    assert _statuses(folder) == _statuses(released.folder)
+    assert committed.run("verify-release", folder).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("kernels/scale/scale.cu", "x[i] * factor()", "x[i] / factor()"),
+        ("kernels/scale/scale.cu", "(i < tokens)", "(i <= tokens)"),
+        ("kernels/common/factor.cuh", "FACTOR", "FACTOR * 3.0f"),
+        ("catalog/kernels.py", '{"FACTOR": 5.0}', '{"FACTOR": 7.0}'),
+    ],
+)
+def test_evidence_is_of_no_other_operator_literal_or_constant(
+    committed: Project, file: str, old: str, new: str
+) -> None:
+    _edit(committed.root / "build_kernels" / file, old, new)
+    committed.build("--update-lock")
+    committed.commit()
+    said = _refused(
+        committed, "expected every digest of sm_90a to be verified", "--require-verified", "sm_90a"
+    )
+    assert "unproven; no evidence for " in said
+
+
+def test_the_digest_of_a_cubin_alone_makes_it_verified(committed: Project, tmp_path: Path) -> None:
+    """Other sources with the same machine code: what was run is what is shipped."""
+    source = committed.kernel_file("scale/scale.cu")
+    source.write_text(source.read_text() + "#define UNUSED 1\n")
+    committed.build("--update-lock")
+    committed.commit()
+    folder = committed.release("--out", tmp_path / "out", "--require-verified", "sm_90a")
+    found = [row.split(" | ")[:2] for row in _statuses(folder)]
+    assert found == [
+        [f"| {key}", "verified" if "sm_90a" in key else "unproven"] for key in RELEASED_KEYS
+    ]
+    assert committed.run("verify-release", folder).returncode == 0
 
 
 def test_evidence_that_is_altered_is_refused(committed: Project) -> None:

@@ -46,11 +46,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has loaded nothing and required nothing."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(trust, "_policy", None)
-    monkeypatch.setattr(trust, "_refusal", None)
-    monkeypatch.setattr(trust, "_environment", (None, None))
-    monkeypatch.setattr(trust, "_admitted", {})
-    monkeypatch.setattr(trust, "_local_folders", set())
+    monkeypatch.setattr(trust, "process", trust.Process())
 
 
 @pytest.fixture
