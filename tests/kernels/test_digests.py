@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from build_kernels.catalog.kernels import KERNELS, Kernel
+from build_kernels.compile.languages import LANGUAGES, Language
 from build_kernels.compile.sources import PACKAGE, headers
 from build_kernels.digests import Sources
 from router_runtime.format.source_digest import CudaSources, PythonSources
 
 ROOT = PACKAGE.parent
-LANGUAGE = {kernel.name: kernel.language for kernel in KERNELS}
+LANGUAGE_OF = {kernel.name: kernel.language for kernel in KERNELS}
 Identities = dict[str, tuple[str, str]]
 
 
@@ -34,7 +35,7 @@ def digests(package: Path) -> Identities:
     sources = Sources(package)
     return {
         name: (sources.identity(name, language), sources.exact(name, language))
-        for name, language in LANGUAGE.items()
+        for name, language in LANGUAGE_OF.items()
     }
 
 
@@ -42,7 +43,7 @@ def reached(package: Path) -> dict[str, set[Path]]:
     """Kernel -> every file that its identity covers."""
     python = PythonSources({"build_kernels": package, "router_runtime": ROOT}, ("router_runtime",))
     found = {}
-    for name, language in LANGUAGE.items():
+    for name, language in LANGUAGE_OF.items():
         files = set(python.reached(f"build_kernels.kernels.{name}.contract").values())
         if language == "cuda":
             folder = package / "kernels"
@@ -73,7 +74,7 @@ def test_comments_and_docstrings_do_not_count(package: Path) -> None:
             path.write_text("// Remark.\n" + path.read_text().replace(";\n", "; /* here */\n"))
     after = digests(package)
     assert affected(before, after, 0) == set()
-    assert affected(before, after, 1) == set(LANGUAGE)
+    assert affected(before, after, 1) == set(LANGUAGE_OF)
 
 
 def without_docstrings(text: str) -> str:
@@ -175,7 +176,7 @@ def importing(package: Path, other: Path, parts: tuple[str, ...], new: str) -> N
 def test_names_of_files_do_not_count(package: Path) -> None:
     """Every file but those that a kernel's name leads to."""
     before = digests(package)
-    entries = {(name, name) for name in LANGUAGE} | {(name, "contract") for name in LANGUAGE}
+    entries = {(name, name) for name in LANGUAGE_OF} | {(name, "contract") for name in LANGUAGE_OF}
     renamed = 0
     for path in sorted(set.union(*reached(package).values())):
         if (path.parent.name, path.stem) in entries or path.name == "__init__.py":
@@ -185,7 +186,7 @@ def test_names_of_files_do_not_count(package: Path) -> None:
     after = digests(package)
     assert renamed > 20
     assert affected(before, after, 0) == set()
-    assert affected(before, after, 1) == set(LANGUAGE)
+    assert affected(before, after, 1) == set(LANGUAGE_OF)
 
 
 LOADED = """
@@ -217,3 +218,26 @@ def test_every_module_that_is_imported_is_covered(kernel: Kernel) -> None:
                 # A package on the way to a module: nothing is in it.
                 file = PACKAGE.parent.joinpath(*found.split("."), "__init__.py")
                 assert ast.unparse(ast.parse(without_docstrings(file.read_text()))) == "", found
+
+
+#: Language -> recipe version -> digest of the code of its compiler module. A version keeps its
+#: line when the code changes and the cubins do not.
+COMPILERS = {
+    "cuda": {1: "ceb7371897e11b7699b108a7da5fdb37969b0f8fb8310c6d0d40dc4fd5eccadb"},
+    "cutedsl": {1: "6ab412cd172158409296c9f43d6231cb013fb554113447efffc00d143cfce083"},
+}
+
+
+@pytest.mark.parametrize("language", COMPILERS)
+def test_the_recipes_version_is_of_this_code(language: Language) -> None:
+    module = f"build_kernels.{LANGUAGES[language].compiler.removesuffix('.py').replace('/', '.')}"
+    sources = PythonSources(
+        {"build_kernels": PACKAGE, "router_runtime": ROOT / "router_runtime"},
+        boundaries=("build_kernels.errors", "router_runtime"),
+    )
+    found, version = sources.digest(module), LANGUAGES[language].recipe
+    assert COMPILERS[language].get(version) == found, (
+        f"the code of {module} has changed. If the same source, constants and flags now give "
+        "another cubin, raise RECIPE_VERSION there. In either case put this line into COMPILERS "
+        f'here: {version}: "{found}"'
+    )

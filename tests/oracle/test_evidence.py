@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_runtime.errors import ArtifactError, FormatError
 from router_runtime.evidence import cases as suite
@@ -430,3 +432,76 @@ def test_own_evidence_is_as_strict(record, tmp_path, own):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match="expected a valid record"):
         status(entry_of(record), *store.read_evidence(tmp_path).records)
+
+
+# --- any record ----------------------------------------------------------------------------------
+
+DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
+COUNTS = st.integers(0, 2**31)
+ERRORS = st.floats(0, 1e300, allow_nan=False)
+NAMES = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=12)
+PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40)
+CASES = st.builds(
+    records.CaseRecord,
+    name=PRINTABLE,
+    seed=st.integers(0, 2**48),
+    inputs_sha256=DIGESTS,
+    rows=st.just(2**31),
+    clear=COUNTS,
+    reordered=COUNTS,
+    ids_sha256=DIGESTS,
+    worst=st.dictionaries(NAMES, ERRORS, max_size=3),
+)
+
+
+@st.composite
+def any_record(draw):
+    """A record of another suite: of this one only the records with all of its cases are valid."""
+    kernel, model, variant = (draw(NAMES.filter(lambda n: n[0].isalpha())) for _ in range(3))
+    target, capability = draw(
+        st.sampled_from([("sm_90a", (9, 0)), ("sm_100f", (10, 3)), ("sm_103a", (10, 3))])
+    )
+    sha256 = draw(DIGESTS)
+    return records.Record(
+        entry=f"{kernel}/{model}/{target}/{variant}",
+        kernel=kernel,
+        constants=draw(st.dictionaries(NAMES, COUNTS | ERRORS | NAMES, max_size=4)),
+        limits=draw(st.dictionaries(NAMES, st.tuples(COUNTS, COUNTS), max_size=3)),
+        target=target,
+        file=f"{kernel}-{model}-{target}-{variant}-{sha256[:16]}.cubin",
+        sha256=sha256,
+        source_sha256=draw(DIGESTS),
+        toolchain_sha256=draw(DIGESTS),
+        suite_version=suite.SUITE_VERSION + draw(st.integers(1, 1000)),
+        cases_sha256=draw(DIGESTS),
+        device=draw(PRINTABLE),
+        compute_capability=capability,
+        driver=draw(st.integers(1000, 999999)),
+        torch=draw(PRINTABLE),
+        cases=tuple(draw(st.lists(CASES, max_size=3))),
+    )
+
+
+@given(any_record())
+def test_any_record_round_trips(found):
+    data = records.dumps(found)
+    assert records.loads(data) == found
+    assert records.dumps(records.loads(data)) == data
+    assert not found.current
+
+
+def test_a_record_of_another_version_or_of_other_cases_is_stale(record):
+    assert record.current
+    assert not dataclasses.replace(record, suite_version=suite.SUITE_VERSION + 1).current
+    assert not dataclasses.replace(record, cases_sha256="0" * 64).current
+
+
+def test_the_digest_of_a_cubin_alone_makes_it_verified(record):
+    """Whatever sources it was built from, and when."""
+    entry = entry_of(record, source_sha256="99" * 32)
+    assert status(entry, record) == "verified"
+    assert record.concerns(entry)
+    assert not record.same_sources(entry)
+    other = entry_of(record, sha256="98" * 32)
+    assert record.concerns(other)
+    assert not record.concerns(dataclasses.replace(other, source_sha256="99" * 32))
