@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError, TrustError
+from router_runtime.format.provenance import PAYLOAD_TYPE
 from router_runtime.trust import dsse
 
 if TYPE_CHECKING:
@@ -110,12 +111,13 @@ def _envelope(data: bytes, where: str) -> dsse.Envelope:
         envelope = dsse.loads(data)
     except FormatError as error:
         raise BuildError(
-            f"{where}: expected a DSSE envelope, found: {error}; next: fetch it again"
+            f"{where}: expected a DSSE envelope of {PAYLOAD_TYPE}, found: {error}; "
+            "next: fetch it again"
         ) from error
     if dsse.dumps(envelope) != data:
         raise BuildError(
-            f"{where}: expected a DSSE envelope in its canonical form, found another; "
-            "next: fetch it again"
+            f"{where}: expected a DSSE envelope of {PAYLOAD_TYPE} in its canonical form, found "
+            "another; next: fetch it again"
         )
     return envelope
 
