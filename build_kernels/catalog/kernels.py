@@ -237,7 +237,7 @@ KERNELS = (
             *_variants(
                 _SPLIT_K,
                 "tcgen05",
-                constants={**_form("split_k", "tcgen05"), "TCGEN05": 1},
+                constants=_form("split_k", "tcgen05"),
                 targets=_BLACKWELL,
             ),
         ),
@@ -255,13 +255,13 @@ KERNELS = (
             *_variants(
                 _SPLIT_K,
                 "tcgen05_256",
-                constants={**_form("split_k", "tcgen05"), "TCGEN05": 1},
+                constants=_form("split_k", "tcgen05"),
                 targets=_BLACKWELL,
             ),
             *_variants(
                 _TILE,
                 "tcgen05",
-                constants={**_form("tile", "tcgen05"), "TCGEN05": 1},
+                constants=_form("tile", "tcgen05"),
                 targets=_BLACKWELL,
             ),
         ),

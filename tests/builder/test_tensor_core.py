@@ -11,8 +11,8 @@ from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.job import Job
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.entries import identify, inspect
-from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, MMA_K, Geometry
-from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
+from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
 
 STEPS = K_BLOCK // MMA_K
 JOBS = {job.key: job for job in plan.plan() if job.constants.get("MMA") == "tcgen05"}
@@ -39,20 +39,20 @@ def found_in(
 
 def test_the_split_form_issues_every_step_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_decode", "dsv4-flash", "tcgen05")
-    g = SplitGeometry.of(job.constants)
-    assert found.multiplications == g.blocks * g.pairs * STEPS
-    assert found.commits == g.block_chunks
+    g = SplitKTcgen05Geometry.of(job.constants)
+    assert found.multiplications == g.k_blocks * g.pairs * STEPS
+    assert found.commits == g.cta_chunks
     assert found.loads == 1
     assert (found.allocations > 0, found.releases) == (True, 1)
 
 
 def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_prefill", "dsv4-flash", "tcgen05")
-    g = Geometry.of(job.constants)
+    g = TileTcgen05Geometry.of(job.constants)
     assert g.last_blocks == 0
-    assert found.multiplications == g.chunk_blocks * g.row_tiles * STEPS
+    assert found.multiplications == g.chunk_k_blocks * g.row_tiles * STEPS
     # Two rings' stages, and the accumulator.
-    assert found.commits == 2 * g.chunk_blocks + 1
+    assert found.commits == 2 * g.chunk_k_blocks + 1
     assert found.loads == g.accumulator_columns // 32
     assert (found.allocations > 0, found.releases) == (True, 1)
 

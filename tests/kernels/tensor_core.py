@@ -118,7 +118,7 @@ class Barrier:
 
 
 class Block:
-    """One block of a cluster: what stands in for ptx, bulk and tcgen05 while it runs."""
+    """One CTA of a cluster: what stands in for the modules of kernels/common/ptx while it runs."""
 
     def __init__(self, cluster: list[Block], memory: Memory, hidden: Bits, box: int) -> None:
         self.cluster, self.memory, self.hidden, self.box = cluster, memory, hidden, box
@@ -225,7 +225,7 @@ class Block:
         self.at(remote, size)[:] = self.at(shared, size)
         self.barrier(barrier).receive(size)
 
-    def store_remote(self, remote: int, barrier: int, words: Sequence[int]) -> None:
+    def copy_store_async(self, remote: int, barrier: int, words: Sequence[int]) -> None:
         self.at(remote, 4 * len(words)).view(np.uint32)[:] = words
         self.barrier(barrier).receive(4 * len(words))
 
@@ -264,19 +264,19 @@ class Block:
         assert address not in self.barriers
         self.barriers[address] = Barrier(arrivals)
 
-    def barrier_expect(self, address: int, size: int) -> None:
+    def barrier_arrive_expect_tx(self, address: int, size: int) -> None:
         self.barrier(address).arrive(size)
 
-    def wait(self, address: int, parity: int) -> None:
+    def barrier_wait(self, address: int, parity: int) -> None:
         self.barrier(address).wait(parity)
 
-    def barrier_wait(self, address: int) -> None:
-        self.wait(address, 0)
+    def barrier_wait_first(self, address: int) -> None:
+        self.barrier_wait(address, 0)
 
-    def arrive(self, address: int) -> None:
+    def barrier_arrive(self, address: int) -> None:
         self.barrier(address).arrive()
 
-    arrive_remote = arrive
+    barrier_arrive_remote = barrier_arrive
 
     # --- tensor memory ---
     def allocate(self, shared: int, columns: int) -> None:
@@ -315,11 +315,11 @@ class Block:
         return bf16(self.shared.view(np.uint16)[places // 2])
 
     def commit(self, barrier: int) -> None:
-        self.arrive(barrier)
+        self.barrier_arrive(barrier)
 
     def commit_multicast(self, barrier: int, blocks: int) -> None:
         for block in self.peers(blocks):
-            block.arrive(barrier)
+            block.barrier_arrive(barrier)
 
     def load(self, address: int, columns: int) -> list[np.float32]:
         """For the thread that ``here`` names: 16 lanes x 256 bits, again and again."""
@@ -343,7 +343,12 @@ class Block:
     def nothing(*_: object) -> None:
         """Fences, and what only orders."""
 
-    fence_before = fence_after = relinquish = barrier_init_fence = fence_async_shared = nothing
+    fence_before = fence_after = relinquish = nothing
+    barrier_fence_init = copy_fence_async_shared = nothing
+
+    @staticmethod
+    def read_now(value: np.float32) -> np.float32:
+        return value
 
 
 def together(cluster: Sequence[Block], tasks: Sequence[Callable[[], None]]) -> None:

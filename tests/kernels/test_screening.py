@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from build_kernels.kernels.common import scoring
 from build_kernels.kernels.common.numerics import CONSTANTS
-from build_kernels.kernels.dense_router_prefill import screening
+from build_kernels.kernels.dense import screening
 
 Floats = NDArray[np.float32]
 
@@ -23,7 +23,7 @@ LEAST = np.finfo(np.float32).tiny
 
 
 class Arrays:
-    """Stands for kernels/common/ptx.py and bulk.py: every lane and token at once."""
+    """Stands for modules of kernels/common/ptx: every lane and token at once."""
 
     def __init__(self) -> None:
         self.generator = np.random.default_rng(3)
@@ -90,11 +90,11 @@ class Arrays:
 def _as_arrays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     arrays = Arrays()
     constants = types.SimpleNamespace(constant=lambda name: np.float32(CONSTANTS[name]))
-    replaced = {"ptx": arrays, "bulk": arrays, "scoring": constants}
+    replaced = {"arith": arrays, "warp_ops": arrays, "scoring": constants}
     replaced |= {"Float32": np.float32, "Int32": np.int64}
     for name, value in replaced.items():
         monkeypatch.setattr(screening, name, value)
-    monkeypatch.setattr(scoring, "ptx", arrays)
+    monkeypatch.setattr(scoring, "arith", arrays)
     monkeypatch.setattr(scoring, "Float32", np.float32)
     # As on the hardware, infinities and NaN are results like others.
     with np.errstate(over="ignore", invalid="ignore"):

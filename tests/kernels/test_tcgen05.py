@@ -22,17 +22,17 @@ import pytest
 
 from build_kernels import plan
 from build_kernels.catalog.models import MODELS, Model
-from build_kernels.kernels.common import tcgen05_layout
-from build_kernels.kernels.common.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
-from build_kernels.kernels.dense_router_prefill import (
-    split_k,
-    split_tcgen05,
-    tile_tcgen05,
-)
-from build_kernels.kernels.dense_router_prefill import tile as tile_form
-from build_kernels.kernels.dense_router_prefill.contract import contract, split_contract
-from build_kernels.kernels.dense_router_prefill.geometry import K_BLOCK, LANES, MMA_K, Geometry
-from build_kernels.kernels.dense_router_prefill.split_geometry import SplitGeometry
+from build_kernels.kernels.common.ptx import tcgen05_layout
+from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
+from build_kernels.kernels.dense import ring
+from build_kernels.kernels.dense.contract import contract
+from build_kernels.kernels.dense.exchange import split_k as exchange
+from build_kernels.kernels.dense.exchange.split_k_parts import SumsExchangeInParts
+from build_kernels.kernels.dense.forms import split_k, tile
+from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
+from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
+from build_kernels.kernels.dense.mma import interface, tcgen05_split_k, tcgen05_tile
+from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
 from tests.kernels.tensor_core import (
     BASE,
@@ -57,12 +57,12 @@ JOBS = {
 }
 
 
-SPLIT = {name: SplitGeometry.of(c) for name, c in JOBS.items() if "TOKENS_TILE" in c}
-TILE = {name: Geometry.of(c) for name, c in JOBS.items() if "TOKENS_TILE" not in c}
+SPLIT = {name: SplitKTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "split_k"}
+TILE = {name: TileTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "tile"}
 
 #: (experts, tokens) of a stage.
 STAGES = {(g.group_experts, g.tokens_tile) for g in SPLIT.values()}
-STAGES |= {(g.block_experts, g.tokens_tile) for g in TILE.values()}
+STAGES |= {(g.cta_experts, g.tokens_tile) for g in TILE.values()}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_descriptors_and_fragments_are_those_of_the_dsl(
 
 
 @pytest.mark.parametrize("g", TILE.values(), ids=TILE)
-def test_budgets_of_the_tile_form(g: Geometry) -> None:
+def test_budgets_of_the_tile_form(g: TileTcgen05Geometry) -> None:
     assert g.tensor_columns in (128, 256, 512)
     assert g.tensor_columns >= 2 * g.row_tiles * g.tokens_tile
     # One block fills a multiprocessor, so all of its tensor memory is there for it.
@@ -135,19 +135,19 @@ def test_budgets_of_the_tile_form(g: Geometry) -> None:
 
 
 @pytest.mark.parametrize("g", SPLIT.values(), ids=SPLIT)
-def test_budgets_of_the_split_form(g: SplitGeometry) -> None:
+def test_budgets_of_the_split_form(g: SplitKTcgen05Geometry) -> None:
     columns = g.tensor_columns
     assert columns in (32, 64, 128, 256, 512)
-    assert columns >= g.pairs * g.block_chunks * g.tokens_tile
+    assert columns >= g.pairs * g.cta_chunks * g.tokens_tile
     assert g.shared_bytes <= 227 * 1024
     # Barriers and the address, 8 bytes each, lie behind everything else.
-    places = {g.accumulated_offset + 8 * chunk for chunk in range(g.block_chunks)}
+    places = {g.accumulated_offset + 8 * chunk for chunk in range(g.cta_chunks)}
     places.add(g.tensor_address_offset)
-    assert min(places) >= g.barrier_offset + 8 * (g.blocks + 2 * g.hidden_stages + g.parts)
+    assert min(places) >= g.barrier_offset + 8 * (g.k_blocks + 2 * g.hidden_stages + g.parts)
     assert max(places) + 8 <= g.shared_bytes
     assert g.barrier_offset % 8 == 0
     # A warp reads 16 of the 128 rows of a pair; together the warps read every sum once.
-    assert g.consumers == g.group_experts * g.block_chunks * 2
+    assert g.consumer_threads == g.group_experts * g.cta_chunks * 2
 
 
 @pytest.mark.parametrize(("experts", "chunks"), [(128, 1), (256, 1), (384, 1), (128, 2)])
@@ -163,7 +163,9 @@ def test_blocks_of_one_multiprocessor_all_get_tensor_memory(experts: int, chunks
     served = 0
     for tokens in range(16, 257, 16):
         try:
-            g = SplitGeometry.of({**constants, "HIDDEN": 512 * chunks, "TOKENS_TILE": tokens})
+            g = SplitKTcgen05Geometry.of(
+                {**constants, "HIDDEN": 512 * chunks, "TOKENS_TILE": tokens}
+            )
         except ValueError:
             continue
         served += 1
@@ -178,11 +180,11 @@ def test_wrong_geometries_are_refused() -> None:
         ({"CLUSTER_K": 3}, "divide evenly"),
     ):
         with pytest.raises(ValueError, match=said):
-            SplitGeometry.of({**constants, **wrong})
+            SplitKTcgen05Geometry.of({**constants, **wrong})
     constants = JOBS["dense_router_prefill-dsv4-pro-tcgen05"]
     for division in ({"CLUSTER_E": 1}, {"PASSES": 2}):
         with pytest.raises(ValueError, match="one pass over at most 256 experts"):
-            Geometry.of({**constants, **division})
+            TileTcgen05Geometry.of({**constants, **division})
 
 
 @pytest.mark.parametrize("columns", [0, 513])
@@ -218,7 +220,9 @@ def test_swizzled_steps_stay_in_their_rows() -> None:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
-    return as_python(monkeypatch, split_k, split_tcgen05, tile_form, tile_tcgen05)
+    return as_python(
+        monkeypatch, exchange, interface, ring, split_k, tcgen05_split_k, tcgen05_tile, tile
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,19 +239,19 @@ def test_every_logit_comes_from_its_own_operands(
 ) -> None:
     """The walk: packed image and tensor map -> stages -> descriptors -> MMAs -> tensor memory ->
     registers -> staged rows -> the owner's sums -> the logits' places."""
-    g = SplitGeometry.of(constants)
+    g = SplitKTcgen05Geometry.of(constants)
     assert not g.rings
     generator = np.random.default_rng(7)
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
     memory = Memory()
-    image = memory.add(packed(split_contract(g), weight))
+    image = memory.add(packed(contract(constants), weight))
     logits = np.full((tokens, g.experts), np.nan, np.float32)
     out = memory.add(logits)
-    (box,) = split_contract(g).tensor_maps
+    (box,) = contract(constants).tensor_maps
     for group in range(g.groups):
-        for tile in range(-(-tokens // g.tokens_tile)):
+        for number in range(-(-tokens // g.tokens_tile)):
             for address, value in route(
-                g, running, memory, image, out, to_bf16(hidden), box.box[1], group, tile
+                g, running, memory, image, out, to_bf16(hidden), box.box[1], group, number
             ).items():
                 place = divmod((address - out) // 4, g.experts)
                 assert np.isnan(logits[place])
@@ -256,7 +260,7 @@ def test_every_logit_comes_from_its_own_operands(
 
 
 def route(
-    g: SplitGeometry,
+    g: SplitKTcgen05Geometry,
     running: Running,
     memory: Memory,
     image: int,
@@ -264,35 +268,36 @@ def route(
     hidden: Any,
     box: int,
     group: int,
-    tile: int,
+    number: int,
 ) -> dict[int, int]:
     """What one cluster stores to global memory, by address."""
-    kernel = plain(split_tcgen05.SplitTcgen05)(g)
-    first_token = tile * g.tokens_tile
+    mma = plain(tcgen05_split_k.SplitKTcgen05)(g)
+    sender = plain(SumsExchangeInParts)(g, mma)
+    kernel = plain(split_k.SplitK)(g, mma, sender)
+    first_token = number * g.tokens_tile
     tile_tokens = min(len(hidden) - first_token, g.tokens_tile)
     cluster: list[Block] = []
     sums: dict[tuple[int, int], list[np.float32]] = {}
-    shared, ring = BASE, BASE + g.weight_bytes
+    shared = BASE
     weight_full = shared + g.barrier_offset
-    hidden_full = weight_full + 8 * g.blocks
+    hidden_full = weight_full + 8 * g.k_blocks
     hidden_empty = hidden_full + 8 * g.hidden_stages
     sums_full = hidden_empty + 8 * g.hidden_stages
-    for part_k in range(g.cluster_k):
+    stages = Ring.of(shared, g.weight_bytes, g.hidden_stage_bytes, g.hidden_stages, hidden_full)
+    assert (stages.empty, sums_full) == (hidden_empty, shared + g.sums_barrier_offset)
+    for k_rank in range(g.cluster_k):
         block = Block(cluster, memory, hidden, box)
-        running.as_thread(block, split_tcgen05.ALLOCATOR * LANES)
-        kernel.start(weight_full, hidden_full, hidden_empty, sums_full, part_k, tile_tokens)
-        kernel.feed_weight(image, shared, weight_full, part_k, group)
-        kernel.acquire(shared, split_tcgen05.ALLOCATOR)
-        kernel.feed_hidden(0, ring, hidden_full, hidden_empty, first_token, part_k)
-        for thread in range(g.consumers):
+        running.as_thread(block, tcgen05_split_k.ALLOCATOR * LANES)
+        kernel.init_barriers(weight_full, stages, sums_full, k_rank, tile_tokens)
+        kernel.load_weight(image, shared, weight_full, k_rank, group)
+        mma.allocate(shared, tcgen05_split_k.ALLOCATOR)
+        kernel.load_hidden(0, stages, first_token, k_rank)
+        for thread in range(g.consumer_threads):
             running.as_thread(block, thread)
-            warp, lane = divmod(thread, LANES)
-            sums[part_k, thread] = kernel.multiply(
-                shared, ring, weight_full, hidden_full, hidden_empty, warp, lane
-            )
-            kernel.issue = block.nothing
-        del kernel.issue
-        kernel.give_back(shared, split_tcgen05.ALLOCATOR)
+            sums[k_rank, thread] = mma.multiply(shared, weight_full, stages, thread // LANES)
+            mma.issue = block.nothing
+        del mma.issue
+        mma.free(shared, tcgen05_split_k.ALLOCATOR)
         assert block.tensor is None
         assert all(
             barrier.phases == 1
@@ -300,21 +305,24 @@ def route(
             if not hidden_empty <= address < sums_full + 8 * g.parts
         )
     for part in range(g.parts):
-        staged = shared + g.staged_offset + part % g.sums_buffers * g.part_tokens * g.sums_row_bytes
-        for part_k, block in enumerate(cluster):
+        staged = shared + g.staged_offset + part % g.staged_parts * g.part_bytes
+        for k_rank, block in enumerate(cluster):
             running.as_thread(block, 0)
-            for thread in range(g.consumers):
-                kernel.stage(sums[part_k, thread], staged, part, *divmod(thread, LANES))
+            for thread in range(g.consumer_threads):
+                begin = part * g.part_tokens
+                sender.stage(
+                    sums[k_rank, thread], staged, begin, g.part_tokens, *divmod(thread, LANES)
+                )
             # As ``send`` does, one row a token.
             for token in range(min(g.part_tokens, tile_tokens - part * g.part_tokens)):
                 slot, owner = divmod(part * g.part_tokens + token, g.cluster_k)
-                target = shared + slot * g.slot_bytes + part_k * g.sums_bytes
+                target = shared + slot * g.slot_bytes + k_rank * g.sums_bytes
                 source = staged + token * g.sums_row_bytes
                 counted = sums_full + 8 * part
-                if owner == part_k:
+                if owner == k_rank:
                     block.at(target, g.sums_bytes)[:] = block.at(source, g.sums_bytes)
                     for _ in range(LANES):
-                        block.arrive(counted)
+                        block.barrier_arrive(counted)
                 else:
                     block.copy_bulk_to_peer(
                         block.map_shared(target, owner),
@@ -323,20 +331,20 @@ def route(
                         block.map_shared(counted, owner),
                     )
     stored: dict[int, int] = {}
-    for part_k, block in enumerate(cluster):
+    for k_rank, block in enumerate(cluster):
         running.as_thread(block, 0)
         for part in range(g.parts):
-            block.wait(sums_full + 8 * part, 0)
-        kernel.sync_consumers = block.nothing
-        for thread in range(g.consumers):
+            block.barrier_wait(sums_full + 8 * part, 0)
+        sender.sync_consumers = block.nothing
+        for thread in range(g.consumer_threads):
             before = block.shared.copy()
             kernel.score(
                 shared,
                 shared + g.bias_offset,
                 out,
-                kernel.owned(tile_tokens, part_k),
+                sender.owned(tile_tokens, k_rank),
                 first_token,
-                part_k,
+                k_rank,
                 group,
                 thread,
             )
@@ -359,64 +367,69 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
 ) -> None:
     """The walk of the form for many tokens, all its warps at once: rings that wrap, stages that
     blocks fill for each other, accumulators that take turns, a last chunk that is short."""
-    g = Geometry.of({**constants, **division})
+    g = TileTcgen05Geometry.of({**constants, **division})
     generator = np.random.default_rng(8)
     tokens = g.tokens_tile * g.cluster_t - 5
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
     memory = Memory()
     image = memory.add(packed(contract({**constants, **division}), weight))
-    kernel = plain(tile_tcgen05.TileTcgen05)(g)
+    mma = plain(tcgen05_tile.TileTcgen05)(g)
+    kernel = plain(tile.Tile)(g, mma)
     cluster: list[Block] = []
     found = np.full((g.tokens_tile * g.cluster_t, g.padded_experts), np.nan, np.float32)
     barriers = BASE + g.barrier_offset
     hidden_empty = barriers + 8 * g.hidden_stages
     weight_full = hidden_empty + 8 * g.hidden_stages
     weight_empty = weight_full + 8 * g.weight_stages
-    full = (BASE, barriers, hidden_empty, weight_full, weight_empty)
+    rings = (
+        Ring.of(BASE, 0, g.hidden_stage_bytes, g.hidden_stages, barriers),
+        Ring.of(BASE, g.weight_offset, g.weight_stage_bytes, g.weight_stages, weight_full),
+    )
+    assert [found.empty for found in rings] == [hidden_empty, weight_empty]
+    assert weight_full == BASE + g.weight_barrier_offset
     consumers = g.consumer_warps * LANES
 
     def tasks(block: Block) -> list[Callable[[], None]]:
-        part_t, part_e = divmod(block.rank, g.cluster_e)
+        t_rank, e_rank = divmod(block.rank, g.cluster_e)
 
-        def feed_hidden() -> None:
+        def load_hidden() -> None:
             running.as_thread(block, consumers)
-            first = part_t * g.tokens_tile
-            kernel.feed_hidden(0, BASE, barriers, hidden_empty, first, part_e, part_t)
+            first = t_rank * g.tokens_tile
+            kernel.load_hidden(0, rings[0], first, e_rank, t_rank)
 
-        def feed_weight() -> None:
+        def load_weight() -> None:
             running.as_thread(block, consumers + LANES)
-            ring = BASE + g.weight_offset
-            kernel.feed_weight(image, ring, weight_full, weight_empty, part_e, part_t)
+            kernel.load_weight(image, rings[1], e_rank, t_rank)
 
         def issue() -> None:
-            running.as_thread(block, kernel.issuer * LANES)
-            kernel.assist(*full, part_e, part_t, kernel.issuer)
+            running.as_thread(block, mma.issuer * LANES)
+            mma.issue(BASE, *rings, e_rank, t_rank, mma.issuer)
 
         def add(thread: int) -> None:
             running.as_thread(block, thread)
-            (logits,) = kernel.multiply(*full, part_e, part_t, thread)
+            (logits,) = mma.multiply(BASE, *rings, e_rank, t_rank, thread)
             warp, lane = divmod(thread, LANES)
             for number, logit in enumerate(logits):
                 pair, half, i = number // 4, number // 2 % 2, number % 2
-                row = part_t * g.tokens_tile + warp * 16 + lane // 4 + 8 * half
-                column = part_e * g.block_experts + 8 * pair + 2 * (lane % 4) + i
+                row = t_rank * g.tokens_tile + warp * 16 + lane // 4 + 8 * half
+                column = e_rank * g.cta_experts + 8 * pair + 2 * (lane % 4) + i
                 assert np.isnan(found[row, column])
                 found[row, column] = logit
 
         adders = [functools.partial(add, thread) for thread in range(consumers)]
-        return [feed_hidden, feed_weight, issue, *adders]
+        return [load_hidden, load_weight, issue, *adders]
 
     for _ in range(g.cluster):
         block = Block(cluster, memory, to_bf16(hidden), g.owned_tokens)
         block.side_by_side(consumers)
-        running.as_thread(block, kernel.issuer * LANES)
+        running.as_thread(block, mma.issuer * LANES)
         for stage in range(g.hidden_stages):
             block.barrier_init(barriers + 8 * stage, 1)
-            block.barrier_init(hidden_empty + 8 * stage, kernel.releases * g.cluster_e)
+            block.barrier_init(hidden_empty + 8 * stage, mma.releases * g.cluster_e)
         for stage in range(g.weight_stages):
             block.barrier_init(weight_full + 8 * stage, 1)
-            block.barrier_init(weight_empty + 8 * stage, kernel.releases * g.cluster_t)
-        kernel.acquire(BASE, kernel.issuer)
+            block.barrier_init(weight_empty + 8 * stage, mma.releases * g.cluster_t)
+        mma.allocate(BASE, mma.issuer)
         # What idle rows read is no number.
         block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0
         block.at(BASE + g.tensor_address_offset, 4)[:] = 0

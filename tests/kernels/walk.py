@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from build_kernels.kernels.dense_router_prefill.geometry import LANES
+from build_kernels.kernels.dense.geometry.common import LANES
 from router_runtime.format.contract import Contract
 from tests.kernels.tensor_core import Block, Sums, to_bf16
 
 
 class Running:
-    """Stands for a module of kernels/common: the functions of the block that runs here."""
+    """Stands for modules of kernels/common/ptx: the functions of the block that runs here."""
 
     def __init__(self) -> None:
         self.own = threading.local()
@@ -23,9 +23,21 @@ class Running:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own.block, name)
 
+    def module(self, prefix: str) -> Prefixed:
+        """A module whose functions have a prefix in ``Block``."""
+        return Prefixed(self, prefix)
+
     def as_thread(self, block: Block, thread: int) -> None:
         self.own.block = block
         block.here.thread = thread
+
+
+class Prefixed:
+    def __init__(self, running: Running, prefix: str) -> None:
+        self.running, self.prefix = running, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.running, self.prefix + name)
 
 
 def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Running:
@@ -46,7 +58,9 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Ru
         ordered_key=lambda logit, score, bias: 0,
         stored_logit=lambda logit: int(np.float32(logit).view(np.uint32)),
     )
-    replaced = {"ptx": proxy, "bulk": proxy, "tcgen05": proxy, "cutlass": language, "cute": cute}
+    replaced: dict[str, Any] = dict.fromkeys(("arith", "memory", "warp_ops", "tcgen05"), proxy)
+    replaced |= {"async_copy": proxy.module("copy_"), "mbarrier": proxy.module("barrier_")}
+    replaced |= {"cutlass": language, "cute": cute}
     replaced |= {"Int32": int, "Int64": int, "Float32": np.float32, "scoring": scoring}
     for module in modules:
         for name, value in replaced.items():

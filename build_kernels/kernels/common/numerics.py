@@ -52,7 +52,7 @@ def dense_tag(constants: Constants) -> str:
     mma.sync and wgmma are one family: they were compared. tcgen05 is another until somebody has
     compared it on a device that has it; ``router-runtime verify`` does within a family.
     """
-    family = "bf16-tcgen05-k16-f32" if "TCGEN05" in constants else "bf16-k16-f32"
+    family = "bf16-tcgen05-k16-f32" if constants["MMA"] == "tcgen05" else "bf16-k16-f32"
     return f"{family}/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
 
 

@@ -1,0 +1,413 @@
+"""The epilogue of a dense router: selection, merging groups of experts, serving inputs, stores.
+
+``route_all`` does all of it with one warp per token: steps 5 to 7 of the router. A plain call costs
+one test of ``routing.serving``; all that serving inputs need is behind that test. Forms that rank
+tokens in another way use ``store`` and the functions for serving inputs alone.
+
+If several clusters hold a group of experts each, a cluster writes its ``top_k`` candidates of a
+token to the workspace, then takes a ticket for the token. The cluster with the last ticket merges.
+Its ticket can arrive before the other clusters' candidates, which are in flight by then, so it
+reads until none is missing. Candidates and tickets are zero before and after every launch. No CTA
+waits for a CTA that may not have started.
+
+Expert -1 means no expert: the sentinel is stored for it, with weight 0. A padding token has only
+such experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from build_kernels.kernels.common import scoring, selection
+from build_kernels.kernels.common.parameters import Routing
+from build_kernels.kernels.common.ptx import arith, memory, warp_ops
+
+LANES = 32
+
+#: The smallest key that scoring.ordered_key returns: that of -inf.
+_LOWEST_KEY = 0x007FFFFF
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """How experts are divided among clusters: ``groups`` of ``group_experts``, the last one padded.
+
+    ``ticket_bytes``: bytes of the workspace before the candidates.
+    """
+
+    groups: int
+    group_experts: int
+    experts: int
+    top_k: int
+    ticket_bytes: int
+
+    @classmethod
+    def of(cls, geometry: Any) -> ExpertGroups:
+        """Return the division that a geometry with these attributes has."""
+        return cls(**{field.name: getattr(geometry, field.name) for field in fields(cls)})
+
+    @property
+    def lane_keys(self) -> int:
+        return -(-self.group_experts // LANES)
+
+
+@cute.jit
+def route_all(
+    routing: Routing,
+    workspace: Int64,
+    slots: tuple[Int32, Int32, int],
+    locate: cutlass.Constexpr[Callable[[Int32], tuple[Int32, Int32, Int32]]],
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+    at_end: cutlass.Constexpr[Callable[[], None] | None] = None,
+) -> None:
+    """Route the tokens of a warp's slots, then call ``at_end``. Whole warps call this.
+
+    Args:
+        routing: The parameters that all dense kernels share.
+        workspace: Global address of tickets and candidates; not read with one group.
+        slots: Range (first, stop, step) of the warp's slots.
+        locate: Returns the (row, scratch, token) of a slot. ``row`` is the shared address of the
+            (key, score) pairs of the token's experts in this group: the pair of column c is number
+            c % lane_keys * 32 + c / lane_keys; a column without an expert has key 0. ``scratch``
+            has one 16-byte record per rank, for this warp alone.
+        group: The group of experts of this cluster.
+        expert_groups: How the experts are divided.
+        lane: Lane of this thread.
+        at_end: Called by every thread before it ends.
+
+    A plain call ends its threads before the code of serving inputs: a jump over that code would
+    wait for instructions from L2.
+
+    """
+    first, stop, step = slots
+    if routing.serving == 0:
+        for slot in range(first, stop, step):
+            row, scratch, token = locate(slot)
+            _route(routing, workspace, row, scratch, token, group, expert_groups, lane)
+        if cutlass.const_expr(at_end is not None):
+            at_end()
+        warp_ops.exit_thread()
+    else:
+        for slot in range(first, stop, step):
+            row, scratch, token = locate(slot)
+            serve(routing, workspace, row, scratch, token, group, expert_groups, lane)
+        if cutlass.const_expr(at_end is not None):
+            at_end()
+
+
+@cute.jit
+def _route(
+    routing: Routing,
+    workspace: Int64,
+    row: Int32,
+    scratch: Int32,
+    token: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> None:
+    """Route one token without serving inputs."""
+    select(row, scratch, group, expert_groups, lane)
+    last = merge(workspace, scratch, token, group, expert_groups, lane)
+    if last != 0:
+        weight, expert = selection.weight(
+            expert_groups.top_k, scratch, lane, routing.scale, routing.renormalize
+        )
+        if lane < expert_groups.top_k:
+            _store_plain(routing, Int64(token) * expert_groups.top_k + lane, weight, expert)
+
+
+@cute.jit
+def select(
+    row: Int32,
+    scratch: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> None:
+    """Store the group's candidates in ``scratch``, in rank order."""
+    lane_keys = expert_groups.lane_keys
+    pairs = [
+        memory.load_shared_v2(row + (position * LANES + lane) * 8) for position in range(lane_keys)
+    ]
+    first = group * expert_groups.group_experts + lane * lane_keys
+    selection.top_of_warp(
+        [pair[0] for pair in pairs],
+        [pair[1] for pair in pairs],
+        [first + position for position in range(lane_keys)],
+        expert_groups.top_k,
+        scratch,
+        lane,
+    )
+
+
+@cute.jit
+def serve(
+    routing: Routing,
+    workspace: Int64,
+    row: Int32,
+    scratch: Int32,
+    token: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> None:
+    """Route one token with serving inputs."""
+    last = Int32(0)
+    if is_padding(routing, token) != 0:
+        # Every group sees that; the first one stores, and none takes a ticket.
+        if lane < expert_groups.top_k:
+            memory.store_shared_v4(
+                scratch + lane * selection.RECORD_BYTES, [Int32(0), Int32(0), Int32(-1), Int32(0)]
+            )
+        cute.arch.sync_warp()
+        last = arith.select(arith.equal(group, Int32(0)), Int32(1), Int32(0))
+    else:
+        if replays(routing) != 0:
+            replay_given(routing, row, scratch, token, group, expert_groups, lane)
+        else:
+            if is_image(routing, token) != 0:
+                use_image_bias(routing, row, group, expert_groups, lane)
+            select(row, scratch, group, expert_groups, lane)
+        last = merge(workspace, scratch, token, group, expert_groups, lane)
+    if last != 0:
+        weight, expert = selection.weight(
+            expert_groups.top_k, scratch, lane, routing.scale, routing.renormalize
+        )
+        if lane < expert_groups.top_k:
+            _store_served(routing, token, lane, expert_groups.top_k, weight, expert)
+
+
+# --- serving inputs -------------------------------------------------------------------------------
+
+
+@cute.jit
+def is_padding(routing: Routing, token: Int32) -> Int32:
+    """Return 1 for a padding token, else 0."""
+    padding = Int32(0)
+    if routing.is_padding.toint() != 0:
+        padding = memory.load_global_u8(routing.is_padding.toint() + Int64(token))
+    if routing.num_valid_tokens.toint() != 0:
+        valid = memory.load_global_b32(routing.num_valid_tokens.toint())
+        if routing.first_row + token >= valid:
+            padding = Int32(1)
+    return padding
+
+
+@cute.jit
+def is_image(routing: Routing, token: Int32) -> Int32:
+    """Return a number other than 0 for an image token."""
+    image = Int32(0)
+    if routing.image_mask.toint() != 0:
+        image = memory.load_global_u8(routing.image_mask.toint() + Int64(token))
+    return image
+
+
+@cute.jit
+def replays(routing: Routing) -> Int32:
+    """Return 1 if the caller gives the experts, else 0."""
+    replay = Int32(0)
+    if routing.given_ids_i32.toint() != 0:
+        replay = Int32(1)
+    if routing.given_ids_i64.toint() != 0:
+        replay = Int32(1)
+    return replay
+
+
+@cute.jit
+def given_id(
+    routing: Routing,
+    token: Int32,
+    rank: Int32,
+    top_k: cutlass.Constexpr[int],
+    experts: cutlass.Constexpr[int],
+) -> Int32:
+    """Return the given expert of that rank; -1 for one outside [0, experts)."""
+    place = Int64(token) * top_k + rank
+    expert = Int32(-1)
+    if routing.given_ids_i64.toint() != 0:
+        wide = memory.load_global_b64(routing.given_ids_i64.toint() + place * 8)
+        if wide >= 0 and wide < experts:
+            expert = Int32(wide)
+    else:
+        narrow = memory.load_global_b32(routing.given_ids_i32.toint() + place * 4)
+        if narrow >= 0 and narrow < experts:
+            expert = narrow
+    return expert
+
+
+@cute.jit
+def replay_given(
+    routing: Routing,
+    row: Int32,
+    scratch: Int32,
+    token: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> None:
+    """Store the given experts in ``scratch`` as if they had been selected in that order.
+
+    A group gives its own experts keys in the order of their ranks, and the lowest key to experts of
+    other groups. The first group does so for experts that do not exist.
+    """
+    if lane < expert_groups.top_k:
+        expert = given_id(routing, token, lane, expert_groups.top_k, expert_groups.experts)
+        column = expert - group * expert_groups.group_experts
+        key, score = Int32(1), Int32(0)
+        rank_key = expert_groups.top_k + 1 - lane
+        if expert < 0:
+            if group == 0:
+                key = rank_key
+        elif column >= 0 and column < expert_groups.group_experts:
+            key = rank_key
+            pair = arith.remainder(column, expert_groups.lane_keys) * LANES
+            pair = pair + arith.quotient(column, expert_groups.lane_keys)
+            score = memory.load_shared_v2(row + pair * 8)[1]
+        memory.store_shared_v4(
+            scratch + lane * selection.RECORD_BYTES, [key, score, expert, Int32(0)]
+        )
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def use_image_bias(
+    routing: Routing,
+    row: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> None:
+    """Compute the keys of a row again with the image bias. The key of a NaN logit stays."""
+    for position in cutlass.range_constexpr(expert_groups.lane_keys):
+        place = row + (position * LANES + lane) * 8
+        key, score = memory.load_shared_v2(place)
+        if key != 0 and key != _LOWEST_KEY:
+            expert = group * expert_groups.group_experts + lane * expert_groups.lane_keys + position
+            bias = memory.load_global_f32(routing.image_bias.toint() + Int64(expert) * 4)
+            number = arith.from_bits(score)
+            memory.store_shared_b32(place, scoring.ordered_key(number, number, bias))
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def store(
+    routing: Routing,
+    token: Int32,
+    rank: Int32,
+    top_k: cutlass.Constexpr[int],
+    weight: Float32,
+    expert: Int32,
+) -> None:
+    """Store weight and id of one rank of a token, for a form that does not use ``route_all``."""
+    if routing.serving == 0:
+        _store_plain(routing, Int64(token) * top_k + rank, weight, expert)
+    else:
+        _store_served(routing, token, rank, top_k, weight, expert)
+
+
+def _store_plain(routing: Routing, place: Int64, weight: Float32, expert: Int32) -> None:
+    memory.store_global_b32(routing.weights_out.toint() + place * 4, arith.bits(weight))
+    memory.store_global_b32(routing.ids_out.toint() + place * 4, expert)
+
+
+@cute.jit
+def _store_served(
+    routing: Routing,
+    token: Int32,
+    rank: Int32,
+    top_k: cutlass.Constexpr[int],
+    weight: Float32,
+    expert: Int32,
+) -> None:
+    """Store with serving inputs: the sentinel for expert -1, physical ids by the map."""
+    place = Int64(token) * top_k + rank
+    logical = arith.select(arith.less(expert, Int32(0)), routing.sentinel, expert)
+    physical = logical
+    if routing.expert_map.toint() != 0 and expert >= 0:
+        # Clamped, so that no content of the map can lead outside it.
+        count = memory.load_global_b32(routing.replica_counts.toint() + Int64(expert) * 4)
+        count = arith.max_s32(arith.min_s32(count, routing.replicas), Int32(1))
+        replica = arith.modulo(routing.first_row + token, count)
+        entry = Int64(expert) * Int64(routing.replicas) + Int64(replica)
+        physical = memory.load_global_b32(routing.expert_map.toint() + entry * 4)
+    memory.store_global_b32(routing.weights_out.toint() + place * 4, arith.bits(weight))
+    _put_id(routing.ids_out.toint(), routing.ids_out_i64.toint(), place, physical)
+    _put_id(routing.logical_ids_out.toint(), routing.logical_ids_out_i64.toint(), place, logical)
+
+
+@cute.jit
+def _put_id(narrow: Int64, wide: Int64, place: Int64, expert: Int32) -> None:
+    if wide != 0:
+        memory.store_global_b64(wide + place * 8, Int64(expert))
+    elif narrow != 0:
+        memory.store_global_b32(narrow + place * 4, expert)
+
+
+# --- groups of experts ----------------------------------------------------------------------------
+
+
+@cute.jit
+def merge(
+    workspace: Int64,
+    scratch: Int32,
+    token: Int32,
+    group: Int32,
+    expert_groups: cutlass.Constexpr[ExpertGroups],
+    lane: Int32,
+) -> Int32:
+    """Merge the candidates of all groups. Return 1 in the group that comes last, else 0.
+
+    Before, ``scratch`` holds this group's candidates; afterwards, in the last group, the merged
+    ones. With one group nothing is done. A record in the workspace is two 64-bit words, (id, key)
+    and (1, score). Neither word of a record is ever zero, so a reader sees whether it has arrived.
+    """
+    groups, top_k = expert_groups.groups, expert_groups.top_k
+    last = Int32(1)
+    if cutlass.const_expr(groups > 1):
+        count = groups * top_k
+        ticket = workspace + Int64(token) * 4
+        first = workspace + expert_groups.ticket_bytes + Int64(token) * (count * 16)
+        if lane < top_k:
+            key, score, expert, _ = memory.load_shared_v4(scratch + lane * selection.RECORD_BYTES)
+            memory.store_record(
+                first + Int64(group * top_k + lane) * 16, [expert, key, Int32(1), score]
+            )
+        cute.arch.sync_warp()
+        arrived = Int32(0)
+        if lane == 0:
+            arrived = memory.atomic_add_relaxed(ticket, Int32(1))
+        last = arith.select(
+            arith.equal(warp_ops.broadcast(arrived, Int32(0)), Int32(groups - 1)),
+            Int32(1),
+            Int32(0),
+        )
+        if last != 0:
+            # In order of group and rank: for equal keys that is the order of the ids.
+            keys, scores, experts = [], [], []
+            for position in cutlass.range_constexpr(-(-count // LANES)):
+                number = lane * -(-count // LANES) + position
+                key, score, expert = Int32(0), Int32(0), Int32(0)
+                if number < count:
+                    address = first + Int64(number) * 16
+                    expert, key, valid, score = memory.load_record(address)
+                    while key == 0 or valid == 0:
+                        expert, key, valid, score = memory.load_record(address)
+                    memory.store_record(address, [Int32(0)] * 4)
+                keys.append(key)
+                scores.append(score)
+                experts.append(expert)
+            if lane == 0:
+                memory.store_global_b32(ticket, Int32(0))
+            if cutlass.const_expr(count <= LANES):
+                selection.rank_of_warp(keys[0], scores[0], experts[0], count, top_k, scratch, lane)
+            else:
+                selection.top_of_warp(keys, scores, experts, top_k, scratch, lane)
+    return last

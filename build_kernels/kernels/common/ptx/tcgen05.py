@@ -1,0 +1,153 @@
+"""The tensor core of sm_100a and sm_103a: tensor memory, MMA, and the order between them.
+
+The accumulator of an MMA lies in tensor memory: 128 lanes (its rows) by 512 columns of 32 bits, of
+which a block allocates a power of two. The operands are read from shared memory by 64-bit
+descriptors (tcgen05_layout.py). An MMA runs on its own, in order with the thread's other MMAs,
+until a commit makes an mbarrier tell that it and all before it have completed.
+
+The same conventions as kernels/common/ptx.py. A whole warp calls ``mma`` and ``commit``; one lane
+executes them, always the same. So the addresses stay in uniform registers, where the instruction
+wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Int64
+from cutlass.cutlass_dsl import T
+
+from build_kernels.kernels.common.ptx.inline import asm, pure, struct, unpack
+from build_kernels.kernels.common.ptx.tcgen05_layout import repeats
+
+# --- tensor memory --------------------------------------------------------------------------------
+
+
+def allocate(shared: Int32, columns: int) -> None:
+    """A whole warp allocates; the address goes to shared memory. Waits while none are free."""
+    asm(
+        None,
+        [shared],
+        f"tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [$0], {columns};",
+        "r,~{memory}",
+    )
+
+
+def relinquish() -> None:
+    """The allocating warp lets other blocks of the multiprocessor allocate."""
+    asm(None, [], "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;", "~{memory}")
+
+
+def deallocate(address: Int32, columns: int) -> None:
+    """A whole warp gives back what was allocated, after everybody's last access and before it
+    exits."""
+    asm(
+        None,
+        [address],
+        f"tcgen05.dealloc.cta_group::1.sync.aligned.b32 $0, {columns};",
+        "r,~{memory}",
+    )
+
+
+def load(address: Int32, columns: int) -> list[Float32]:
+    """Read so many columns of 16 lanes, as tcgen05_layout.fragment says, and wait for them.
+
+    ``address`` has the first lane in its upper half: warp w of a warpgroup reads lanes 32 w to
+    32 w + 31 only, so 32 w or 32 w + 16. Loads and wait are one piece of assembly: nothing tells
+    the compiler that a register is not there before the wait.
+    """
+    registers = columns // 2
+    names = [f"${i}" for i in range(registers)]
+    text = _loads(f"${registers}", columns, names)
+    constraints = ",".join(["=f"] * registers) + ",r,~{memory}"
+    result = asm(struct(T.f32(), registers), [address], text, constraints)
+    return unpack(result, Float32, T.f32(), registers)
+
+
+def add(address: Int32, columns: int, sums: Sequence[Float32]) -> list[Float32]:
+    """``sums`` plus what ``load`` would read, each rounded once.
+
+    One piece of assembly: the compiler would else begin every load of a row before the first
+    addition, and run out of registers.
+    """
+    registers = columns // 2
+    names = [f"t{i}" for i in range(registers)]
+    lines = [f"{{ .reg .f32 t<{registers}>;", _loads(f"${registers}", columns, names)]
+    lines += [f"add.rn.f32 ${i}, ${i}, t{i};" for i in range(registers)]
+    ties = [str(i) for i in range(registers)]
+    result = asm(
+        struct(T.f32(), registers),
+        [address, *sums],
+        "\n".join(lines) + " }",
+        ",".join([*["=f"] * registers, "r", *ties, "~{memory}"]),
+    )
+    return unpack(result, Float32, T.f32(), registers)
+
+
+def _loads(address: str, columns: int, registers: Sequence[str]) -> str:
+    lines, first = [], 0
+    for repeat in repeats(columns):
+        names = ",".join(registers[first : first + 4 * repeat])
+        place = f"[{address} + {first * 2}]"
+        lines.append(f"tcgen05.ld.sync.aligned.16x256b.x{repeat}.b32 {{{names}}}, {place};")
+        first += 4 * repeat
+    return "\n".join([*lines, "tcgen05.wait::ld.sync.aligned;"])
+
+
+# --- multiply -------------------------------------------------------------------------------------
+
+
+def operand(base: int, address: Int32) -> Int64:
+    """The descriptor ``base`` of an operand, moved to a shared address."""
+    high, low = base >> 32, base & 0xFFFFFFFF
+    text = f"{{ .reg .b32 t; shr.u32 t, $1, 4; or.b32 t, t, {low}; mov.b64 $0, {{t, {high}}}; }}"
+    return Int64(pure(T.i64(), [address], text, "=l,r"))
+
+
+def mma(accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: bool) -> None:
+    """Issue one k16 step. Without ``accumulate`` the sums start at zero."""
+    asm(
+        None,
+        [accumulator, a, b],
+        "{ .reg .pred leader, p; elect.sync _|leader, 0xffffffff;\n"
+        f"setp.ne.b32 p, {int(accumulate)}, 0;\n"
+        f"@leader tcgen05.mma.cta_group::1.kind::f16 [$0], $1, $2, {instruction}, p; }}",
+        "r,l,l,~{memory}",
+    )
+
+
+def commit(barrier: Int32) -> None:
+    """The mbarrier gets one arrival when all MMAs that this warp has issued are complete."""
+    asm(
+        None,
+        [barrier],
+        "{ .reg .pred leader; elect.sync _|leader, 0xffffffff;\n"
+        "@leader tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [$0]; }",
+        "r,~{memory}",
+    )
+
+
+def commit_multicast(barrier: Int32, blocks: Int32) -> None:
+    """commit, to the same barrier of every block of the cluster whose bit is set."""
+    asm(
+        None,
+        [barrier, blocks],
+        "{ .reg .pred leader; .reg .b16 mask; elect.sync _|leader, 0xffffffff;\n"
+        "cvt.u16.u32 mask, $1;\n"
+        "@leader tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster"
+        ".multicast::cluster.b64 [$0], mask; }",
+        "r,r,~{memory}",
+    )
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def fence_before() -> None:
+    """This thread's tensor-memory accesses come before what it signals next."""
+    asm(None, [], "tcgen05.fence::before_thread_sync;", "~{memory}")
+
+
+def fence_after() -> None:
+    """This thread's tensor-memory accesses come after what it has waited for."""
+    asm(None, [], "tcgen05.fence::after_thread_sync;", "~{memory}")

@@ -1,0 +1,147 @@
+"""Exchange of the split-K form: all partial sums of a token go to one CTA of the cluster.
+
+The sums are staged in shared memory, a row per token, in the place of the operands; one bulk copy
+per row sends them. An mbarrier of the receiver counts the bytes, and for the CTA's own rows the
+arrivals of a warp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
+from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, LANES
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.mma.interface import SplitKMma
+
+#: Named barrier of the consumer warps.
+CONSUMERS = 1
+
+
+class SumsExchange:
+    """The exchange when all sums of a tile can be staged at once."""
+
+    def __init__(self, geometry: SplitKGeometry, mma: SplitKMma) -> None:
+        self.g, self.mma = geometry, mma
+
+    def owned(self, tokens: Int32, k_rank: Int32) -> Int32:
+        """Return how many of the tile's first ``tokens`` tokens the CTA of ``k_rank`` adds."""
+        return arith.quotient(tokens + (self.g.cluster_k - 1) - k_rank, self.g.cluster_k)
+
+    def sync_consumers(self) -> None:
+        """Wait for all consumer warps."""
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=self.g.consumer_threads)
+
+    def init(self, sums_full: Int32, k_rank: Int32, tile_tokens: Int32) -> list[Int32]:
+        """Initialise the barriers from ``sums_full`` on, one per part of the tile's tokens.
+
+        One thread calls this, before ``fence_init``. Returns how many tokens of each part this CTA
+        adds, for ``expect``.
+        """
+        g = self.g
+        owned, before = [], Int32(0)
+        for part in range(g.parts):
+            until = arith.min_s32(tile_tokens, Int32((part + 1) * g.part_tokens))
+            owned.append(self.owned(until, k_rank) - before)
+            before = before + owned[part]
+            mbarrier.init(sums_full + BARRIER_BYTES * part, owned[part] * LANES + 1)
+        return owned
+
+    def expect(self, sums_full: Int32, owned: list[Int32]) -> None:
+        """Expect the peers' bytes. The same thread, after ``fence_init``."""
+        peer_bytes = self.g.slot_bytes - self.g.sums_bytes
+        for part, tokens in enumerate(owned):
+            mbarrier.arrive_expect_tx(sums_full + BARRIER_BYTES * part, tokens * peer_bytes)
+
+    @cute.jit
+    def run(
+        self,
+        sums: Sequence[Float32],
+        shared: Int32,
+        sums_full: Int32,
+        k_rank: Int32,
+        tile_tokens: Int32,
+        warp: Int32,
+        lane: Int32,
+    ) -> None:
+        """Send this warp's sums, and wait until this CTA has received the sums of its tokens.
+
+        All consumer warps call this when they have read their operands. Received sums lie from
+        ``shared`` on: for each slot, chunk and expert an FP32 number. The last arrival at the
+        cluster barrier is for a wait before exit: a peer may read what this CTA has staged until
+        then.
+        """
+        g = self.g
+        # Every CTA has read its operands. Relaxed: it orders completed reads, publishes nothing.
+        cute.arch.cluster_arrive_relaxed()
+        cute.arch.cluster_wait()
+        staged = shared + g.staged_offset
+        self.stage(sums, staged, 0, g.tokens_tile, warp, lane)
+        async_copy.fence_async_shared()
+        self.sync_consumers()
+        self.send(staged, shared, sums_full, 0, g.tokens_tile, k_rank, tile_tokens, warp, lane)
+        mbarrier.wait_first(sums_full)
+        cute.arch.cluster_arrive_relaxed()
+
+    def follow(self) -> None:
+        """Do the cluster barriers of ``run`` in a warp that is no consumer, if there is one."""
+
+    def stage(
+        self,
+        sums: Sequence[Float32],
+        buffer: Int32,
+        begin: int,
+        tokens: int,
+        warp: Int32,
+        lane: Int32,
+    ) -> None:
+        """Store this warp's sums of ``tokens`` tokens from ``begin`` on, a row per token: chunk,
+        m-tile, expert.
+
+        A lane holds the experts lane / 4 and lane / 4 + 8 of 16, of two neighbouring tokens in 8.
+        The two experts of a token become neighbours in memory.
+        """
+        g = self.g
+        chunk = self.mma.task(warp)[1]
+        place = self.mma.first_row(warp) + arith.quotient(lane, 4) * 2
+        target = buffer + (lane & 3) * (2 * g.sums_row_bytes)
+        target = target + (chunk * g.group_experts + place) * 4
+        for n_tile in range(tokens // 8):
+            for column in range(2):
+                first = 4 * (begin // 8 + n_tile) + column
+                memory.store_shared_v2(
+                    target + (8 * n_tile + column) * g.sums_row_bytes,
+                    arith.bits(Float32(sums[first])),
+                    arith.bits(Float32(sums[first + 2])),
+                )
+
+    @cute.jit
+    def send(
+        self,
+        buffer: Int32,
+        received: Int32,
+        full: Int32,
+        begin: cutlass.Constexpr[int],
+        tokens: cutlass.Constexpr[int],
+        k_rank: Int32,
+        tile_tokens: Int32,
+        warp: Int32,
+        lane: Int32,
+    ) -> None:
+        """Copy the staged rows to the CTAs that add them, one warp per row."""
+        g = self.g
+        end = arith.min_s32(tile_tokens, Int32(begin + tokens))
+        for token in cutlass.range(begin + warp, end, g.consumer_warps, unroll=1):
+            slot = received + arith.quotient(token, g.cluster_k) * g.slot_bytes
+            async_copy.to_cta(
+                slot + k_rank * g.sums_bytes,
+                buffer + (token - begin) * g.sums_row_bytes,
+                g.sums_bytes,
+                full,
+                arith.remainder(token, g.cluster_k),
+                k_rank,
+                lane,
+            )

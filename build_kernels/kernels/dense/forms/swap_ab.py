@@ -1,0 +1,389 @@
+"""The swap-A/B form: experts are the rows of the MMA, tokens its columns (CuTe DSL).
+
+So tiles can have any multiple of 8 tokens, and one wave of CTAs covers a batch of a few hundred to
+a few thousand tokens. Steps 1 to 7 of the router, in the summation order that all forms share.
+
+A cluster (geometry/swap_ab.py) is parts of the experts x shares of the hidden dimension x tiles of
+tokens. A launch:
+
+1. two producer warps fill a ring of stages, 64 hidden elements each: the tile's weights by bulk
+   copies of the packed image, already before the wait on the previous kernel, and its hidden states
+   by the tensor map. CTAs that need the same data fetch it in turns and multicast;
+2. each consumer warpgroup multiplies 64 experts by all tokens of the tile, one chunk at a time, in
+   one accumulator;
+3. the partial sums of a chunk are added to the totals, in ascending order of chunks. If the hidden
+   dimension is split, the CTAs of the k ranks multiply neighbouring chunks at a time and exchange
+   sums: each adds some of the tokens (exchange/swap_ab.py);
+4. screening, ranking and storing: epilogue/swap_ab.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from build_kernels.kernels.common.parameters import Routing
+from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
+from build_kernels.kernels.dense import biases, cluster
+from build_kernels.kernels.dense.cluster import Cta
+from build_kernels.kernels.dense.epilogue.swap_ab import SwapAbEpilogue
+from build_kernels.kernels.dense.exchange.swap_ab import (
+    ChunkExchange,
+    exchange_barriers,
+    first_n_tile,
+)
+from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, LANES
+from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, PRODUCER_REGISTERS, SwapAbGeometry
+from build_kernels.kernels.dense.hidden_map import hidden_map
+from build_kernels.kernels.dense.mma.wgmma import BoundSwapAb, SwapAbWgmma
+from build_kernels.kernels.dense.ring import CountedRingState, Ring, TurnState
+
+
+class SwapAb:
+    def __init__(self, geometry: SwapAbGeometry, mma: SwapAbWgmma) -> None:
+        self.g, self.mma = geometry, mma
+        self.epilogue = SwapAbEpilogue(geometry)
+
+    @cute.jit
+    def __call__(
+        self,
+        hidden_states: cute.Pointer,
+        packed_weight: cute.Pointer,
+        bias: cute.Pointer,
+        logits_out: cute.Pointer,
+        row_stride: Int64,
+        routing: Routing,
+    ) -> None:
+        g = self.g
+        tokens = routing.tokens
+        tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.tile_tokens)
+        tiles = arith.quotient(
+            tokens + (g.tile_tokens * g.cluster_t - 1), g.tile_tokens * g.cluster_t
+        )
+        self.kernel(
+            tensor_map,
+            packed_weight,
+            bias,
+            logits_out,
+            routing,
+        ).launch(
+            grid=(g.cluster_x, tiles * g.cluster_t, 1),
+            block=(g.threads, 1, 1),
+            cluster=(g.cluster_x, g.cluster_t, 1),
+            smem=g.shared_bytes,
+            use_pdl=True,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        hidden_states: cute.CopyAtom,
+        packed_weight: cute.Pointer,
+        bias: cute.Pointer,
+        logits_out: cute.Pointer,
+        routing: Routing,
+    ) -> None:
+        g = self.g
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(arith.quotient(thread, LANES))
+        lane = arith.remainder(thread, LANES)
+        e_rank = arith.remainder(cute.arch.block_idx()[0], g.cluster_e)
+        k_rank = arith.quotient(cute.arch.block_idx()[0], g.cluster_e)
+        tile = cute.arch.block_idx()[1]
+        t_rank = arith.remainder(tile, g.cluster_t)
+        cta = Cta(e_rank, k_rank, t_rank)
+        first_token = tile * g.tile_tokens
+
+        shared = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint())
+        bias_row = shared + g.bias_offset
+        full = shared + g.barrier_offset
+        hidden = Ring.of(shared, g.weight_stage_bytes, g.stage_bytes, g.stages, full)
+        weight_empty = hidden.empty + BARRIER_BYTES * g.stages
+        weight = Ring(shared, 0, g.stage_bytes, g.stages, full, weight_empty)
+        exchange_full = shared + g.exchange_barrier_offset
+
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if thread == 0:
+            for stage in cutlass.range_constexpr(g.stages):
+                mbarrier.init(full + BARRIER_BYTES * stage, 1)
+                mbarrier.init(hidden.empty_at(stage), g.consumer_warps * g.cluster_e)
+                mbarrier.init(weight.empty_at(stage), g.consumer_warps * g.cluster_t)
+            if cutlass.const_expr(g.split_k > 1):
+                for buffer in cutlass.range_constexpr(g.buffers):
+                    for number in cutlass.range_constexpr(g.consumer_warps):
+                        sums_full, sums_empty = exchange_barriers(g, exchange_full, buffer, number)
+                        mbarrier.init(sums_full, 1)
+                        mbarrier.init(sums_empty, g.split_k - 1)
+            mbarrier.fence_init()
+            # The first filling of every stage; thread 0 expects each later one in time.
+            for stage in cutlass.range_constexpr(g.stages):
+                mbarrier.arrive_expect_tx(full + BARRIER_BYTES * stage, Int32(g.stage_bytes))
+        biases.load(
+            bias.toint(),
+            bias_row,
+            Int32(0),
+            g.padded_experts,
+            g.experts,
+            biases.LOWEST,
+            thread,
+            g.threads,
+        )
+        # Relaxed: the fence has published the barriers, and nothing else crosses CTAs yet.
+        if cutlass.const_expr(g.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        cute.arch.sync_threads()
+
+        if warp >= g.consumer_warps:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == g.consumer_warps:
+                if lane == 0:
+                    tensor_map = async_copy.tensor_map_address(hidden_states)
+                    async_copy.prefetch_tensor_map(tensor_map)
+                    cute.arch.griddepcontrol_wait()
+                    self.load_hidden(tensor_map, hidden, first_token, cta)
+            elif warp == g.consumer_warps + 1 and lane == 0:
+                first = packed_weight.toint() + Int64(e_rank * g.weight_stage_bytes)
+                self.load_weight(first, weight, cta)
+            self.arrive_ring_free()
+            self.wait_ring_free()
+            cluster.wait_for_logits(g.cluster_e, g.cluster)
+            cluster.wait_before_exit(g.cluster_e, g.cluster)
+        else:
+            cute.arch.setmaxregister_increase(g.consumer_registers)
+            totals = self.multiply(shared, hidden, weight, cta, warp, lane, thread)
+            # From here on the epilogue uses the ring's place: all stages have arrived and been
+            # read.
+            self.epilogue.sync_consumers()
+            self.arrive_ring_free()
+            self.epilogue.lay_out_logits(totals, shared, warp, lane)
+            self.epilogue.sync_consumers()
+            # The hidden states' arrival implies this wait; it is for what is read from here on.
+            cute.arch.griddepcontrol_wait()
+            images = Int32(0)
+            if routing.serving != 0 and routing.image_mask.toint() != 0:
+                images = Int32(1)
+                biases.load(
+                    routing.image_bias.toint(),
+                    shared + g.image_bias_offset,
+                    Int32(0),
+                    g.padded_experts,
+                    g.experts,
+                    biases.LOWEST,
+                    thread,
+                    g.consumer_threads,
+                )
+                self.epilogue.sync_consumers()
+            first_held = first_token + first_n_tile(g, k_rank) * N_TILE
+            end_held = arith.min_s32(
+                routing.tokens, first_token + first_n_tile(g, k_rank + 1) * N_TILE
+            )
+            if logits_out.toint() != 0:
+                self.epilogue.store_logits(
+                    shared, logits_out.toint(), first_held, end_held, e_rank, thread
+                )
+            self.wait_ring_free()
+            self.epilogue.screen(routing, shared, first_held, images, cta, thread)
+            cluster.wait_for_logits(g.cluster_e, g.cluster)
+            if cutlass.const_expr(g.cluster_e == 1):
+                self.epilogue.sync_consumers()
+            self.epilogue.rank(routing, shared, first_held, end_held, cta, thread)
+            cluster.wait_before_exit(g.cluster_e, g.cluster)
+
+    def arrive_ring_free(self) -> None:
+        """Tell the peers that they may write to this CTA's ring. All threads call this.
+
+        Relaxed: the CTA's own reads of the ring have completed.
+        """
+        if self.g.cluster_e > 1:
+            cute.arch.cluster_arrive_relaxed()
+
+    def wait_ring_free(self) -> None:
+        """Wait until candidates may be written to every ring of the cluster. All threads."""
+        if self.g.cluster_e > 1:
+            cute.arch.cluster_wait()
+
+    # --- producers ------------------------------------------------------------------------------
+
+    @cute.jit
+    def load_hidden(self, tensor_map: Int64, ring: Ring, first_token: Int32, cta: Cta) -> None:
+        """Fetch the tile's hidden states of every ``cluster_e``-th stage, for all e ranks.
+
+        One thread calls this.
+        """
+        g = self.g
+        peers = Int32((1 << g.cluster_e) - 1) << g.cta_rank(Int32(0), cta.k_rank, cta.t_rank)
+        state = TurnState(g.stages)
+        for number in cutlass.range(g.k_blocks, unroll=1):
+            if arith.remainder(number, g.cluster_e) == cta.e_rank:
+                if number >= g.stages:
+                    mbarrier.wait(ring.empty_at(state.stage), state.phase())
+                    state = state.released()
+                place = ring.data_at(state.stage)
+                x = self.k_block_of(number, cta.k_rank) * K_BLOCK
+                full = ring.full_at(state.stage)
+                if cutlass.const_expr(g.cluster_e > 1):
+                    async_copy.tile_multicast(place, tensor_map, x, first_token, full, peers)
+                else:
+                    async_copy.tile(place, tensor_map, x, first_token, full)
+            state = state.next()
+
+    @cute.jit
+    def load_weight(self, first: Int64, ring: Ring, cta: Cta) -> None:
+        """Fetch this CTA's weights of every ``cluster_t``-th stage, for all t ranks.
+
+        One thread calls this. ``first`` is the global address of this CTA's experts in the first
+        block of the packed image.
+        """
+        g = self.g
+        peers = Int32(sum(1 << (i * g.cluster_x) for i in range(g.cluster_t)))
+        peers = peers << g.cta_rank(cta.e_rank, cta.k_rank, Int32(0))
+        size = Int32(g.weight_stage_bytes)
+        state = TurnState(g.stages)
+        for number in cutlass.range(g.k_blocks, unroll=1):
+            if arith.remainder(number, g.cluster_t) == cta.t_rank:
+                if number >= g.stages:
+                    mbarrier.wait(ring.empty_at(state.stage), state.phase())
+                    state = state.released()
+                place = ring.data_at(state.stage)
+                k_block = self.k_block_of(number, cta.k_rank)
+                address = first + Int64(k_block) * (g.padded_experts * K_BLOCK * 2)
+                full = ring.full_at(state.stage)
+                if cutlass.const_expr(g.cluster_t > 1):
+                    async_copy.bulk_multicast(place, address, size, full, peers)
+                else:
+                    async_copy.bulk(place, address, size, full)
+            state = state.next()
+
+    def k_block_of(self, number: Int32, k_rank: Int32) -> Int32:
+        """Return the 64-element block of the hidden dimension that is a k rank's filling
+        ``number``."""
+        g = self.g
+        chunk = arith.quotient(number, g.chunk_k_blocks) * g.split_k + k_rank
+        return chunk * g.chunk_k_blocks + arith.remainder(number, g.chunk_k_blocks)
+
+    # --- step 1: the multiplication ---------------------------------------------------------------
+
+    @cute.jit
+    def multiply(
+        self,
+        shared: Int32,
+        hidden: Ring,
+        weight: Ring,
+        cta: Cta,
+        warp: Int32,
+        lane: Int32,
+        thread: Int32,
+    ) -> cute.Tensor:
+        """Return this thread's logits of the n-tiles that the CTA adds, four per n-tile.
+
+        All consumer threads call this. On return this warp has read all stages.
+        """
+        g = self.g
+        mma = self.mma.bind(shared, warp)
+        totals = cute.make_rmem_tensor(4 * g.held_n_tiles, Float32)
+        for i in cutlass.range_constexpr(4 * g.held_n_tiles):
+            # -0 + x is x for every x: the totals start from the first chunk's sums.
+            totals[i] = Float32(-0.0)
+        rings = (hidden, weight, cta, lane, thread)
+        state = CountedRingState(g.stages)
+        if cutlass.const_expr(g.split_k == 1):
+            for _ in cutlass.range(g.cta_chunks, unroll=1):
+                state = self.chunk(mma, rings, state, None)
+                self.promote(mma, totals)
+        else:
+            exchange = ChunkExchange(g, shared, cta, warp, lane)
+            phases = g.cta_chunks // g.buffers
+            for phase in cutlass.range(phases, unroll=1):
+                for buffer in cutlass.range_constexpr(g.buffers):
+                    state = self.exchanged(mma, rings, state, exchange, totals, buffer, phase)
+            if cutlass.const_expr(g.cta_chunks % g.buffers > 0):
+                self.exchanged(mma, rings, state, exchange, totals, 0, Int32(phases))
+            for chunk in cutlass.range_constexpr(g.cta_chunks - g.buffers, g.cta_chunks):
+                exchange.add(totals, chunk % g.buffers, Int32(chunk // g.buffers))
+        return totals
+
+    def promote(self, mma: BoundSwapAb, totals: cute.Tensor) -> None:
+        """Add the chunk's partial sums to the totals."""
+        for n_tile in range(self.g.n_tiles):
+            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
+                totals[i] = arith.add_rn(Float32(totals[i]), term)
+
+    def exchanged(
+        self,
+        mma: BoundSwapAb,
+        rings: tuple[Ring, Ring, Cta, Int32, Int32],
+        state: CountedRingState,
+        exchange: ChunkExchange,
+        totals: cute.Tensor,
+        buffer: int,
+        phase: Int32,
+    ) -> CountedRingState:
+        """Multiply a chunk and send its sums through an exchange buffer, in that phase of it.
+
+        The sums that the buffer held before are added meanwhile.
+        """
+        add = partial(exchange.add_before, totals, buffer, phase)
+        state = self.chunk(mma, rings, state, add)
+        exchange.send(mma, buffer, phase)
+        return state
+
+    def chunk(
+        self,
+        mma: BoundSwapAb,
+        rings: tuple[Ring, Ring, Cta, Int32, Int32],
+        state: CountedRingState,
+        meanwhile: Callable[[], None] | None,
+    ) -> CountedRingState:
+        """Multiply a chunk, from the ring's ``state`` on. Returns the state behind it.
+
+        ``meanwhile`` runs under the chunk's MMAs. A stage is released one block later, when its
+        MMAs are known to have completed.
+        """
+        g = self.g
+        before = state
+        # With two buffers the sums to add are there already; with one they are still in flight.
+        moment = 0 if g.buffers > 1 else g.chunk_k_blocks // 2
+        for block in range(g.chunk_k_blocks):
+            mbarrier.wait(rings[0].full_at(state.stage), state.phase)
+            self.expect(rings, state.stage, state.count)
+            mma.multiply(state.stage, starts=block == 0)
+            if block > 0:
+                mma.wait(1)
+                self.release(rings, before.stage, before.count)
+            if block == moment and meanwhile is not None:
+                meanwhile()
+            before, state = state, state.next()
+        mma.wait(0)
+        self.release(rings, before.stage, before.count)
+        return state
+
+    @cute.jit
+    def expect(
+        self, rings: tuple[Ring, Ring, Cta, Int32, Int32], stage: Int32, number: Int32
+    ) -> None:
+        """Expect the next filling of a stage that has arrived, before it can be released."""
+        g = self.g
+        hidden, _, _, _, thread = rings
+        if thread == 0 and number + g.stages < g.k_blocks:
+            mbarrier.arrive_expect_tx(hidden.full_at(stage), Int32(g.stage_bytes))
+
+    @cute.jit
+    def release(
+        self, rings: tuple[Ring, Ring, Cta, Int32, Int32], stage: Int32, number: Int32
+    ) -> None:
+        """Release a stage to the two CTAs that will fill it again, after filling ``number``."""
+        g = self.g
+        hidden, weight, cta, lane, _ = rings
+        following = number + g.stages
+        if lane < 2 and following < g.k_blocks:
+            first = arith.equal(lane, Int32(0))
+            barrier = arith.select(first, hidden.empty, weight.empty) + BARRIER_BYTES * stage
+            e = arith.select(first, arith.remainder(following, g.cluster_e), cta.e_rank)
+            t = arith.select(first, cta.t_rank, arith.remainder(following, g.cluster_t))
+            mbarrier.arrive_remote(memory.map_shared(barrier, g.cta_rank(e, cta.k_rank, t)))

@@ -1,0 +1,1 @@
+"""How each dense form divides a router: plain arithmetic, without the DSL."""

@@ -1,0 +1,221 @@
+"""How the decode form divides a router among CTAs and warps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from build_kernels.kernels.dense.geometry.common import (
+    BARRIER_BYTES,
+    LANES,
+    MAX_CLUSTER,
+    MAX_SHARED_BYTES,
+    MMA_K,
+    GroupedGeometry,
+    ceil_div,
+)
+from router_runtime.format.contract import Constants
+
+#: Rows (experts) and columns (tokens) of one ``mma.sync``.
+MMA_SYNC_M = 16
+MMA_SYNC_N = 8
+
+#: Most tokens of a tile: enough independent chains of MMAs, few enough registers.
+MAX_TILE = 32
+
+#: Most clusters that ``search`` divides the experts among.
+MAX_GROUPS = 16
+
+#: Shared memory that a CTA requests at least. It is more than the largest split but one of the
+#: memory that shared memory and L1 share. A multiprocessor changes its split only while it is idle,
+#: so a kernel with a smaller request would wait until its predecessor has ended.
+LEAST_SHARED_BYTES = 200 * 1024
+
+#: Registers of a multiprocessor, and what a thread needs besides its weights.
+REGISTERS = 65536
+OTHER_REGISTERS = 64
+
+
+@dataclass(frozen=True)
+class DecodeGeometry(GroupedGeometry):
+    """``groups`` clusters of ``cluster_e`` x ``cluster_k`` CTAs route ``tokens_tile`` tokens.
+
+    Each CTA holds 16 * ``m_tiles`` experts over a slice of the hidden dimension. A warp keeps
+    ``warp_m`` of these m-tiles in registers over one slab, which is one or more chunks of the
+    hidden dimension.
+    """
+
+    tokens_tile: int
+    cluster_e: int
+    cluster_k: int
+    warp_m: int
+
+    @classmethod
+    def search(cls, constants: Constants) -> DecodeGeometry:
+        """Return a geometry for a model that the catalog does not tune.
+
+        It has the fewest CTAs that hold the weights. ``constants`` lack the four that say how the
+        weights are divided. Raises ValueError where no cluster of at most 16 CTAs fits the
+        registers and shared memory.
+        """
+        candidates = (
+            cls.of(
+                {
+                    **constants,
+                    "GROUPS": groups,
+                    "CLUSTER_E": cluster_e,
+                    "CLUSTER_K": cluster_k,
+                    "WARP_M": warp_m,
+                }
+            )
+            for groups in range(1, MAX_GROUPS + 1)
+            for cluster_e in (1, 2, 4)
+            for cluster_k in range(1, MAX_CLUSTER // cluster_e + 1)
+            for warp_m in (1, 2)
+        )
+        fitting = [candidate for candidate in candidates if candidate.fits]
+        if not fitting:
+            raise ValueError(
+                f"expected a router whose weights fit {MAX_GROUPS} clusters of {MAX_CLUSTER} CTAs, "
+                f"found hidden {int(constants['HIDDEN'])}, experts {int(constants['EXPERTS'])}"
+            )
+        return min(fitting, key=lambda g: (g.groups, g.ctas, g.padded_experts, g.warp_m))
+
+    @property
+    def fits(self) -> bool:
+        """Whether a CTA's weights fit its registers, and the rest its shared memory."""
+        registers = self.warp_m * self.slab // 4 + OTHER_REGISTERS
+        # The four schedulers of a multiprocessor have a quarter of the registers each.
+        needed = ceil_div(self.warps, 4) * 4 * LANES * registers
+        return (
+            registers <= 255
+            and needed <= REGISTERS
+            and self.tokens_tile <= MAX_TILE
+            and self.shared_bytes <= MAX_SHARED_BYTES
+            and (self.cluster_k - 1) * self.cta_slabs < self.slabs
+        )
+
+    # --- experts ---
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_e * self.cluster_k
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of one tile of tokens."""
+        return self.groups * self.cluster
+
+    @property
+    def m_tiles(self) -> int:
+        """Tiles of 16 experts of a CTA, a multiple of ``warp_m``."""
+        tiles = ceil_div(self.experts, MMA_SYNC_M * self.groups * self.cluster_e)
+        return ceil_div(tiles, self.warp_m) * self.warp_m
+
+    @property
+    def cta_experts(self) -> int:
+        return MMA_SYNC_M * self.m_tiles
+
+    @property
+    def group_experts(self) -> int:
+        return self.cta_experts * self.cluster_e
+
+    # --- hidden dimension ---
+    @property
+    def slab(self) -> int:
+        """Hidden elements that one warp holds in registers, for 16 * ``warp_m`` experts."""
+        return max(self.k_chunk, 256)
+
+    @property
+    def slab_steps(self) -> int:
+        """k16 steps of a slab."""
+        return self.slab // MMA_K
+
+    @property
+    def slab_chunks(self) -> int:
+        return self.slab // self.k_chunk
+
+    @property
+    def slabs(self) -> int:
+        return ceil_div(self.hidden, self.slab)
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.hidden, self.k_chunk)
+
+    @property
+    def cta_slabs(self) -> int:
+        return ceil_div(self.slabs, self.cluster_k)
+
+    @property
+    def cta_hidden(self) -> int:
+        """Hidden elements of a CTA's slice."""
+        return self.cta_slabs * self.slab
+
+    @property
+    def hidden_steps(self) -> int:
+        return self.hidden // MMA_K
+
+    # --- threads ---
+    @property
+    def warps(self) -> int:
+        return self.cta_slabs * self.m_tiles // self.warp_m
+
+    @property
+    def threads(self) -> int:
+        return self.warps * LANES
+
+    # --- tokens ---
+    @property
+    def slots_k(self) -> int:
+        """Tokens whose partial sums one CTA receives: token t goes to the CTA with k rank
+        t % cluster_k."""
+        return ceil_div(self.tokens_tile, self.cluster_k)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that one CTA selects for: of its ``slots_k``, slot i goes to the CTA with e rank
+        i % cluster_e."""
+        return ceil_div(self.slots_k, self.cluster_e)
+
+    # --- shared memory, in bytes ---
+    @property
+    def row_bytes(self) -> int:
+        """A token's slice, padded by 16 bytes: 8 neighbouring rows start in 8 bank groups."""
+        return self.cta_hidden * 2 + 16
+
+    @property
+    def hidden_bytes(self) -> int:
+        return ceil_div(self.tokens_tile, MMA_SYNC_N) * MMA_SYNC_N * self.row_bytes
+
+    @property
+    def sums_bytes(self) -> int:
+        """Partial sums that a CTA receives, FP32."""
+        return self.chunks * self.slots_k * self.cta_experts * 4
+
+    @property
+    def key_row_bytes(self) -> int:
+        """A row of (key, score) pairs, padded to ``lane_keys`` pairs per lane."""
+        return self.lane_keys * LANES * 8
+
+    @property
+    def key_bytes(self) -> int:
+        return self.slots * self.key_row_bytes
+
+    @property
+    def warp_scratch_bytes(self) -> int:
+        """A warp's selected candidates, 16 bytes each (selection.RECORD_BYTES)."""
+        return self.top_k * 16
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self.warps * self.warp_scratch_bytes
+
+    @property
+    def bias_bytes(self) -> int:
+        return self.cta_experts * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        total = self.hidden_bytes + self.sums_bytes + self.key_bytes + self.scratch_bytes
+        total += self.bias_bytes + 3 * BARRIER_BYTES
+        return max(LEAST_SHARED_BYTES, ceil_div(total, 16) * 16)

@@ -1,0 +1,201 @@
+"""How the tile form divides a batch among clusters, CTAs and warps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from build_kernels.kernels.dense.geometry.common import (
+    BARRIER_BYTES,
+    K_BLOCK,
+    LANES,
+    MAX_SHARED_BYTES,
+    MMA_M,
+    WARPGROUP,
+    Geometry,
+    ceil_div,
+)
+from router_runtime.format.contract import Constants
+
+
+@dataclass(frozen=True)
+class TileGeometry(Geometry):
+    """A cluster of ``cluster_e`` x ``cluster_t`` CTAs routes ``cluster_t`` tiles of 128 tokens.
+
+    The ``cluster_e`` CTAs of one tile share its hidden states and divide the experts among them;
+    the ``cluster_t`` CTAs with the same experts share their weights. A CTA multiplies its experts
+    in ``passes`` passes over each chunk, so that only the partial sums of one pass need registers
+    besides the totals.
+    """
+
+    cluster_e: int
+    cluster_t: int
+    passes: int
+
+    #: Most experts of a CTA whose partial sums and totals fit the registers, in one pass.
+    most_experts: ClassVar[int] = 192
+
+    #: The MMA's number of experts is a multiple of this.
+    expert_step: ClassVar[int] = 8
+
+    @classmethod
+    def search(cls, constants: Constants) -> dict[str, int]:
+        """Return the division, as constants, for a model that the catalog does not tune."""
+        experts = int(constants["EXPERTS"])
+        cluster_e = next(e for e in (1, 2, 4, 8) if ceil_div(experts, e) <= cls.most_experts)
+        return {"CLUSTER_E": cluster_e, "CLUSTER_T": 1, "PASSES": 1}
+
+    # --- tiles ---
+    @property
+    def consumer_warpgroups(self) -> int:
+        """Warpgroups that hold totals, 64 tokens each."""
+        return 2
+
+    @property
+    def consumer_threads(self) -> int:
+        return self.consumer_warpgroups * WARPGROUP
+
+    @property
+    def tokens_tile(self) -> int:
+        return self.consumer_warpgroups * MMA_M
+
+    @property
+    def mma_n(self) -> int:
+        """Experts of one pass, divisible among the CTAs that share its weights."""
+        step = max(8 * self.cluster_t, self.expert_step)
+        return ceil_div(self.experts, self.cluster_e * self.passes * step) * step
+
+    @property
+    def cta_experts(self) -> int:
+        return self.mma_n * self.passes
+
+    @property
+    def padded_experts(self) -> int:
+        return self.cta_experts * self.cluster_e
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_e * self.cluster_t
+
+    # --- hidden dimension ---
+    @property
+    def k_blocks(self) -> int:
+        """64-element blocks of the hidden dimension."""
+        return self.hidden // K_BLOCK
+
+    @property
+    def full_chunks(self) -> int:
+        return self.k_blocks // self.chunk_k_blocks
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.k_blocks, self.chunk_k_blocks)
+
+    @property
+    def last_k_blocks(self) -> int:
+        """Blocks of the last, short chunk; 0 if all chunks are whole."""
+        return self.k_blocks % self.chunk_k_blocks
+
+    # --- threads ---
+    @property
+    def threads(self) -> int:
+        return self.consumer_threads + WARPGROUP
+
+    @property
+    def consumer_warps(self) -> int:
+        return self.consumer_threads // LANES
+
+    # --- selection ---
+    @property
+    def token_threads(self) -> int:
+        """Threads that rank one token's candidates; each takes two of its masks."""
+        return 2 * self.cluster_e
+
+    @property
+    def owned_tokens(self) -> int:
+        """Tokens of the tile whose results one CTA writes."""
+        return self.tokens_tile // self.cluster_e
+
+    @property
+    def mask_bits(self) -> int:
+        """Experts of a token that one thread of a quad holds."""
+        return self.cta_experts // 4
+
+    @property
+    def mask_words(self) -> int:
+        return ceil_div(self.mask_bits, 32)
+
+    # --- shared memory, in bytes ---
+    @property
+    def hidden_stage_bytes(self) -> int:
+        return self.tokens_tile * K_BLOCK * 2
+
+    @property
+    def weight_stage_bytes(self) -> int:
+        return self.mma_n * K_BLOCK * 2
+
+    @property
+    def bias_bytes(self) -> int:
+        return self.padded_experts * 4
+
+    @property
+    def ring_bytes(self) -> int:
+        """What biases and barriers leave for the two rings."""
+        return MAX_SHARED_BYTES - self.bias_bytes - 512
+
+    @property
+    def hidden_stages(self) -> int:
+        """With several passes, a whole chunk's hidden states stay while the next ones arrive."""
+        if self.passes > 1:
+            return self.chunk_k_blocks + 2
+        return self.ring_bytes // (self.hidden_stage_bytes + self.weight_stage_bytes)
+
+    @property
+    def weight_stages(self) -> int:
+        left = self.ring_bytes - self.hidden_stages * self.hidden_stage_bytes
+        return left // self.weight_stage_bytes
+
+    @property
+    def weight_offset(self) -> int:
+        return self.hidden_stages * self.hidden_stage_bytes
+
+    @property
+    def bias_offset(self) -> int:
+        return self.weight_offset + self.weight_stages * self.weight_stage_bytes
+
+    @property
+    def barrier_offset(self) -> int:
+        """Full, then empty barriers of the hidden states, then those of the weights."""
+        return self.bias_offset + self.bias_bytes
+
+    @property
+    def weight_barrier_offset(self) -> int:
+        return self.barrier_offset + 2 * BARRIER_BYTES * self.hidden_stages
+
+    @property
+    def end_offset(self) -> int:
+        """The end of the rings' barriers."""
+        return self.weight_barrier_offset + 2 * BARRIER_BYTES * self.weight_stages
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.end_offset
+
+    # --- after the multiplication the rings' place takes the logits and the candidates' masks ---
+    @property
+    def logit_row_bytes(self) -> int:
+        """Padded so that the rows of a warp's accumulator fragment start 8 banks apart."""
+        return (ceil_div(self.cta_experts, 32) * 32 + 8) * 4
+
+    @property
+    def mask_offset(self) -> int:
+        return self.tokens_tile * self.logit_row_bytes
+
+    @property
+    def mask_row_bytes(self) -> int:
+        return 4 * 4 * self.mask_words
+
+    @property
+    def image_bias_offset(self) -> int:
+        return self.mask_offset + self.tokens_tile * self.mask_row_bytes

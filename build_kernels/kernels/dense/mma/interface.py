@@ -1,0 +1,93 @@
+"""What a form asks of its MMA object: one base class for each form that has several.
+
+An object is made on the host with the form's geometry. Methods that a kind of MMA has no use for do
+nothing here. "All threads" are those of the CTA unless the text says otherwise; a warp calls as a
+whole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from cutlass import Float32, Int32
+
+from build_kernels.kernels.common.ptx import arith
+from build_kernels.kernels.dense.geometry.common import LANES, WARPGROUP
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.geometry.tile import TileGeometry
+from build_kernels.kernels.dense.ring import Ring
+
+
+class SplitKMma(ABC):
+    """Multiplies all chunks of a CTA's slice, 64 experts and one chunk per warpgroup."""
+
+    def __init__(self, geometry: SplitKGeometry) -> None:
+        self.g: Any = geometry
+
+    def allocate(self, shared: Int32, warp: Int32) -> None:
+        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        return
+
+    @abstractmethod
+    def multiply(
+        self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32
+    ) -> Sequence[Float32]:
+        """Return this warp's partial sums of 16 experts x the tile's tokens.
+
+        All consumer warps call this. It waits for the operands: the weights' stages begin at
+        ``shared``, and their full barriers at ``weight_full``.
+        """
+
+    @abstractmethod
+    def first_row(self, warp: Int32) -> Int32:
+        """Return the first of the 16 experts of the group whose sums a warp has."""
+
+    def free(self, shared: Int32, warp: Int32) -> None:
+        """Give back what ``allocate`` took. Consumer warps, after a barrier behind ``multiply``."""
+        return
+
+    def task(self, warp: Int32) -> tuple[Int32, Int32]:
+        """Return (m-tile, chunk of the slice) of a warp's warpgroup."""
+        number = arith.quotient(warp, WARPGROUP // LANES)
+        return arith.remainder(number, self.g.m_tiles), arith.quotient(number, self.g.m_tiles)
+
+
+class TileMma(ABC):
+    """Multiplies the whole hidden dimension of 128 tokens x a CTA's experts."""
+
+    def __init__(self, geometry: TileGeometry) -> None:
+        self.g: Any = geometry
+
+    @property
+    @abstractmethod
+    def releases(self) -> int:
+        """Arrivals of one CTA that release a stage."""
+
+    def allocate(self, shared: Int32, warp: Int32) -> None:
+        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        return
+
+    def issue(
+        self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, warp: Int32
+    ) -> None:
+        """Issue the MMAs, if a warp of its own does. All producer warps call this."""
+        return
+
+    @abstractmethod
+    def multiply(
+        self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, thread: Int32
+    ) -> list[Any]:
+        """Return this thread's logits of two tokens: for each pass, ``mma_n`` / 2 of them.
+
+        All consumer threads call this. A stage's release arrives at the empty barriers of every CTA
+        that fills it. On return all stages have been read by this warp.
+        """
+
+    @abstractmethod
+    def store_logits(
+        self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
+    ) -> None:
+        """Store this thread's logits as rows of tokens, unless ``multiply`` has done so. All
+        consumer threads, when the rings are no longer needed."""

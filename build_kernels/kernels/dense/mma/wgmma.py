@@ -1,0 +1,293 @@
+"""Multiplication by ``wgmma`` (sm_90a) for split_k, swap_ab and tile.
+
+A warpgroup issues MMAs whose operands are stages in shared memory and whose sums are registers. The
+weights' stages are packed without a swizzle: 8 x 8 core matrices, first along the hidden dimension.
+The hidden states' stages are rows of 128 bytes, swizzled as the tensor map leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, cute
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from build_kernels.kernels.common.ptx import arith, mbarrier, memory
+from build_kernels.kernels.dense.geometry.common import (
+    BARRIER_BYTES,
+    K_BLOCK,
+    LANES,
+    MMA_K,
+    MMA_M,
+    WARPGROUP,
+)
+from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
+from build_kernels.kernels.dense.mma.interface import SplitKMma, TileMma
+from build_kernels.kernels.dense.ring import Ring, RingState
+
+#: Elements of a packed core matrix's row, and of 8 of its rows along the hidden dimension.
+_ROW = 8
+_CORE = 64
+
+
+def packed_weight(address: Int32, experts: int, stages: int, stage_elements: int) -> cute.Tensor:
+    """Return the stages of ``experts`` packed experts, K-major: [expert, hidden element, stage]."""
+    pointer = cute.make_ptr(BFloat16, address, cute.AddressSpace.smem, assumed_align=1024)
+    return cute.make_tensor(
+        pointer,
+        cute.make_layout(
+            ((_ROW, experts // _ROW), (_ROW, K_BLOCK // _ROW), stages),
+            stride=((_ROW, _ROW * K_BLOCK), (1, _CORE), stage_elements),
+        ),
+    )
+
+
+def swizzled_hidden(address: Int32, tokens: int, stages: int, stage_elements: int) -> cute.Tensor:
+    """Return the stages of ``tokens`` tokens in swizzled rows: [token, hidden element, stage]."""
+    pointer = cute.make_ptr(BFloat16, address, cute.AddressSpace.smem, assumed_align=1024)
+    return cute.make_tensor(
+        cute.recast_ptr(pointer, cute.make_swizzle(3, 4, 3), dtype=BFloat16),
+        cute.make_layout((tokens, K_BLOCK, stages), stride=(K_BLOCK, 1, stage_elements)),
+    )
+
+
+class Wgmma:
+    """64 rows of ``a`` x ``n`` rows of ``b``, for the threads of one warpgroup.
+
+    ``a`` and ``b`` are stages in shared memory, [row, hidden element, stage].
+    """
+
+    def __init__(self, n: int, a: cute.Tensor, b: cute.Tensor) -> None:
+        op = warpgroup.MmaF16BF16Op(
+            BFloat16,
+            Float32,
+            (MMA_M, n, MMA_K),
+            warpgroup.OperandSource.SMEM,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+        )
+        self._start = cute.make_tiled_mma(cute.make_mma_atom(op))
+        self._start.set(warpgroup.Field.ACCUMULATE, False)
+        self._go_on = cute.make_tiled_mma(cute.make_mma_atom(op))
+        self._go_on.set(warpgroup.Field.ACCUMULATE, True)
+        part = self._start.get_slice(0)
+        self._a = self._start.make_fragment_A(part.partition_A(a))
+        self._b = self._start.make_fragment_B(part.partition_B(b))
+        self._shape = part.partition_shape_C((MMA_M, n))
+
+    def accumulator(self) -> cute.Tensor:
+        """Return new registers for the sums."""
+        return cute.make_rmem_tensor(self._shape, Float32)
+
+    def multiply(
+        self,
+        accumulator: cute.Tensor,
+        a_stage: Int32 | int,
+        b_stage: Int32 | int,
+        starts: bool,
+    ) -> None:
+        """Begin to multiply the 64 hidden elements of one stage each; ``starts`` from zero."""
+        warpgroup.fence()
+        for step in range(K_BLOCK // MMA_K):
+            cute.gemm(
+                self._start if starts and step == 0 else self._go_on,
+                accumulator,
+                self._a[None, None, step, a_stage],
+                self._b[None, None, step, b_stage],
+                accumulator,
+            )
+        warpgroup.commit_group()
+
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
+        warpgroup.wait_group(pending)
+
+
+class SplitKWgmma(SplitKMma):
+    """A warpgroup multiplies its own 64 experts by all tokens of the tile, over its chunk."""
+
+    @cute.jit
+    def multiply(self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32) -> cute.Tensor:
+        g = self.g
+        m_tile, chunk = self.task(warp)
+        own = (
+            shared
+            + chunk * (g.chunk_k_blocks * g.weight_stage_bytes)
+            + m_tile * (MMA_M * K_BLOCK * 2)
+        )
+        mma = Wgmma(
+            g.tokens_tile,
+            packed_weight(own, MMA_M, g.chunk_k_blocks, g.weight_stage_bytes // 2),
+            swizzled_hidden(hidden.data, g.tokens_tile, g.hidden_stages, g.hidden_stage_bytes // 2),
+        )
+        sums = mma.accumulator()
+        for block in cutlass.range_constexpr(g.chunk_k_blocks):
+            # The order in which the producer requests stages (geometry.stage_of).
+            stage = chunk + block * g.cta_chunks
+            weight_stage = chunk * g.chunk_k_blocks + block
+            mbarrier.wait(weight_full + BARRIER_BYTES * weight_stage, Int32(0))
+            mbarrier.wait(hidden.full_at(stage), Int32(0))
+            mma.multiply(sums, block, stage, starts=block == 0)
+        mma.wait(0)
+        return sums
+
+    def first_row(self, warp: Int32) -> Int32:
+        return self.task(warp)[0] * MMA_M + arith.remainder(warp, 4) * 16
+
+
+class SwapAbWgmma:
+    """64 experts of one warpgroup x the tile's tokens, one stage at a time.
+
+    The form begins with ``bind``, in every consumer thread; the returned object has the methods
+    below.
+    """
+
+    def __init__(self, geometry: SwapAbGeometry) -> None:
+        self.g = geometry
+
+    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAb:
+        """Return the multiplication of this warp, with stages from the address ``shared`` on."""
+        return BoundSwapAb(self.g, shared, warp)
+
+
+class BoundSwapAb:
+    """What ``SwapAbWgmma.bind`` returns."""
+
+    def __init__(self, g: SwapAbGeometry, shared: Int32, warp: Int32) -> None:
+        own = shared + arith.quotient(warp, WARPGROUP // LANES) * (MMA_M * K_BLOCK * 2)
+        stage_elements = g.stage_bytes // 2
+        self._mma = Wgmma(
+            g.tile_tokens,
+            packed_weight(own, MMA_M, g.stages, stage_elements),
+            swizzled_hidden(shared + g.weight_stage_bytes, g.tile_tokens, g.stages, stage_elements),
+        )
+        self._sums = self._mma.accumulator()
+
+    def multiply(self, stage: Int32, starts: bool) -> None:
+        """Begin to multiply a stage that has arrived; ``starts`` the chunk's sums from zero."""
+        self._mma.multiply(self._sums, stage, stage, starts)
+
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` stages have been read and added."""
+        self._mma.wait(pending)
+
+    def n_tile(self, n_tile: int) -> list[Float32]:
+        """Return this thread's four sums of an n-tile of 8 tokens."""
+        return [Float32(self._sums[4 * n_tile + i]) for i in range(4)]
+
+
+class TileWgmma(TileMma):
+    """Tokens are the rows of the MMA, 64 per warpgroup, and experts its columns.
+
+    A chunk is multiplied from zero, then added to the totals while the other warpgroup keeps the
+    tensor core busy.
+    """
+
+    @property
+    def releases(self) -> int:
+        return int(self.g.consumer_warps)
+
+    @cute.jit
+    def multiply(
+        self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, thread: Int32
+    ) -> list[cute.Tensor]:
+        g = self.g
+        group = cute.arch.make_warp_uniform(arith.quotient(thread, WARPGROUP))
+        lane = arith.remainder(thread, LANES)
+        # Lane i of a warp releases a stage at the i-th CTA that fills it.
+        release = (
+            memory.map_shared(hidden.empty, t_rank * g.cluster_e + lane % g.cluster_e),
+            memory.map_shared(weight.empty, lane % g.cluster_t * g.cluster_e + e_rank),
+            lane,
+        )
+        mma = Wgmma(
+            g.mma_n,
+            swizzled_hidden(
+                hidden.data + group * (MMA_M * K_BLOCK * 2),
+                MMA_M,
+                g.hidden_stages,
+                g.hidden_stage_bytes // 2,
+            ),
+            packed_weight(weight.data, g.mma_n, g.weight_stages, g.weight_stage_bytes // 2),
+        )
+        totals = [mma.accumulator() for _ in range(g.passes)]
+        sums = [mma.accumulator()] * g.passes
+
+        # The first chunk's sums are the first totals.
+        states = (RingState(g.hidden_stages), RingState(g.weight_stages))
+        blocks = min(g.chunk_k_blocks, g.k_blocks)
+        h, w = self._chunk(mma, hidden, weight, release, totals, totals, blocks, *states)
+        for _ in range(g.full_chunks - 1):
+            h, w = self._chunk(mma, hidden, weight, release, totals, sums, g.chunk_k_blocks, h, w)
+        if cutlass.const_expr(g.last_k_blocks > 0 and g.full_chunks > 0):
+            self._chunk(mma, hidden, weight, release, totals, sums, g.last_k_blocks, h, w)
+        return totals
+
+    def _chunk(
+        self,
+        mma: Wgmma,
+        hidden: Ring,
+        weight: Ring,
+        release: tuple[Int32, Int32, Int32],
+        totals: list[cute.Tensor],
+        targets: list[cute.Tensor],
+        blocks: int,
+        h: RingState,
+        w: RingState,
+    ) -> tuple[RingState, RingState]:
+        """Multiply a chunk of ``blocks`` stages into ``targets``; add them to ``totals``, unless
+        they are the totals.
+
+        Returns the states of the two rings behind the chunk. A stage is released one block later,
+        when its MMAs are known to have completed.
+        """
+        start = h
+        for number, (total, target) in enumerate(zip(totals, targets, strict=True)):
+            h = start
+            last_pass = number == self.g.passes - 1
+            pending: list[tuple[Int32, Int32]] = []
+            for block in range(blocks):
+                if number == 0:
+                    mbarrier.wait(hidden.full_at(h.stage), h.phase)
+                mbarrier.wait(weight.full_at(w.stage), w.phase)
+                mma.multiply(target, h.stage, w.stage, starts=block == 0)
+                pending.append((h.stage, w.stage))
+                if len(pending) > 1:
+                    mma.wait(1)
+                    self._release(release, *pending.pop(0), last_pass)
+                h, w = h.next(), w.next()
+            mma.wait(0)
+            self._release(release, *pending.pop(0), last_pass)
+            if target is not total:
+                total.store(total.load() + target.load())
+        return h, w
+
+    @cute.jit
+    def _release(
+        self,
+        release: tuple[Int32, Int32, Int32],
+        hidden_stage: Int32,
+        weight_stage: Int32,
+        last_pass: cutlass.Constexpr[bool],
+    ) -> None:
+        """Release a stage of each ring; one of hidden states only in the last pass over it."""
+        hidden_empty, weight_empty, lane = release
+        if last_pass and lane < self.g.cluster_e:
+            mbarrier.arrive_remote(hidden_empty + BARRIER_BYTES * hidden_stage)
+        if lane < self.g.cluster_t:
+            mbarrier.arrive_remote(weight_empty + BARRIER_BYTES * weight_stage)
+
+    def store_logits(
+        self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
+    ) -> None:
+        g = self.g
+        lane = arith.remainder(thread, LANES)
+        row = arith.quotient(thread, LANES) * 16 + arith.quotient(lane, 4)
+        pairs = g.mma_n // 8
+        for half in range(2):
+            place = shared + (row + 8 * half) * g.logit_row_bytes + (lane & 3) * 8
+            for pair in range(g.cta_experts // 8):
+                first = 2 * half + 4 * (pair % pairs)
+                values = [Float32(totals[pair // pairs][first + i]) for i in range(2)]
+                memory.store_shared_f32x2(place + pair * 32, *values)

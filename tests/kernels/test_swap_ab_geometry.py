@@ -1,0 +1,155 @@
+"""The geometry of the swap-A/B form: budgets, and what its CTAs agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from build_kernels.catalog.kernels import KERNELS
+from build_kernels.catalog.models import MODELS
+from build_kernels.kernels.common.numerics import CONSTANTS
+from build_kernels.kernels.dense.contract import contract
+from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES
+from build_kernels.kernels.dense.geometry.swap_ab import (
+    LISTED,
+    N_TILE,
+    PRODUCER_REGISTERS,
+    RANKED,
+    SwapAbGeometry,
+)
+from build_kernels.kernels.dense.screening import screening_groups
+from router_runtime.format.contract import GridAxis, validate_contract
+
+
+def rows_variants() -> Iterator[tuple[str, dict[str, int | float | str]]]:
+    for kernel in KERNELS:
+        for variant in kernel.variants:
+            for model in MODELS:
+                constants = {**CONSTANTS, **variant.constants_of(model)}
+                if variant.has(model) and constants.get("FORM") == "swap_ab":
+                    yield f"{variant.name}-{model.name}", constants
+
+
+VARIANTS = dict(rows_variants())
+
+
+def constants(**changes: int) -> dict[str, int | float | str]:
+    return {**next(iter(VARIANTS.values())), **changes}
+
+
+@pytest.fixture(params=VARIANTS)
+def g(request: pytest.FixtureRequest) -> SwapAbGeometry:
+    return SwapAbGeometry.of(VARIANTS[request.param])
+
+
+def test_catalog_has_the_form() -> None:
+    assert len(VARIANTS) >= 3
+
+
+def test_budgets(g: SwapAbGeometry) -> None:
+    assert g.shared_bytes <= MAX_SHARED_BYTES
+    assert g.epilogue_bytes <= g.ring_bytes
+    assert g.ring_bytes % 1024 == 0
+    assert g.stage_bytes % 1024 == 0
+    registers = g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS
+    assert registers <= 65536
+    # Partial sums, totals, what was kept of the own columns; and some 40 for everything else.
+    kept = 4 * g.held_n_tiles * (1 + (g.buffers if g.split_k > 1 else 0))
+    assert 4 * g.n_tiles + kept + 40 <= g.consumer_registers
+
+
+def test_a_block_asks_for_no_more_registers_than_it_was_launched_with() -> None:
+    """It would wait for them forever: four warpgroups could have more than 640 threads get."""
+    g = SwapAbGeometry.of(constants(TILE_EXPERTS=256))
+    launched = 65536 // g.threads // 8 * 8 * g.threads
+    assert g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS <= launched
+
+
+def test_contract(g: SwapAbGeometry) -> None:
+    found = contract(next(c for c in VARIANTS.values() if SwapAbGeometry.of(c) == g))
+    validate_contract(found, "dense_router_prefill")
+    assert found.parameters[0].type == "tensormap"
+    tile = g.tile_tokens * g.cluster_t
+    assert found.grid[1] == GridAxis("ceil", g.cluster_t, "tokens", tile)
+    assert found.cluster_size == g.cluster <= 16
+
+
+def test_k_ranks_divide_the_n_tiles(g: SwapAbGeometry) -> None:
+    n_tiles = [
+        n_tile
+        for k_rank in range(g.split_k)
+        for n_tile in range(g.first_n_tile(k_rank), g.first_n_tile(k_rank + 1))
+    ]
+    assert n_tiles == list(range(g.n_tiles))
+    counts = [g.n_tile_count(k_rank) for k_rank in range(g.split_k)]
+    assert max(counts) == g.held_n_tiles
+    assert min(counts) > 0
+
+
+def test_k_ranks_divide_the_chunks(g: SwapAbGeometry) -> None:
+    assert g.cta_chunks * g.split_k * g.k_chunk == g.hidden
+
+
+@pytest.mark.parametrize("peers", ["cluster_e", "cluster_t"])
+def test_ctas_take_turns_in_filling(g: SwapAbGeometry, peers: str) -> None:
+    """The CTA that fills a stage again is told by the release of its last content, once."""
+    count = getattr(g, peers)
+    told: dict[tuple[int, int], int] = {}
+    waits: dict[tuple[int, int], int] = {}
+    for number in range(g.k_blocks):
+        stage, filler = number % g.stages, number % count
+        if number >= g.stages:
+            waits[filler, stage] = waits.get((filler, stage), 0) + 1
+            # The release of the content before has gone to this block, and to no other.
+            assert told[filler, stage] == waits[filler, stage]
+        following = number + g.stages
+        if following < g.k_blocks:
+            key = following % count, stage
+            told[key] = told.get(key, 0) + 1
+    assert told == waits
+
+
+def test_screening_reads_without_bank_conflicts(g: SwapAbGeometry) -> None:
+    quads = g.thread_experts // 4
+    assert quads * 4 == g.thread_experts
+    assert g.token_threads * g.thread_experts == g.tile_experts
+    if quads & (quads - 1):
+        return
+    for quad in range(quads):
+        for first in range(0, 32, 8):
+            banks = []
+            for lane in range(first, first + 8):
+                token, member = divmod(lane, g.token_threads)
+                flip = member * max(1, 8 // g.token_threads) // max(1, g.token_threads // 4)
+                word = token * g.logit_row_bytes // 4 + member * g.thread_experts
+                banks.append((word + ((flip & (quads - 1)) ^ quad) * 4) % 32)
+            assert len(set(banks)) == 8
+
+
+def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
+    assert g.owned_tokens * g.cluster_e >= g.held_tokens == g.held_n_tiles * N_TILE
+    assert g.rank_passes * g.consumer_threads >= g.owned_tokens * g.rank_threads
+    assert RANKED % g.rank_round == g.rank_round % g.rank_threads == 0
+    assert g.top_k <= RANKED
+    assert g.top_k <= LISTED
+    # A threshold is the k-th largest of so many groups' bounds.
+    assert screening_groups(g.top_k) >= 2 * g.top_k
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"TILE_TOKENS": 44},
+        {"TILE_EXPERTS": 96},
+        {"SPLIT_K": 3},
+        {"TILE_TOKENS": 512},
+        {"CLUSTER_T": 32},
+        {"SPLIT_K": 4, "TILE_TOKENS": 16},
+        # Many stages, whose barriers do not fit beside them.
+        {"HIDDEN": 7168, "EXPERTS": 384, "TILE_TOKENS": 24, "SPLIT_K": 2},
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        SwapAbGeometry.of(constants(**changes))

@@ -1,0 +1,200 @@
+"""The swap-A/B form's multiplication, run on the CPU: rings that CTAs fill for each other, chunks
+divided among k ranks, sums that cross the cluster and are added in order.
+
+Every thread of a cluster is a Python thread, so whatever the protocol allows to happen early or
+late does. Sums are exact within a chunk and are not between chunks: another order has other bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from build_kernels.catalog.models import Model
+from build_kernels.kernels.common.numerics import CONSTANTS
+from build_kernels.kernels.dense import ring
+from build_kernels.kernels.dense.cluster import Cta
+from build_kernels.kernels.dense.contract import contract
+from build_kernels.kernels.dense.exchange import swap_ab as exchange
+from build_kernels.kernels.dense.exchange.swap_ab import ChunkExchange
+from build_kernels.kernels.dense.forms import swap_ab
+from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES
+from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, SwapAbGeometry
+from build_kernels.kernels.dense.ring import Ring
+from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
+from tests.kernels.walk import Running, as_python, packed, plain
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Running:
+    proxy = as_python(monkeypatch, swap_ab, exchange, ring)
+    monkeypatch.setattr(swap_ab, "ChunkExchange", plain(ChunkExchange))
+    return proxy
+
+
+class ModelMma:
+    """What SwapAbWgmma promises, for the thread that runs: its sums, from operands in shared
+    memory. The lanes of a warp are together where they wait for their MMAs."""
+
+    def __init__(self, running: Running, g: SwapAbGeometry) -> None:
+        self.running, self.g = running, g
+
+    def bind(self, shared: int, warp: int) -> ModelMma:
+        bound = ModelMma(self.running, self.g)
+        bound.begin(shared, warp)
+        return bound
+
+    def begin(self, shared: int, warp: int) -> None:
+        running, g = self.running, self.g
+        self.shared = shared
+        lane = running.here.thread % LANES
+        self.experts = np.array([warp * 16 + lane // 4 + 8 * (i // 2) for i in range(4)])
+        self.tokens = np.array([lane % 4 * 2 + i % 2 for i in range(4)])
+        self.partial = np.full((g.n_tiles, 4), np.nan, np.float32)
+
+    def multiply(self, stage: int, starts: bool) -> None:
+        g = self.g
+        k = np.arange(K_BLOCK)
+        first = self.shared + stage * g.stage_bytes - BASE
+        words = self.running.shared.view(np.uint16)
+        expert = self.experts[:, None]
+        places = first + expert // 8 * 1024 + k // 8 * 128 + expert % 8 * 16 + k % 8 * 2
+        weight = bf16(words[places // 2])
+        for n_tile in range(g.n_tiles):
+            token = n_tile * N_TILE + self.tokens[:, None]
+            chunk = k // 8 ^ token % 8
+            places = first + g.weight_stage_bytes + token * 128 + chunk * 16 + k % 8 * 2
+            product = (weight * bf16(words[places // 2])).sum(axis=1)
+            self.partial[n_tile] = product if starts else self.partial[n_tile] + product
+
+    def wait(self, pending: int) -> None:
+        self.running.sync_warp()
+
+    def n_tile(self, n_tile: int) -> list[np.float32]:
+        return list(self.partial[n_tile])
+
+
+MODEL = Model("small", 0, 0, 6, 1.0, 0, 100)
+
+
+@pytest.mark.parametrize(
+    "division",
+    [
+        {"HIDDEN": 512, "TILE_TOKENS": 8, "CLUSTER_T": 1, "SPLIT_K": 1},
+        {"HIDDEN": 1280, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 1},
+        {"HIDDEN": 2560, "TILE_TOKENS": 24, "CLUSTER_T": 1, "SPLIT_K": 2},
+        {"HIDDEN": 1536, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 2},
+        {"HIDDEN": 2304, "TILE_TOKENS": 32, "CLUSTER_T": 1, "SPLIT_K": 3},
+        {"EXPERTS": 128, "HIDDEN": 1024, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2},
+    ],
+    ids=[
+        "one block",
+        "two tiles",
+        "two shares",
+        "two tiles and shares",
+        "three shares",
+        "two parts and shares",
+    ],
+)
+@pytest.mark.parametrize(("stages", "buffers"), [(2, 1), (5, 1), (3, 2)])
+def test_every_logit_is_the_sum_in_order(
+    division: dict[str, int],
+    stages: int,
+    buffers: int,
+    running: Running,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    constants = {**CONSTANTS, **MODEL.constants(), "EXPERTS": 64, "TILE_EXPERTS": 64, **division}
+    constants |= {"FORM": "swap_ab", "MMA": "wgmma"}
+    monkeypatch.setattr(SwapAbGeometry, "stages", stages)
+    monkeypatch.setattr(SwapAbGeometry, "buffers", min(buffers, division["SPLIT_K"]))
+    monkeypatch.setattr(SwapAbGeometry, "epilogue_bytes", 0)
+    g = SwapAbGeometry.of(constants)
+    generator = np.random.default_rng(9)
+    tokens = g.tile_tokens * g.cluster_t - 3
+    weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
+    # Chunks of other sizes: their sum depends on its order.
+    chunks = g.hidden // g.k_chunk
+    hidden *= np.exp2(generator.permutation(np.linspace(0, 16, chunks).round())).repeat(g.k_chunk)
+    found = walk(g, running, packed(contract(constants), weight), hidden)
+    expected = summed(weight, hidden, range(0, g.hidden, g.k_chunk), g.k_chunk)
+    assert np.array_equal(found[:tokens], expected)
+    if chunks > 3:
+        other = summed(weight, hidden, range(g.hidden - g.k_chunk, -1, -g.k_chunk), g.k_chunk)
+        assert not np.array_equal(expected, other)
+
+
+def summed(weight: Sums, hidden: Sums, starts: range, k_chunk: int) -> Sums:
+    """Logits, chunk by chunk in this order, each exact and rounded to FP32 before it is added."""
+    total = np.full((len(hidden), len(weight)), -0.0, np.float32)
+    for start in starts:
+        part = slice(start, start + k_chunk)
+        exactly = hidden[:, part].astype(np.float64) @ weight[:, part].astype(np.float64).T
+        total = total + exactly.astype(np.float32)
+    return total
+
+
+def walk(g: SwapAbGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
+    """The logits [tokens, experts] that the threads of one cluster hold in the end."""
+    memory = Memory()
+    address = memory.add(image)
+    kernel = plain(swap_ab.SwapAb)(g, ModelMma(running, g))
+    cluster: list[Block] = []
+    found = np.full((g.tile_tokens * g.cluster_t, g.padded_experts), np.nan, np.float32)
+    full = BASE + g.barrier_offset
+    hidden_empty = full + 8 * g.stages
+    weight_empty = hidden_empty + 8 * g.stages
+    exchanges_full = weight_empty + 8 * g.stages
+    hidden_ring = Ring.of(BASE, g.weight_stage_bytes, g.stage_bytes, g.stages, full)
+    weight_ring = Ring(BASE, 0, g.stage_bytes, g.stages, full, weight_empty)
+    assert (hidden_ring.empty, exchanges_full) == (hidden_empty, BASE + g.exchange_barrier_offset)
+
+    def tasks(block: Block) -> list[Callable[[], None]]:
+        t_rank, x = divmod(block.rank, g.cluster_x)
+        k_rank, e_rank = divmod(x, g.cluster_e)
+        cta = Cta(e_rank, k_rank, t_rank)
+
+        def load_hidden() -> None:
+            running.as_thread(block, g.consumer_threads)
+            kernel.load_hidden(0, hidden_ring, t_rank * g.tile_tokens, cta)
+
+        def load_weight() -> None:
+            running.as_thread(block, g.consumer_threads + LANES)
+            kernel.load_weight(address + e_rank * g.weight_stage_bytes, weight_ring, cta)
+
+        def multiply(thread: int) -> None:
+            running.as_thread(block, thread)
+            warp, lane = divmod(thread, LANES)
+            totals = kernel.multiply(BASE, hidden_ring, weight_ring, cta, warp, lane, thread)
+            for number in range(4 * g.n_tile_count(k_rank)):
+                n_tile, i = g.first_n_tile(k_rank) + number // 4, number % 4
+                row = t_rank * g.tile_tokens + n_tile * N_TILE + lane % 4 * 2 + i % 2
+                expert = e_rank * g.tile_experts + warp * 16 + lane // 4 + 8 * (i // 2)
+                assert np.isnan(found[row, expert])
+                found[row, expert] = totals[number]
+
+        multiplying = [functools.partial(multiply, thread) for thread in range(g.consumer_threads)]
+        return [load_hidden, load_weight, *multiplying]
+
+    for _ in range(g.cluster):
+        block = Block(cluster, memory, to_bf16(hidden), g.tile_tokens)
+        block.side_by_side(g.consumer_threads)
+        running.as_thread(block, 0)
+        # As the kernel begins.
+        for stage in range(g.stages):
+            block.barrier_init(full + 8 * stage, 1)
+            block.barrier_init(hidden_empty + 8 * stage, g.consumer_warps * g.cluster_e)
+            block.barrier_init(weight_empty + 8 * stage, g.consumer_warps * g.cluster_t)
+            block.barrier_arrive_expect_tx(full + 8 * stage, g.stage_bytes)
+        exchanges = g.buffers * g.consumer_warps if g.split_k > 1 else 0
+        for number in range(exchanges):
+            block.barrier_init(exchanges_full + 8 * number, 1)
+            block.barrier_init(exchanges_full + 8 * (exchanges + number), g.split_k - 1)
+
+    together(cluster, [task for block in cluster for task in tasks(block)])
+    for block in cluster:
+        assert all(barrier.bytes == 0 for barrier in block.barriers.values())
+    return found
