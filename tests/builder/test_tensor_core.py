@@ -49,7 +49,7 @@ def test_the_split_form_issues_every_step_once(worker: WorkerProcess) -> None:
 def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_prefill", "dsv4-flash", "tcgen05")
     g = TileTcgen05Geometry.of(job.constants)
-    assert g.last_blocks == 0
+    assert g.last_k_blocks == 0
     assert found.multiplications == g.chunk_k_blocks * g.row_tiles * STEPS
     # Two rings' stages, and the accumulator.
     assert found.commits == 2 * g.chunk_k_blocks + 1

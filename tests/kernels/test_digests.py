@@ -215,9 +215,10 @@ def test_every_module_that_is_imported_is_covered(kernel: Kernel) -> None:
         covered = sources.reached(module)
         for found in loaded.stdout.split():
             if found not in covered:
-                # A package on the way to a module: nothing is in it.
+                # A package on the way to a module: nothing is in it but a docstring.
                 file = PACKAGE.parent.joinpath(*found.split("."), "__init__.py")
-                assert ast.unparse(ast.parse(without_docstrings(file.read_text()))) == "", found
+                code = ast.parse(without_docstrings(file.read_text()))
+                assert ast.unparse(code) in ("", "pass"), found
 
 
 #: Language -> recipe version -> digest of the code of its compiler module. A version keeps its

@@ -8,7 +8,7 @@ from build_kernels import plan
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.compile import cubin
 from build_kernels.compile.job import Job
-from build_kernels.compile.worker import Worker
+from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.kernels.dense.contract import contract, derive
 from build_kernels.kernels.dense.geometry.table import GEOMETRIES
 from build_kernels.kernels.dense.program import PROGRAMS, program, symbol
@@ -53,7 +53,7 @@ def test_the_symbol_is_form_and_mma_alone(target: str) -> None:
     jobs = plan.plan(targets=[target], kernels=[kernel.name for kernel in DENSE])
     first = {pair_of(job): job for job in reversed(jobs)}
     assert len(first) >= 3
-    worker = Worker(target)
+    worker = WorkerProcess(target)
     try:
         for (form, mma), job in first.items():
             found = cubin.read(worker.compile(job), job.key).symbol

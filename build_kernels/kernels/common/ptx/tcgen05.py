@@ -1,13 +1,13 @@
 """The tensor core of sm_100a and sm_103a: tensor memory, MMA, and the order between them.
 
 The accumulator of an MMA lies in tensor memory: 128 lanes (its rows) by 512 columns of 32 bits, of
-which a block allocates a power of two. The operands are read from shared memory by 64-bit
+which a CTA allocates a power of two. The operands are read from shared memory by 64-bit
 descriptors (tcgen05_layout.py). An MMA runs on its own, in order with the thread's other MMAs,
 until a commit makes an mbarrier tell that it and all before it have completed.
 
-The same conventions as kernels/common/ptx.py. A whole warp calls ``mma`` and ``commit``; one lane
-executes them, always the same. So the addresses stay in uniform registers, where the instruction
-wants them.
+A whole warp calls ``mma`` and ``commit``; one lane, always the same, executes them. So the
+addresses stay in uniform registers, where the instruction needs them. Addresses of shared memory
+are 32-bit integers, as in memory.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from build_kernels.kernels.common.ptx.tcgen05_layout import repeats
 
 
 def allocate(shared: Int32, columns: int) -> None:
-    """A whole warp allocates; the address goes to shared memory. Waits while none are free."""
+    """Allocate tensor memory; its address goes to shared memory. A whole warp calls this and waits
+    until enough columns are free."""
     asm(
         None,
         [shared],
@@ -34,13 +35,12 @@ def allocate(shared: Int32, columns: int) -> None:
 
 
 def relinquish() -> None:
-    """The allocating warp lets other blocks of the multiprocessor allocate."""
+    """Let other CTAs of the multiprocessor allocate. The allocating warp calls this."""
     asm(None, [], "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;", "~{memory}")
 
 
 def deallocate(address: Int32, columns: int) -> None:
-    """A whole warp gives back what was allocated, after everybody's last access and before it
-    exits."""
+    """Free what was allocated. A whole warp calls this after the CTA's last access to it."""
     asm(
         None,
         [address],
@@ -50,7 +50,7 @@ def deallocate(address: Int32, columns: int) -> None:
 
 
 def load(address: Int32, columns: int) -> list[Float32]:
-    """Read so many columns of 16 lanes, as tcgen05_layout.fragment says, and wait for them.
+    """Load ``columns`` columns of 16 lanes, as tcgen05_layout.fragment says, and wait for them.
 
     ``address`` has the first lane in its upper half: warp w of a warpgroup reads lanes 32 w to
     32 w + 31 only, so 32 w or 32 w + 16. Loads and wait are one piece of assembly: nothing tells
@@ -65,7 +65,7 @@ def load(address: Int32, columns: int) -> list[Float32]:
 
 
 def add(address: Int32, columns: int, sums: Sequence[Float32]) -> list[Float32]:
-    """``sums`` plus what ``load`` would read, each rounded once.
+    """Return ``sums`` plus what ``load`` would load, each rounded once.
 
     One piece of assembly: the compiler would else begin every load of a row before the first
     addition, and run out of registers.
@@ -98,7 +98,7 @@ def _loads(address: str, columns: int, registers: Sequence[str]) -> str:
 
 
 def operand(base: int, address: Int32) -> Int64:
-    """The descriptor ``base`` of an operand, moved to a shared address."""
+    """Return the descriptor ``base`` of an operand, moved to a shared address."""
     high, low = base >> 32, base & 0xFFFFFFFF
     text = f"{{ .reg .b32 t; shr.u32 t, $1, 4; or.b32 t, t, {low}; mov.b64 $0, {{t, {high}}}; }}"
     return Int64(pure(T.i64(), [address], text, "=l,r"))
@@ -117,7 +117,7 @@ def mma(accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: bo
 
 
 def commit(barrier: Int32) -> None:
-    """The mbarrier gets one arrival when all MMAs that this warp has issued are complete."""
+    """Let the mbarrier get one arrival when all MMAs that this warp has issued have completed."""
     asm(
         None,
         [barrier],
@@ -127,11 +127,11 @@ def commit(barrier: Int32) -> None:
     )
 
 
-def commit_multicast(barrier: Int32, blocks: Int32) -> None:
-    """commit, to the same barrier of every block of the cluster whose bit is set."""
+def commit_multicast(barrier: Int32, ctas: Int32) -> None:
+    """Commit to the same barrier of every CTA of the cluster whose bit is set."""
     asm(
         None,
-        [barrier, blocks],
+        [barrier, ctas],
         "{ .reg .pred leader; .reg .b16 mask; elect.sync _|leader, 0xffffffff;\n"
         "cvt.u16.u32 mask, $1;\n"
         "@leader tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster"
@@ -144,10 +144,10 @@ def commit_multicast(barrier: Int32, blocks: Int32) -> None:
 
 
 def fence_before() -> None:
-    """This thread's tensor-memory accesses come before what it signals next."""
+    """Order this thread's accesses to tensor memory before what it signals next."""
     asm(None, [], "tcgen05.fence::before_thread_sync;", "~{memory}")
 
 
 def fence_after() -> None:
-    """This thread's tensor-memory accesses come after what it has waited for."""
+    """Order this thread's accesses to tensor memory after what it has waited for."""
     asm(None, [], "tcgen05.fence::after_thread_sync;", "~{memory}")

@@ -28,7 +28,9 @@ MAX_REPEAT = 32
 
 
 def operand_descriptor(leading_bytes: int, stride_bytes: int, swizzle: int) -> int:
-    """The descriptor of a K-major bf16 operand at shared address 0; an address adds a 16th of it.
+    """Return the descriptor of a K-major bf16 operand at shared address 0.
+
+    An address adds a 16th of it.
 
     ``stride_bytes`` lie between neighbouring groups of 8 rows. Without a swizzle, ``leading_bytes``
     lie between the two core matrices of a k16 step; with one they are ignored. Raises ValueError
@@ -57,7 +59,7 @@ SWIZZLED_ROWS = Operand(operand_descriptor(16, 8 * 128, SWIZZLE_128B), MMA_K * 2
 
 
 def instruction_descriptor(n: int) -> int:
-    """D (fp32, 128 x n) += A (bf16, 128 x 16) B (bf16, 16 x n), both K-major.
+    """Return the descriptor of D (fp32, 128 x n) += A (bf16, 128 x 16) B (bf16, 16 x n), K-major.
 
     Raises ValueError unless n is a multiple of 16 from 16 to 256.
     """
@@ -68,14 +70,14 @@ def instruction_descriptor(n: int) -> int:
 
 
 def allocation(columns: int) -> int:
-    """The columns to allocate where so many are needed. Raises ValueError for more than exist."""
+    """Return how many columns to allocate for ``columns``. Raises ValueError for too many."""
     if not 0 < columns <= COLUMNS:
         raise ValueError(f"expected 1 to {COLUMNS} columns of tensor memory, found {columns}")
     return max(MIN_COLUMNS, 1 << (columns - 1).bit_length())
 
 
 def repeats(columns: int) -> list[int]:
-    """How many times 8 columns each load of so many columns takes: powers of two, widest first."""
+    """Return how many times 8 columns each load takes: powers of two, the widest first."""
     left, found = columns // 8, []
     while left:
         found.append(min(MAX_REPEAT, 1 << left.bit_length() - 1))
@@ -84,13 +86,15 @@ def repeats(columns: int) -> list[int]:
 
 
 def first_lane(warp: int, half: int) -> int:
-    """The first of the 16 lanes of tensor memory that warp ``warp`` of a warpgroup reads as its
-    half 0 or 1: the hardware lets it reach 32 lanes of its own."""
+    """Return the first of 16 lanes of tensor memory: half 0 or 1 of the 32 lanes that a warp of a
+    warpgroup reaches."""
     return 32 * warp + 16 * half
 
 
 def fragment(lane: int, register: int) -> tuple[int, int]:
-    """(row of 16, column) that a load leaves in a register of a lane: where wgmma and mma.sync keep
-    an accumulator."""
+    """Return (row of 16, column) of what a load leaves in a register of a lane.
+
+    ``wgmma`` and ``mma.sync`` keep their accumulators in the same places.
+    """
     eight, half, column = register // 4, register // 2 % 2, register % 2
     return lane // 4 + 8 * half, 8 * eight + 2 * (lane % 4) + column
