@@ -91,8 +91,8 @@ def tree_digest() -> str:
 
 
 def files_digest() -> str:
-    """Return the digest of the bytes of every file that a build reads: what a build compares to see
-    that nobody changes the sources while it runs.
+    """Return the digest of the bytes of every file that a build reads: a build compares it to see
+    that the sources stay as they are while it runs.
     """
     files = {
         path.relative_to(PACKAGE).as_posix(): path.read_bytes()
@@ -139,9 +139,10 @@ def _jobs(
 def _constants(
     kernel: Kernel, model: Model | None, variant: Variant
 ) -> dict[str, int | float | str] | None:
-    """All compile-time constants of one cubin; a more specific source replaces a general one. What
-    nobody stated the kernel's contract may derive, by ``derive(constants)``; None from it says that
-    the model has no such variant.
+    """All compile-time constants of one cubin; a more specific source replaces a general one.
+
+    ``derive(constants)`` of the kernel's contract, if it has one, returns those that the catalog
+    does not state, or None where the model has no such variant. Then this returns None too.
     """
     merged: dict[str, int | float | str] = dict(CONSTANTS) if kernel.scores else {}
     merged |= variant.constants_of(model)

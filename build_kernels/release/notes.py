@@ -1,7 +1,7 @@
-"""What evidence says about a release: the gate before it and the notes beside it.
+"""What evidence says about a release: the check before it and the notes beside it.
 
-The status of an entry is computed here from the records, as the runtime computes it, and stored
-nowhere but in the notes, which people read and no program does.
+An entry's status is computed from the records by the runtime's own function. The notes are the only
+place where it is written down, and no program reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from router_runtime.format.provenance import Marker
 
 
 def counting(manifest: Manifest, evidence: Evidence) -> tuple[Record, ...]:
-    """The records that give an entry of the manifest its status; no other is shipped."""
+    """Return the records that give an entry of the manifest its status: those that are shipped."""
     return tuple(
         record
         for record in evidence.records
@@ -46,10 +46,10 @@ def require_verified(target: str, manifest: Manifest, evidence: Evidence) -> Non
 
 
 def text(marker: Marker, manifest: Manifest, evidence: Evidence) -> str:
-    """The release notes, in Markdown."""
-    standings = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
-    sums = Counter((entry.target, standings[entry.key]) for entry in manifest.entries)
-    tree = "" if marker.clean else ", **with uncommitted changes: nobody can rebuild it**"
+    """Return the release notes, in Markdown."""
+    statuses = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
+    sums = Counter((entry.target, statuses[entry.key]) for entry in manifest.entries)
+    tree = "" if marker.clean else ", **with uncommitted changes: it cannot be rebuilt**"
     lines = [
         f"# {marker.distribution} {marker.version}",
         "",
@@ -79,7 +79,7 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence) -> str:
         used = entry.resources
         cells = (
             entry.key,
-            standings[entry.key],
+            statuses[entry.key],
             ", ".join(_devices(entry, manifest, evidence)) or "-",
             used.registers,
             used.spill_stores + used.spill_loads,

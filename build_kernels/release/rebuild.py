@@ -28,7 +28,7 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
     if not statement.clean:
         raise BuildError(
             "expected a release of a clean commit, found one with uncommitted changes "
-            f"({', '.join(statement.changes)}): nobody can rebuild it; next: ask for a clean one"
+            f"({', '.join(statement.changes)}): it cannot be rebuilt; next: ask for a clean one"
         )
     with tempfile.TemporaryDirectory(prefix="build-kernels-rebuild-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"

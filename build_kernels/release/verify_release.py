@@ -172,7 +172,7 @@ def _wrong_digests(
             expected = statement.subjects.get(name)
             digest = sha256(data)
             if expected is None:
-                yield f"{place}{name}: expected no such file, found one that nothing vouches for"
+                yield f"{place}{name}: expected no such file, found one not in the statement"
             elif digest != expected:
                 yield f"{place}{name}: expected sha256 {expected}, found {digest}"
     for name in sorted(statement.subjects):

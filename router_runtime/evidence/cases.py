@@ -52,11 +52,20 @@ SUITE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One launch. ``sizes`` are the integers that fix its shapes; their names depend on the kernel.
+    """One launch with drawn inputs.
 
-    ``serving`` names the serving inputs that the case has (``SERVING``).
-    ``variations`` asks for further launches on rearranged rows, whose results must be bit-identical
-    row by row (batch invariance).
+    Attributes:
+        kernel: Its name.
+        name: Unique among the cases of an entry. The seed follows from it.
+        pattern: Of the inputs, a name that ``verification.inputs`` knows.
+        sizes: The integers that determine the shapes, such as tokens, experts and top_k; their
+            names depend on the kernel.
+        scale: The factor r of the weights.
+        renormalize: Whether the weights of a token are divided by their sum.
+        variations: Whether launches on rearranged rows follow, which must give each row the same
+            bits (batch invariance).
+        serving: The serving inputs that the case has, names of ``SERVING``.
+
     """
 
     kernel: str
@@ -70,25 +79,38 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """Fixed by the case's name, so that every machine and release draws the same inputs, and
-        kernels that compute the same get the same.
+        """Return the seed from which the inputs are drawn. It follows from the name, so every
+        machine and release draws the same inputs, for all kernels of one family.
         """
         return _seed(f"{family(self.kernel)}/{self.name}")
 
 
 @functools.cache
 def _seed(name: str) -> int:
-    """Cached: a process that reads evidence asks for the same cases of every variant."""
+    """The seed of a name. Cached: variants of a kernel have the same cases."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
 
 
 def family(kernel: str) -> str:
-    """What kernels that compute the same have in common: the dense ones differ in speed only."""
+    """Return a name that is the same for kernels that compute the same: those of the dense router
+    differ in speed only.
+    """
     return "dense_router" if kernel.startswith("dense_router_") else kernel
 
 
 def cases(kernel: str, constants: Constants, limits: Limits) -> tuple[Case, ...]:
-    """Every case of an entry with these constants and limits."""
+    """Return every case of an entry, in a fixed order.
+
+    Args:
+        kernel: The entry's.
+        constants: The entry's.
+        limits: Of its contract: quantity -> least and largest value.
+
+    Raises:
+        ValueError: There are no cases for this kernel.
+        KeyError: A constant is missing.
+
+    """
     if kernel not in _CASES:
         raise ValueError(
             f"expected a kernel with oracle cases, one of {sorted(_CASES)}, found {kernel!r}; "

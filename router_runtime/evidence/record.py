@@ -34,18 +34,29 @@ _TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
 
 @functools.cache
 def cases_sha256() -> str:
-    """The digest of the suite's cases: of the code of ``cases.py``, without comments and layout."""
+    """Return the digest of the suite's cases: of the code of ``cases.py``, in which comments,
+    docstrings and layout do not count.
+    """
     sources = PythonSources({"router_runtime": RUNTIME}, boundaries=("router_runtime.format",))
     return sources.digest(suite.__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CaseRecord:
-    """What one case of the suite gave.
+    """The result of one case of the suite.
 
-    ``clear`` counts the rows whose ids are fully determined by the mathematics; ``ids_sha256`` is
-    over those. ``reordered`` counts rows in which near-ties were ranked in another allowed order
-    than the oracle's. ``worst`` holds the worst errors, see ``judge.Verdict``.
+    Attributes:
+        name: The case's, which is unique among the cases of a kernel.
+        seed: From which its inputs were drawn.
+        inputs_sha256: Digest of the inputs.
+        rows: Tokens, or rows of scores, that were compared.
+        clear: Rows whose ids the mathematics determines fully. In the others some keys are closer
+            to each other than the error bound.
+        reordered: Rows in which such keys were ranked in another allowed order than the oracle's.
+        ids_sha256: Digest of the ids of the clear rows.
+        worst: Name of an error -> its largest value, see ``verification.judge.Verdict``. An error
+            that has a bound is given as a fraction of it.
+
     """
 
     name: str
@@ -60,7 +71,28 @@ class CaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One cubin on one device. ``entry`` is ``Entry.key``, for readers; digests identify."""
+    """One cubin on one device.
+
+    Attributes:
+        entry: ``Entry.key`` of the cubin, for readers: digests identify it.
+        kernel: The entry's.
+        constants: The entry's. With the limits, they determine the cases.
+        limits: Those of the entry's contract: quantity -> least and largest value.
+        target: The entry's.
+        file: The cubin's file name.
+        sha256: The cubin's digest.
+        source_sha256: Digest of the sources, constants and flags that it was compiled from.
+        toolchain_sha256: Digest of the compilers' packages and flags.
+        suite_version: ``SUITE_VERSION`` of the suite that ran.
+        cases_sha256: Digest of the cases of that suite.
+        device: Name of the GPU, as the driver gives it.
+        compute_capability: Of the GPU: major, minor.
+        driver: The CUDA version of the driver, such as 13000 for 13.0.
+        torch: Version of the torch that computed what is expected.
+        cases: The result of every case, in the suite's order.
+        format_version: Of the file.
+
+    """
 
     entry: str
     kernel: str
@@ -82,19 +114,21 @@ class Record:
 
     @property
     def current(self) -> bool:
-        """True if it was made with the suite as it is now."""
+        """Return whether the record was made with the suite as it is now."""
         here = (suite.SUITE_VERSION, cases_sha256())
         return (self.suite_version, self.cases_sha256) == here
 
     @property
     def file_name(self) -> str:
-        """The name under which the record is stored: the cubin's, then the device's."""
+        """Return the name under which the record is stored: the cubin's, then the device's."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         return f"{self.file.removesuffix('.cubin')}.{device}.json"
 
     def matches(self, entry: Entry) -> bool:
-        """Return whether the record is about this very cubin: its digest decides, whatever it was
-        built from. The cases follow from constants and limits, so these must be the entry's too.
+        """Return whether the record is about this very cubin.
+
+        The digest identifies the cubin; its sources do not matter. Kernel, constants and limits
+        determine the cases, so they must be the entry's too.
         """
         return (
             self.sha256 == entry.sha256
@@ -115,13 +149,15 @@ class Record:
 
 
 def dumps(record: Record) -> bytes:
-    """The canonical bytes of a record."""
+    """Return the canonical bytes of a record. Raises FormatError if it is not valid."""
     validate(record)
     return canonical_json(record)
 
 
 def loads(data: bytes) -> Record:
-    """Parse a record. Raises FormatError for whatever the schema does not allow."""
+    """Return the record in a file's bytes. Raises FormatError for everything that the schema does
+    not allow, and for a current record without all cases of the suite.
+    """
     try:
         document = parse_json(data, "evidence")
     except FormatError as error:
@@ -137,7 +173,10 @@ def loads(data: bytes) -> Record:
 
 
 def validate(record: Record) -> None:
-    """Check what the types alone do not express, the list of cases included."""
+    """Raise FormatError if a record breaks a rule that its types do not express.
+
+    The cases of a current record are compared with the suite's.
+    """
     digests = [record.sha256, record.source_sha256, record.toolchain_sha256, record.cases_sha256]
     for case in record.cases:
         digests += [case.inputs_sha256, case.ids_sha256]
@@ -182,7 +221,7 @@ def _suite_cases(
     constants: tuple[tuple[str, int | float | str], ...],
     limits: tuple[tuple[str, tuple[int, int]], ...],
 ) -> tuple[tuple[str, int], ...]:
-    """Name and seed of every case, listed once for all records of variants that serve alike."""
+    """Name and seed of every case. Cached: variants with the same limits have the same cases."""
     try:
         listed = suite.cases(kernel, dict(constants), dict(limits))
     except (KeyError, ValueError) as error:
@@ -191,7 +230,7 @@ def _suite_cases(
 
 
 def _validate_entry(record: Record) -> None:
-    """The record's copies of what its entry says agree with each other."""
+    """Raise FormatError if the record's copies of its entry's names contradict each other."""
     parts = record.entry.split("/")
     if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
         raise FormatError(

@@ -33,18 +33,23 @@ MAX_RECORD_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Every record of a folder, stale ones included."""
+    """Records that have been read, stale ones included."""
 
     records: tuple[Record, ...] = ()
 
     def of(self, prefix: str) -> Iterator[Record]:
-        """The records of the cubins whose file names start like this."""
+        """Return the records of the cubins whose file names start with ``prefix``."""
         return (record for record in self.records if record.file.startswith(prefix))
 
 
 class EvidenceFiles:
-    """The records of folders, each read and checked when it is first asked for: a record bears the
-    name of its cubin, and a process needs those of a few.
+    """The records in files, each read and checked when it is first needed.
+
+    A record's file name starts with its cubin's, and a process needs those of a few cubins.
+
+    Args:
+        files: Path of a record -> what to call before it is parsed, or None.
+
     """
 
     def __init__(self, files: Iterable[tuple[Path, Admit | None]]) -> None:
@@ -53,12 +58,12 @@ class EvidenceFiles:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every record, in the order of the files."""
+        """Return every record, in the order of the files."""
         return tuple(self.of(""))
 
     def of(self, prefix: str) -> Iterator[Record]:
-        """The records of the cubins whose file names start like this. Raises ArtifactError or
-        TrustError for the first that is not valid.
+        """Yield the records of the cubins whose file names start with ``prefix``. Raises
+        ArtifactError or TrustError for the first that is not valid.
         """
         for path, admit in self._files:
             if path.name.startswith(prefix):
@@ -68,22 +73,33 @@ class EvidenceFiles:
 
 
 def own_folder(explicit: str | os.PathLike[str] | None = None) -> Path | None:
-    """The user's own folder of evidence: the argument, or ``ROUTER_RUNTIME_EVIDENCE``, or None."""
+    """Return the user's own folder of evidence: ``explicit`` if it is not None, else the folder
+    that ``ROUTER_RUNTIME_EVIDENCE`` names, else None.
+    """
     named = explicit if explicit is not None else os.environ.get(ENVIRONMENT_VARIABLE)
     return Path(named) if named else None
 
 
 def folders(artifacts: Path) -> tuple[Path, ...]:
-    """Where evidence for an artifacts folder is read: beside its manifest, and the user's own."""
+    """Return the folders from which evidence for an artifacts folder is read: the one beside its
+    manifest, and the user's own.
+    """
     shipped, own = artifacts / EVIDENCE_NAME, own_folder()
     return (shipped,) if own is None or own.resolve() == shipped.resolve() else (shipped, own)
 
 
 def read_evidence(artifacts: Path) -> EvidenceFiles:
-    """The records that count for an artifacts folder: the shipped ones and the user's own.
+    """Return the records that count for an artifacts folder: the shipped ones and the user's own.
 
-    Under a signature policy the shipped ones must be signed, and the user's own be declared
-    trusted. Raises ArtifactError or TrustError, here or when a record is asked for.
+    Under a signature policy the shipped records must be signed, and the user's own folder must have
+    been declared trusted.
+
+    Raises:
+        ArtifactError: The user's own folder does not exist. Reading a record later raises it for
+            one that is not valid.
+        TrustError: The policy does not cover the user's own folder. Reading a record later raises
+            it for one that is not signed.
+
     """
     shipped, *own = folders(artifacts)
 
@@ -108,8 +124,8 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
 
 
 def load_evidence(folder: Path) -> Evidence:
-    """Every record of a folder; none if the folder does not exist. Raises ArtifactError for a file
-    that is not a record or does not bear its record's name.
+    """Return every record in a folder; none if the folder does not exist. Raises ArtifactError for
+    a file that is not a record, or whose name is not its record's ``file_name``.
     """
     return Evidence(tuple(_read_record(path) for path in _paths(folder)))
 
@@ -119,7 +135,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _read_record(path: Path, admit: Admit | None = None) -> Record:
-    """The record in a file. ``admit`` is given its path and bytes before they are parsed."""
+    """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
     try:
         data = read_file(path, MAX_RECORD_BYTES, "record", RECORD_AGAIN)
         if admit is not None:
@@ -144,8 +160,10 @@ def _read_record(path: Path, admit: Admit | None = None) -> Record:
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder and a file in it, and remove the file. Raises ArtifactError if either fails:
-    better before an hour of GPU time than after.
+    """Raise ArtifactError if records cannot be written into a folder, which is created.
+
+    Called before the suite runs, so that no GPU time is spent on records that are lost. The records
+    that are there must be valid: ``write_record`` reads them.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,10 +179,14 @@ def require_writable(folder: Path) -> None:
                 f"{ENVIRONMENT_VARIABLE}",
             )
         ) from error
+    load_evidence(folder)
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write a record and drop those that it supersedes: same entry, same device, other cubin."""
+    """Write a record, and remove those of the same entry and device about another cubin.
+
+    Returns the path. Raises ArtifactError if another file in the folder is not a valid record.
+    """
     data = dumps(record)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name

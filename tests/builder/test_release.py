@@ -304,7 +304,7 @@ def test_changes_that_are_allowed_are_recorded(committed: Project, tmp_path: Pat
     assert "WITH UNCOMMITTED CHANGES" in said.stdout
     said = committed.run("verify-release", folder, "--rebuild")
     assert said.returncode == 1
-    assert "nobody can rebuild it" in said.stdout
+    assert "it cannot be rebuilt" in said.stdout
 
 
 def test_a_folder_without_a_commit_of_its_own_is_refused(project: Project) -> None:

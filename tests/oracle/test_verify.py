@@ -419,3 +419,14 @@ def test_the_workspace_starts_zeroed(monkeypatch):
     run = KernelRun(recorder, "cpu")
     run({}, torch.empty(1, 4), torch.empty(1, 4, dtype=torch.int32))
     assert ctypes.string_at(recorder.given["workspace"], 64) == bytes(64)
+
+
+def test_records_that_cannot_be_read_are_told_before_the_gpu_is_used(folder, machine):
+    """As after a new format: what is there has to go first."""
+    evidence = folder / "evidence"
+    evidence.mkdir()
+    (evidence / "old.json").write_text('{"format_version": 1}')
+    lines = []
+    with pytest.raises(ArtifactError, match="format version 2, found 1; delete it and run"):
+        verify.run(folder, True, lines.append)
+    assert lines == []
