@@ -78,6 +78,16 @@ def prose(path: Path) -> str:
     return "\n".join(found)
 
 
+def test_nothing_refers_to_a_document_outside_the_repository() -> None:
+    outside = re.compile(r"\bsection \d|§|\bDESIGN\b|\bthe design\b|\bissue \d")
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in [*SOURCES, *PAGES]
+        for match in outside.finditer(prose(path))
+    }
+    assert found == set()
+
+
 def test_files_that_comments_name_exist() -> None:
     names = {path.name for path in [*SOURCES, *PAGES]}
     found = {
