@@ -1,1 +1,1 @@
-"""The kernels inside other people's models. Each imports its package when it is used."""
+"""Routers in the models of other packages, each of which is imported when it is used."""

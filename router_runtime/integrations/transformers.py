@@ -1,17 +1,18 @@
-"""Hugging Face transformers: the routers of a loaded DeepSeek-V4 model, by these kernels.
+"""Hugging Face transformers: serve the routers of a loaded DeepSeek-V4 model with these kernels.
 
 ``install(model)`` gives every ``DeepseekV4TopKRouter`` and ``DeepseekV4HashRouter`` another
-``forward``. The class stays: transformers records router logits by class. What comes back is what
-theirs return, ``(logits [tokens, experts], weights [tokens, k], ids int64 [tokens, k])``, with
-these differences:
+``forward``. The class stays, because transformers records router logits by class. The results are
+those of the original, ``(logits [tokens, experts], weights [tokens, k], ids int64 [tokens, k])``,
+but for this:
 
-- the ids of a token are in rank order (theirs are in none), equal keys lower id first;
-- a bf16 model's logits and weights are fp32: its own are computed and rounded in bf16, in which
-  keys a bf16 step apart tie, so where keys are that close its choice of experts differs;
-- there is no backward: hidden states that require grad are refused in grad mode.
+- The ids of a token are in rank order (the original's are in no order), equal keys the lower id
+  first.
+- Logits and weights of a bf16 model are fp32. The original computes and rounds them in bf16, in
+  which keys that are close become equal, so for close keys it may choose other experts.
+- There is no backward: hidden states that require grad are refused in grad mode.
 
-bf16 gates are one launch of the dense kernels, from weights repacked at installation; their logits
-are the canonical ones. fp32 gates go through ``F.linear`` and ``dsv4::activation_topk``.
+A bf16 gate is one launch of the dense kernels, with weights repacked at installation. An fp32 gate
+goes through ``F.linear`` and ``dsv4::activation_topk``.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class _Gate:
 
 
 _gates: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary()
-#: The op finds a gate by the address of its weight: one compiled block then serves every layer,
-#: where a number that stands for the layer would be compiled into it.
+#: The op finds a gate by the address of its weight, so one compiled block serves every layer; the
+#: number of a layer would be compiled into it.
 _by_address: weakref.WeakValueDictionary[int, _Gate] = weakref.WeakValueDictionary()
 
 
@@ -117,8 +118,9 @@ def install(
 
 
 def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
-    """Give the routers of ``model`` their own ``forward`` back, and the memory of ours; returns the
-    names of the modules that had another.
+    """Restore the ``forward`` of the routers of ``model`` and free the memory of ours.
+
+    Returns the names of the modules that had another ``forward``.
 
     A CUDA graph that has captured a module launches the router behind it, which is registered and
     stays (``unregister_router``); then nothing is changed and InputError is raised. ``force``

@@ -1,1 +1,1 @@
-"""The custom ops ``torch.ops.dsv4.*``: schemas and registration."""
+"""The custom ops ``torch.ops.dsv4.*``: schemas, registration and documented functions."""

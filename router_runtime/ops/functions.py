@@ -53,7 +53,7 @@ def dense_router(
         ids_dtype: ``torch.int32`` (as without it) or ``torch.int64``, of the ids.
         is_padding: bool ``[tokens]``; those rows get the sentinel and zero weights.
         num_valid_tokens: int32, one element on the device; the rows from that number on are
-            padding. It is read by the kernel, at each replay of a captured graph anew.
+            padding. The kernel reads it, at each replay of a captured graph again.
         image_mask: bool ``[tokens]``; those rows are selected by the router's ``image_bias``.
 
     Returns:
@@ -310,7 +310,7 @@ def activation_topk(
         ids_dtype: ``torch.int32`` (as without it) or ``torch.int64``, of the ids.
         is_padding: bool ``[tokens]``; those rows get the sentinel and zero weights (step 7).
         num_valid_tokens: int32, one element on the device; the rows from that number on are
-            padding. It is read by the kernel, at each replay of a captured graph anew.
+            padding. The kernel reads it, at each replay of a captured graph again.
         image_mask: bool ``[tokens]``; those rows are selected by ``image_bias``, which is required
             with it.
         image_bias: fp32 ``[E]``.

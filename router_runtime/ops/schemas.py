@@ -23,7 +23,7 @@ from router_runtime.routing.checks import check_logits, check_scores, refuse_gra
 
 NAMESPACE = "dsv4"
 
-#: What stands in an op's arguments for its router -> how the names of those forms end.
+#: The argument of an op that says which router -> how the names of those forms end.
 ROUTER_ARGUMENTS = {"SymInt router_id": "", "Tensor buffer": "by_buffer"}
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
+from router_runtime.device.kernels import Kernels
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.cpu import CpuDense, CpuHash, CpuHashGate
+from router_runtime.routing.cuda_dense import CudaDense
+from router_runtime.routing.cuda_hash import CudaHash, CudaHashGate
+from router_runtime.routing.weights import Weights
 
 
 class Backend(Protocol):
@@ -43,3 +49,21 @@ class DenseBackend(Backend, Protocol):
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``route``, and the logits, fp32 ``[tokens, num_experts]``."""
+
+
+def make_backend(
+    config: RouterConfig,
+    weights: Weights,
+    kernels: Kernels | None,
+    variants: Mapping[str, str],
+) -> Backend | DenseBackend:
+    """A gate of that mode: on the GPU that ``kernels`` are for, or on a CPU if there are none."""
+    mode = config.mode
+    if kernels is None:
+        if mode == "dense":
+            return CpuDense(config, weights)
+        return CpuHash(config, weights) if mode == "hash" else CpuHashGate(config, weights)
+    given = config, weights, kernels, variants
+    if mode == "dense":
+        return CudaDense(*given)
+    return CudaHash(*given) if mode == "hash" else CudaHashGate(*given)

@@ -1,5 +1,5 @@
-"""What an engine passes in beside a call's rows, for every routing op alike: checks, outputs, and
-the kernels' arguments. The mathematics is in ``spec.py``.
+"""The arguments of a call beside its rows, the same for every routing op: checks, outputs, and the
+kernels' arguments. The mathematics is in ``spec.py``.
 
 is_padding        bool [tokens]: those rows get the sentinel and zero weights
 num_valid_tokens  int32, one element: the rows from that number on are padding; read by the kernel,
@@ -9,7 +9,7 @@ given_ids         int32 or int64 [tokens, top_k]: the experts to weigh, in their
 token_ids         int32 or int64 [tokens]: what hash_gate looks experts up by, beside its rows
 ids_dtype         torch.int32 or torch.int64, of the ids that are returned
 
-Rows of logits are stored for padding tokens too: those of whatever hidden states stand there.
+Rows of logits are stored for padding tokens too: those of whatever hidden states they have.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from router_runtime.device.packing import selector
 from router_runtime.routing.checks import refuse_grad, wrong_tensor, wrong_value
 from router_runtime.routing.placement import Placement
 
-#: The parameters of a kernel that only a call with serving inputs gives values to, and that are 0
-#: in a plain one. A contract takes those that it names.
+#: The parameters of a kernel that have a value in a call with serving inputs and are 0 in a plain
+#: call. A contract has some of them.
 SERVED = (
     *("serving", "first_row", "ids_out_i64", "logical_ids_out", "logical_ids_out_i64"),
     *("is_padding", "num_valid_tokens", "image_mask", "given_ids_i32", "given_ids_i64"),
@@ -55,10 +55,11 @@ class Results(NamedTuple):
     logical_ids: Tensor | None = None
 
     def given(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
+        """The results that are not None."""
         return tuple(tensor for tensor in self if tensor is not None)
 
     def part(self, rows: slice) -> Results:
+        """The results of those rows of the batch, in the same memory."""
         weights, ids, *others = self
         parts = (None if tensor is None else tensor[rows] for tensor in others)
         return Results(weights[rows], ids[rows], *parts)
@@ -73,10 +74,20 @@ class ExpertMap(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What one call has beside its rows, and what it wants.
+    """The arguments of one call beside its rows, and the results that it wants.
 
-    ``logits`` and ``mapped`` ask for those results; ``outputs`` are the caller's own tensors, whose
-    presence asks for them, and which decide the dtype of the ids.
+    Attributes:
+        ids_dtype: see the module, as for the next five.
+        is_padding: bool ``[tokens]``.
+        num_valid_tokens: int32, one element.
+        image_mask: bool ``[tokens]``.
+        given_ids: int32 or int64 ``[tokens, top_k]``.
+        token_ids: int32 or int64 ``[tokens]``.
+        logits: whether the logits are wanted.
+        mapped: whether physical ids by the expert map are wanted.
+        outputs: the caller's own tensors for the results, or None for new ones. Those that are
+            there say which results are wanted, and of which dtype the ids are.
+
     """
 
     ids_dtype: torch.dtype | None = None
@@ -95,12 +106,14 @@ class Call:
 
     @classmethod
     def taking(cls, inputs: dict[str, Any], **wanted: Any) -> Call:
-        """A call with those of ``inputs`` that belong to every op; they are removed."""
+        """A call with those of ``inputs`` that every op has, which are removed from ``inputs``."""
         names = inputs.keys() & Inputs.__annotations__.keys()
         return cls(**{name: inputs.pop(name) for name in names}, **wanted)
 
     def check(self, tokens: int, top_k: int, device: torch.device, image_bias: bool) -> None:
-        """Refuse what does not fit a batch of so many tokens; make the rest contiguous."""
+        """Make every tensor contiguous. Raises InputError for one that does not fit a batch of that
+        many tokens.
+        """
         self.is_padding = _checked_mask("is_padding", self.is_padding, tokens, device)
         self.image_mask = _checked_mask("image_mask", self.image_mask, tokens, device)
         if self.image_mask is not None and not image_bias:
@@ -124,7 +137,7 @@ class Call:
             raise wrong_value("ids_dtype", "torch.int32 or torch.int64", self.ids_dtype)
 
     def results(self, placement: Placement, tokens: int, top_k: int, experts: int) -> Results:
-        """New tensors for what is wanted, or the caller's, checked."""
+        """New tensors for the wanted results, or the caller's after a check."""
         if self.outputs is not None:
             return self._checked_outputs(placement.device, tokens, top_k, experts)
         weights, ids = placement.outputs(tokens, top_k)
@@ -166,8 +179,15 @@ class Call:
     def arguments(
         self, rows: slice, results: Results, expert_map: ExpertMap | None
     ) -> tuple[int, ...]:
-        """The values of ``SERVED`` for a launch of these rows of the batch, whose part of the
-        results it is given. Every tensor here has to live until the launch.
+        """The values of ``SERVED`` for a launch of some rows of the batch.
+
+        Every tensor of this call and of ``results`` has to live until the launch.
+
+        Args:
+            rows: the rows.
+            results: where their results go.
+            expert_map: the router's.
+
         """
         start = rows.start
         replicas = (0, 0, 0)
@@ -189,7 +209,7 @@ class Call:
         )
 
     def padding(self, rows: Tensor) -> Tensor:
-        """Which rows are padding, by ``spec.py``. ``rows`` are their numbers."""
+        """Which rows are padding, bool, by ``spec.py``. ``rows`` are their numbers in the batch."""
         return spec.padding_rows(rows, self.is_padding, self.num_valid_tokens)
 
     def store(
@@ -200,7 +220,7 @@ class Call:
         sentinel: int,
         expert_map: ExpertMap | None,
     ) -> Results:
-        """Store what ``spec.py`` gave, in which no expert is ``spec.NO_EXPERT``."""
+        """Store weights and ids of ``spec.py``, in which no expert is ``spec.NO_EXPERT``."""
         results.weights.copy_(weights)
         if results.logical_ids is not None and expert_map is not None:
             results.logical_ids.copy_(spec.with_sentinel(ids, sentinel))
@@ -212,8 +232,8 @@ class Call:
 
 
 class ServingLaunch:
-    """A kernel bound twice: ``plain`` takes the arguments named in ``varying``, ``serve`` takes the
-    values of ``SERVED`` as well.
+    """A kernel bound twice: ``plain`` is called with the arguments named in ``varying``, ``serve``
+    also with the values of ``SERVED``.
     """
 
     __slots__ = ("_select", "_serve", "plain")
@@ -227,19 +247,20 @@ class ServingLaunch:
         self._serve = kernel.bind((*varying, *names), **fixed)
 
     def serve(self, stream: int, varying: tuple[Any, ...], served: tuple[int, ...]) -> None:
+        """Launch with the values of the varying arguments and of ``SERVED``."""
         self._serve(stream, *varying, *self._select(served))
 
 
 def narrow_ids(ids: Tensor) -> int:
-    """The address of int32 ids; 0 for others, which are an argument of their own."""
+    """The address of int32 ids; 0 for int64 ids, whose address is another argument."""
     return _address(ids, torch.int32)
 
 
 def check_expert_map(
     expert_map: Tensor, replica_counts: Tensor, experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Refuse a map that is not ``[experts, replicas]`` of physical ids with counts in [1,
-    replicas]. Both int32 or int64.
+    """The two tensors of an expert map. Raises InputError unless they are int32 or int64, the map
+    ``[experts, replicas]`` without negative entries, the counts ``[experts]`` in [1, replicas].
     """
     integers = (torch.int32, torch.int64)
     if expert_map.dtype not in integers or expert_map.dim() != 2 or len(expert_map) != experts:

@@ -1,7 +1,7 @@
-"""What a call or a configuration may contain: one refusal each, shared by every op.
+"""What a call or a configuration may contain: one check for each, shared by every op.
 
-Those for tensors run on every call, so each is a handful of attribute reads; messages are built
-only on failure.
+Those of tensors run on every call, so each reads a few attributes only; messages are built on
+failure.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ _ALIGNMENT = 16
 
 
 def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) -> int:
-    """Refuse anything but bf16 ``[tokens, hidden_size]`` on the router's device, without grad.
-
-    Returns the number of tokens.
+    """The number of tokens. Raises InputError for anything but bf16 ``[tokens, hidden_size]`` on
+    the router's device, and for a tensor that requires grad in grad mode.
     """
     shape = tensor.shape
     if (
@@ -43,10 +42,8 @@ def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) ->
 
 
 def check_token_ids(tensor: Tensor, device: torch.device, tokens: int | None = None) -> int:
-    """Refuse anything but int32 or int64 ``[tokens]`` on the router's device; any number of tokens
-    if none is given.
-
-    Returns the number of tokens.
+    """The number of tokens. Raises InputError for anything but int32 or int64 ``[tokens]`` on the
+    router's device, and for another number of tokens than ``tokens``, unless that is None.
     """
     dtype, shape = tensor.dtype, tensor.shape
     if (
@@ -61,15 +58,15 @@ def check_token_ids(tensor: Tensor, device: torch.device, tokens: int | None = N
 
 
 def check_scores(scores: Tensor) -> None:
-    """Refuse anything but fp32 ``[rows, columns]`` without grad."""
+    """Raise InputError for anything but fp32 ``[rows, columns]`` without grad."""
     if scores.dtype is not torch.float32 or scores.dim() != 2:
         raise wrong_tensor("scores", "torch.float32 [rows, columns]", scores)
     refuse_grad("scores", scores)
 
 
 def check_logits(logits: Tensor, bias: Tensor) -> None:
-    """Refuse anything but fp32 ``[tokens, experts]`` and ``[experts]`` on one device, without
-    grad.
+    """Raise InputError for anything but fp32 ``[tokens, experts]`` and ``[experts]`` on one device,
+    without grad.
     """
     if logits.dtype is not torch.float32 or logits.dim() != 2:
         raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
@@ -86,19 +83,21 @@ def check_logits(logits: Tensor, bias: Tensor) -> None:
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not an integer of [low, high]."""
+    """Raise InputError for a value that is not an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong_value(name, f"an integer from {low} to {high}", value)
 
 
 def check_scale(name: str, value: object) -> None:
-    """Refuse a scale of the weights that is not a finite number of [0, 1e18]."""
+    """Raise InputError for a scale of the weights that is not a number in [0, 1e18]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SCALE:
         raise wrong_value(name, f"a number from 0 to {MAX_SCALE:g}", value)
 
 
 def refuse_grad(name: str, tensor: Tensor) -> None:
-    """Refuse a gradient: no op has a backward, and silently cutting a graph would be wrong."""
+    """Raise InputError for a tensor that requires grad in grad mode: no op has a backward, and to
+    cut the autograd graph silently would be wrong.
+    """
     if tensor.requires_grad and torch.is_grad_enabled():
         raise InputError(
             explain(
@@ -133,7 +132,7 @@ def wrong_tensor(name: str, expected: str, tensor: Tensor) -> InputError:
 
 
 def wrong_token_ids(mode: str, given: bool) -> InputError:
-    """The error for token ids that are given in a mode that takes none, or that are missing."""
+    """The error for token ids in a mode that takes none, or for missing ones."""
     return wrong_value(
         "token_ids",
         "token ids beside the rows in mode 'hash_gate', and in no other",

@@ -33,13 +33,16 @@ class CpuDense(_CpuBackend):
     logits_token_ranges: tuple[TokenRange, ...] = ()
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for bf16 hidden states ``[tokens, hidden_size]``."""
         return self.serve(tensor, Call(), None)[:2]
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``route``, and the logits, fp32 ``[tokens, num_experts]``."""
         weights, ids, logits, _ = self.serve(tensor, Call(logits=True), None)
         return weights, ids, typing.cast(Tensor, logits)
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         config, weights = self._config, self._weights
         tokens = check_activations(tensor, config.hidden_size, CPU.device)
         call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
@@ -65,9 +68,11 @@ class CpuHash(_CpuBackend):
     """A table of experts by token id, on a CPU."""
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for token ids ``[tokens]``."""
         return self.serve(tensor, Call(), None)[:2]
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         config = self._config
         tokens = check_token_ids(tensor, CPU.device)
         call.check(tokens, config.top_k, CPU.device, image_bias=False)
@@ -84,11 +89,13 @@ class CpuHashGate(_CpuBackend):
     def route(
         self, hidden_states: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for hidden states and their token ids."""
         if token_ids is None:
             raise wrong_token_ids("hash_gate", given=False)
         return self.serve(hidden_states, Call(token_ids=token_ids), None)[:2]
 
     def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         config, weights = self._config, self._weights
         tokens = check_activations(hidden_states, config.hidden_size, CPU.device)
         token_ids = typing.cast(Tensor, call.token_ids)

@@ -155,9 +155,11 @@ class CudaDense:
         self.logits_plan = Plan(self.logits_token_ranges, launchers)
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
+        """Call ``captured`` once, when the next CUDA graph captures a launch."""
         self.placement.captured = captured
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for bf16 hidden states ``[tokens, hidden_size]``."""
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)
         if placement.elsewhere():
@@ -169,6 +171,7 @@ class CudaDense:
         return weights, ids
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)
         if placement.elsewhere():
@@ -187,6 +190,7 @@ class CudaDense:
         return results
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``route``, and the logits, fp32 ``[tokens, num_experts]``."""
         self._logits_dispatch.require()
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)

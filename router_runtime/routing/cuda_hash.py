@@ -57,9 +57,11 @@ class CudaHash:
         )
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
+        """Call ``captured`` once, when the next CUDA graph captures a launch."""
         self.placement.captured = captured
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for token ids ``[tokens]``."""
         placement = self.placement
         tokens = check_token_ids(tensor, placement.device)
         if placement.elsewhere():
@@ -75,6 +77,7 @@ class CudaHash:
         return weights, ids
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         placement = self.placement
         tokens = check_token_ids(tensor, placement.device)
         if placement.elsewhere():
@@ -137,11 +140,13 @@ class CudaHashGate:
             self._images = launch(kernels.load(with_images))
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
+        """Call ``captured`` once, when the next CUDA graph captures a launch."""
         self.placement.captured = captured
 
     def route(
         self, hidden_states: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """The weights and the ids for hidden states and their token ids."""
         if token_ids is None:
             raise wrong_token_ids("hash_gate", given=False)
         placement = self.placement
@@ -168,6 +173,7 @@ class CudaHashGate:
         return weights, ids
 
     def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
+        """The results of a call with serving inputs."""
         placement = self.placement
         tokens = check_activations(hidden_states, self._hidden_size, placement.device)
         token_ids = typing.cast(Tensor, call.token_ids)

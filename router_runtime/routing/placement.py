@@ -38,7 +38,7 @@ class Placement:
         self.captured: Callable[[], None] | None = None
         self._index = device.index or 0
         self._several = device.type == "cuda" and torch.cuda.device_count() > 1
-        # ``new_empty`` of a tensor at hand takes half the time of ``torch.empty`` with keywords.
+        # ``new_empty`` of an existing tensor takes half the time of ``torch.empty`` with keywords.
         self._new_floats = torch.empty(0, dtype=torch.float32, device=device).new_empty
         self._new_integers = torch.empty(0, dtype=torch.int32, device=device).new_empty
         if device.type == "cuda":

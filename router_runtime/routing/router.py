@@ -11,36 +11,26 @@ import copy
 import os
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from router_runtime.checkpoint.tensors import TENSORS, gate_tensors
-from router_runtime.device.kernels import Kernels
 from router_runtime.errors import InputError, explain
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.backend import Backend, DenseBackend
-from router_runtime.routing.call import (
-    Call,
-    ExpertMap,
-    Inputs,
-    Results,
-    check_expert_map,
-)
+from router_runtime.routing.backend import DenseBackend, make_backend
+from router_runtime.routing.call import Call, Inputs, Results
 from router_runtime.routing.checks import wrong_token_ids, wrong_value
 from router_runtime.routing.config import KERNELS, RouterConfig
-from router_runtime.routing.cpu import CpuDense, CpuHash, CpuHashGate
-from router_runtime.routing.cuda_dense import CudaDense
-from router_runtime.routing.cuda_hash import CudaHash, CudaHashGate
-from router_runtime.routing.placement import kernels_for, refuse_capture, resolved_device
+from router_runtime.routing.module import GateModule
+from router_runtime.routing.placement import kernels_for, resolved_device
 from router_runtime.routing.registry import Registry
-from router_runtime.routing.weights import NAMES, Weights, checked_values
+from router_runtime.routing.weights import checked_values
 
 
-class Router(nn.Module):
+class Router(GateModule):
     """A gate with its weights. Call it with hidden states (mode ``dense``), with token ids
     (``hash``), or with both (``hash_gate``).
 
@@ -79,11 +69,6 @@ class Router(nn.Module):
 
     """
 
-    weight: Tensor
-    bias: Tensor
-    image_bias: Tensor | None
-    table: Tensor
-
     def __init__(
         self,
         config: RouterConfig,
@@ -121,42 +106,22 @@ class Router(nn.Module):
             ResolutionError: no kernel serves this configuration on this device.
 
         """
-        super().__init__()
-        self._compiled_call_impl = None  # nn.Module's; found sooner here than in its class
-        self.config = config
-        self.device = resolved_device(device)
-        self._artifacts = artifacts
-        self._variants = dict(variants or {})
-        self.expert_map: ExpertMap | None = None
+        resolved = resolved_device(device)
+        chosen = dict(variants or {})
         given = {"weight": weight, "bias": bias, "image_bias": image_bias, "table": table}
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        self._check_arguments(tensors)
-        kernels = kernels_for(self.device, artifacts)
+        _check_arguments(config, tensors, chosen)
+        kernels = kernels_for(resolved, artifacts)
         values = checked_values(config, tensors)
-        self._weights = Weights(config, self.device, "image_bias" in tensors)
-        self.backend = _make_backend(config, self._weights, kernels, self._variants)
+        super().__init__(config, resolved, "image_bias" in tensors)
+        self._artifacts, self._variants = artifacts, chosen
+        self.backend = make_backend(config, self.weights, kernels, chosen)
         # Only now: the kernels' contracts say in which orders the weight is stored.
-        self._weights.write(values)
-        if self.device.type == "cuda":
+        self.weights.write(values)
+        if resolved.type == "cuda":
             # As in update_weights: kernels may read these before their dependency wait.
-            torch.cuda.synchronize(self.device)
-        for name in NAMES:
-            self.register_buffer(name, self._weights.tensors.get(name))
+            torch.cuda.synchronize(resolved)
         ROUTERS.adopt(self, self._key())
-
-    def _check_arguments(self, tensors: Mapping[str, Tensor]) -> None:
-        mode = self.config.mode
-        unknown = sorted(set(self._variants) - set(KERNELS[mode]))
-        if unknown:
-            raise wrong_value(
-                "variants", f"kernels of a {mode} router, {list(KERNELS[mode])}", unknown
-            )
-        wanted = TENSORS[mode]
-        if "image_bias" in tensors and "weight" not in wanted:
-            raise wrong_value("image_bias", "a router with a weight", f"mode {mode!r}")
-        named = [name for name in tensors if name != "image_bias"]
-        if sorted(named) != sorted(wanted):
-            raise wrong_value(f"tensors of a {mode} router", list(wanted), named)
 
     @classmethod
     def from_state_dict(
@@ -194,24 +159,6 @@ class Router(nn.Module):
         return cls(config, **found, device=device, artifacts=artifacts, variants=variants)
 
     # --- calls ---
-
-    def __call__(
-        self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
-    ) -> tuple[Tensor, Tensor]:
-        """``forward`` and the hooks around it.
-
-        nn.Module's own takes 0.7 us to find out that there are none. Hooks of the backward pass
-        have nothing to do here: no result requires grad.
-        """
-        if (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or _global_forward_hooks
-            or _global_forward_pre_hooks
-            or self._compiled_call_impl is not None
-        ):
-            return super().__call__(tensor, token_ids, **inputs)  # type: ignore[no-any-return]
-        return self.forward(tensor, token_ids, **inputs)
 
     def forward(
         self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
@@ -408,104 +355,6 @@ class Router(nn.Module):
         """
         self.backend.watch_captures(captured)
 
-    # --- values in place ---
-
-    def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
-        """Give every logical expert its physical ids.
-
-        A token in row i of its batch gets, of the n physical ids of an expert, the one in place
-        i modulo n. The first call fixes the number of replicas; from then on this is
-        ``update_expert_map``. The map is no part of ``state_dict``.
-
-        Args:
-            expert_map: int32 or int64 ``[num_experts, replicas]``: the physical ids of an expert in
-                its row. What follows the first ``replica_counts[e]`` of row e is never used.
-            replica_counts: int32 or int64 ``[num_experts]``, from 1 to ``replicas``.
-
-        Raises:
-            InputError: a shape, a dtype or a value does not fit; a graph capture is in progress.
-
-        """
-        if self.expert_map is not None:
-            self.update_expert_map(expert_map, replica_counts)
-            return
-        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
-        self._refuse_capture("set_expert_map")
-        stored = ExpertMap(
-            *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
-        )
-        self._write(lambda: _copy_map(stored, checked))
-        self.expert_map = stored
-
-    def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
-        """Replace the expert map in place: captured graphs stay valid and use the new one.
-
-        The shape stays. Everything is checked before anything is written; ordered with launches as
-        ``update_weights`` is. Raises InputError as ``set_expert_map`` does, and if there is no map.
-        """
-        stored = self.expert_map
-        if stored is None:
-            raise wrong_value("update_expert_map", "a router with an expert map", "one without")
-        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
-        if checked[0].shape != stored.physical.shape:
-            raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
-        self._refuse_capture("update_expert_map")
-        self._write(lambda: _copy_map(stored, checked))
-
-    def update_weights(
-        self,
-        *,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        image_bias: Tensor | None = None,
-    ) -> None:
-        """Replace the weight, the biases or all of them, in place: addresses stay, captured graphs
-        stay valid.
-
-        All are checked before any is written. Launches made before the call, on any stream, use
-        the old values; launches and graph replays made after it, on any stream, use the new ones.
-        The host waits for both: an event could order neither a replay on another stream nor a
-        kernel that reads the weights before its dependency wait (programmatic dependent launch).
-        Not to be called while another thread launches this router.
-
-        Args:
-            weight: as of the constructor.
-            bias: as of the constructor.
-            image_bias: as of the constructor, of a router that was built with one.
-
-        Raises:
-            InputError: as the constructor does; a graph capture is in progress.
-
-        """
-        mode = self.config.mode
-        if mode == "hash":
-            raise wrong_value("update_weights", "a router with a weight", "mode 'hash'")
-        if bias is not None and "bias" not in TENSORS[mode]:
-            raise wrong_value("bias", "a dense router", f"mode {mode!r}")
-        given = {"weight": weight, "bias": bias, "image_bias": image_bias}
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        if not tensors:
-            raise wrong_value("update_weights", "a weight, a bias or both", "neither")
-        if image_bias is not None and self.image_bias is None:
-            raise wrong_value("image_bias", "a router built with one", "one without")
-        self._update("update_weights", checked_values(self.config, tensors))
-
-    def _update(self, what: str, checked: Mapping[str, Tensor]) -> None:
-        self._refuse_capture(what)
-        self._write(lambda: self._weights.write(checked))
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write buffers that kernels of any stream may be reading."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        write()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _refuse_capture(self, what: str) -> None:
-        if self.device.type == "cuda":
-            refuse_capture(what)
-
     # --- what serves a batch, and warming it up ---
 
     @property
@@ -559,119 +408,9 @@ class Router(nn.Module):
     # --- as an nn.Module ---
 
     def extra_repr(self) -> str:
-        """What ``repr`` says of a router: its configuration, its device and its id."""
-        config = self.config
-        words = [
-            config.mode,
-            f"hidden_size={config.hidden_size}",
-            f"num_experts={config.num_experts}",
-            f"top_k={config.top_k}",
-        ]
-        if config.mode != "hash":
-            words.append(f"routed_scaling_factor={config.routed_scaling_factor}")
-        if config.vocab_size is not None:
-            words.append(f"vocab_size={config.vocab_size}")
-        if not config.renormalize:
-            words.append("renormalize=False")
-        words.append(f"device={str(self.device)!r}")
-        if self.is_registered:
-            words.append(f"router_id={self.router_id}")
-        return ", ".join(words)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another tensor in place of a buffer: kernels would go on reading the old one."""
-        if name in NAMES and name in self.__dict__.get("_buffers", ()):
-            raise InputError(
-                explain(
-                    f"assignment to {name} of a Router",
-                    expected="new values for the tensor that it has",
-                    found=f"another {type(value).__name__}",
-                    remedy=f"call router.update_weights({name}=...) or router.load_state_dict(...)",
-                )
-            )
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        """Refuse to delete a buffer, which kernels go on reading."""
-        if name in NAMES:
-            raise wrong_value(f"deletion of {name}", "a Router with all its tensors", name)
-        super().__delattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``to``, ``cuda``, ``cpu``, ``half`` and the like call on every module of a model:
-        nothing where no device and no dtype would change, else an InputError.
-        """
-        for name, tensor in self._weights.tensors.items():
-            # Tried on another tensor of the same kind, so that nothing is copied or changed.
-            probe = tensor.new_empty((1,) * tensor.dim())
-            kind, after = _kind(probe), fn(probe)
-            if _kind(after) != kind:
-                raise self._fixed(name, tensor, after)
-        return self
-
-    def _fixed(self, name: str, tensor: Tensor, after: Tensor) -> InputError:
-        """The error for a change of a buffer into something like ``after``."""
-        if after.dtype != tensor.dtype:
-            remedy = (
-                "convert the other modules one by one, or the model before Routers are put into "
-                "it: a Router routes in these dtypes only"
-            )
-        elif after.device != tensor.device:
-            remedy = "build it anew there: Router(router.config, **router.state_dict(), device=...)"
-        else:
-            remedy = "send the config and state_dict(), and build a Router in the other process"
-        changed = (after.dtype, after.device) != (tensor.dtype, tensor.device)
-        memory = "" if changed else " in shared memory"
-        return InputError(
-            explain(
-                f"{name} of a Router",
-                expected=f"{tensor.dtype} on {tensor.device} for as long as it lives",
-                found=f"a change to {after.dtype} on {after.device}{memory}",
-                remedy=remedy,
-            )
-        )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """What ``load_state_dict`` calls on every module: all values are checked, then written in
-        place and repacked, so that captured graphs stay valid and use them.
-
-        A value that does not fit is reported as torch reports one, and then nothing of this router
-        is written. With ``assign=True`` too the values are copied.
-        """
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(
-                *(state_dict, prefix, local_metadata, strict),
-                *(missing_keys, unexpected_keys, error_msgs),
-            )
-        own = self._weights.tensors
-        given = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        if strict:
-            missing_keys += [prefix + name for name in own if name not in given]
-            unexpected_keys += [prefix + name for name in given if name not in own]
-        checked: dict[str, Tensor] = {}
-        errors = []
-        for name in own:
-            if name in given:
-                try:
-                    checked |= checked_values(self.config, {name: given[name]})
-                except InputError as error:
-                    errors.append(f"{prefix}{error}")
-        error_msgs += errors
-        if checked and not errors:
-            self._update("load_state_dict", checked)
+        """What ``repr`` says of a router: its configuration, device, and id if it has one."""
+        own = f", router_id={self.router_id}" if self.is_registered else ""
+        return super().extra_repr() + own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
         """An independent router with the same values, artifacts, variants and expert map. It is not
@@ -679,7 +418,7 @@ class Router(nn.Module):
         """
         copied = type(self)(
             self.config,
-            **self._weights.tensors,
+            **self.weights.tensors,
             device=self.device,
             artifacts=self._artifacts,
             variants=self._variants,
@@ -694,46 +433,21 @@ class Router(nn.Module):
                 vars(copied)[name] = copy.deepcopy(value, memo)
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse pickling and shallow copies: a router holds loaded kernels and addresses."""
-        raise InputError(
-            explain(
-                "pickling of a Router, or a shallow copy",
-                expected="its values alone, by state_dict(): it holds kernels and addresses",
-                found="an attempt to save it whole, to send it to another process, or copy.copy",
-                remedy="send the config and state_dict(), and build it there: "
-                "Router(config, **tensors, device=...); "
-                "save a model by torch.save(model.state_dict(), path)",
-            )
-        )
 
-
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    """What ``Router._apply`` refuses to change."""
-    shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
-    return tensor.dtype, tensor.device, shared
-
-
-def _copy_map(stored: ExpertMap, checked: tuple[Tensor, Tensor]) -> None:
-    for buffer, values in zip(stored, checked, strict=True):
-        buffer.copy_(values)
-
-
-def _make_backend(
-    config: RouterConfig,
-    weights: Weights,
-    kernels: Kernels | None,
-    variants: Mapping[str, str],
-) -> Backend | DenseBackend:
+def _check_arguments(
+    config: RouterConfig, tensors: Mapping[str, Tensor], variants: Mapping[str, str]
+) -> None:
+    """Refuse tensors and variants that a router of that mode has no use for, or that it lacks."""
     mode = config.mode
-    if kernels is None:
-        if mode == "dense":
-            return CpuDense(config, weights)
-        return CpuHash(config, weights) if mode == "hash" else CpuHashGate(config, weights)
-    given = config, weights, kernels, variants
-    if mode == "dense":
-        return CudaDense(*given)
-    return CudaHash(*given) if mode == "hash" else CudaHashGate(*given)
+    unknown = sorted(set(variants) - set(KERNELS[mode]))
+    if unknown:
+        raise wrong_value("variants", f"kernels of a {mode} router, {list(KERNELS[mode])}", unknown)
+    wanted = TENSORS[mode]
+    if "image_bias" in tensors and "weight" not in wanted:
+        raise wrong_value("image_bias", "a router with a weight", f"mode {mode!r}")
+    named = [name for name in tensors if name != "image_bias"]
+    if sorted(named) != sorted(wanted):
+        raise wrong_value(f"tensors of a {mode} router", list(wanted), named)
 
 
 #: Every router of this process.

@@ -1,4 +1,4 @@
-"""``topk_select`` and ``activation_topk``: the ops on rows of fp32 that need no Router.
+"""``topk_select`` and ``activation_topk``: the ops on rows of fp32, without a Router.
 
 The first call on a device loads every variant that may ever be chosen there, so that a later call,
 with any row length and inside a graph capture, loads nothing.
@@ -68,7 +68,7 @@ _loaded: dict[tuple[str, torch.device], _RowKernel] = {}
 def _row_kernel(
     name: str, length: str, varying: tuple[str, ...], device: torch.device
 ) -> _RowKernel:
-    """The row kernel on a device; loaded by the first call, which may come from any thread."""
+    """A row kernel on a device, loaded by the first call; from any thread."""
     with _lock:
         found = _loaded.get((name, device))
         if found is None:
@@ -77,7 +77,7 @@ def _row_kernel(
 
 
 def check_select(scores: Tensor, k: int) -> None:
-    """Refuse scores or k that ``topk_select`` does not serve."""
+    """Raise InputError for scores or k that ``topk_select`` does not serve."""
     check_scores(scores)
     columns = scores.shape[1]
     check_int("columns of scores", columns, 1, MAX_ROW_LENGTH)
@@ -85,7 +85,7 @@ def check_select(scores: Tensor, k: int) -> None:
 
 
 def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
-    """Refuse arguments that ``activation_topk`` does not serve."""
+    """Raise InputError for arguments that ``activation_topk`` does not serve."""
     check_logits(logits, bias)
     experts = logits.shape[1]
     check_int("experts", experts, 1, MAX_EXPERTS)
@@ -94,11 +94,13 @@ def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
 
 
 def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk_select`` of CPU tensors, by ``spec.py``."""
     check_select(scores, k)
     return CPU.stored(*spec.topk_select(scores, k))
 
 
 def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk_select`` of CUDA tensors: one launch."""
     check_select(scores, k)
     device = scores.device
     kernel = _loaded.get(("topk_select", device)) or _row_kernel(
@@ -132,12 +134,14 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def activation_topk_cpu(
     logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
+    """``activation_topk`` of CPU tensors without serving inputs, by ``spec.py``."""
     return serve_activation_cpu(logits, bias, k, scale, renormalize, call=Call())[:2]
 
 
 def activation_topk_cuda(
     logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
+    """``activation_topk`` of CUDA tensors without serving inputs: one launch."""
     kernel = _activation_kernel(logits, bias, k, scale)
     placement = kernel.placement
     if placement.elsewhere():
@@ -176,6 +180,7 @@ def serve_activation_cpu(
     call: Call,
     **rules: Any,
 ) -> Results:
+    """``activation_topk`` of CPU tensors. ``rules`` are the keywords of ``_check_rules``."""
     check_activate(logits, bias, k, scale)
     image_bias, sentinel, expert_map = _check_rules(logits, **rules)
     tokens, experts = logits.shape
@@ -204,6 +209,7 @@ def serve_activation_cuda(
     call: Call,
     **rules: Any,
 ) -> Results:
+    """``activation_topk`` of CUDA tensors. ``rules`` are the keywords of ``_check_rules``."""
     kernel = _activation_kernel(logits, bias, k, scale)
     placement = kernel.placement
     if placement.elsewhere():
@@ -239,12 +245,14 @@ def serve_activation_cuda(
 def replay_activation_cpu(
     logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
 ) -> Results:
+    """``activation_topk_replay`` of CPU tensors; otherwise as ``serve_activation_cpu``."""
     return serve_activation_cpu(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
 
 
 def replay_activation_cuda(
     logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool, *, call: Call, **rules: Any
 ) -> Results:
+    """``activation_topk_replay`` of CUDA tensors; otherwise as ``serve_activation_cuda``."""
     return serve_activation_cuda(*_replayed(logits, given_ids, scale, renormalize, call), **rules)
 
 
@@ -266,11 +274,12 @@ def _check_rules(
     expert_map: Tensor | None = None,
     replica_counts: Tensor | None = None,
 ) -> tuple[Tensor | None, int, ExpertMap | None]:
-    """What a Router owns and this op is given. Refuses what does not fit ``logits``.
+    """The bias for image tokens, the sentinel and the expert map of a call, which a Router would
+    own. Raises InputError for one that does not fit ``logits``.
 
-    The content of an expert map is not looked at: that would wait for the device. A count outside
-    [1, replicas] is taken for the nearest in it; an entry is returned as the int32 that it is, also
-    a negative one, which a Router refuses.
+    The values of an expert map are not checked: that would wait for the device. A count outside
+    [1, replicas] counts as the nearest in it. An entry is returned as it is, also a negative one,
+    which a Router refuses.
     """
     experts, device = logits.shape[1], logits.device
     check_int("sentinel", sentinel, -(2**31), 2**31 - 1)

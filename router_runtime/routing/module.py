@@ -1,0 +1,305 @@
+"""The tensors of a gate as an ``nn.Module``: buffers that keep their addresses, their device and
+their dtypes, into which new values are written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from router_runtime.checkpoint.tensors import TENSORS
+from router_runtime.errors import InputError, explain
+from router_runtime.routing.call import ExpertMap, Inputs, check_expert_map
+from router_runtime.routing.checks import wrong_value
+from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.placement import refuse_capture
+from router_runtime.routing.weights import NAMES, Weights, checked_values
+
+
+class GateModule(nn.Module):
+    """The tensors of a gate, of which kernels and captured graphs hold the addresses.
+
+    Attributes:
+        config: what the router computes.
+        device: where the tensors are.
+        weights: the tensors, and the copies in the orders in which kernels read them.
+        expert_map: the map of ``set_expert_map`` as the kernels read it, or None. Read only.
+
+    """
+
+    weight: Tensor
+    bias: Tensor
+    image_bias: Tensor | None
+    table: Tensor
+
+    def __init__(self, config: RouterConfig, device: torch.device, image_bias: bool) -> None:
+        """Allocate the tensors that a gate of that mode has; they have no values yet."""
+        super().__init__()
+        self._compiled_call_impl = None  # nn.Module's; found sooner here than in its class
+        self.config = config
+        self.device = device
+        self.expert_map: ExpertMap | None = None
+        self.weights = Weights(config, device, image_bias)
+        for name in NAMES:
+            self.register_buffer(name, self.weights.tensors.get(name))
+
+    # --- calls ---
+
+    def __call__(
+        self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` and the hooks around it.
+
+        nn.Module's own takes 0.7 us to find out that there are none. Hooks of the backward pass
+        have nothing to do here: no result requires grad.
+        """
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or self._compiled_call_impl is not None
+        ):
+            return super().__call__(tensor, token_ids, **inputs)  # type: ignore[no-any-return]
+        return self.forward(tensor, token_ids, **inputs)  # type: ignore[no-any-return]
+
+    # --- values in place ---
+
+    def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+        """Give every logical expert its physical ids.
+
+        A token in row i of its batch gets, of the n physical ids of an expert, the one in place
+        i modulo n. The first call fixes the number of replicas; from then on this is
+        ``update_expert_map``. The map is no part of ``state_dict``.
+
+        Args:
+            expert_map: int32 or int64 ``[num_experts, replicas]``: the physical ids of an expert in
+                its row. What follows the first ``replica_counts[e]`` of row e is never used.
+            replica_counts: int32 or int64 ``[num_experts]``, from 1 to ``replicas``.
+
+        Raises:
+            InputError: a shape, a dtype or a value does not fit; a graph capture is in progress.
+
+        """
+        if self.expert_map is not None:
+            self.update_expert_map(expert_map, replica_counts)
+            return
+        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        self._refuse_capture("set_expert_map")
+        stored = ExpertMap(
+            *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
+        )
+        self._write(lambda: _copy_map(stored, checked))
+        self.expert_map = stored
+
+    def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+        """Replace the expert map in place: captured graphs stay valid and use the new one.
+
+        The shape stays. Everything is checked before anything is written; ordered with launches as
+        ``update_weights`` is. Raises InputError as ``set_expert_map`` does, and if there is no map.
+        """
+        stored = self.expert_map
+        if stored is None:
+            raise wrong_value("update_expert_map", "a router with an expert map", "one without")
+        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        if checked[0].shape != stored.physical.shape:
+            raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
+        self._refuse_capture("update_expert_map")
+        self._write(lambda: _copy_map(stored, checked))
+
+    def update_weights(
+        self,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        image_bias: Tensor | None = None,
+    ) -> None:
+        """Replace the weight, the biases or all of them, in place: addresses stay, captured graphs
+        stay valid.
+
+        All are checked before any is written. Launches made before the call, on any stream, use
+        the old values; launches and graph replays made after it, on any stream, use the new ones.
+        The host waits for both: an event could order neither a replay on another stream nor a
+        kernel that reads the weights before its dependency wait (programmatic dependent launch).
+        Not to be called while another thread launches this router.
+
+        Args:
+            weight: as of the constructor.
+            bias: as of the constructor.
+            image_bias: as of the constructor, of a router that was built with one.
+
+        Raises:
+            InputError: as the constructor does; a graph capture is in progress.
+
+        """
+        mode = self.config.mode
+        if mode == "hash":
+            raise wrong_value("update_weights", "a router with a weight", "mode 'hash'")
+        if bias is not None and "bias" not in TENSORS[mode]:
+            raise wrong_value("bias", "a dense router", f"mode {mode!r}")
+        given = {"weight": weight, "bias": bias, "image_bias": image_bias}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if not tensors:
+            raise wrong_value("update_weights", "a weight, a bias or both", "neither")
+        if image_bias is not None and self.image_bias is None:
+            raise wrong_value("image_bias", "a router built with one", "one without")
+        self._update("update_weights", checked_values(self.config, tensors))
+
+    def _update(self, what: str, checked: Mapping[str, Tensor]) -> None:
+        self._refuse_capture(what)
+        self._write(lambda: self.weights.write(checked))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write buffers that kernels of any stream may be reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        write()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _refuse_capture(self, what: str) -> None:
+        if self.device.type == "cuda":
+            refuse_capture(what)
+
+    # --- what nn.Module's methods do ---
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of a gate: its configuration and its device."""
+        config = self.config
+        words = [
+            config.mode,
+            f"hidden_size={config.hidden_size}",
+            f"num_experts={config.num_experts}",
+            f"top_k={config.top_k}",
+        ]
+        if config.mode != "hash":
+            words.append(f"routed_scaling_factor={config.routed_scaling_factor}")
+        if config.vocab_size is not None:
+            words.append(f"vocab_size={config.vocab_size}")
+        if not config.renormalize:
+            words.append("renormalize=False")
+        words.append(f"device={str(self.device)!r}")
+        return ", ".join(words)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another tensor in place of a buffer: kernels would go on reading the old one."""
+        if name in NAMES and name in self.__dict__.get("_buffers", ()):
+            raise InputError(
+                explain(
+                    f"assignment to {name} of a Router",
+                    expected="new values for the tensor that it has",
+                    found=f"another {type(value).__name__}",
+                    remedy=f"call router.update_weights({name}=...) or router.load_state_dict(...)",
+                )
+            )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse to delete a buffer, which kernels go on reading."""
+        if name in NAMES:
+            raise wrong_value(f"deletion of {name}", "a Router with all its tensors", name)
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``cuda``, ``cpu``, ``half`` and the like call on every module of a model:
+        nothing where no device and no dtype would change, else an InputError.
+        """
+        for name, tensor in self.weights.tensors.items():
+            # Tried on another tensor of the same kind, so that nothing is copied or changed.
+            probe = tensor.new_empty((1,) * tensor.dim())
+            kind, after = _kind(probe), fn(probe)
+            if _kind(after) != kind:
+                raise self._fixed(name, tensor, after)
+        return self
+
+    def _fixed(self, name: str, tensor: Tensor, after: Tensor) -> InputError:
+        """The error for a change of a buffer into something like ``after``."""
+        if after.dtype != tensor.dtype:
+            remedy = (
+                "convert the other modules one by one, or the model before Routers are put into "
+                "it: a Router routes in these dtypes only"
+            )
+        elif after.device != tensor.device:
+            remedy = "build it anew there: Router(router.config, **router.state_dict(), device=...)"
+        else:
+            remedy = "send the config and state_dict(), and build a Router in the other process"
+        changed = (after.dtype, after.device) != (tensor.dtype, tensor.device)
+        memory = "" if changed else " in shared memory"
+        return InputError(
+            explain(
+                f"{name} of a Router",
+                expected=f"{tensor.dtype} on {tensor.device} for as long as it lives",
+                found=f"a change to {after.dtype} on {after.device}{memory}",
+                remedy=remedy,
+            )
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """What ``load_state_dict`` calls on every module: all values are checked, then written in
+        place and repacked, so that captured graphs stay valid and use them.
+
+        A value that does not fit is reported as torch reports one, and then nothing of this router
+        is written. With ``assign=True`` too the values are copied.
+        """
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                *(state_dict, prefix, local_metadata, strict),
+                *(missing_keys, unexpected_keys, error_msgs),
+            )
+        own = self.weights.tensors
+        given = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        if strict:
+            missing_keys += [prefix + name for name in own if name not in given]
+            unexpected_keys += [prefix + name for name in given if name not in own]
+        checked: dict[str, Tensor] = {}
+        errors = []
+        for name in own:
+            if name in given:
+                try:
+                    checked |= checked_values(self.config, {name: given[name]})
+                except InputError as error:
+                    errors.append(f"{prefix}{error}")
+        error_msgs += errors
+        if checked and not errors:
+            self._update("load_state_dict", checked)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse pickling and shallow copies: a router holds loaded kernels and addresses."""
+        raise InputError(
+            explain(
+                "pickling of a Router, or a shallow copy",
+                expected="its values alone, by state_dict(): it holds kernels and addresses",
+                found="an attempt to save it whole, to send it to another process, or copy.copy",
+                remedy="send the config and state_dict(), and build it there: "
+                "Router(config, **tensors, device=...); "
+                "save a model by torch.save(model.state_dict(), path)",
+            )
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What ``Router._apply`` refuses to change."""
+    shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
+    return tensor.dtype, tensor.device, shared
+
+
+def _copy_map(stored: ExpertMap, checked: tuple[Tensor, Tensor]) -> None:
+    for buffer, values in zip(stored, checked, strict=True):
+        buffer.copy_(values)
