@@ -46,11 +46,11 @@ EPILOGUE_VERSION = 1
 
 
 def dense_tag(constants: Constants) -> str:
-    """What decides the bits of a dense result: MMA family, chunk, epilogue. Entries that share it
-    give the same bits.
+    """Return what decides the bits of a dense result: family of MMAs, chunk, epilogue.
 
-    mma.sync and wgmma are one family: they were compared. tcgen05 is another until somebody has
-    compared it on a device that has it; ``router-runtime verify`` does within a family.
+    Entries with the same tag give the same bits. mma.sync and wgmma are one family: they were
+    compared. tcgen05 is another until it has been compared on a device that has it;
+    ``router-runtime verify`` compares the entries of one family.
     """
     family = "bf16-tcgen05-k16-f32" if constants["MMA"] == "tcgen05" else "bf16-k16-f32"
     return f"{family}/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"

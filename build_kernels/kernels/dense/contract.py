@@ -130,7 +130,7 @@ def _streamed(
     """Return a contract of a form whose operands come by bulk copies.
 
     Hidden states come by a tensor map with boxes of ``box_rows`` tokens, weights as an image of the
-    stages. ``own`` are the form's parameters beside those that all these forms have.
+    stages. ``own`` are the parameters of this form alone.
     """
     return Contract(
         parameters=(

@@ -91,8 +91,8 @@ def program(constants: Constants) -> tuple[Callable[..., None], tuple[object, ..
 def symbol(form: str, mma: str) -> str:
     """Return the name of a pair's kernel, without the number that the DSL adds.
 
-    ptxas compiles kernels with "cutlass" in their name in another way: without it, the code of 44
-    of 50 entries was another, all of it untried. So the DSL's component stays in the name.
+    ptxas compiles kernels with "cutlass" in their name in another way: without it, 44 of 50 entries
+    had other code, which has never been measured. So the name contains it, as the DSL's own does.
     """
     return f"dense_router_{form}_{mma}_cutlass"
 

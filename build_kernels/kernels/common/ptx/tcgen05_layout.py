@@ -23,7 +23,7 @@ CORE_BYTES = 128
 NO_SWIZZLE = 0
 SWIZZLE_128B = 2
 
-#: The widest load: 16 lanes x 256 bits, so many times.
+#: The most repetitions of 16 lanes x 256 bits in one load.
 MAX_REPEAT = 32
 
 

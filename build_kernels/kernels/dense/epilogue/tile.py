@@ -175,12 +175,11 @@ class TileEpilogue:
         best = ranking.merge_lanes([Int64(ranks[i]) for i in range(g.top_k)], g.token_threads)
 
         # Member i has the ranks i, i + token_threads, ...
-        turns = -(-g.top_k // g.token_threads)
         experts = [arith.select(ranked, ~arith.halves(rank)[1], Int32(0)) for rank in best]
         own_experts, own_scores = [], []
-        for turn in cutlass.range_constexpr(turns):
-            expert = ranking.own_rank(experts[turn * g.token_threads :][: g.token_threads], member)
-            rank = arith.min_s32(turn * g.token_threads + member, Int32(g.top_k - 1))
+        for first in cutlass.range_constexpr(0, g.top_k, g.token_threads):
+            expert = ranking.own_rank(experts[first:][: g.token_threads], member)
+            rank = arith.min_s32(first + member, Int32(g.top_k - 1))
             if given != 0:
                 expert = epilogue.given_id(routing, token, rank, g.top_k, g.experts)
             if padding != 0:

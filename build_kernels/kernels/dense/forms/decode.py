@@ -37,6 +37,8 @@ from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync, Sums
 
 
 class Decode:
+    """The host function of the form, when called, and its device code."""
+
     def __init__(self, geometry: DecodeGeometry, mma: DecodeMmaSync) -> None:
         self.g, self.mma = geometry, mma
         self.expert_groups = epilogue.ExpertGroups.of(geometry)

@@ -34,6 +34,8 @@ from build_kernels.kernels.dense.ring import Ring
 
 
 class SplitK:
+    """The host function of the form, when called, and its device code."""
+
     def __init__(self, geometry: SplitKGeometry, mma: SplitKMma, exchange: SumsExchange) -> None:
         self.g, self.mma, self.exchange = geometry, mma, exchange
         self.expert_groups = epilogue.ExpertGroups.of(geometry)

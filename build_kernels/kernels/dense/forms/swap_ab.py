@@ -43,6 +43,8 @@ from build_kernels.kernels.dense.ring import CountedRingState, Ring, TurnState
 
 
 class SwapAb:
+    """The host function of the form, when called, and its device code."""
+
     def __init__(self, geometry: SwapAbGeometry, mma: SwapAbWgmma) -> None:
         self.g, self.mma = geometry, mma
         self.epilogue = SwapAbEpilogue(geometry)

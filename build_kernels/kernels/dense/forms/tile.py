@@ -36,6 +36,8 @@ PRODUCER_REGISTERS = 24
 
 
 class Tile:
+    """The host function of the form, when called, and its device code."""
+
     def __init__(self, geometry: TileGeometry, mma: TileMma) -> None:
         self.g, self.mma = geometry, mma
         self.epilogue = TileEpilogue(geometry, mma)

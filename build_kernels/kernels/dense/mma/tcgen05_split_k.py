@@ -22,6 +22,8 @@ ALLOCATOR = 1
 
 
 class SplitKTcgen05(SplitKMma):
+    """One warp issues, and every consumer warp loads the sums of 16 experts."""
+
     @cute.jit
     def allocate(self, shared: Int32, warp: Int32) -> None:
         g = self.g

@@ -30,6 +30,8 @@ LOADED = 32
 
 
 class TileTcgen05(TileMma):
+    """A producer warp issues, and the consumer warps add chunk by chunk."""
+
     @property
     def releases(self) -> int:
         """A stage is released by one commit."""
