@@ -70,6 +70,15 @@ sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every ke
 verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence
 	$(PYTHON_GPU) -m router_runtime verify --record
 
+.PHONY: emulation emulate
+emulation: .venv/.emulation ## Make build/emulation: tcgen05 kernels for a Hopper GPU, in software
+	.venv/bin/python -m build_kernels emulate --out build/emulation --defects
+
+# The emulation can be made on one machine and run on another, which needs no compiler.
+emulate: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
+	$(PYTHON_GPU) -m tests.emulation build/emulation
+	$(PYTHON_GPU) -m tests.emulation build/emulation --defects
+
 kill-trials: .venv/.dev ## Kill builds and releases at random moments, 100 times each
 	.venv/bin/python -m tests.builder.kill_trials $(TRIALS)
 
@@ -97,7 +106,11 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
-.venv/.dev: tests/dev.lock .venv/.release
+.venv/.emulation: build_kernels/emulation.lock .venv/.toolchain
+	.venv/bin/python $(LOCKED) -r $<
+	@touch $@
+
+.venv/.dev: tests/dev.lock .venv/.release .venv/.emulation
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
@@ -136,6 +149,9 @@ lock: ## Resolve the *.in files again into the *.lock files
 	$(LOCK_COMMAND) --no-emit-package nvidia-cutlass-dsl-libs-cu12 \
 	    build_kernels/toolchain.in -o build_kernels/toolchain.lock
 	$(LOCK_COMMAND) -c build_kernels/toolchain.lock build_kernels/release.in -o build_kernels/release.lock
+	$(LOCK_COMMAND) -c build_kernels/toolchain.lock --no-emit-package nvidia-nvvm \
+	    --no-emit-package nvidia-cuda-crt --no-emit-package nvidia-cuda-runtime \
+	    build_kernels/emulation.in -o build_kernels/emulation.lock
 	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \
 	    tests/dev.in -o tests/dev.lock
 	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \

@@ -19,6 +19,7 @@ from build_kernels.catalog.models import ANY, MODELS
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import cubin, instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
+from build_kernels.emulation.emulate import emulate
 from build_kernels.errors import BuildError, unknown
 from build_kernels.plan import plan
 from build_kernels.release import compare_text, signing
@@ -301,6 +302,27 @@ def diff_command(old: Path, new: Path, markdown: bool) -> None:
     """
     found = difference(open_build(old), open_build(new))
     click.echo(compare_text.markdown(found) if markdown else compare_text.text(found))
+
+
+@main.command("emulate")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to make; not artifacts/."
+)
+@click.option("--defects", is_flag=True, help="Make the kernels with defects too, in OUT/defects.")
+@_jobs_option
+def emulate_command(out: Path, defects: bool, jobs: int) -> None:
+    """Make cubins for sm_90a that run the tcgen05 kernels' own PTX, those instructions in software.
+
+    Run them on a Hopper GPU: python -m tests.emulation OUT
+    """
+    if _same(out, ARTIFACTS):
+        raise BuildError(
+            "expected a folder of its own, found artifacts/; next: --out build/emulation"
+        )
+    started = time.monotonic()
+    reuse = [] if ARTIFACTS is None else [ARTIFACTS]
+    manifest = emulate(out, jobs, click.echo, reuse=reuse, defects=defects)
+    click.echo(f"{len(manifest.entries)} cubins, {time.monotonic() - started:.1f} s, in {out}")
 
 
 def _checkout() -> Path:

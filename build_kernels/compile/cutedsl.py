@@ -1,4 +1,4 @@
-"""CuTe DSL program + target -> cubin bytes. Runs only in a worker process of its own target.
+"""CuTe DSL program + target -> cubin or PTX. Runs only in a worker process of its own target.
 
 The DSL reads its target from the environment when it is first imported and writes files to the
 working directory, so the worker sets ``CUTE_DSL_ARCH`` before the import and works in a temporary
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 from build_kernels.errors import BuildError
 from router_runtime.format.contract import Constants
@@ -25,6 +26,22 @@ def compile_cubin(module: str, constants: Constants, target: str) -> bytes:
     """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the
     arguments to trace it with.
     """
+    cubin = _compiled(module, constants, target, "KeepCUBIN").__cubin__
+    if not isinstance(cubin, bytes):
+        raise BuildError(f"expected the bytes of a cubin, found {cubin!r}")
+    return cubin
+
+
+def compile_ptx(module: str, constants: Constants, target: str) -> str:
+    """Return the PTX that ``compile_cubin`` hands to the assembler."""
+    ptx = _compiled(module, constants, target, "KeepCUBIN", "KeepPTX").__ptx__
+    if not isinstance(ptx, str):
+        raise BuildError(f"expected the text of a PTX module, found {ptx!r}")
+    return ptx
+
+
+def _compiled(module: str, constants: Constants, target: str, *kept: str) -> Any:
+    """Return the DSL's own object for a compiled program, with what ``kept`` names in it."""
     if os.environ.get("CUTE_DSL_ARCH") != target:
         raise BuildError(
             f"expected a process with CUTE_DSL_ARCH={target}, "
@@ -33,8 +50,6 @@ def compile_cubin(module: str, constants: Constants, target: str) -> bytes:
     from cutlass import cute
 
     function, arguments = importlib.import_module(module).program(constants)
-    options = (cute.OptLevel(3), cute.GPUArch(target), cute.KeepCUBIN(True))
-    cubin = cute.compile[options](function, *arguments).__cubin__
-    if not isinstance(cubin, bytes):
-        raise BuildError(f"expected the bytes of a cubin, found {cubin!r}")
-    return cubin
+    options = [cute.OptLevel(3), cute.GPUArch(target)]
+    options += [getattr(cute, name)(True) for name in kept]
+    return cute.compile[tuple(options)](function, *arguments)

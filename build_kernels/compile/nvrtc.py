@@ -1,4 +1,4 @@
-"""CUDA C++ source + headers + constants + target -> cubin bytes, by NVRTC. A pure function.
+"""CUDA C++ source + headers + constants + target -> cubin or PTX, by NVRTC. Pure functions.
 
 NVRTC sees the program under a fixed name and the project's headers in memory, so the output does
 not depend on where the source lies. Only the CUDA headers are read from disk, from locked packages.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from build_kernels.errors import BuildError
 from router_runtime.format.contract import Constants
@@ -43,10 +43,34 @@ def compile_cubin(
     """Compile ``source``, the program called ``name``, for a real architecture such as sm_90a.
     ``headers`` maps what an ``#include`` says to the text it gets.
     """
+    options = [f"--gpu-architecture={target}"]
+    options += [f"--include-path={directory}" for directory in include_directories]
+    return _compiled("CUBIN", name, source, headers, constants, options)
+
+
+def compile_ptx(
+    name: str, source: str, headers: Mapping[str, str], constants: Constants, architecture: str
+) -> str:
+    """Compile ``source`` for a virtual architecture such as compute_90a and return its PTX, with
+    all of its functions and variables. It includes nothing but ``headers``.
+    """
+    options = [f"--gpu-architecture={architecture}", "--relocatable-device-code=true"]
+    ptx = _compiled("PTX", name, source, headers, constants, options)
+    return ptx.rstrip(b"\0").decode("ascii")
+
+
+def _compiled(
+    kind: Literal["CUBIN", "PTX"],
+    name: str,
+    source: str,
+    headers: Mapping[str, str],
+    constants: Constants,
+    own_options: Sequence[str],
+) -> bytes:
+    """Return what NVRTC makes of a program, with the options that every program has."""
     from cuda.bindings import nvrtc
 
-    options = [f"--gpu-architecture={target}", *FLAGS]
-    options += [f"--include-path={directory}" for directory in include_directories]
+    options = [*own_options[:1], *FLAGS, *own_options[1:]]
     options += [f"--define-macro={key}={literal(key, value)}" for key, value in constants.items()]
     program = _checked(
         nvrtc.nvrtcCreateProgram(
@@ -67,12 +91,12 @@ def compile_cubin(
         log = bytes(buffer).rstrip(b"\0").decode(errors="replace").strip()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or log:
             raise BuildError(
-                f"expected {name}.cu to compile for {target} without a word, found:\n"
+                f"expected {name}.cu to compile with {own_options[0]} without a word, found:\n"
                 f"{log or status.name}\nnext: correct the source and run the command again"
             )
-        size = _checked(nvrtc.nvrtcGetCUBINSize(program))
+        size = _checked(getattr(nvrtc, f"nvrtcGet{kind}Size")(program))
         buffer = bytearray(size)
-        _checked(nvrtc.nvrtcGetCUBIN(program, buffer))
+        _checked(getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer))
         return bytes(buffer)
     finally:
         nvrtc.nvrtcDestroyProgram(program)

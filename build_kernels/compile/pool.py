@@ -72,6 +72,10 @@ class Worker:
         """Return the cubin of a job. Raises BuildError if it fails, or after ``end``."""
         return self._process_for(job).compile(job)
 
+    def ptx(self, job: Job) -> str:
+        """Return the PTX of a job in CuTe DSL. Raises BuildError as ``compile`` does."""
+        return self._process_for(job).ptx(job)
+
     def end(self) -> None:
         """End the process, even if a thread waits for its answer, and start no other."""
         with self._lock:

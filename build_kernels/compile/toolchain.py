@@ -19,11 +19,14 @@ from router_runtime.format.manifest import Toolchain
 LOCK = Path(__file__).parents[1] / "toolchain.lock"
 #: What makes a wheel and signs it: none of it can change a cubin, so no manifest records it.
 RELEASE_LOCK = Path(__file__).parents[1] / "release.lock"
+#: What assembles translated PTX (``build-kernels emulate``); nothing else needs it.
+EMULATION_LOCK = Path(__file__).parents[1] / "emulation.lock"
 
 _PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;]+)(\s*;[^\\]*)?(?:\s*\\)?")
 _HASH = re.compile(r"\s+--hash=sha256:([0-9a-f]{64})(?:\s*\\)?")
 _REMEDY = "next: make clean-venv && make build-cubins"
 _RELEASE_REMEDY = "next: make release, which installs it"
+_EMULATION_REMEDY = "next: make emulation, which installs them"
 
 
 def locked(text: str) -> dict[str, str]:
@@ -67,20 +70,38 @@ def check() -> Toolchain:
 
 def check_release() -> None:
     """Raise BuildError if what makes a release is not exactly what ``release.lock`` names."""
-    text = RELEASE_LOCK.read_text(encoding="ascii")
+    _check_tools(RELEASE_LOCK, "release tools", _RELEASE_REMEDY)
+
+
+def check_emulation() -> Mapping[str, str]:
+    """Return package -> version of what assembles translated PTX.
+
+    Raises BuildError if what is installed is not exactly what ``emulation.lock`` names.
+    """
+    return _check_tools(EMULATION_LOCK, "tools for emulation", _EMULATION_REMEDY)
+
+
+def _check_tools(lock: Path, what: str, remedy: str) -> Mapping[str, str]:
+    text = lock.read_text(encoding="ascii")
     installed = _installed()
     # A package with a marker is not needed everywhere; where it is installed, it is that version.
     expected = {
         match[1]: match[2]
-        for match, _ in _requirements(text, RELEASE_LOCK.name)
+        for match, _ in _requirements(text, lock.name)
         if match[3] is None or match[1] in installed
     }
     if wrong := _differences(expected, installed):
         raise BuildError(
-            f"the installed release tools are not those of {RELEASE_LOCK.name}:\n"
+            f"the installed {what} are not those of {lock.name}:\n"
             + "\n".join(wrong)
-            + f"\n{_RELEASE_REMEDY}"
+            + f"\n{remedy}"
         )
+    return expected
+
+
+def ptxas() -> Path:
+    """The assembler of the locked ``nvidia-cuda-nvcc`` package."""
+    return _packaged("nvidia-cuda-nvcc", "bin/ptxas")
 
 
 def nvdisasm() -> Path:

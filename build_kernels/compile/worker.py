@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from build_kernels.compile import cutedsl, nvrtc, toolchain
@@ -50,15 +50,15 @@ def _serve() -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     try:
-        cubin = _compile(**request)
+        result = _TASKS[request["task"]](**request["arguments"])
     except BuildError as error:
         return {"error": str(error)}
     except Exception:
         return {"error": f"the compiler failed:\n{traceback.format_exc().strip()}"}
-    return {"cubin": base64.b64encode(cubin).decode("ascii")}
+    return {"result": base64.b64encode(result).decode("ascii")}
 
 
-def _compile(kernel: str, language: Language, target: str, constants: Constants) -> bytes:
+def _cubin(kernel: str, language: Language, target: str, constants: Constants) -> bytes:
     if language == "cutedsl":
         return cutedsl.compile_cubin(f"build_kernels.kernels.{kernel}.{kernel}", constants, target)
     source, _ = LANGUAGES["cuda"].suffixes
@@ -70,6 +70,23 @@ def _compile(kernel: str, language: Language, target: str, constants: Constants)
         target=target,
         include_directories=toolchain.include_directories(),
     )
+
+
+def _ptx(kernel: str, language: Language, target: str, constants: Constants) -> bytes:
+    if language != "cutedsl":
+        raise BuildError(f"expected a kernel in CuTe DSL, found {kernel} in {language}")
+    module = f"build_kernels.kernels.{kernel}.{kernel}"
+    return cutedsl.compile_ptx(module, constants, target).encode("ascii")
+
+
+def _library(
+    name: str, source: str, headers: dict[str, str], constants: Constants, architecture: str
+) -> bytes:
+    return nvrtc.compile_ptx(name, source, headers, constants, architecture).encode("ascii")
+
+
+#: What a request can have done, by its name: each returns bytes.
+_TASKS: Mapping[str, Callable[..., bytes]] = {"cubin": _cubin, "ptx": _ptx, "library": _library}
 
 
 if __name__ == "__main__":

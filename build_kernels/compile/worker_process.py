@@ -14,10 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 
 from build_kernels.compile.job import Job
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError
+from router_runtime.format.contract import Constants
 
 
 class WorkerProcess:
@@ -63,12 +65,42 @@ class WorkerProcess:
 
     def compile(self, job: Job) -> bytes:
         """Return the cubin of a job. Raises BuildError with what the compiler printed."""
-        request = {
-            "kernel": job.kernel,
-            "language": job.language,
-            "target": job.target,
-            "constants": dict(job.constants),
+        return self._result("cubin", job.key, _arguments(job))
+
+    def ptx(self, job: Job) -> str:
+        """Return the PTX of a job in CuTe DSL: what its cubin is assembled from."""
+        return self._result("ptx", job.key, _arguments(job)).decode("ascii")
+
+    def library(
+        self,
+        name: str,
+        source: str,
+        headers: Mapping[str, str],
+        constants: Constants,
+        architecture: str,
+    ) -> str:
+        """Return the PTX of a CUDA C++ source that has no kernel but functions for others.
+
+        Args:
+            name: Of the source, for messages.
+            source: Its text.
+            headers: What an ``#include`` says -> the text that it gets.
+            constants: Macros.
+            architecture: A virtual one, such as compute_90a.
+
+        """
+        arguments = {
+            "name": name,
+            "source": source,
+            "headers": dict(headers),
+            "constants": dict(constants),
+            "architecture": architecture,
         }
+        return self._result("library", name, arguments).decode("ascii")
+
+    def _result(self, task: str, what: str, arguments: Mapping[str, object]) -> bytes:
+        """Return the worker's answer to a request. Raises BuildError, beginning with ``what``."""
+        request = {"task": task, "arguments": arguments}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -81,13 +113,13 @@ class WorkerProcess:
             status = self._process.wait()
             self._printed.seek(0)
             raise BuildError(
-                f"{job.key}: expected an answer from the compiler, found that its process ended "
+                f"{what}: expected an answer from the compiler, found that its process ended "
                 f"with status {status}:\n{self._printed.read().decode(errors='replace').strip()}"
             )
         answer = json.loads(line)
         if "error" in answer:
-            raise BuildError(f"{job.key}: {answer['error']}")
-        return base64.b64decode(answer["cubin"])
+            raise BuildError(f"{what}: {answer['error']}")
+        return base64.b64decode(answer["result"])
 
     def close(self) -> None:
         """End the process, whatever it is doing, and remove its folder."""
@@ -95,3 +127,12 @@ class WorkerProcess:
         self._process.communicate()
         self._printed.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _arguments(job: Job) -> dict[str, object]:
+    return {
+        "kernel": job.kernel,
+        "language": job.language,
+        "target": job.target,
+        "constants": dict(job.constants),
+    }

@@ -224,8 +224,8 @@ def test_every_module_that_is_imported_is_covered(kernel: Kernel) -> None:
 #: Language -> recipe version -> digest of the code of its compiler module. A version keeps its
 #: line when the code changes and the cubins do not.
 COMPILERS = {
-    "cuda": {1: "ceb7371897e11b7699b108a7da5fdb37969b0f8fb8310c6d0d40dc4fd5eccadb"},
-    "cutedsl": {1: "6ab412cd172158409296c9f43d6231cb013fb554113447efffc00d143cfce083"},
+    "cuda": {1: "f4c55d71d8b313bfa482b3c2d853b579b21c20b4199fa39c66821a0d53782e60"},
+    "cutedsl": {1: "55ff94a890a1fcd3d99605956c54d4c5f1f4472622023554c52a77c06b87b1ad"},
 }
 
 

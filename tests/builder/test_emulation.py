@@ -1,0 +1,314 @@
+"""The emulation of tcgen05 kernels on Hopper, as far as no GPU is needed: every kernel of every
+target is translated and assembled, and what the translator does not know is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from build_kernels.compile import cubin
+from build_kernels.compile.worker_process import WorkerProcess
+from build_kernels.emulation import interface
+from build_kernels.emulation.assembly import assemble, model
+from build_kernels.emulation.changes import Code
+from build_kernels.emulation.defects import DEFECTS
+from build_kernels.emulation.emulate import smallest
+from build_kernels.emulation.sources import EMULATED, Source, emulated_jobs, sources
+from build_kernels.emulation.statements import Statement, edited, entry, operand_list
+from build_kernels.emulation.translate import translate
+from build_kernels.errors import BuildError
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    return model()
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Source]:
+    return sources(emulated_jobs(), 2)
+
+
+def module(body: str, target: str = "sm_100a") -> str:
+    """A module with an entry function that has this body."""
+    return (
+        f".version 9.0\n.target {target}\n.address_size 64\n\n"
+        f".visible .entry kernel(\n\t.param .u32 count\n)\n.reqntid 128, 1, 1\n{{\n{body}\n}}\n"
+    )
+
+
+# --- reading PTX ---
+
+
+def test_statements_are_found_with_scope_guard_and_operands() -> None:
+    text = module(
+        "\t.reg .b32 %r<3>; // mov.b32 %r1, 0;\n"
+        "$L__BB0_1:\n"
+        "\t{ .reg .pred p;\nWAIT_0:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%r1 + 8], %r2;\n"
+        "@!p bra WAIT_0;\n}\n"
+        "\ttcgen05.ld.sync.aligned.32x32b.x2.b32 {%r1, %r2}, [%r0];\n"
+        "\tret;"
+    )
+    found = entry(text).statements
+    assert [(s.kind, s.name or s.kind) for s in found] == [
+        ("directive", ".reg .b32 %r<3>"),
+        ("label", "$L__BB0_1"),
+        ("open", "open"),
+        ("directive", ".reg .pred p"),
+        ("label", "WAIT_0"),
+        ("instruction", "mbarrier.try_wait.parity.shared::cta.b64"),
+        ("instruction", "bra"),
+        ("close", "close"),
+        ("instruction", "tcgen05.ld.sync.aligned.32x32b.x2.b32"),
+        ("instruction", "ret"),
+    ]
+    wait, branch = found[5], found[6]
+    assert wait.operands == ("p", "[%r1 + 8]", "%r2")
+    assert (branch.guard, branch.operands) == ("!p", ("WAIT_0",))
+    assert [s.scope for s in found] == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+    assert text.splitlines()[wait.line - 1].startswith("mbarrier.try_wait")
+    assert found[8].operands == ("{%r1, %r2}", "[%r0]")
+    assert found[8].registers() == {"%r0", "%r1", "%r2"}
+
+
+def test_operands_are_parts_between_outer_commas() -> None:
+    assert operand_list("[%r1], [%rd2, {%r3, %r4}], [%r5]") == (
+        "[%r1]",
+        "[%rd2, {%r3, %r4}]",
+        "[%r5]",
+    )
+    assert operand_list("") == ()
+
+
+def test_edits_keep_their_order_and_may_not_overlap() -> None:
+    assert edited("abcdef", [(4, 5, "E"), (1, 1, "x"), (1, 1, "y"), (1, 3, "")]) == "axydEf"
+    with pytest.raises(ValueError, match="do not overlap"):
+        edited("abcdef", [(0, 3, ""), (2, 4, "")])
+
+
+@pytest.mark.parametrize("text", [".version 9.0\n", module("\tret;") * 2])
+def test_a_module_has_one_entry_function(text: str) -> None:
+    with pytest.raises(BuildError, match="one entry function"):
+        entry(text)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.cp.cta_group::1.128x256b [%r0], %rd0;",
+        "tcgen05.shift.cta_group::1.down [%r0];",
+        "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r0], 32;",
+        "tcgen05.mma.cta_group::2.kind::f16 [%r0], %rd0, %rd1, %r1, %p0;",
+        "tcgen05.mma.cta_group::1.kind::tf32 [%r0], %rd0, %rd1, %r1, %p0;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], [%r1], %rd1, %r1, %p0;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, {%r1, %r1, %r1, %r1}, %p0;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, 1;",
+        "tcgen05.ld.sync.aligned.16x64b.x2.b32 {%r0, %r1}, [%r2];",
+        "tcgen05.ld.sync.aligned.16x256b.x2.b32 {%r0, %r1}, [%r2];",
+        "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {%r0}, [%r2];",
+        "@%p0 tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r0}, [%r2];",
+        "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%r0];",
+        "tcgen05.fence::unheard_of;",
+    ],
+)
+def test_an_instruction_that_has_no_function_is_refused_by_name(
+    instruction: str, library: str
+) -> None:
+    name = instruction.removeprefix("@%p0 ").split()[0].rstrip(";")
+    with pytest.raises(BuildError, match=rf"line 13: .*found {re.escape(name)}"):
+        translate(module(f"\t.reg .b32 %r<9>;\n\n\n\t{instruction}\n\tret;"), library)
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_120a"])
+def test_only_targets_with_these_instructions_are_translated(target: str, library: str) -> None:
+    with pytest.raises(BuildError, match=f"found {target}"):
+        translate(module("\tret;", target), library)
+
+
+def test_what_the_assembler_does_not_know_is_an_error(library: str) -> None:
+    translated = translate(module("\tunheard.of;\n\tret;"), library)
+    with pytest.raises(BuildError, match=r"kernel/x: expected ptxas to assemble(.|\n)*unheard"):
+        assemble(translated.ptx, "kernel/x")
+
+
+# --- what an instruction becomes ---
+
+
+def calls(text: str) -> list[str]:
+    """The functions that the kernel of a translated module calls, in order."""
+    return re.findall(r"\bcall (?:\(e_out\), )?(tc_\w+)", text[text.index(".entry kernel") :])
+
+
+LOAD = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r2];"
+WAIT = "tcgen05.wait::ld.sync.aligned;"
+
+
+@pytest.mark.parametrize(
+    ("body", "unwaited"),
+    [
+        (f"{LOAD}\nmov.b32 %r3, 0;\n{WAIT}\nmov.b32 %r4, %r1;", False),
+        (f"{LOAD}\nmov.b32 %r3, 0;\nmov.b32 %r4, %r1;\n{WAIT}", True),
+        (f"{LOAD}\nmov.b32 %r3, 0;\n$L: mov.b32 %r5, 0;\n{WAIT}", True),
+        (f"{LOAD}\nmov.b32 %r3, 0;\nbra $L;\n$L: {WAIT}", True),
+    ],
+)
+def test_a_load_happens_as_late_as_it_may(body: str, unwaited: bool, library: str) -> None:
+    translated = translate(module(f".reg .b32 %r<9>;\n{body}\nret;"), library)
+    assert bool(translated.unwaited) == unwaited
+    text = translated.ptx[translated.ptx.index(".entry kernel") :]
+    poisoned, between = text.index("mov.b32 %r1, 0x7fc0dead"), text.index("mov.b32 %r3, 0")
+    assert poisoned < between < text.index("ld.volatile.global.b32 %r1, ")
+    if "%r4" in body:
+        assert text.index("ld.volatile.global.b32 %r1, ") < text.index("mov.b32 %r4, %r1")
+
+
+def test_a_loop_that_waits_becomes_a_wait_and_another_test_stays(library: str) -> None:
+    test = "mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r1+8], %r2;"
+    head = ".reg .b32 %r<9>; .reg .pred %p<2>;\n"
+    loop = translate(module(f"{head}$L: {test}\n@!%p0 bra $L;\nret;"), library).ptx
+    assert calls(loop) == ["tc_enter", "tc_wait", "tc_settle"]
+    assert "try_wait" not in loop[loop.index(".entry kernel") :]
+    peek = translate(module(f"{head}$L: {test}\n@%p0 bra $L;\nret;"), library).ptx
+    assert calls(peek) == ["tc_enter", "tc_poll", "tc_settle"]
+    assert test in peek
+
+
+def test_a_guard_stays_and_an_elected_thread_brings_its_warp(library: str) -> None:
+    mma = "tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd0, %rd1, %r2, %p0;"
+    head = ".reg .b32 %r<9>; .reg .b64 %rd<3>; .reg .pred %p<3>;\n"
+    elected = f"{{ .reg .pred l; elect.sync _|l, 0xffffffff;\n@l {mma} }}"
+    text = translate(module(f"{head}{elected}\nret;"), library).ptx
+    assert "selp.b32 e_flags, 6, 4, l;" in text
+    assert "bra $L__emulation" not in text
+    alone = translate(module(f"{head}@!%p1 {mma}\nret;"), library).ptx
+    assert re.search(r"@%p1 bra (\$L__emulation_\d+);(.|\n)*call tc_mma(.|\n)*\1:", alone)
+    assert "mov.b32 e_flags, 0;" in alone
+
+
+# --- the kernels ---
+
+
+def test_every_target_has_kernels_to_emulate(kernels: list[Source]) -> None:
+    emulated = {job.key for source in kernels for job in source.jobs}
+    assert emulated == {job.key for job in emulated_jobs()}
+    for target in EMULATED:
+        assert sum(job.target == target for source in kernels for job in source.jobs) >= 9
+    assert all("tcgen05.mma" in source.ptx for source in kernels)
+
+
+def test_every_kernel_is_translated_and_assembled(kernels: list[Source], library: str) -> None:
+    def one(source: Source) -> None:
+        translated = translate(source.ptx, library)
+        facts = cubin.read(assemble(translated.ptx, source.jobs[0].key), source.jobs[0].key)
+        assert facts.target == "sm_90a"
+        assert facts.symbol == entry(source.ptx).symbol
+        assert translated.unwaited == ()
+        left = translated.ptx[translated.ptx.index(f".entry {facts.symbol}") :]
+        assert "tcgen05." not in left
+        assert set(translated.replaced) == {
+            s.name for s in entry(source.ptx).statements if s.name.startswith("tcgen05.")
+        }
+
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(one, kernels))
+
+
+def test_the_same_source_gives_the_same_bytes(kernels: list[Source]) -> None:
+    source = min(kernels, key=lambda source: len(source.ptx))
+    made = {
+        hashlib.sha256(assemble(translate(source.ptx, model()).ptx, "kernel")).hexdigest()
+        for _ in range(2)
+    }
+    assert len(made) == 1
+
+
+def test_keeping_the_ptx_changes_no_byte_of_the_cubin() -> None:
+    job = emulated_jobs(["sm_100a"])[0]
+    first, second = WorkerProcess(job.target), WorkerProcess(job.target)
+    try:
+        alone = first.compile(job)
+        second.ptx(job)
+        assert second.compile(job) == alone
+        assert entry(second.ptx(job)).symbol == cubin.read(alone, job.key).symbol
+    finally:
+        first.close()
+        second.close()
+
+
+def test_the_model_has_no_settings_that_the_runner_does_not_know(library: str) -> None:
+    sizes = dict(re.findall(r"^\.visible \.global .* (tc_\w+)\[(\d+)\];$", library, re.M))
+    errors = len(interface.ERRORS)
+    assert int(sizes["tc_counts"]) == 8 * (len(interface.COUNTS) + errors)
+    assert int(sizes["tc_places"]) == 4 * errors * interface.PLACE_WORDS
+    assert int(sizes["tc_settings"]) == 12
+    assert {flag for flags in interface.MODES.values() for flag in flags} == set(interface.FLAGS)
+
+
+# --- defects ---
+
+
+def instructions(source: Source) -> Iterator[Statement]:
+    for statement in entry(source.ptx).statements:
+        if statement.kind == "instruction":
+            yield statement
+
+
+def test_barriers_have_the_roles_that_their_kernels_give_them(kernels: list[Source]) -> None:
+    for form, source in smallest(kernels).items():
+        roles = Code(source.ptx).roles
+        waited = {
+            roles.of(roles.statements[i])
+            for i in range(len(roles.statements))
+            if roles.statements[i].name.startswith("mbarrier.try_wait.")
+        }
+        expected = {"weights_full", "hidden_full", "sums_full"}
+        expected |= {"hidden_empty"} if form != "once" else set()
+        expected |= {"weights_empty", "sums_empty"} if form == "tile" else {"peers_full"}
+        assert waited == expected, form
+
+
+#: Defects that a kernel has no place for: descriptors have no mask that could be left out.
+NO_PLACE = {"descriptor_not_masked.once", "descriptor_not_masked.tile"}
+
+
+def test_every_defect_changes_its_kernel(kernels: list[Source], library: str) -> None:
+    forms = {form: Code(source.ptx) for form, source in smallest(kernels).items()}
+    assert set(forms) == {"once", "ring", "tile"}
+    assert len({defect.name for defect in DEFECTS}) == len(DEFECTS) >= 25
+    without = set()
+    for defect in DEFECTS:
+        ptx = defect.inserted(forms[defect.form])
+        if ptx is None:
+            without.add(defect.name)
+            continue
+        assert ptx != forms[defect.form].ptx
+        translated = translate(ptx, library)
+        assert bool(translated.unwaited) == (defect.layer == "translation"), defect.name
+    assert without == NO_PLACE
+
+
+@pytest.mark.parametrize("name", ["hidden_released_early.ring", "parity_of_weights.once"])
+def test_a_kernel_with_a_defect_is_assembled(
+    name: str, kernels: list[Source], library: str
+) -> None:
+    (defect,) = [defect for defect in DEFECTS if defect.name == name]
+    ptx = defect.inserted(Code(smallest(kernels)[defect.form].ptx))
+    assert ptx is not None
+    assert assemble(translate(ptx, library).ptx, name)
+
+
+def test_every_layer_is_one_that_there_is() -> None:
+    for defect in DEFECTS:
+        kind, _, detail = defect.layer.partition(":")
+        assert kind in ("translation", "error", "bits", "none"), defect.name
+        assert kind != "error" or detail in interface.ERRORS, defect.name
+        assert kind != "bits" or detail in ("", *interface.MODES), defect.name
