@@ -40,7 +40,7 @@ _F = TypeVar("_F", bound=Callable[..., None])
 
 
 class _Group(click.Group):
-    """Prints a BuildError as what it is, an answer to the user, and exits with 1."""
+    """A group of commands that prints the message of a BuildError and exits with 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -250,7 +250,7 @@ def release_command(
     for path in sorted(result.folder.iterdir()):
         click.echo(f"{path.stat().st_size:10} {path.name}")
     click.echo(
-        f"{'made' if result.made else 'the same bytes lay there already'}, "
+        f"{'made' if result.made else 'the same bytes were there already'}, "
         f"{'signed' if result.signed else 'UNSIGNED (no --key)'}, "
         f"{time.monotonic() - started:.1f} s, in {result.folder}"
     )
@@ -269,7 +269,7 @@ def release_command(
 def verify_release_command(
     files: tuple[Path, ...], key: Path | None, rebuild: bool, repository: Path | None, jobs: int
 ) -> None:
-    """Check a release: FILES are its folder, or its wheel and what lies beside it."""
+    """Check a release: FILES are its folder, or its wheel and the files beside it."""
     toolchain.check_release()
     if repository is not None and not rebuild:
         raise BuildError("expected --repository with --rebuild, found it alone")

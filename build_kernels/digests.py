@@ -23,7 +23,7 @@ from build_kernels.errors import BuildError
 from router_runtime.format.source_digest import RUNTIME, CudaSources, PythonSources
 
 #: Modules whose bytes decide how every language is compiled.
-_WORKER = ("compile/worker.py", "compile/worker_process.py")
+_WORKER = ("compile/environment.py", "compile/worker.py", "compile/worker_process.py")
 
 
 class Sources:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_kernels import entries as entries_
 from build_kernels import lock
 from build_kernels.catalog.models import MODELS
 from build_kernels.compile import toolchain
 from build_kernels.compile.job import Job
-from build_kernels.entries import declared
 from build_kernels.errors import BuildError
 from build_kernels.plan import plan
 from router_runtime.errors import RouterRuntimeError
@@ -29,14 +29,13 @@ from router_runtime.evidence.choice import (
 )
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import EVIDENCE_NAME, load_evidence
-from router_runtime.format.manifest import Entry, Manifest, Resources, artifact_name
+from router_runtime.format.manifest import Entry, Manifest
 
 #: The routers whose batches several entries share: name -> kernels, and constants that they have.
 ROUTERS = {"dense": (DENSE, {}), "hash_gate": (("hash_gate",), {"IMAGES": 0})}
 
 #: For an entry that artifacts.lock does not name: no evidence is about it.
 _NO_DIGEST = "0" * 64
-_NO_RESOURCES = Resources(0, 0, 0, 0, 0)
 
 HEAD = ("model", "router", "tokens", "entry", "form", "MMA")
 
@@ -120,29 +119,11 @@ def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
     What only a built cubin tells (size, symbol, resources) is empty.
     """
     recorded = lock.read(artifacts / lock.LOCK_NAME).entries if artifacts else {}
-    entries = []
-    for job in jobs:
-        contract, numerics = declared(job)
-        sha256 = recorded[job.key].sha256 if job.key in recorded else _NO_DIGEST
-        entries.append(
-            Entry(
-                kernel=job.kernel,
-                model=job.model,
-                target=job.target,
-                variant=job.variant,
-                constants=job.constants,
-                file=artifact_name(job.kernel, job.model, job.target, job.variant, sha256),
-                sha256=sha256,
-                size=0,
-                symbol="",
-                contract=contract,
-                source_sha256=job.source_sha256,
-                numerics=numerics,
-                resources=_NO_RESOURCES,
-                latency=job.latency,
-            )
-        )
-    return Manifest(_NO_DIGEST, toolchain.of_lock(), tuple(entries))
+    digests = (recorded[job.key].sha256 if job.key in recorded else _NO_DIGEST for job in jobs)
+    entries = tuple(
+        entries_.planned(job, sha256) for job, sha256 in zip(jobs, digests, strict=True)
+    )
+    return Manifest(_NO_DIGEST, toolchain.of_lock(), entries)
 
 
 def recorded_status(manifest: Manifest, artifacts: Path | None) -> Callable[[Entry], str]:

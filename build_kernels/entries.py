@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 
@@ -40,7 +41,7 @@ def inspect(job: Job, data: bytes, facts: Cubin, counts: Census) -> Entry:
         BuildError: The cubin does not match its contract, or its wgmma instructions do not overlap.
 
     """
-    contract, numerics = declared(job)
+    contract, _ = declared(job)
     check_contract(contract, facts, counts, job.key)
     if serialised(counts):
         raise BuildError(
@@ -48,7 +49,17 @@ def inspect(job: Job, data: bytes, facts: Cubin, counts: Census) -> Entry:
             "next: let nothing read an accumulator, and no loop begin again, while MMAs that "
             "write one are under way"
         )
-    sha256 = hashlib.sha256(data).hexdigest()
+    entry = planned(job, hashlib.sha256(data).hexdigest())
+    return dataclasses.replace(
+        entry, size=len(data), symbol=facts.symbol, resources=resources(facts, counts)
+    )
+
+
+def planned(job: Job, sha256: str) -> Entry:
+    """Return the entry of a job whose cubin has this digest, without what only the cubin tells:
+    ``size``, ``symbol`` and ``resources`` are empty.
+    """
+    contract, numerics = declared(job)
     return Entry(
         kernel=job.kernel,
         model=job.model,
@@ -57,12 +68,12 @@ def inspect(job: Job, data: bytes, facts: Cubin, counts: Census) -> Entry:
         constants=job.constants,
         file=artifact_name(job.kernel, job.model, job.target, job.variant, sha256),
         sha256=sha256,
-        size=len(data),
-        symbol=facts.symbol,
+        size=0,
+        symbol="",
         contract=contract,
         source_sha256=job.source_sha256,
         numerics=numerics,
-        resources=resources(facts, counts),
+        resources=Resources(0, 0, 0, 0, 0),
         latency=job.latency,
     )
 

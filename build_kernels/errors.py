@@ -1,4 +1,4 @@
-"""What the builder raises on purpose; the command line prints the message and exits with 1."""
+"""The builder's error, whose message the command line prints before it exits with 1."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterable
 
 
 class BuildError(Exception):
-    """The message says what was expected, what was found, and what to do next."""
+    """An error that a user can mend: the message has what was expected, what was found and what to
+    do next.
+    """
 
 
 def unknown(what: str, found: str, known: Iterable[str], remedy: str) -> BuildError:
-    """The error for a name that is none of ``known``, with the nearest one as a suggestion."""
+    """Return the error for a name that is none of ``known``; it suggests the nearest one."""
     names = sorted(known)
     near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -24,6 +24,8 @@ _ENTRY = re.compile(r"(\S+) ([0-9a-f]{64}) registers=([0-9]+) spill_bytes=([0-9]
 
 @dataclass(frozen=True, slots=True)
 class Line:
+    """What is recorded of one cubin. ``spill_bytes``: stored and loaded, per thread."""
+
     sha256: str
     registers: int
     spill_bytes: int
@@ -34,12 +36,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
+    """What is recorded of a build. ``entries``: key -> line."""
+
     source_sha256: str
     entries: Mapping[str, Line]
 
 
 def of(manifest: Manifest) -> Lock:
-    """The lock that a build's manifest amounts to."""
+    """Return the lock of a build."""
     return Lock(
         manifest.source_sha256,
         {
@@ -54,12 +58,14 @@ def of(manifest: Manifest) -> Lock:
 
 
 def write(path: Path, lock: Lock) -> None:
+    """Replace the lock file."""
     lines = [_HEADER, f"source {lock.source_sha256}"]
     lines += [f"{key} {line}" for key, line in sorted(lock.entries.items())]
     publish.write_file(path, ("\n".join(lines) + "\n").encode("ascii"))
 
 
 def read(path: Path) -> Lock:
+    """Return the lock in a file. Raises BuildError if it is missing or not a lock."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -77,7 +83,7 @@ def read(path: Path) -> Lock:
 
 
 def differences(recorded: Lock, rebuilt: Lock) -> list[str]:
-    """One line for each thing in which a rebuild differs from what was recorded."""
+    """Return one line for each difference between what was recorded and what was rebuilt."""
     found = []
     for key in sorted({*recorded.entries, *rebuilt.entries}):
         old, new = recorded.entries.get(key), rebuilt.entries.get(key)

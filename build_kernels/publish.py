@@ -1,4 +1,4 @@
-"""Puts finished artifacts into their folder so that a reader never sees half of them.
+"""Writing a finished build into its folder, so that a reader never sees half of it.
 
 Order: cubins first, each written beside its place, synced and renamed; then the manifest, by one
 ``os.replace``; then the build's notes, and cubins that the new manifest does not name are removed.
@@ -21,15 +21,17 @@ from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps, loads
 
-#: What this project's cubins are called; pruning touches nothing else in the folder.
+#: The names of this project's cubins: pruning removes no other file.
 _OURS = re.compile(r"[A-Za-z0-9_.-]+-sm_[0-9]+[af]?-[A-Za-z0-9_.-]+-[0-9a-f]{16}\.cubin")
 _TEMPORARY = re.compile(r"\.publish-.*\.tmp")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if need be and keep other builds out of it. A folder that was made for a
-    build that published nothing is removed again.
+    """Lock a folder against other builds, and create it if it does not exist.
+
+    If the build fails, the folders that were created for it are removed again. Raises BuildError if
+    another build is running there, or if the folder cannot be written.
     """
     try:
         made = _make(folder)
@@ -57,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def current(folder: Path) -> Manifest | None:
-    """The manifest that lies in the folder, None if there is none that this version reads."""
+    """Return the manifest in the folder, None if there is none that this version can read."""
     try:
         return loads((folder / MANIFEST_NAME).read_bytes())
     except (FileNotFoundError, FormatError):
@@ -65,7 +67,7 @@ def current(folder: Path) -> Manifest | None:
 
 
 def verified(folder: Path, file: str, sha256: str) -> bytes | None:
-    """The bytes of an artifact if they are there and have this digest."""
+    """Return the bytes of an artifact, None if it is missing or has another digest."""
     try:
         data = (folder / file).read_bytes()
     except FileNotFoundError:
@@ -98,7 +100,7 @@ def publish(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace one file at once, with mode 0644 whatever the umask."""
+    """Replace one file atomically. Its mode is 0644 for every umask."""
     _write(path.parent, path.name, data)
     sync(path.parent)
 
@@ -119,7 +121,7 @@ def _write(folder: Path, name: str, data: bytes) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
+    """Flush the names in a folder to disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -134,7 +136,7 @@ def _prune(folder: Path, pattern: re.Pattern[str], keep: Mapping[str, bytes] | t
 
 
 def _unwritable(folder: Path, error: OSError) -> BuildError:
-    """For a disk that is full, read-only or gone."""
+    """The error for a disk that is full, read-only or gone."""
     return BuildError(
         f"expected to write in {folder}, found: {error}; what was published there before is as it "
         "was; next: make room or mend the disk, or name another folder with --out"
@@ -142,7 +144,7 @@ def _unwritable(folder: Path, error: OSError) -> BuildError:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Create a folder and its parents with mode 0755; the ones created, innermost first."""
+    """Create a folder and its parents with mode 0755. Returns those created, innermost first."""
     missing = []
     path = folder.absolute()
     while not path.exists():

@@ -1,8 +1,8 @@
-"""How long one call of each variant takes, as measured: ``catalog/latency.toml`` as data.
+"""How long one call of each variant takes: ``catalog/latency.toml`` as data.
 
-The builder puts the figures into the manifest, and the runtime sends a batch to the variant that
-they say is the fastest for its size. They decide speed only, never results, so they belong to no
-source digest: measuring again recompiles nothing and makes no evidence stale.
+The builder puts the figures into the manifest, and the runtime serves a batch with the variant that
+has the smallest figure for its size. They decide speed only, never results, so they are in no
+source digest: new figures recompile nothing and make no evidence stale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ Latency = tuple[tuple[int, float], ...]
 
 
 class Latencies:
-    """The figures of one file. A file that is not there has none."""
+    """The figures of one file. A file that does not exist has none.
+
+    Raises BuildError for another form, and for names that are not in the catalog.
+    """
 
     def __init__(self, path: Path) -> None:
         self._tables: dict[tuple[str, str], Mapping[str, Latency]] = {}
@@ -52,7 +55,9 @@ class Latencies:
                 self._tables[target, model] = table
 
     def of(self, kernel: str, variant: str, model: str | None, target: str) -> Latency:
-        """The figures of one entry: its own, else its target's, else anybody's, else none."""
+        """Return the figures of one entry: those of its target and model, else those of its target,
+        else those of its model, else those for any target and model, else none.
+        """
         for key in ((target, model or ANY), (target, ANY), (ANY, model or ANY), (ANY, ANY)):
             found = self._tables.get(key, {}).get(f"{kernel}/{variant}")
             if found is not None:
@@ -77,7 +82,7 @@ def _tokens(found: Any) -> list[int]:
 
 
 def _latency(where: str, tokens: list[int], found: Any) -> Latency:
-    """One figure for each of the first token counts: a variant may serve no more of them."""
+    """One figure for each of the first token counts: a variant need not serve all of them."""
     right = isinstance(found, list) and all(
         type(item) in (int, float) and math.isfinite(item) and item > 0 for item in found
     )

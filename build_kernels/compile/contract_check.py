@@ -12,7 +12,7 @@ from router_runtime.format.contract import Contract, validate_contract
 from router_runtime.format.target import Target
 
 #: Limits of a CTA on every target: shared memory in bytes (static and dynamic, with opt-in) and
-#: registers, which a warp is given in units of 8 per thread.
+#: registers, which a warp gets in units of 8 per thread.
 SHARED_MEMORY_LIMIT = 227 * 1024
 REGISTER_FILE = 65536
 

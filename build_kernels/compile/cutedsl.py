@@ -23,8 +23,10 @@ RECIPE_VERSION = 1
 
 
 def compile_cubin(module: str, constants: Constants, target: str) -> bytes:
-    """Compile what ``module.program(constants)`` returns: a ``@cute.jit`` function and the
-    arguments to trace it with.
+    """Return the cubin of what ``module.program(constants)`` returns: a ``@cute.jit`` function and
+    the arguments to trace it with.
+
+    Raises BuildError in a process that was started for another target.
     """
     cubin = _compiled(module, constants, target, "KeepCUBIN").__cubin__
     if not isinstance(cubin, bytes):

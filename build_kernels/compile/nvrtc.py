@@ -1,7 +1,7 @@
 """CUDA C++ source + headers + constants + target -> cubin or PTX, by NVRTC. Pure functions.
 
 NVRTC sees the program under a fixed name and the project's headers in memory, so the output does
-not depend on where the source lies. Only the CUDA headers are read from disk, from locked packages.
+not depend on the source's folder. Only the CUDA headers are read from disk, from locked packages.
 """
 
 from __future__ import annotations

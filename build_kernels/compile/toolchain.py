@@ -1,4 +1,4 @@
-"""The locked toolchain: what it is, where it lies, and the check that nothing else compiles.
+"""The locked toolchain: what it is, where it is, and the check that no other one is installed.
 
 ``toolchain.lock`` names every package that can affect a byte of a cubin, with hashes that pip
 checked when it installed them. A build starts with ``check``; so does every worker process.
@@ -17,7 +17,7 @@ from build_kernels.errors import BuildError
 from router_runtime.format.manifest import Toolchain
 
 LOCK = Path(__file__).parents[1] / "toolchain.lock"
-#: What makes a wheel and signs it: none of it can change a cubin, so no manifest records it.
+#: The packages that make a wheel and sign it. They cannot change a cubin, so manifests lack them.
 RELEASE_LOCK = Path(__file__).parents[1] / "release.lock"
 #: What assembles translated PTX (``build-kernels emulate``); nothing else needs it.
 EMULATION_LOCK = Path(__file__).parents[1] / "emulation.lock"
@@ -30,12 +30,12 @@ _EMULATION_REMEDY = "next: make emulation, which installs them"
 
 
 def locked(text: str) -> dict[str, str]:
-    """Package -> version of a lock file's text."""
+    """Return package -> version of a lock file's text."""
     return {match[1]: match[2] for match, _ in _requirements(text)}
 
 
 def hashes(text: str) -> dict[str, tuple[str, ...]]:
-    """Package -> the digests of the files that a lock file's text accepts for it."""
+    """Return package -> the digests of the files that a lock file's text accepts for it."""
     return {match[1]: digests for match, digests in _requirements(text)}
 
 
@@ -46,8 +46,9 @@ def of_lock() -> Toolchain:
 
 
 def check() -> Toolchain:
-    """The installed toolchain as the manifest records it. Raises BuildError if it is not exactly
-    the locked one.
+    """Return the installed toolchain, as the manifest records it.
+
+    Raises BuildError if it is not exactly the locked one.
     """
     recorded = of_lock()
     expected = recorded.packages
@@ -105,12 +106,12 @@ def ptxas() -> Path:
 
 
 def nvdisasm() -> Path:
-    """The disassembler of the locked ``nvidia-cuda-nvdisasm`` package."""
+    """Return the path of the disassembler, of the locked ``nvidia-cuda-nvdisasm`` package."""
     return _packaged("nvidia-cuda-nvdisasm", "bin/nvdisasm")
 
 
 def include_directories() -> tuple[Path, Path]:
-    """The CUDA headers and CCCL, from the locked packages."""
+    """Return the folders of the CUDA headers and of CCCL, of the locked packages."""
     runtime = _packaged("nvidia-cuda-runtime", "include/cuda_runtime.h").parent
     return runtime, _packaged("nvidia-cuda-cccl", "cuda/std/cstdint").parents[2]
 

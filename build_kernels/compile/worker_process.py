@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 
+from build_kernels.compile.environment import isolated
 from build_kernels.compile.job import Job
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError
@@ -36,16 +36,7 @@ class WorkerProcess:
         self._folder = tempfile.mkdtemp(prefix="build-kernels-")
         # A file, not a pipe: it need not be read while the compiler prints.
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        environment = {
-            "PATH": os.defpath,
-            "HOME": self._folder,
-            "TMPDIR": self._folder,
-            "LC_ALL": "C.UTF-8",
-            "TZ": "UTC",
-            "PYTHONHASHSEED": "0",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": str(PACKAGE.parent),
-        }
+        environment = {**isolated(self._folder), "PYTHONPATH": str(PACKAGE.parent)}
         if target is not None:
             environment["CUTE_DSL_ARCH"] = target
         try:

@@ -1,4 +1,4 @@
-"""What git says about the sources: which commit they are, and what differs from it.
+"""The commit of a checkout, and the files that differ from it.
 
 Files are compared by their own bytes, not by git's index: an assumption the index was told, a
 line-ending filter or an ignore rule of the user's cannot make a changed file look clean.
@@ -29,11 +29,11 @@ class Source:
 
 
 def source(root: Path) -> Source:
-    """The state of the checkout at ``root``. Raises BuildError if it is none."""
+    """Return the state of the checkout at ``root``. Raises BuildError if ``root`` is none."""
     top = Path(_git(root, "rev-parse", "--show-toplevel").strip())
     if top.resolve() != root.resolve():
         raise BuildError(
-            f"expected {root} to be a git checkout of its own, found that it lies in {top}: "
+            f"expected {root} to be a git checkout of its own, found that it is inside {top}: "
             "that commit would not name these sources; next: clone the repository"
         )
     commit = _git(root, "rev-parse", "--verify", "HEAD^{commit}").strip()
@@ -44,7 +44,7 @@ def source(root: Path) -> Source:
 
 
 def files(root: Path, folder: str) -> dict[str, bytes]:
-    """The files below a folder of the checkout that belong to its sources, by path from root."""
+    """Return the files below a folder that belong to the checkout's sources, by path from root."""
     names = {*_tree(root, "HEAD"), *_untracked(root)}
     return {
         name: (root / name).read_bytes()

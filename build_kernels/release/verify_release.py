@@ -34,10 +34,10 @@ from router_runtime.format.provenance import (
 )
 
 _WHEEL = re.compile(r"([A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+)-py3-none-any\.whl")
-#: What lies beside the wheel; every other subject lies in it.
+#: The suffixes of the files beside the wheel; every other subject is inside it.
 _BESIDE = (WHEEL_SUFFIX, SBOM_SUFFIX, NOTES_SUFFIX)
 #: What a receiver does about a release that is not whole.
-REFETCH = "next: do not install it; fetch it again, and ask the releaser if it stays so"
+REFETCH = "next: do not install it; fetch it again; if that does not help, contact the releaser"
 
 
 @dataclass(frozen=True, slots=True)

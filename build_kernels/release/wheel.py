@@ -9,7 +9,6 @@ that form only, by writing what was read once more and comparing.
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 import tomllib
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from build_kernels.compile.environment import isolated
 from build_kernels.errors import BuildError
 
 PACKAGE = "router_runtime"
@@ -37,7 +37,7 @@ _REFETCH = "next: do not install it; fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """What pyproject.toml says about the runtime's distribution."""
+    """The runtime's distribution, as in pyproject.toml."""
 
     name: str
     version: str
@@ -64,7 +64,7 @@ def make(
     sbom: bytes,
     folder: Path,
 ) -> bytes:
-    """The bytes of a wheel of the runtime.
+    """Return the bytes of a wheel of the runtime.
 
     ``beside``: the files that pyproject.toml refers to (README, licences). ``package``: the files
     to install, by their path. ``folder`` must be new; it is where the backend works.
@@ -78,16 +78,7 @@ def make(
     result = subprocess.run(
         [sys.executable, "-P", "-s", "-m", "hatchling", "build", "-t", "wheel", "-d", ".."],
         cwd=folder / "source",
-        env={
-            "PATH": os.defpath,
-            "HOME": str(folder),
-            "TMPDIR": str(folder),
-            "LC_ALL": "C.UTF-8",
-            "TZ": "UTC",
-            "PYTHONHASHSEED": "0",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "SOURCE_DATE_EPOCH": _EPOCH_SECONDS,
-        },
+        env={**isolated(str(folder)), "SOURCE_DATE_EPOCH": _EPOCH_SECONDS},
         umask=0o022,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -113,7 +104,7 @@ def make(
 
 
 def write(entries: Mapping[str, bytes]) -> bytes:
-    """The canonical archive of these entries."""
+    """Return the canonical archive of these entries, path -> bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(entries, key=_order):

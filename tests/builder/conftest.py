@@ -169,7 +169,7 @@ class Project:
         )
 
     def git(self, *arguments: str) -> str:
-        """Run git as somebody, without the settings of whoever runs the tests."""
+        """Run git under a name of its own, without the user's settings."""
         identity = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
         for role in ("AUTHOR", "COMMITTER"):
             identity |= {f"GIT_{role}_NAME": "A Releaser", f"GIT_{role}_EMAIL": "a@example.org"}

@@ -314,7 +314,7 @@ def test_a_folder_without_a_commit_of_its_own_is_refused(project: Project) -> No
     (project.root / ".git").rmdir()
     around = Project(project.root.parent)
     around.commit()
-    _refused(project, "found that it lies in")
+    _refused(project, "found that it is inside")
 
 
 def test_a_commit_whose_lock_says_otherwise_is_refused(committed: Project) -> None:
@@ -448,11 +448,11 @@ def test_a_release_made_again_is_the_same(
     (folder,) = out.iterdir()
     before = snapshot(folder)
     again = committed.run("release", "--out", out, "--target", "sm_90a")
-    assert "the same bytes lay there already, UNSIGNED" in again.stdout
+    assert "the same bytes were there already, UNSIGNED" in again.stdout
     assert snapshot(folder) == before
     # A signature can be added: one file, and nothing else changes.
     signed = committed.run("release", "--out", out, "--target", "sm_90a", "--key", released.key)
-    assert "the same bytes lay there already, signed" in signed.stdout
+    assert "the same bytes were there already, signed" in signed.stdout
     after = snapshot(folder)
     envelope = "dsv4_router_runtime_sm90a-0.1.0.dsse.json"
     assert after.keys() - before.keys() == {envelope}
