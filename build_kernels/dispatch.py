@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels import entries as entries_
 from build_kernels import lock
 from build_kernels.catalog.models import MODELS
 from build_kernels.compile import toolchain
 from build_kernels.compile.job import Job
+from build_kernels.entries import planned as planned_entry
 from build_kernels.errors import BuildError
 from build_kernels.plan import plan
 from router_runtime.errors import RouterRuntimeError
@@ -120,9 +120,7 @@ def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
     """
     recorded = lock.read(artifacts / lock.LOCK_NAME).entries if artifacts else {}
     digests = (recorded[job.key].sha256 if job.key in recorded else _NO_DIGEST for job in jobs)
-    entries = tuple(
-        entries_.planned(job, sha256) for job, sha256 in zip(jobs, digests, strict=True)
-    )
+    entries = tuple(map(planned_entry, jobs, digests))
     return Manifest(_NO_DIGEST, toolchain.of_lock(), entries)
 
 
