@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,48 @@ def test_schemas_are_exact() -> None:
         assert str(op._schema) == f"dsv4::{name}{arguments} -> ({results})"
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert torch.Tag.needs_fixed_stride_order in op.tags
+
+
+def test_every_op_is_a_documented_function() -> None:
+    """With the op's own arguments and defaults, and words for each."""
+    ops = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "dsv4::" in name
+    }
+    names = {name.split(".")[0] for name in ops} - {"transformers_gate"}
+    assert names == {name for name in rt.__all__ if hasattr(torch.ops.dsv4, name)}
+    for name in names:
+        function, schema = getattr(rt, name), getattr(torch.ops.dsv4, name).default._schema
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == [argument.name for argument in schema.arguments]
+        for argument in schema.arguments:
+            parameter = parameters[argument.name]
+            assert (parameter.kind is parameter.KEYWORD_ONLY) == argument.kwarg_only
+            default = parameter.default if argument.has_default_value() else None
+            assert default == argument.default_value
+        text = inspect.getdoc(function) or ""
+        assert "Returns:" in text
+        assert name == "dense_router_logits" or all(
+            f"\n    {each}: " in text for each in parameters
+        )
+
+
+def test_functions_pass_every_input_on(dense: Router) -> None:
+    padding = torch.tensor([True, False, False])
+    inputs = {"is_padding": padding, "ids_dtype": torch.int64}
+    logits, bias = torch.randn(3, E), torch.randn(E)
+    for name, arguments, more in (
+        ("dense_router", (hidden(3), dense.router_id, E, K), {}),
+        ("dense_router_logits", (hidden(3), dense.router_id, E, K), {}),
+        ("dense_router_replay", (hidden(3), torch.zeros(3, K).int(), dense.router_id, E, K), {}),
+        ("activation_topk", (logits, bias, K, 1.5, True), {"sentinel": 9}),
+        ("activation_topk_replay", (logits, torch.zeros(3, K).int(), 1.5, True), {"sentinel": 9}),
+    ):
+        op = getattr(torch.ops.dsv4, name).default
+        for given in ({}, more, inputs, inputs | more):
+            found = getattr(rt, name)(*arguments, **given)
+            for one, other in zip(found, op(*arguments, **given), strict=True):
+                assert torch.equal(one, other)
+                assert one.dtype == other.dtype
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

@@ -654,6 +654,25 @@ def test_launches_of_one_capture_share_by_stream(streams: Streams, fake: Any) ->
     assert spaces.address(1) != first
 
 
+def test_workspaces_are_allocated_in_a_thread_of_their_own(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch diverts what a thread allocates while it warms a CUDA graph of torch.compile up."""
+    threads, zeros = [], torch.zeros
+
+    def spied(*arguments: Any, **options: Any) -> Tensor:
+        threads.append(threading.get_ident())
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros", spied)
+    spaces = Workspaces(100, torch.device("cpu"))
+    spaces.address(1)
+    streams.current, streams.captured = 1, {1}
+    spaces.address(1)
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+
+
 def test_routers_of_one_kernel_share_its_workspaces(
     gpu: Any, build: SimpleNamespace, tmp_path: Path, streams: Streams
 ) -> None:
