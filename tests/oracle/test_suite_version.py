@@ -75,6 +75,7 @@ def test_a_number_changes_it(copy: Path, name: str) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and type(node.value) in (int, float)
     )
+    assert isinstance(number.value, int | float)
     number.value += 1
     path.write_text(ast.unparse(tree))
     assert digest(copy) != digest()
