@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from router_runtime.device import driver
+from router_runtime.errors import RouterRuntimeError
 from tests.emulation import defects, suite
 
 
@@ -54,4 +55,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    try:
+        sys.exit(min(main(), 1))
+    except (OSError, RouterRuntimeError) as error:
+        sys.exit(f"{error}")

@@ -35,7 +35,7 @@ from tests.emulation.library import load
 #: Tokens of a launch: the last tile is ragged.
 TOKENS = {"once": 60, "ring": 250, "tile": 300}
 #: Launches in each mode, and milliseconds after which a wait does not end.
-REPEATS, LIMIT_MS = 3, 1000
+REPEATS, LIMIT_MS = 2, 500
 #: Seconds after which a defect's process is stopped.
 PATIENCE = 60
 
@@ -57,7 +57,7 @@ def run(
             seen.setdefault(waiting[0], {})[f"({why})"] = ["fault"]
             done = [waiting[0]]
         waiting = [key for key in waiting if key not in done]
-    rows = [_row(facts, seen.get(key, {})) for key, facts in record.items() if key in seen]
+    rows = [table_row(facts, seen.get(key, {})) for key, facts in record.items() if key in seen]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)))
@@ -71,7 +71,7 @@ def run(
     return len(missed)
 
 
-def _row(facts: Mapping[str, Any], seen: Seen) -> tuple[str, str, str, str, str]:
+def table_row(facts: Mapping[str, Any], seen: Seen) -> tuple[str, str, str, str, str]:
     """Return verdict, defect, expected layer, the layers that saw it, and the modes."""
     found = {kind for kinds in seen.values() for kind in kinds}
     if facts["unwaited"]:

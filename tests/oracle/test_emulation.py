@@ -1,0 +1,204 @@
+"""The runner of the emulation (tests/emulation) with the oracle in place of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from build_kernels.emulation.interface import COUNTS, ERRORS, FOUND_BY_HOST, MODES
+from router_runtime import spec
+from router_runtime.format.contract import Contract, GridAxis, Parameter
+from router_runtime.format.manifest import (
+    Entry,
+    Manifest,
+    Resources,
+    Toolchain,
+    artifact_name,
+    dumps,
+)
+from tests.emulation import defects, launches, suite
+from tests.emulation.launches import differences
+from tests.emulation.library import Report
+
+AXIS = GridAxis("constant")
+
+
+def entry(variant: str) -> Entry:
+    return Entry(
+        kernel="dense_router_decode",
+        model="small",
+        target="sm_90a",
+        variant=variant,
+        constants={"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4},
+        file=artifact_name("dense_router_decode", "small", "sm_90a", variant, "a" * 64),
+        sha256="a" * 64,
+        size=1,
+        symbol="kernel",
+        contract=Contract(
+            (Parameter("logits_out", "ptr:f32"),),
+            (AXIS, AXIS, AXIS),
+            (32, 1, 1),
+            limits={"tokens": (1, 16)},
+        ),
+        source_sha256="5" * 64,
+        numerics="tag",
+        resources=Resources(32, 0, 0, 0, 0),
+    )
+
+
+EMULATED, SIBLING = entry("tcgen05.sm_100a"), entry("portable")
+
+
+class FakeLibrary:
+    def __init__(self, errors: Mapping[str, str]) -> None:
+        self.errors = errors
+        self.started: list[str] = []
+
+    def start(self, mode: str, limit_ms: int) -> None:
+        self.started.append(mode)
+
+    def report(self) -> Report:
+        return Report(dict.fromkeys(COUNTS, 3), self.errors)
+
+
+@pytest.fixture
+def machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: Callable[..., Any]
+) -> SimpleNamespace:
+    """A machine whose kernels are the oracle; the emulated one can be broken."""
+    state = SimpleNamespace(folder=tmp_path, library=FakeLibrary({}), broken=None, lines=[])
+    manifest = Manifest("0" * 64, Toolchain({}, {}), (EMULATED, SIBLING))
+    (tmp_path / "manifest.json").write_bytes(dumps(manifest))
+
+    class Run:
+        def __init__(self, loaded: Entry) -> None:
+            self.entry, self.launches = loaded, 0
+
+        def __call__(
+            self,
+            given: Mapping[str, Any],
+            values: torch.Tensor,
+            ids: torch.Tensor,
+            *logits: torch.Tensor,
+            logical_ids: torch.Tensor | None = None,
+        ) -> None:
+            self.launches += 1
+            case = SimpleNamespace(
+                kernel="dense_router_decode",
+                serving="sentinel" in given,
+                sizes={"top_k": ids.shape[1]},
+            )
+            found_values, found_ids, *mapped = outputs(case, given)
+            values.copy_(found_values)
+            ids.copy_(found_ids)
+            if logical_ids is not None:
+                logical_ids.copy_(mapped[0])
+            for stored in logits:
+                stored.copy_(spec.dense_logits(given["hidden_states"], given["weight"], 128))
+            if self.entry is not SIBLING and self.entry.variant == EMULATED.variant:
+                if state.broken == "one bit":
+                    values.view(torch.int32)[-1, 0] += 1
+                if state.broken == "launch":
+                    raise RuntimeError("an illegal instruction was encountered")
+
+        def seconds(self) -> float:
+            return 0.5
+
+    monkeypatch.setattr(suite, "load", lambda each, *_: (each, state.library))
+    monkeypatch.setattr(suite, "load_entry", lambda each, *_: each)
+    monkeypatch.setattr(suite, "TimedRun", Run)
+    for module in (suite, launches):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    return state
+
+
+def run(state: SimpleNamespace, *modes: str) -> int:
+    record: suite.Record = {EMULATED.key: {"of": []}}
+    work = suite.Suite(state.folder, record, state.lines.append)
+    state.totals = work.totals
+    return work.run(lambda each: True, suite.modes(modes))
+
+
+def test_every_mode_of_a_correct_kernel_passes(machine: SimpleNamespace) -> None:
+    assert run(machine, "eager", "deep") == 0
+    assert machine.library.started == ["eager", "deep"]
+    passed = [line for line in machine.lines if line.startswith("pass")]
+    assert len(passed) == len(machine.lines) == 2
+    assert all(EMULATED.key in line and "mmas 3" in line for line in passed)
+    launched = [int(line.split("launches ")[1].split()[0]) for line in passed]
+    assert launched[1] > 3 * launched[0]  # the batches that are rearranged
+    assert machine.totals["mmas"] == 6
+    assert machine.totals["GPU seconds"] == 1.0
+
+
+def test_other_bits_than_the_siblings_fail_and_say_where(machine: SimpleNamespace) -> None:
+    machine.broken = "one bit"
+    assert run(machine, "eager") == 1
+    text = "\n".join(machine.lines)
+    assert text.startswith("FAIL")
+    assert f"other bits than {SIBLING.key}" in text
+
+
+def test_an_error_of_the_model_fails_a_run(machine: SimpleNamespace) -> None:
+    machine.library.errors = {"lane": "2 (a load of another warp's lanes)"}
+    assert run(machine, "late") == 1
+    assert any("error lane: 2" in line for line in machine.lines)
+
+
+def test_a_lost_context_ends_the_run_with_the_next_step(machine: SimpleNamespace) -> None:
+    machine.broken = "launch"
+    with pytest.raises(SystemExit, match=r"illegal instruction.*--only"):
+        run(machine, "eager")
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    assert suite.modes([]) == list(MODES)
+    with pytest.raises(SystemExit, match="expected a mode of eager"):
+        suite.modes(["never"])
+
+
+def test_differences_name_outputs_rows_and_values() -> None:
+    expected = {"weights": torch.ones(4, 3), "ids": torch.zeros(4, 3, dtype=torch.int32)}
+    assert differences(expected, expected) == {}
+    found = {name: tensor.clone() for name, tensor in expected.items()}
+    found["weights"][2, 1] = -0.5
+    assert differences(found, expected) == {
+        "weights": "1 of 12 differ, 1 rows, first [2], of row 2 columns [1]: [2, 1] -0.5 for 1"
+    }
+    nan = {"weights": torch.full((4, 3), float("nan"))}
+    assert differences(nan, nan) == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "seen", "verdict"),
+    [
+        ("bits", {"eager": ["bits"], "late": ["bits"]}, "seen"),
+        ("bits:late", {"eager": [], "late": ["bits", "shared"]}, "seen"),
+        ("error:lane", {"eager": ["lane"]}, "seen"),
+        ("error:lane", {"eager": ["bits"]}, "other"),
+        ("error:timeout", {"eager": ["fault"]}, "other"),
+        ("error:lane", {"eager": [], "late": []}, "MISSED"),
+        ("none", {"eager": []}, "gap"),
+        ("none", {"eager": ["bits"]}, "other"),
+    ],
+)
+def test_the_verdict_on_a_defect(layer: str, seen: dict[str, list[str]], verdict: str) -> None:
+    facts = {"defect": "some.once", "layer": layer, "unwaited": []}
+    assert defects.table_row(facts, seen)[0] == verdict
+
+
+def test_a_sound_kernel_must_be_seen_by_nothing_and_translation_needs_no_launch() -> None:
+    sound = {"defect": "sound.once", "layer": "none", "unwaited": []}
+    assert defects.table_row(sound, {"eager": []})[0] == "sound"
+    assert defects.table_row(sound, {"eager": ["lane"]})[0] == "FALSE"
+    loads = {"defect": "no_wait_for_loads.once", "layer": "translation", "unwaited": [7]}
+    assert defects.table_row(loads, {"eager": []})[0] == "seen"
+
+
+def test_what_the_host_finds_is_an_error_too() -> None:
+    assert set(FOUND_BY_HOST) < set(ERRORS)
