@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from build_kernels.kernels.common.ptx import tcgen05
+
 #: Where shared memory and its barriers start: a stage has to survive any multiple of 1024.
 BASE = 3 * 1024
 
-#: Bytes of shared memory between two blocks of a cluster, as map_shared sees it.
+#: Bytes between the shared addresses of two blocks of a cluster: an address has the block's rank in
+#: its upper 8 bits. Here it is one more, so that an address without a rank shows: it is the own
+#: block's, which the hardware would not take.
 WINDOW = 1 << 24
 
 Bytes = NDArray[np.uint8]
@@ -57,6 +61,22 @@ def operand_address(descriptor: int, row: Whole, k: Whole) -> Whole:
     assert swizzle == 2
     address = address + row % 8 * 128 + k // 8 * 16
     return address ^ (address >> 7 & 0b111) << 4
+
+
+def assembled(text: str, argument: int) -> int:
+    """What a piece of assembly makes of its argument, $1: 32-bit integers, and at the end $0 of the
+    lower and the upper half.
+    """
+    values = {"$1": argument}
+    body = text.strip("{} ").split(";")
+    for operation, _, operands in (line.strip().partition(" ") for line in body if line.strip()):
+        if operation == ".reg":
+            continue
+        names = [name.strip(" {}") for name in operands.split(",")]
+        a, b = (values[n] if n in values else int(n) for n in names[1:])
+        results = {"shr.u32": a >> b, "and.b32": a & b, "or.b32": a | b, "mov.b64": a | b << 32}
+        values[names[0]] = results[operation]
+    return values["$0"]
 
 
 class Memory:
@@ -134,6 +154,11 @@ class Block:
         self.lanes: dict[int, threading.Barrier] = {}
         self.consumers: threading.Barrier | None = None
 
+    @property
+    def base(self) -> int:
+        """Where the block's shared memory starts, its rank included."""
+        return BASE + (self.rank + 1) * WINDOW
+
     # --- arithmetic ---
     quotient = staticmethod(lambda a, b: a // b)
     remainder = staticmethod(lambda a, b: a % b)
@@ -187,7 +212,7 @@ class Block:
         return block.barriers[address % WINDOW]
 
     def map_shared(self, address: int, rank: int) -> int:
-        return address + (rank + 1) * WINDOW
+        return address % WINDOW + (rank + 1) * WINDOW
 
     def load_shared_b32(self, address: int) -> int:
         return int(self.at(address, 4).view(np.uint32)[0])
@@ -237,13 +262,15 @@ class Block:
         self, shared: int, address: int, size: int, barrier: int, blocks: int
     ) -> None:
         for block in self.peers(blocks):
-            block.copy_bulk(shared, address, size, barrier)
+            place, counted = (block.map_shared(each, block.rank) for each in (shared, barrier))
+            block.copy_bulk(place, address, size, counted)
 
     def copy_tile_multicast(
         self, shared: int, tensor_map: int, x: int, y: int, barrier: int, blocks: int
     ) -> None:
         for block in self.peers(blocks):
-            block.copy_tile(shared, tensor_map, x, y, barrier)
+            place, counted = (block.map_shared(each, block.rank) for each in (shared, barrier))
+            block.copy_tile(place, tensor_map, x, y, counted)
 
     def copy_tile(self, shared: int, tensor_map: int, x: int, y: int, barrier: int) -> None:
         """A box of 64 elements by ``box`` rows; rows beyond the matrix arrive as zeros."""
@@ -260,9 +287,11 @@ class Block:
     # --- barriers ---
     def barrier_init(self, address: int, arrivals: int) -> None:
         assert address % 8 == 0
-        assert 0 <= address - BASE <= self.shared.size - 8
-        assert address not in self.barriers
-        self.barriers[address] = Barrier(arrivals)
+        assert address // WINDOW in (0, self.rank + 1)
+        place = address % WINDOW
+        assert 0 <= place - BASE <= self.shared.size - 8
+        assert place not in self.barriers
+        self.barriers[place] = Barrier(arrivals)
 
     def barrier_arrive_expect_tx(self, address: int, size: int) -> None:
         self.barrier(address).arrive(size)
@@ -292,7 +321,7 @@ class Block:
 
     def operand(self, base: int, address: int) -> int:
         assert address % 16 == 0
-        return base + address // 16
+        return assembled(tcgen05.operand_assembly(base), address)
 
     def mma(self, accumulator: int, a: int, b: int, instruction: int, accumulate: bool) -> None:
         assert self.tensor is not None
@@ -319,7 +348,7 @@ class Block:
 
     def commit_multicast(self, barrier: int, blocks: int) -> None:
         for block in self.peers(blocks):
-            block.barrier_arrive(barrier)
+            block.barrier_arrive(block.map_shared(barrier, block.rank))
 
     def load(self, address: int, columns: int) -> list[np.float32]:
         """For the thread that ``here`` names: 16 lanes x 256 bits, again and again."""

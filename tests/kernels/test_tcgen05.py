@@ -278,23 +278,28 @@ def route(
     tile_tokens = min(len(hidden) - first_token, g.tokens_tile)
     cluster: list[Block] = []
     sums: dict[tuple[int, int], list[np.float32]] = {}
-    shared = BASE
-    weight_full = shared + g.barrier_offset
+    weight_full = g.barrier_offset
     hidden_full = weight_full + 8 * g.k_blocks
     hidden_empty = hidden_full + 8 * g.hidden_stages
     sums_full = hidden_empty + 8 * g.hidden_stages
-    stages = Ring.of(shared, g.weight_bytes, g.hidden_stage_bytes, g.hidden_stages, hidden_full)
-    assert (stages.empty, sums_full) == (hidden_empty, shared + g.sums_barrier_offset)
+    assert sums_full == g.sums_barrier_offset
     for k_rank in range(g.cluster_k):
         block = Block(cluster, memory, hidden, box)
+        shared = block.base
+        stages = Ring.of(
+            shared, g.weight_bytes, g.hidden_stage_bytes, g.hidden_stages, shared + hidden_full
+        )
+        assert stages.empty == shared + hidden_empty
         running.as_thread(block, tcgen05_split_k.ALLOCATOR * LANES)
-        kernel.init_barriers(weight_full, stages, sums_full, k_rank, tile_tokens)
-        kernel.load_weight(image, shared, weight_full, k_rank, group)
+        kernel.init_barriers(shared + weight_full, stages, shared + sums_full, k_rank, tile_tokens)
+        kernel.load_weight(image, shared, shared + weight_full, k_rank, group)
         mma.allocate(shared, tcgen05_split_k.ALLOCATOR)
         kernel.load_hidden(0, stages, first_token, k_rank)
         for thread in range(g.consumer_threads):
             running.as_thread(block, thread)
-            sums[k_rank, thread] = mma.multiply(shared, weight_full, stages, thread // LANES)
+            sums[k_rank, thread] = mma.multiply(
+                shared, shared + weight_full, stages, thread // LANES
+            )
             mma.issue = block.nothing
         del mma.issue
         mma.free(shared, tcgen05_split_k.ALLOCATOR)
@@ -302,11 +307,12 @@ def route(
         assert all(
             barrier.phases == 1
             for address, barrier in block.barriers.items()
-            if not hidden_empty <= address < sums_full + 8 * g.parts
+            if not hidden_empty <= address - BASE < sums_full + 8 * g.parts
         )
     for part in range(g.parts):
-        staged = shared + g.staged_offset + part % g.staged_parts * g.part_bytes
         for k_rank, block in enumerate(cluster):
+            shared = block.base
+            staged = shared + g.staged_offset + part % g.staged_parts * g.part_bytes
             running.as_thread(block, 0)
             for thread in range(g.consumer_threads):
                 begin = part * g.part_tokens
@@ -318,7 +324,7 @@ def route(
                 slot, owner = divmod(part * g.part_tokens + token, g.cluster_k)
                 target = shared + slot * g.slot_bytes + k_rank * g.sums_bytes
                 source = staged + token * g.sums_row_bytes
-                counted = sums_full + 8 * part
+                counted = shared + sums_full + 8 * part
                 if owner == k_rank:
                     block.at(target, g.sums_bytes)[:] = block.at(source, g.sums_bytes)
                     for _ in range(LANES):
@@ -332,9 +338,10 @@ def route(
                     )
     stored: dict[int, int] = {}
     for k_rank, block in enumerate(cluster):
+        shared = block.base
         running.as_thread(block, 0)
         for part in range(g.parts):
-            block.barrier_wait(sums_full + 8 * part, 0)
+            block.barrier_wait(shared + sums_full + 8 * part, 0)
         sender.sync_consumers = block.nothing
         for thread in range(g.consumer_threads):
             before = block.shared.copy()
@@ -377,20 +384,24 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
     kernel = plain(tile.Tile)(g, mma)
     cluster: list[Block] = []
     found = np.full((g.tokens_tile * g.cluster_t, g.padded_experts), np.nan, np.float32)
-    barriers = BASE + g.barrier_offset
+    barriers = g.barrier_offset
     hidden_empty = barriers + 8 * g.hidden_stages
     weight_full = hidden_empty + 8 * g.hidden_stages
     weight_empty = weight_full + 8 * g.weight_stages
-    rings = (
-        Ring.of(BASE, 0, g.hidden_stage_bytes, g.hidden_stages, barriers),
-        Ring.of(BASE, g.weight_offset, g.weight_stage_bytes, g.weight_stages, weight_full),
-    )
-    assert [found.empty for found in rings] == [hidden_empty, weight_empty]
-    assert weight_full == BASE + g.weight_barrier_offset
+    assert weight_full == g.weight_barrier_offset
+
+    def rings_of(block: Block) -> tuple[Ring, Ring]:
+        hidden = (g.hidden_stage_bytes, g.hidden_stages, block.base + barriers)
+        weight = (g.weight_stage_bytes, g.weight_stages, block.base + weight_full)
+        return Ring.of(block.base, 0, *hidden), Ring.of(block.base, g.weight_offset, *weight)
+
     consumers = g.consumer_warps * LANES
 
     def tasks(block: Block) -> list[Callable[[], None]]:
         t_rank, e_rank = divmod(block.rank, g.cluster_e)
+        rings = rings_of(block)
+        empty = [block.base + hidden_empty, block.base + weight_empty]
+        assert [found.empty for found in rings] == empty
 
         def load_hidden() -> None:
             running.as_thread(block, consumers)
@@ -403,11 +414,11 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
 
         def issue() -> None:
             running.as_thread(block, mma.issuer * LANES)
-            mma.issue(BASE, *rings, e_rank, t_rank, mma.issuer)
+            mma.issue(block.base, *rings, e_rank, t_rank, mma.issuer)
 
         def add(thread: int) -> None:
             running.as_thread(block, thread)
-            (logits,) = mma.multiply(BASE, *rings, e_rank, t_rank, thread)
+            (logits,) = mma.multiply(block.base, *rings, e_rank, t_rank, thread)
             warp, lane = divmod(thread, LANES)
             for number, logit in enumerate(logits):
                 pair, half, i = number // 4, number // 2 % 2, number % 2
@@ -424,15 +435,15 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
         block.side_by_side(consumers)
         running.as_thread(block, mma.issuer * LANES)
         for stage in range(g.hidden_stages):
-            block.barrier_init(barriers + 8 * stage, 1)
-            block.barrier_init(hidden_empty + 8 * stage, mma.releases * g.cluster_e)
+            block.barrier_init(block.base + barriers + 8 * stage, 1)
+            block.barrier_init(block.base + hidden_empty + 8 * stage, mma.releases * g.cluster_e)
         for stage in range(g.weight_stages):
-            block.barrier_init(weight_full + 8 * stage, 1)
-            block.barrier_init(weight_empty + 8 * stage, mma.releases * g.cluster_t)
-        mma.allocate(BASE, mma.issuer)
+            block.barrier_init(block.base + weight_full + 8 * stage, 1)
+            block.barrier_init(block.base + weight_empty + 8 * stage, mma.releases * g.cluster_t)
+        mma.allocate(block.base, mma.issuer)
         # What idle rows read is no number.
         block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0
-        block.at(BASE + g.tensor_address_offset, 4)[:] = 0
+        block.at(block.base + g.tensor_address_offset, 4)[:] = 0
 
     together(cluster, [task for block in cluster for task in tasks(block)])
     assert all(block.tensor is None for block in cluster)

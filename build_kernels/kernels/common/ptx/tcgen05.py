@@ -18,7 +18,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cutlass_dsl import T
 
 from build_kernels.kernels.common.ptx.inline import asm, pure, struct, unpack
-from build_kernels.kernels.common.ptx.tcgen05_layout import repeats
+from build_kernels.kernels.common.ptx.tcgen05_layout import ADDRESS_MASK, repeats
 
 # --- tensor memory --------------------------------------------------------------------------------
 
@@ -99,9 +99,20 @@ def _loads(address: str, columns: int, registers: Sequence[str]) -> str:
 
 def operand(base: int, address: Int32) -> Int64:
     """Return the descriptor ``base`` of an operand, moved to a shared address."""
+    return Int64(pure(T.i64(), [address], operand_assembly(base), "=l,r"))
+
+
+def operand_assembly(base: int) -> str:
+    """Return the assembly that makes a descriptor of ``base`` and a shared address, $1.
+
+    The field for the address has 14 bits. In a cluster an address has the CTA's rank above those of
+    the offset: without the mask it would run into the next field.
+    """
     high, low = base >> 32, base & 0xFFFFFFFF
-    text = f"{{ .reg .b32 t; shr.u32 t, $1, 4; or.b32 t, t, {low}; mov.b64 $0, {{t, {high}}}; }}"
-    return Int64(pure(T.i64(), [address], text, "=l,r"))
+    return (
+        f"{{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 t, t, {ADDRESS_MASK}; or.b32 t, t, {low}; "
+        f"mov.b64 $0, {{t, {high}}}; }}"
+    )
 
 
 def mma(accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: bool) -> None:

@@ -27,6 +27,10 @@ SWIZZLE_128B = 2
 MAX_REPEAT = 32
 
 
+#: The field of a descriptor that holds a shared address, in units of 16 bytes.
+ADDRESS_MASK = 0x3FFF
+
+
 def operand_descriptor(leading_bytes: int, stride_bytes: int, swizzle: int) -> int:
     """Return the descriptor of a K-major bf16 operand at shared address 0.
 
