@@ -40,12 +40,15 @@ class PythonSources:
         self._boundaries = tuple(boundaries)
         self._digests: dict[str, str] = {}
         self._reached: dict[str, frozenset[str]] = {}
+        # The digest of a module -> the names that it leaves out: those of modules of ours.
+        self._unnamed: dict[str, frozenset[str]] = {}
         self._active: list[str] = []
 
     def digest(self, module: str) -> str:
         """SHA-256 of a module (dotted name) and of every module of ours that it reaches.
 
-        Raises ValueError for a module that does not exist, a syntax error and an import cycle.
+        Raises ValueError for a module that does not exist, a syntax error, an import cycle, and the
+        use of a module by the name under which another module of ours imports it.
         """
         if module not in self._digests:
             if module in self._active:
@@ -83,13 +86,25 @@ class PythonSources:
                     return boundary, is_module
             digest = self.digest(target)
             reached.update(self._reached[target])
+            unnamed = self._unnamed[digest]
+            if not is_module and (name in unnamed or (name == "*" and unnamed)):
+                raise _through(path, f"from {source} import {name}")
             return digest, is_module
 
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         tree = _AbsoluteImports(package).visit(tree)
-        writer = _Writer(_module_names(tree, resolve), resolve)
+        modules = _module_names(tree, resolve)
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.attr in self._unnamed.get(modules.get(node.value.id, ""), ())
+            ):
+                raise _through(path, f"{node.value.id}.{node.attr}")
+        writer = _Writer(modules, resolve)
         writer.write(tree.body)
-        self._digests[module] = _sha256(writer.parts)
+        digest = self._digests[module] = _sha256(writer.parts)
+        self._unnamed[digest] = self._unnamed.get(digest, frozenset()) | modules.keys()
         self._reached[module] = frozenset(reached)
 
     def _existing(self, module: str) -> Path:
@@ -105,9 +120,17 @@ class PythonSources:
         return next((path for path in files if path.is_file()), None)
 
 
+def _through(path: Path, found: str) -> ValueError:
+    """The error for a module that is used by its name in another one, which no digest has."""
+    return ValueError(
+        f"{path}: expected modules imported from where they are, found {found!r}; "
+        "next: import the module itself"
+    )
+
+
 class CudaSources:
-    """Digests of CUDA C++ sources that include ``headers``: what an ``#include "..."`` says ->
-    the header's text. Other includes count by their names.
+    """Digests of CUDA C++ sources that include ``headers``: what an ``#include "..."`` or
+    ``#include <...>`` says -> the header's text. Other includes count by their names.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -119,8 +142,9 @@ class CudaSources:
     def digest(self, text: str) -> str:
         """SHA-256 of a source and of every header of ours that it includes.
 
-        Raises ValueError for headers that include each other, and for a macro that turns its
-        argument into a string (the white space of the argument would count).
+        Raises ValueError for headers that include each other, for a macro that turns its argument
+        into a string (the white space of the argument would count), for an include whose name is a
+        macro, ``__has_include``, and for the digraph ``%:``.
         """
         return self._read(text)[0]
 
@@ -219,25 +243,29 @@ class _Writer:
 
     def _imports(self, run: Sequence[ast.Import | ast.ImportFrom]) -> None:
         """Consecutive imports: those of others in their order, then ours sorted by what they
-        import, because a formatter sorts them by the names of files.
+        import, because a formatter sorts them by the names of files. If two of them bind one name,
+        all stay in their order, for the last one counts.
         """
-        ours = []
+        ours: list[str] = []
+        names = [alias.asname or alias.name for statement in run for alias in statement.names]
+        ordered = len(set(names)) < len(names) or "*" in names
         for statement in run:
             source = statement.module if isinstance(statement, ast.ImportFrom) else None
             for alias in statement.names:
                 if source is None:
-                    bound = alias.asname or alias.name.split(".")[0]
+                    bound = alias.asname or alias.name
                     origin = self._resolve(alias.name, None)
                 else:
                     bound = alias.asname or alias.name
                     origin = self._resolve(source, alias.name)
                 if origin is None:
-                    self.parts.append(f"import {source} {alias.name} {alias.asname} ")
+                    written = f"import {source} {alias.name} {alias.asname} "
                 else:
                     digest, is_module = origin
                     name = "" if is_module else f"{alias.name} "
                     shown = "" if bound in self._modules else f"as {bound} "
-                    ours.append(f"import {digest} {name}{shown}")
+                    written = f"import {digest} {name}{shown}"
+                (self.parts if origin is None or ordered else ours).append(written)
         self.parts += sorted(ours)
 
 
@@ -313,7 +341,13 @@ def _merged(values: Iterable[ast.expr]) -> list[ast.expr]:
 # --- CUDA C++: tokens as text --------------------------------------------------------------------
 
 _RAW_STRING = r'(?:u8|[uUL])?R"(?P<{0}>[^()\\\s]{{0,16}})\((?s:.*?)\)(?P={0})"'
-_CONTINUED = re.compile(rf"({_RAW_STRING.format('ends')})|\\\n")
+#: What a backslash before a new line can be in. It is removed everywhere but in a raw string.
+_CONTINUED = re.compile(
+    rf"(?P<raw>{_RAW_STRING.format('ends')})"
+    r"""|"(?:[^"\\\n]|\\(?s:.))*"|'(?:[^'\\\n]|\\(?s:.))+'"""
+    r"|[0-9](?:'?[A-Za-z0-9_])*|[A-Za-z0-9_]+"
+    r"|//(?:\\\n|[^\n])*|/\*(?s:.*?)\*/|\\\n"
+)
 _TOKEN = re.compile(
     rf"(?P<raw>{_RAW_STRING.format('delimiter')})"
     r"""|(?P<quoted>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)+')"""
@@ -321,6 +355,7 @@ _TOKEN = re.compile(
     r"|(?P<space>[^\S\n]+|//[^\n]*|/\*(?s:.*?)\*/)"
     r"|(?P<end>\n)"
     r"|(?P<word>[A-Za-z0-9_]+)"
+    r"|(?P<digraph>%:)"
     r"|(?P<other>.)"
 )
 _WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
@@ -328,7 +363,7 @@ _WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345678
 _ALONE = frozenset("()[]{},;\n")
 #: Characters that can be one token with a word beside them.
 _JOINING = frozenset("\"'.#\\")
-_INCLUDE = re.compile(r'#include"([^"]*)"')
+_INCLUDE = re.compile(r'#include(?:"([^"]*)"|<([^>]*)>)')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _STRINGIZING = re.compile(r"(?<=.)(?<!#)#(?!#)")
 
@@ -337,7 +372,9 @@ def _cuda_lines(text: str) -> Iterator[str]:
     """The tokens of a source with white space only where it separates two of them: a line for each
     preprocessor directive, and one for what lies between two directives.
     """
-    text = _CONTINUED.sub(lambda found: found[1] or "", text.replace("\r\n", "\n"))
+    text = _CONTINUED.sub(
+        lambda found: found["raw"] or found[0].replace("\\\n", ""), text.replace("\r\n", "\n")
+    )
     line = ""
     gap = directive = False
     fresh = True
@@ -350,6 +387,8 @@ def _cuda_lines(text: str) -> Iterator[str]:
                 yield line + "\n"
                 line = ""
             gap, directive, fresh = True, False, True
+        elif match.lastgroup == "digraph":
+            raise ValueError("expected directives with #, found the digraph %:; next: write #")
         else:
             if fresh and token == "#":
                 if line:
@@ -375,8 +414,16 @@ def _separates(left: str, right: str) -> bool:
 
 
 def _included(line: str) -> str:
-    match = _INCLUDE.match(line.replace(" ", ""))
-    return match[1] if match else ""
+    """What a directive includes, or "" for another line."""
+    directive = line.replace(" ", "")
+    match = _INCLUDE.match(directive)
+    if match:
+        return match[1] or match[2]
+    if directive.startswith("#include") or "__has_include" in directive:
+        raise ValueError(
+            f"expected an include that names its header, found {line!r}; next: write the name out"
+        )
+    return ""
 
 
 def _sha256(parts: Iterable[str]) -> str:

@@ -172,6 +172,47 @@ def test_a_parameter_with_the_name_of_a_module_is_not_that_module(digest: Digest
     assert digest(shadowed) != digest(used)
 
 
+def test_what_a_dotted_import_refers_to_counts(digest: Digest) -> None:
+    files = {
+        "main.py": "import ours.a\nimport ours.b\n\nSIDE = ours.a.SIDE\n",
+        "a.py": "SIDE = 1\n",
+        "b.py": "SIDE = 2\n",
+    }
+    exchanged = {**files, "a.py": files["b.py"], "b.py": files["a.py"]}
+    assert digest(files) != digest(exchanged)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from ours.a import SIDE", "from ours.b import SIDE"),
+        ("from ours.a import pi", "from math import pi"),
+        ("from ours.a import *", "from ours.b import *"),
+    ],
+)
+def test_the_order_of_imports_that_bind_one_name_counts(
+    digest: Digest, first: str, second: str
+) -> None:
+    files = {"a.py": "SIDE = 1\npi = 3\n", "b.py": "SIDE = 2\n"}
+    one = digest({**files, "main.py": f"{first}\n{second}\n"})
+    assert one != digest({**files, "main.py": f"{second}\n{first}\n"})
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "from ours.between import kit\n",
+        "from ours.between import *\n",
+        "from ours import between\n\nNAMES = between.kit.NAMES\n",
+    ],
+)
+def test_a_module_used_by_its_name_in_another_is_refused(digest: Digest, main: str) -> None:
+    """That name is in no digest, so that it could come to mean another module unnoticed."""
+    files = {**FILES, "between.py": "from ours import tools as kit\n", "main.py": main}
+    with pytest.raises(ValueError, match="expected modules imported from where they are"):
+        digest(files)
+
+
 def test_imports_inside_functions_count(digest: Digest) -> None:
     late = {**FILES, "main.py": MAIN + "\n\ndef f():\n    from ours import unused\n"}
     changed = {**late, "unused.py": "SIDE = 2\n"}
@@ -306,6 +347,34 @@ def test_a_macro_that_makes_white_space_count_is_refused() -> None:
     assert cuda('#define WORD "#"\n')
     with pytest.raises(ValueError, match="expected macros without the operator #"):
         cuda("#define TEXT(x) #x\n")
+
+
+def test_a_header_in_angle_brackets_counts() -> None:
+    text = KERNEL.replace('"common/factor.cuh"', "<common/factor.cuh>")
+    changed = {name: header.replace("FACTOR", "2.0f") for name, header in HEADERS.items()}
+    assert cuda(text) != cuda(text, changed)
+    assert CudaSources(HEADERS).reached(text) == set(HEADERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('#define NAME "a.cuh"\n#include NAME\n', "an include that names its header"),
+        ('#if __has_include("a.cuh")\n#endif\n', "an include that names its header"),
+        ("%:define WIDTH 1\n", "found the digraph %:"),
+    ],
+)
+def test_what_would_hide_a_header_or_a_directive_is_refused(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        cuda(text)
+
+
+@pytest.mark.parametrize("opening", ['// R"(', '/* R"( */', 'FOOR"("', "'R\"('"])
+def test_what_only_looks_like_a_raw_string_continues_lines(opening: str) -> None:
+    """The backslash makes the next line a part of the comment."""
+    text = f'{opening}\n// a \\\nint b;\n// )"\n'
+    assert cuda(text) == cuda(text.replace("int b;", "int c;"))
+    assert cuda(text) != cuda(text.replace("\\", ""))
 
 
 TOKENS = st.sampled_from(
