@@ -263,6 +263,10 @@ def check_expert_map(
     ``[experts, replicas]`` without negative entries, the counts ``[experts]`` in [1, replicas].
     """
     integers = (torch.int32, torch.int64)
+    for name, tensor in (("expert_map", expert_map), ("replica_counts", replica_counts)):
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            found = "a meta tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise wrong_value(name, "a torch.Tensor with values", found)
     if expert_map.dtype not in integers or expert_map.dim() != 2 or len(expert_map) != experts:
         expected = f"torch.int32 or torch.int64 [{experts}, replicas]"
         raise wrong_tensor("expert_map", expected, expert_map)

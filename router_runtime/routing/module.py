@@ -4,8 +4,10 @@ their dtypes, into which new values are written in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Self, Unpack
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from router_runtime.checkpoint.tensors import TENSORS
 from router_runtime.errors import InputError, explain
-from router_runtime.routing.call import ExpertMap, Inputs, check_expert_map
+from router_runtime.routing.call import ExpertMap, check_expert_map
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.placement import refuse_capture
@@ -49,10 +51,8 @@ class GateModule(nn.Module):
 
     # --- calls ---
 
-    def __call__(
-        self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
-    ) -> tuple[Tensor, Tensor]:
-        """``forward`` and the hooks around it.
+    def __call__(self, *arguments: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """``forward``, with the same arguments, and the hooks around it.
 
         nn.Module's own takes 0.7 us to find out that there are none. Hooks of the backward pass
         have nothing to do here: no result requires grad.
@@ -64,8 +64,8 @@ class GateModule(nn.Module):
             or _global_forward_pre_hooks
             or self._compiled_call_impl is not None
         ):
-            return super().__call__(tensor, token_ids, **inputs)  # type: ignore[no-any-return]
-        return self.forward(tensor, token_ids, **inputs)  # type: ignore[no-any-return]
+            return super().__call__(*arguments, **inputs)  # type: ignore[no-any-return]
+        return self.forward(*arguments, **inputs)  # type: ignore[no-any-return]
 
     # --- values in place ---
 
@@ -204,9 +204,30 @@ class GateModule(nn.Module):
             raise wrong_value(f"deletion of {name}", "a Router with all its tensors", name)
         super().__delattr__(name)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """nn.Module's, which would put another tensor in place of a buffer of that name."""
+        if name in NAMES and name in self._buffers:
+            setattr(self, name, tensor)
+        super().register_buffer(name, tensor, persistent)
+
+    @contextlib.contextmanager
+    def _without_gate(self) -> Iterator[None]:
+        """Leave this module only the tensors and the hooks that are not the gate's own, such as
+        those of a subclass, for a block that runs nn.Module's code on them.
+        """
+        buffers, hooks = self._buffers, self._load_state_dict_pre_hooks
+        rest = {name: tensor for name, tensor in buffers.items() if name not in NAMES}
+        self._buffers, self._load_state_dict_pre_hooks = rest, OrderedDict()
+        try:
+            yield
+        finally:
+            buffers.update(rest)
+            self._buffers, self._load_state_dict_pre_hooks = buffers, hooks
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``to``, ``cuda``, ``cpu``, ``half`` and the like call on every module of a model:
-        nothing where no device and no dtype would change, else an InputError.
+        nothing to the gate's tensors where no device and no dtype would change, else an InputError.
+        Tensors and modules that a user added are converted.
         """
         for name, tensor in self.weights.tensors.items():
             # Tried on another tensor of the same kind, so that nothing is copied or changed.
@@ -214,6 +235,8 @@ class GateModule(nn.Module):
             kind, after = _kind(probe), fn(probe)
             if _kind(after) != kind:
                 raise self._fixed(name, tensor, after)
+        with self._without_gate():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _fixed(self, name: str, tensor: Tensor, after: Tensor) -> InputError:
@@ -252,7 +275,8 @@ class GateModule(nn.Module):
         place and repacked, so that captured graphs stay valid and use them.
 
         A value that does not fit is reported as torch reports one, and then nothing of this router
-        is written. With ``assign=True`` too the values are copied.
+        is written. With ``assign=True`` too the values are copied. Tensors that a user added are
+        loaded as those of any module.
         """
         for hook in self._load_state_dict_pre_hooks.values():
             hook(
@@ -265,9 +289,14 @@ class GateModule(nn.Module):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
+        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in own}
+        with self._without_gate():
+            super()._load_from_state_dict(
+                *(rest, prefix, local_metadata, strict),
+                *(missing_keys, unexpected_keys, error_msgs),
+            )
         if strict:
             missing_keys += [prefix + name for name in own if name not in given]
-            unexpected_keys += [prefix + name for name in given if name not in own]
         checked: dict[str, Tensor] = {}
         errors = []
         for name in own:

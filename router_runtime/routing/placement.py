@@ -129,7 +129,10 @@ def resolved_device(device: torch.device | str | int) -> torch.device:
     """``device`` with the index that it means now. Raises InputError for one that is neither a CPU
     nor a GPU that torch can use, and DriverError in a forked child of a process that used CUDA.
     """
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise wrong_value("device", "'cpu' or a CUDA device", str(device)) from None
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda":

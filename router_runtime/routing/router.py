@@ -27,7 +27,7 @@ from router_runtime.routing.config import KERNELS, RouterConfig
 from router_runtime.routing.module import GateModule
 from router_runtime.routing.placement import kernels_for, resolved_device
 from router_runtime.routing.registry import Registry
-from router_runtime.routing.weights import checked_values
+from router_runtime.routing.weights import NAMES, checked_values
 
 
 class Router(GateModule):
@@ -106,6 +106,11 @@ class Router(GateModule):
             ResolutionError: no kernel serves this configuration on this device.
 
         """
+        if is_compiling():
+            torch._dynamo.graph_break(
+                msg="A Router is built from values and addresses, outside of what is compiled. "
+                "Next: build it before the compiled function is called."
+            )
         resolved = resolved_device(device)
         chosen = dict(variants or {})
         given = {"weight": weight, "bias": bias, "image_bias": image_bias, "table": table}
@@ -416,7 +421,10 @@ class Router(GateModule):
         """An independent router with the same values, artifacts, variants and expert map. It is not
         registered.
         """
-        copied = type(self)(
+        # A subclass may have a constructor of its own.
+        copied = type(self).__new__(type(self))
+        Router.__init__(
+            copied,
             self.config,
             **self.weights.tensors,
             device=self.device,
@@ -431,6 +439,9 @@ class Router(GateModule):
         for name, value in vars(self).items():
             if name not in built | {"_buffers"}:
                 vars(copied)[name] = copy.deepcopy(value, memo)
+        for name, tensor in self._buffers.items():
+            if name not in NAMES:
+                copied._buffers[name] = copy.deepcopy(tensor, memo)
         return copied
 
 
@@ -458,8 +469,11 @@ def register_router(router: Router) -> int:
     """Make ``router`` known to the custom ops that take an id, and return its id.
 
     Ids are never reused. The registry keeps the router alive until ``unregister_router``.
-    Registering a router again while it is registered returns the same id.
+    Registering a router again while it is registered returns the same id. Raises InputError for
+    what is no Router.
     """
+    if not isinstance(router, Router):
+        raise wrong_value("router", "a Router", type(router).__name__)
     return ROUTERS.register(router)
 
 

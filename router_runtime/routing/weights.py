@@ -104,7 +104,8 @@ class Weights:
 def checked_values(config: RouterConfig, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``values`` of a gate's tensors, by name, detached from autograd.
 
-    Raises InputError for a dtype or a shape that does not fit ``config``, for a weight or a bias
+    Raises InputError for what is no tensor with a value in each place, for a dtype or a shape that
+    does not fit ``config``, for a weight or a bias
     with a value that is not finite, and for a table with an entry outside [0, num_experts).
     """
     experts = config.num_experts
@@ -116,6 +117,10 @@ def checked_values(config: RouterConfig, values: Mapping[str, Tensor]) -> dict[s
         "image_bias": lambda tensor: _finite("image_bias", tensor, torch.float32, (experts,)),
         "table": lambda tensor: _checked_table(tensor, config),
     }
+    for name, tensor in values.items():
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            found = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise wrong_value(name, "a dense torch.Tensor", str(found))
     return {name: checks[name](tensor.detach()) for name, tensor in values.items()}
 
 

@@ -270,6 +270,18 @@ def test_hooks_run_compiled_and_eagerly(counter: Counter) -> None:
     same(router(hidden(3)), (weights, ids))
 
 
+def test_a_router_is_built_outside_of_a_graph(counter: Counter) -> None:
+    """In a function that is compiled whole it is refused in words, else it is built eagerly."""
+    config, tensors = make_router(3).config, make_router(3).state_dict()
+
+    def function(x: Tensor) -> Any:
+        return Router(config, **tensors, device="cpu")(x)
+
+    with pytest.raises(Exception, match="build it before the compiled function is called"):
+        torch.compile(function, backend=counter, fullgraph=True)(hidden(5))
+    same(torch.compile(function, backend=counter)(hidden(5)), make_router(3)(hidden(5)))
+
+
 def test_a_buffer_that_is_no_routers_is_refused() -> None:
     router = make_router(1)
     op = torch.ops.dsv4.dense_router.by_buffer

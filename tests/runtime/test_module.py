@@ -101,6 +101,11 @@ def test_tables_of_both_widths_are_loaded() -> None:
         ({"bias": torch.full((E,), torch.nan)}, r"1\.bias: expected finite values"),
         ({"weight": torch.zeros(E, H, dtype=torch.bfloat16, device="meta")}, "a meta tensor"),
         ({"bias": torch.zeros(E + 1)}, r"1\.bias: expected torch.float32 \[24\]"),
+        ({"weight": "a word"}, r"1\.weight: expected a dense torch.Tensor, found 'str'"),
+        (
+            {"weight": torch.zeros(E, H, dtype=torch.bfloat16).to_sparse()},
+            r"1\.weight: expected a dense torch.Tensor, found 'torch.sparse_coo'",
+        ),
         ({"table": torch.zeros(V, K)}, 'Unexpected key.*"1.table"'),
         ({"bias": None}, 'Missing key.*"1.bias"'),
     ],
@@ -178,6 +183,9 @@ def test_buffers_are_not_replaced() -> None:
         router.weight = torch.zeros(E, H).bfloat16()
     with pytest.raises(InputError, match="deletion of bias"):
         del router.bias
+    with pytest.raises(InputError, match=r"assignment to weight.*call router.update_weights"):
+        router.register_buffer("weight", torch.zeros(E, H).bfloat16())
+    assert torch.equal(router.weight, tensors_of("dense")["weight"])
     router.note = "anything else is the user's"
     assert router.note == "anything else is the user's"
 
@@ -253,6 +261,79 @@ def test_what_would_change_something_is_refused(
             convert(module)
     same(router(*rows("dense")), wanted)
     assert not router.weight.is_shared()
+
+
+# --- what a user adds ---
+
+
+class Extended(Router):
+    """A router with a constructor, a signature, tensors and a module of its own."""
+
+    def __init__(self, seed: int) -> None:
+        config = RouterConfig(H, E, K, 1.5)
+        tensors: dict[str, Any] = tensors_of("dense", seed, images=False)
+        super().__init__(config, device="cpu", **tensors)
+        self.count: Tensor
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+        self.gain = nn.Parameter(torch.full((1,), float(seed)))
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        weights, ids = super().forward(states)
+        return weights * self.gain.detach(), ids
+
+
+def test_a_subclass_is_called_with_what_it_takes() -> None:
+    router, states = Extended(2), rows("dense")[0]
+    weights, ids = make_router(seed=2)(states)
+    same(router(states), (weights * 2.0, ids))
+    seen: list[Any] = []
+    router.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments)))
+    same(router(states), (weights * 2.0, ids))
+    assert seen == [1]
+
+
+def test_what_a_subclass_adds_is_in_its_state() -> None:
+    """Also with values of another router, and in a model."""
+    states = rows("dense")[0]
+    first, second = nn.Sequential(Extended(2)), nn.Sequential(Extended(3))
+    assert set(first.state_dict()) == {
+        f"0.{name}" for name in ("weight", "bias", "count", "gain", "linear.weight", "linear.bias")
+    }
+    second.load_state_dict(first.state_dict())
+    same(second(states), first(states))
+    same(second[0].parameters(), first[0].parameters())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0.gain".*\n.*Unexpected key.*"0.gains"'):
+        second.load_state_dict(
+            {name.replace("gain", "gains"): value for name, value in first.state_dict().items()}
+        )
+
+
+def test_what_a_subclass_adds_is_copied_deep() -> None:
+    router, states = Extended(2), rows("dense")[0]
+    router.count += 7
+    twin = copy.deepcopy(router)
+    assert type(twin) is Extended
+    same(twin(states), router(states))
+    assert twin.count == 7
+    router.count += 1
+    assert twin.count == 7
+    assert twin.linear.weight.data_ptr() != router.linear.weight.data_ptr()
+
+
+def test_what_a_subclass_adds_is_converted() -> None:
+    router = Extended(2)
+    address, converted = router.weight.data_ptr(), []
+
+    def convert(tensor: Tensor) -> Tensor:
+        converted.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    names = list(router._buffers)
+    nn.Sequential(router)._apply(convert)
+    assert {(2, 2), (2,), (1,)} <= set(converted)
+    assert router.weight.data_ptr() == address
+    assert list(router._buffers) == names
 
 
 # --- copies ---

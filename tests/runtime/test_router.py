@@ -210,8 +210,9 @@ def test_unknown_variants_and_devices() -> None:
     weight, bias = weights_of()
     with pytest.raises(InputError, match=r"variants: expected kernels of a dense router"):
         Router(CONFIG, weight=weight, bias=bias, device="cpu", variants={"hash_router": "x"})
-    with pytest.raises(InputError, match="device: expected 'cpu' or a CUDA device"):
-        Router(CONFIG, weight=weight, bias=bias, device="meta")
+    for device in ("meta", "no such", None, -1, 1.5):
+        with pytest.raises(InputError, match="device: expected 'cpu' or a CUDA device"):
+            Router(CONFIG, weight=weight, bias=bias, device=device)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
@@ -747,6 +748,8 @@ def test_registry(cpu_dense: Router) -> None:
     assert first >= 2
     assert rt.register_router(cpu_dense) == first == cpu_dense.router_id
     assert rt.get_router(first) is cpu_dense
+    with pytest.raises(InputError, match="router: expected a Router, found 'int'"):
+        rt.register_router(first)  # type: ignore[arg-type]
     rt.unregister_router(first)
     second = rt.register_router(cpu_dense)
     assert second > first

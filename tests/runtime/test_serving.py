@@ -330,6 +330,8 @@ def test_activation_launches(gpu: Any) -> None:
         (PHYSICAL.float(), COUNTS, "expert_map: expected"),
         (PHYSICAL[:, 0], COUNTS, "expert_map: expected"),
         (PHYSICAL, COUNTS[:-1], r"replica_counts: expected .*\[24\]"),
+        ([0], COUNTS, "expert_map: expected a torch.Tensor with values, found 'list'"),
+        (PHYSICAL, COUNTS.to("meta"), "replica_counts: .* found 'a meta tensor'"),
         (PHYSICAL, COUNTS * 0, "replica_counts: expected entries from 1 to 3"),
         (PHYSICAL, COUNTS * 0 + 4, "replica_counts: expected entries from 1 to 3"),
         (PHYSICAL - 101, COUNTS, "expert_map: expected entries from 0"),
