@@ -92,7 +92,7 @@ class Workspaces:
         def allocate() -> Tensor:
             with driver.relaxed_capture():
                 own = (
-                    self._idle_stream()
+                    _idle_stream(self._device)
                     if stream is None
                     else torch.cuda.ExternalStream(stream, self._device)  # type: ignore[no-untyped-call]
                 )
@@ -107,13 +107,26 @@ class Workspaces:
         self._buffers.append(buffer)
         return buffer.data_ptr()
 
-    def _idle_stream(self) -> torch.cuda.Stream:
-        """A stream that is not being captured: torch hands out the same few in turn."""
-        while True:
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
-                if not torch.cuda.is_current_stream_capturing():
-                    return stream
+
+#: The stream of each device on which workspaces of captured launches are allocated.
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _idle_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that is not being captured.
+
+    It is the same one each time where possible: torch's allocator keeps memory apart by stream, so
+    that a workspace of a few kilobytes takes 2 MiB on a stream that had none.
+    """
+    stream = _streams.get(device)
+    while True:
+        if stream is None:
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            if not torch.cuda.is_current_stream_capturing():
+                _streams[device] = stream
+                return stream
+        stream = None
 
 
 def _capture_id(stream: int) -> int:
