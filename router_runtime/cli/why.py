@@ -97,19 +97,26 @@ def parse(text: str, manifest: Manifest) -> Question:
     entries = [entry for entry in manifest.entries if entry.kernel in members]
     shape: dict[str, int | float | str] = {}
     quantities: dict[str, int] = {}
+    limits = {name for entry in entries for name in entry.contract.limits}
+    stated: set[str] = set()
     variant = None
     for part in parts:
         name, equals, value = part.partition("=")
-        if part.isdecimal():
-            quantities["tokens"] = int(part)
-        elif not equals:
+        if not equals:
+            name, value = ("tokens", part) if _is_number(part) else ("model", part)
+        if name in stated:
+            raise _unreadable(text, f"one value of {name}", f"another, {part!r}")
+        stated.add(name)
+        if name == "model" and not equals:
             shape |= _shape_of_model(text, part, entries)
         elif name == "variant":
             _one_of(text, "a variant", value, {entry.variant for entry in entries})
             variant = value
         elif any(name in entry.constants for entry in entries):
             shape[name] = _value(value)
-        elif value.isdecimal() and any(name in entry.contract.limits for entry in entries):
+        elif name in limits:
+            if not _is_number(value) or int(value) == 0:
+                raise _unreadable(text, f"a whole number from 1 for {name}", repr(value))
             quantities[name] = int(value)
         else:
             raise _unknown(text, "a name", name, _names(entries))
@@ -216,14 +223,8 @@ def _device(answer: Answer) -> str:
 def _shape_of_model(text: str, model: str, entries: list[Entry]) -> dict[str, int | float | str]:
     models = {entry.model for entry in entries if entry.model is not None}
     if not models:
-        raise InputError(
-            explain(
-                f"request {text}",
-                expected=f"a kernel that depends on a model, or names of {_names(entries)}",
-                found=f"the model {model!r}",
-                remedy=f"write {SYNTAX}",
-            )
-        )
+        expected = f"a kernel that depends on a model, or names of {_names(entries)}"
+        raise _unreadable(text, expected, f"the model {model!r}")
     _one_of(text, "a model", model, models)
     (shape, *_) = (shape_of(entry) for entry in entries if entry.model == model)
     return {name: value for name, value in shape.items() if name not in _DEFAULTS}
@@ -251,11 +252,14 @@ def _one_of(text: str, what: str, found: str, known: Iterable[str]) -> None:
 def _unknown(text: str, what: str, found: str, known: list[str]) -> InputError:
     near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
+    return _unreadable(text, f"{what} of {', '.join(known)}", repr(found), hint)
+
+
+def _unreadable(text: str, expected: str, found: str, hint: str = "") -> InputError:
     return InputError(
-        explain(
-            f"request {text}",
-            expected=f"{what} of {', '.join(known)}",
-            found=repr(found),
-            remedy=f"{hint}write {SYNTAX}",
-        )
+        explain(f"request {text}", expected=expected, found=found, remedy=f"{hint}write {SYNTAX}")
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20

@@ -351,6 +351,20 @@ def test_why_without_a_gpu_answers_for_every_target(folder: Path, fake: Any) -> 
         ("dense_router/small/variant=portabel", "did you mean portable?"),
         ("topk_select/row_lenth=5", "did you mean row_length?"),
         ("topk_select/small", "expected a kernel that depends on a model"),
+        ("topk_select/row_length=-1", "expected a whole number from 1 for row_length, found '-1'"),
+        (
+            "topk_select/row_length=9/row_length=8",
+            "expected one value of row_length, found another",
+        ),
+        ("topk_select/9", "expected a name of .*, found 'tokens'"),
+        (
+            "dense_router/small/9/tokens=8",
+            "expected one value of tokens, found another, 'tokens=8'",
+        ),
+        ("dense_router/small/small", "expected one value of model, found another, 'small'"),
+        ("dense_router/small/tokens=" + "9" * 5000, "expected a whole number from 1 for tokens"),
+        ("dense_router/small/0", "expected a whole number from 1 for tokens, found '0'"),
+        ("dense_router/\N{ARABIC-INDIC DIGIT THREE}", "expected a model of small"),
         ("nothing/like/it", "found 'nothing'; write KERNEL"),
     ],
 )
