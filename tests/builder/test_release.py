@@ -388,7 +388,8 @@ def test_evidence_survives_comments_docstrings_and_names_of_files(
     contract = committed.kernel_file("scale/contract.py")
     contract.write_text('"""How it is launched."""\n' + contract.read_text())
     _edit(runtime / "evidence" / "cases.py", "@dataclass", "# Remark.\n@dataclass")
-    _edit(runtime / "evidence" / "cases.py", '    """One launch.', '    """A launch.')
+    cases = runtime / "evidence" / "cases.py"
+    cases.write_text(cases.read_text().replace('"""', '"""Remark. ', 1))
     _edit(runtime / "spec.py", "\nimport torch\n", "\nimport torch  # remark\n")
     committed.commit()
     folder = committed.release("--out", tmp_path / "out", "--require-verified", "sm_90a")
