@@ -49,7 +49,8 @@ def build(
     """
     if not jobs:
         raise BuildError(
-            "expected a plan with entries, found an empty plan; next: build-kernels list"
+            "expected a plan with entries, found an empty plan; "
+            "next: .venv/bin/python -m build_kernels list"
         )
     tools = toolchain.check()
     before = plan.files_digest()

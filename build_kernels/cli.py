@@ -150,7 +150,7 @@ def list_command(target: str | None, markdown: bool) -> None:
     if markdown:
         raise BuildError(
             "expected --markdown with --dispatch TARGET, found it alone; "
-            "next: build-kernels list --dispatch sm_90a --markdown"
+            "next: .venv/bin/python -m build_kernels list --dispatch sm_90a --markdown"
         )
     click.echo("models")
     for model in MODELS:
@@ -184,9 +184,9 @@ def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
         )
     entries = {item.key: item for item in manifest.entries}
     if entry not in entries:
-        raise unknown("entry", entry, entries, "next: build-kernels list")
+        raise unknown("entry", entry, entries, "next: .venv/bin/python -m build_kernels list")
     chosen = entries[entry]
-    data = publish.verified(folder, chosen.file, chosen.sha256)
+    data = publish.bytes_with_digest(folder, chosen.file, chosen.sha256)
     if data is None:
         raise BuildError(
             f"{chosen.file}: expected the cubin that the manifest names, found it altered or "

@@ -47,11 +47,12 @@ class Row:
     Attributes:
         model: The model's name.
         router: A name of ``ROUTERS``.
-        tokens: The range, if every entry is accepted.
-        entry: What serves it then.
-        status: The entry's evidence.
-        by_default: What serves the range if only entries with evidence are accepted: "yes" if it is
-            the entry, else the variants that do.
+        tokens: The numbers of tokens in words, when batches are divided among all entries as if
+            every one were verified.
+        entry: The entry that serves the range then.
+        status: Its evidence: ``verified``, ``source-verified`` or ``unproven``.
+        by_default: What serves the range today, when only entries with evidence are chosen: "yes"
+            if it is ``entry``, else "no: " and the variants that serve, or "nothing".
 
     """
 

@@ -37,8 +37,9 @@ def plan(
 
     Args:
         targets: Only these. Empty: the default targets.
-        models: Only these, and ``extra_models``. Empty: those alone, or without them every model
-            of the catalog. Kernels that serve every model are always included.
+        models: Only these models of the catalog, and all ``extra_models``. If this is empty: only
+            ``extra_models``; if those are empty too, every model of the catalog. Kernels that serve
+            every model are always included.
         kernels: Only these. Empty: all.
         extra_models: Models that are not in the catalog.
 
@@ -51,13 +52,20 @@ def plan(
     known_kernels = {kernel.name: kernel for kernel in catalog.KERNELS}
     for found in targets:
         if found not in TARGETS:
-            raise unknown("target", found, TARGETS, "next: build-kernels list")
+            raise unknown("target", found, TARGETS, "next: .venv/bin/python -m build_kernels list")
     for found in models:
         if found not in known_models:
-            raise unknown("model", found, known_models, "next: build-kernels list, or --model-file")
+            raise unknown(
+                "model",
+                found,
+                known_models,
+                "next: .venv/bin/python -m build_kernels list, or --model-file",
+            )
     for found in kernels:
         if found not in known_kernels:
-            raise unknown("kernel", found, known_kernels, "next: build-kernels list")
+            raise unknown(
+                "kernel", found, known_kernels, "next: .venv/bin/python -m build_kernels list"
+            )
     wanted = {*models, *(model.name for model in extra_models)}
     jobs: list[Job] = []
     sources = Sources(PACKAGE)

@@ -66,8 +66,8 @@ def current(folder: Path) -> Manifest | None:
         return None
 
 
-def verified(folder: Path, file: str, sha256: str) -> bytes | None:
-    """Return the bytes of an artifact, None if it is missing or has another digest."""
+def bytes_with_digest(folder: Path, file: str, sha256: str) -> bytes | None:
+    """Return the bytes of an artifact with this digest, None if it is missing or has another."""
     try:
         data = (folder / file).read_bytes()
     except FileNotFoundError:

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from build_kernels.errors import BuildError, unknown
-from router_runtime.evidence.record import RECORD_AGAIN, Record
+from router_runtime.evidence.record import Record
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import Evidence
+from router_runtime.format.advice import record_evidence
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.provenance import Marker
 
@@ -99,7 +100,10 @@ def _unverified(entry: Entry, manifest: Manifest, evidence: Evidence) -> str | N
         return None
     stale = [record.device for record in evidence.records if record.matches(entry)]
     if stale:
-        return f"{found}; the evidence of {', '.join(stale)} is of another suite; {RECORD_AGAIN}"
+        return (
+            f"{found}; the evidence of {', '.join(stale)} is of another suite; "
+            f"run on such a GPU: {record_evidence()}"
+        )
     return f"{found}; no evidence for {entry.sha256[:16]}"
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from router_runtime.device.dispatch import Dispatch, dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
-from router_runtime.device.resolve import Request, next_step, resolve
+from router_runtime.device.resolve import Request, Resolution, next_step, resolve
 from router_runtime.evidence.choice import DENSE
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
@@ -77,15 +78,24 @@ class RowOpDecision:
 
 def imagined_device(target: Target) -> DeviceFacts:
     """A device that a target was made for, with the oldest driver that serves."""
-    return DeviceFacts(target.major, target.minor, MINIMUM_DRIVER, 1, _SHARED_MEMORY_PER_BLOCK)
+    return DeviceFacts(
+        target.major,
+        target.minor,
+        MINIMUM_DRIVER,
+        1,
+        _SHARED_MEMORY_PER_BLOCK,
+        present=False,
+    )
 
 
 def router_decisions(
-    manifest: Manifest, device: DeviceFacts, status_of: StatusOf
+    manifest: Manifest, device: DeviceFacts, status_of: StatusOf, artifacts: Path | None = None
 ) -> tuple[RouterDecision, ...]:
     """The decision for each kernel and each shape that the manifest has, dense routers first."""
     return tuple(
-        _router_decision(kernel, models, requests, dispatch(requests, device, manifest, status_of))
+        _router_decision(
+            kernel, models, requests, dispatch(requests, device, manifest, status_of, artifacts)
+        )
         for kernel, models, requests in _routers(manifest)
     )
 
@@ -109,7 +119,7 @@ def _router_decision(
         )
         for each in found.token_ranges
     )
-    advice = None if ranges else found.next_step()
+    advice = None if ranges else found.next_step(brief=True)
     return RouterDecision(kernel, models, requests[0].constants, ranges, advice)
 
 
@@ -141,26 +151,26 @@ def shape_of(entry: Entry) -> Constants:
 
 
 def row_op_decisions(
-    manifest: Manifest, device: DeviceFacts, status_of: StatusOf
+    manifest: Manifest, device: DeviceFacts, status_of: StatusOf, artifacts: Path | None = None
 ) -> tuple[RowOpDecision, ...]:
     """The decision for each kernel that is compiled for every model at once."""
     kernels = sorted({entry.kernel for entry in manifest.entries if entry.model is None})
-    return tuple(_row_op_decision(kernel, manifest, device, status_of) for kernel in kernels)
+    resolutions = (
+        resolve(Request(kernel), device, manifest, status_of, artifacts) for kernel in kernels
+    )
+    return tuple(_row_op_decision(each) for each in resolutions)
 
 
-def _row_op_decision(
-    kernel: str, manifest: Manifest, device: DeviceFacts, status_of: StatusOf
-) -> RowOpDecision:
-    resolution = resolve(Request(kernel), device, manifest, status_of)
+def _row_op_decision(resolution: Resolution) -> RowOpDecision:
     accepted = [candidate for candidate in resolution.candidates if candidate.accepted]
     limits: dict[str, int] = {}
     for candidate in accepted:
         for name, (_, high) in candidate.entry.contract.limits.items():
             limits[name] = max(limits.get(name, 0), high)
     return RowOpDecision(
-        kernel,
+        resolution.request.kernel,
         limits,
         tuple(candidate.entry.key for candidate in accepted),
         tuple(sorted({candidate.status for candidate in accepted})),
-        None if accepted else next_step(resolution),
+        None if accepted else next_step(resolution, brief=True),
     )

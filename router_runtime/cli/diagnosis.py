@@ -38,7 +38,7 @@ from router_runtime.evidence.store import (
     own_folder,
     read_evidence,
 )
-from router_runtime.format.advice import REINSTALL
+from router_runtime.format.advice import REINSTALL, record_evidence, runtime
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -84,7 +84,7 @@ def diagnose(artifacts: str | os.PathLike[str] | None, target: str | None = None
     found = _artifacts(contents, problems)
     statuses = {entry.key: contents.status(entry) for entry in contents.manifest.entries}
     devices = tuple(
-        _device(place, contents.manifest, lambda entry: statuses[entry.key])
+        _device(place, contents, lambda entry: statuses[entry.key])
         for place in places(contents.manifest, present, target)
     )
     _judge_devices(devices, contents, statuses, problems)
@@ -146,7 +146,7 @@ def _machine(problems: list[Problem]) -> tuple[Software, tuple[Place, ...]]:
                     "note",
                     f"{_where(place.indices)} is a MIG slice with {place.facts.sms} "
                     "multiprocessors: it may not have room for the clusters of every kernel",
-                    "run: router-runtime verify, which loads each kernel; or use the whole GPU",
+                    f"run: {runtime('verify')}, which loads each kernel; or use the whole GPU",
                 )
             )
     torch = _version("torch")
@@ -205,8 +205,8 @@ def _damaged(contents: Contents) -> Iterator[RouterRuntimeError]:
             yield error
 
 
-def _device(place: Place, manifest: Manifest, status_of: Callable[[Entry], str]) -> Device:
-    facts = place.facts
+def _device(place: Place, contents: Contents, status_of: Callable[[Entry], str]) -> Device:
+    facts, manifest = place.facts, contents.manifest
     return Device(
         place.name,
         place.indices,
@@ -214,8 +214,8 @@ def _device(place: Place, manifest: Manifest, status_of: Callable[[Entry], str])
         (facts.major, facts.minor),
         facts.sms,
         facts.shared_memory_per_block_optin,
-        router_decisions(manifest, facts, status_of),
-        row_op_decisions(manifest, facts, status_of),
+        router_decisions(manifest, facts, status_of, contents.folder),
+        row_op_decisions(manifest, facts, status_of, contents.folder),
     )
 
 
@@ -274,6 +274,7 @@ def _evidence(
                 f"on a GPU of their target, {_record_evidence(contents.folder)}",
             )
         )
+    _judge_sources(contents, statuses, problems)
     counts = Counter(statuses.values())
     names = ("verified", "source-verified", "unproven")
     return EvidenceSummary(
@@ -283,17 +284,49 @@ def _evidence(
     )
 
 
+def _judge_sources(
+    contents: Contents, statuses: Mapping[str, str], problems: list[Problem]
+) -> None:
+    """Which verified cubins have records of other sources than the manifest's, so that cubins of
+    other targets, made from the manifest's, are unproven.
+    """
+    entries = contents.manifest.entries
+    unproven = [entry for entry in entries if statuses[entry.key] == "unproven"]
+    changed = []
+    for entry in entries:
+        if statuses[entry.key] != "verified" or not any(
+            (other.kernel, other.source_sha256) == (entry.kernel, entry.source_sha256)
+            for other in unproven
+        ):
+            continue
+        records = [record for record in contents.evidence.records if record.current]
+        about = [record for record in records if record.matches(entry)]
+        if not any(record.same_sources(entry) for record in about):
+            changed.append(entry)
+    if changed:
+        targets = ", ".join(sorted({entry.target for entry in changed}))
+        problems.append(
+            Problem(
+                "note",
+                f"{len(changed)} verified kernels, such as {changed[0].key}, have records of other "
+                "sources than the manifest's, though their cubins have the same bytes: kernels of "
+                "other targets with the manifest's sources are not source-verified",
+                f"on a GPU of {targets}, {_record_evidence(contents.folder)}",
+            )
+        )
+
+
 def _record_evidence(artifacts: Path) -> str:
     """The command that records evidence where this process can write it and read it again."""
     own = own_folder()
     folder = own or artifacts / EVIDENCE_NAME
     present = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     if os.access(present, os.W_OK) and (own or trust.policy() is None):
-        return "run: router-runtime verify --record"
+        return f"run: {record_evidence(artifacts)}"
     reason = "is read-only" if trust.policy() is None or own else "must hold signed files only"
     return (
-        f"run: router-runtime verify --record --evidence DIR && export {ENVIRONMENT_VARIABLE}=DIR "
-        f"({folder} {reason})"
+        f"run: {record_evidence(artifacts, '--evidence DIR')} && "
+        f"export {ENVIRONMENT_VARIABLE}=DIR ({folder} {reason})"
     )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE
+from router_runtime.format.advice import ARTIFACTS_VARIABLE
 
 artifacts_option = click.option(
     "--artifacts",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"The artifacts folder. Default: ${ENVIRONMENT_VARIABLE}, then the installed one.",
+    help=f"The artifacts folder. Default: ${ARTIFACTS_VARIABLE}, then the installed one.",
 )

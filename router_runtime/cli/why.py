@@ -164,14 +164,16 @@ def _answer(question: Question, contents: Contents, place: Place) -> Answer:
     chosen: tuple[str, ...]
     advice: Callable[[], str]
     if not question.divided:
-        resolution = resolve(question.requests[0], facts, manifest, contents.status)
+        resolution = resolve(
+            question.requests[0], facts, manifest, contents.status, contents.folder
+        )
         choice = resolution.choice
         chosen = () if choice is None else (choice.key,)
         ranges: tuple[tuple[int, int], ...] = ()
         resolutions: tuple[Resolution, ...] = (resolution,)
         advice = functools.partial(next_step, resolution)
     else:
-        found = dispatch(question.requests, facts, manifest, contents.status)
+        found = dispatch(question.requests, facts, manifest, contents.status, contents.folder)
         served = [each for each in found.token_ranges if _serves(each.low, each.high, question)]
         if found.token_ranges and not served:
             served = [found.token_ranges[-1]]  # a larger batch is split into launches of this range

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from router_runtime.errors import ArtifactError, explain
 from router_runtime.format import provenance
-from router_runtime.format.advice import REINSTALL, build_artifacts
+from router_runtime.format.advice import (
+    ARTIFACTS_VARIABLE,
+    REINSTALL,
+    artifacts_places,
+    build_artifacts,
+)
 from router_runtime.format.files import read_file
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
-
-ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
 
 #: Far above what any manifest or marker needs, far below what hurts.
 _MAX_MANIFEST = 16 * 2**20
@@ -44,12 +47,12 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
     checkout). A folder that was named is used or refused; the search goes on only when none was
     named.
     """
-    named = explicit if explicit is not None else os.environ.get(ENVIRONMENT_VARIABLE)
+    named = explicit if explicit is not None else os.environ.get(ARTIFACTS_VARIABLE)
     if named:
         folder = Path(named)
         if (folder / MANIFEST_NAME).is_file():
             return folder
-        source = "the argument" if explicit is not None else ENVIRONMENT_VARIABLE
+        source = "the argument" if explicit is not None else ARTIFACTS_VARIABLE
         raise ArtifactError(
             explain(
                 f"artifacts folder named by {source}",
@@ -58,8 +61,7 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
                 remedy=f"{build_artifacts()}, or name the folder that holds it",
             )
         )
-    package = Path(__file__).resolve().parents[1]
-    tried = (package / "artifacts", package.parent / "artifacts")
+    tried = artifacts_places()
     for folder in tried:
         if (folder / MANIFEST_NAME).is_file():
             return folder
@@ -68,7 +70,7 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
             "artifacts folder",
             expected=f"{MANIFEST_NAME} in one of {[str(folder) for folder in tried]}",
             found="none",
-            remedy=f"{build_artifacts()}, or set {ENVIRONMENT_VARIABLE}",
+            remedy=f"{build_artifacts()}, or set {ARTIFACTS_VARIABLE}",
         )
     )
 

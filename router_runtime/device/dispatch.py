@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.resolve import Request, Resolution, next_step, option, resolve
@@ -22,8 +23,9 @@ from router_runtime.format.manifest import Entry, Manifest
 class Dispatch:
     """The token ranges in ascending order, and the resolutions that they follow from.
 
-    The ranges start at one token and leave no gap, or there are none. The caller splits a batch
-    that is larger than the last one: the kernels agree bit for bit, so no result depends on where.
+    The first range starts at one token, and each of the others where the one before it ends; or
+    there are no ranges. The caller splits a batch that is larger than the last range into several
+    launches. All kernels give the same bits, so results do not depend on where it is split.
     """
 
     token_ranges: tuple[TokenRange, ...]
@@ -47,12 +49,12 @@ class Dispatch:
             )
         return self.token_ranges
 
-    def next_step(self) -> str:
-        """What to do if there are no token ranges."""
+    def next_step(self, *, brief: bool = False) -> str:
+        """What to do if there are no token ranges. ``brief`` as for ``resolve.next_step``."""
         if any(found.accepted for each in self.resolutions for found in each.candidates):
             return f"build every variant: {build_artifacts()}"
         known = [each for each in self.resolutions if each.candidates]
-        return next_step((known or self.resolutions)[0])
+        return next_step((known or self.resolutions)[0], brief=brief)
 
 
 def dispatch(
@@ -60,12 +62,14 @@ def dispatch(
     device: DeviceFacts,
     manifest: Manifest,
     status: Callable[[Entry], str],
+    artifacts: Path | None = None,
 ) -> Dispatch:
     """Divide batches among the entries that serve ``requests`` (``evidence.choice.divide``).
 
-    An entry whose ``numerics`` tag is not the one that serves is refused.
+    An entry whose ``numerics`` tag is not the one that serves is refused. ``artifacts`` is the
+    folder of the manifest, for advice.
     """
-    found = [resolve(request, device, manifest, status) for request in requests]
+    found = [resolve(request, device, manifest, status, artifacts) for request in requests]
     division = divide(
         [
             option(candidate, resolution.request)

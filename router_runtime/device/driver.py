@@ -16,11 +16,9 @@ from typing import Any
 
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import DriverError, explain
+from router_runtime.format.advice import USE_CPU, runtime
 
-_INSTALL_DRIVER = (
-    "install an NVIDIA driver of release 580 (CUDA 13.0) or newer, "
-    "or build Routers with device='cpu'"
-)
+_INSTALL_DRIVER = "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
 
 _SPAWN = "start workers with the 'spawn' method, or fork before the first CUDA call"
 _LOST = (
@@ -83,11 +81,13 @@ def check(result: tuple[Any, ...], call: str) -> Any:
 
 def remedy(status: Any) -> str:
     """The next step after a driver call returned ``status``."""
-    return REMEDIES.get(int(status), "run: router-runtime doctor")
+    return REMEDIES.get(int(status), f"run: {runtime('doctor')}")
 
 
-def initialise() -> Any:
-    """Initialise the driver, once per process, and return the bindings.
+def initialise(*, needs_gpu: bool = False) -> Any:
+    """Initialise the driver, once per process, and return the bindings. Raises DriverError.
+
+    ``needs_gpu``: what the caller does cannot be done on a CPU, so the error does not name it.
 
     A child forked after that cannot use CUDA: its copy of the driver's state is dead, and the
     driver's own errors about it are obscure, so it is refused here.
@@ -95,6 +95,7 @@ def initialise() -> Any:
     global _initialised_in
     refuse_fork()
     api = bindings()
+    install = _INSTALL_DRIVER if needs_gpu else f"{_INSTALL_DRIVER}, or {USE_CPU}"
     with _lock:
         if _initialised_in is None:
             try:
@@ -104,8 +105,8 @@ def initialise() -> Any:
                     explain(
                         "NVIDIA driver",
                         expected="libcuda on this machine",
-                        found=error,
-                        remedy=_INSTALL_DRIVER,
+                        found=f"none: {str(error).rstrip('.')}",
+                        remedy=install,
                     )
                 ) from error
             if status:
@@ -114,7 +115,7 @@ def initialise() -> Any:
                         "NVIDIA driver",
                         expected="a driver with a usable GPU",
                         found=f"{getattr(status, 'name', status)} from cuInit",
-                        remedy=REMEDIES.get(int(status), _INSTALL_DRIVER),
+                        remedy=REMEDIES.get(int(status), install),
                     )
                 )
             _initialised_in = os.getpid()
@@ -170,7 +171,7 @@ def device_facts(index: int) -> DeviceFacts:
                 f"device cuda:{index}",
                 expected=f"an index below {count}, the number of visible GPUs",
                 found=index,
-                remedy="check CUDA_VISIBLE_DEVICES, or run: router-runtime doctor",
+                remedy=f"check CUDA_VISIBLE_DEVICES, or run: {runtime('doctor')}",
             )
         )
     device = check(api.cuDeviceGet(index), "cuDeviceGet")

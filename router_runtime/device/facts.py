@@ -10,13 +10,16 @@ MINIMUM_DRIVER = 13000
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What resolution knows of a device. ``driver`` is the CUDA version it serves (13000: 13.0)."""
+    """What resolution knows of a device. ``driver`` is the CUDA version it serves (13000: 13.0).
+    ``present``: the device is in this machine, and not made up for a target.
+    """
 
     major: int
     minor: int
     driver: int
     sms: int
     shared_memory_per_block_optin: int
+    present: bool = True
 
     def __str__(self) -> str:
         return (

@@ -41,11 +41,13 @@ class Kernels:
 
     def resolve(self, request: Request) -> Resolution:
         """Return which entry serves ``request`` on this device, and why the others do not."""
-        return resolve(request, self.facts, self.manifest, self._status_for([request]))
+        status_of = self._status_for([request])
+        return resolve(request, self.facts, self.manifest, status_of, self.folder)
 
     def dispatch(self, requests: Sequence[Request]) -> Dispatch:
         """Return which entries serve which batch sizes of ``requests``, which compute the same."""
-        return dispatch(requests, self.facts, self.manifest, self._status_for(requests))
+        status_of = self._status_for(requests)
+        return dispatch(requests, self.facts, self.manifest, status_of, self.folder)
 
     def _status_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
         return status_if_fitting(requests, self.facts, self.status)
@@ -91,8 +93,8 @@ def kernels_on(device: int, artifacts: str | os.PathLike[str] | None = None) -> 
 
 
 def _signature(folder: Path) -> object:
-    """The policy, and identity and times of the files that ``Kernels`` reads, without reading
-    them.
+    """Return a value that changes when what ``Kernels`` reads has changed: the signature policy,
+    and the inode, the size and the time of the manifest and of each record. No file is opened.
     """
     files = [folder / MANIFEST_NAME]
     for evidence in folders(folder):
@@ -101,7 +103,9 @@ def _signature(folder: Path) -> object:
 
 
 def _identity(file: Path) -> object:
-    """None for a file that is gone, as a record is that has just been superseded."""
+    """Return the inode, the size and the time of a file. None if it no longer exists: another
+    process may just have replaced a record by a newer one.
+    """
     try:
         stat = file.lstat()
     except FileNotFoundError:

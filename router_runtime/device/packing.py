@@ -14,11 +14,14 @@ _FORMATS = {"i32": "i", "i64": "q", "f32": "f"}
 
 
 class ArgumentLayout:
-    """Where a launcher's arguments lie in its memory block: scalars are packed together, those that
-    vary from launch to launch first; tensor maps lie apart.
+    """Where a launcher keeps each argument of a kernel.
 
-    ``places`` holds, in parameter order, a byte offset into the packed arguments, or -1-i for
-    tensor map i.
+    Scalars and pointers are packed into one block of bytes, first those that change from launch to
+    launch (``changing``), then the others, so that one ``pack_into`` writes all that change. Tensor
+    maps have memory of their own.
+
+    ``places`` has a number for each parameter, in the order of the contract: the byte offset into
+    the block, or -1-i for tensor map i.
     """
 
     def __init__(self, contract: Contract, varying: tuple[str, ...]) -> None:

@@ -14,11 +14,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
 from router_runtime.evidence.choice import Option, closeness, served_by_default, status_rank
-from router_runtime.format.advice import build_artifacts, build_for_device, build_model
+from router_runtime.format.advice import (
+    build_artifacts,
+    build_for_device,
+    build_model,
+    record_evidence,
+)
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
@@ -66,12 +72,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """The choice, or None, and every candidate in the order of preference."""
+    """The choice, or None, and every candidate in the order of preference. ``artifacts`` is the
+    folder of the manifest, for advice; None: the one that is used where none is named.
+    """
 
     request: Request
     device: DeviceFacts
     choice: Entry | None
     candidates: tuple[Candidate, ...]
+    artifacts: Path | None = None
 
     def trace(self) -> str:
         """One line for each candidate."""
@@ -105,8 +114,11 @@ def resolve(
     device: DeviceFacts,
     manifest: Manifest,
     status_of: Callable[[Entry], str],
+    artifacts: Path | None = None,
 ) -> Resolution:
-    """Weigh every entry of ``request.kernel``. ``status_of`` gives an entry's evidence status."""
+    """Return which entry of ``request.kernel`` serves. ``status_of`` gives an entry's evidence
+    status; ``artifacts`` is the folder of the manifest, for advice.
+    """
     candidates = [
         Candidate(entry, status, _reasons(entry, status, request, device))
         for entry in manifest.entries
@@ -115,7 +127,7 @@ def resolve(
     ]
     candidates.sort(key=lambda candidate: _preference(candidate, request))
     choice = candidates[0].entry if candidates and candidates[0].accepted else None
-    return Resolution(request, device, choice, tuple(candidates))
+    return Resolution(request, device, choice, tuple(candidates), artifacts)
 
 
 def status_if_fitting(
@@ -154,10 +166,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     """Why ``entry`` may not serve: every reason, so that one look is enough."""
     reasons: list[str] = []
     if not Target.parse(entry.target).runs_on(device.major, device.minor):
-        reasons.append(
-            f"built for {entry.target}, the device has compute capability "
-            f"{device.major}.{device.minor}"
-        )
+        reasons.append(f"built for {entry.target}, the device has {_capability(device)}")
     if device.driver < MINIMUM_DRIVER:
         reasons.append(
             f"needs a driver for CUDA {MINIMUM_DRIVER // 1000}.{MINIMUM_DRIVER % 1000 // 10}, "
@@ -182,13 +191,24 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     if request.variant is not None:
         if entry.variant != request.variant:
             reasons.append(f"the caller asked for variant {request.variant}")
-    elif not served_by_default(status) and not (status == NOT_READ and reasons):
-        reasons.append(f"{status}: no evidence that this digest or its source is right on a device")
+    else:
+        # Evidence is not read for an entry that is refused for one of the reasons above.
+        refused_unread = status == NOT_READ and bool(reasons)
+        if not (served_by_default(status) or refused_unread):
+            reasons.append(
+                f"{status}: no evidence that this digest or its source is right on a device"
+            )
     return tuple(reasons)
 
 
-def next_step(resolution: Resolution) -> str:
-    """Return the next command, by what keeps the nearest candidate from serving."""
+def _capability(device: DeviceFacts) -> str:
+    return f"compute capability {device.major}.{device.minor}"
+
+
+def next_step(resolution: Resolution, *, brief: bool = False) -> str:
+    """Return the next command, by what keeps the nearest candidate from serving. ``brief``: the
+    same for all kernels that lack evidence, without the names of their variants.
+    """
     request, device = resolution.request, resolution.device
     if device.driver < MINIMUM_DRIVER:
         return "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
@@ -212,8 +232,14 @@ def next_step(resolution: Resolution) -> str:
         if request.variant is not None:
             names = sorted({candidate.entry.variant for candidate in here})
             return f"ask for one of the variants {names}"
+        where = "this GPU" if device.present else f"a GPU of {_capability(device)}"
+        advice = f"run on {where}: {record_evidence(resolution.artifacts)}"
+        fitting = [c.entry for c in here if not _reasons(c.entry, "verified", relaxed, device)]
+        if brief or any(entry.model is None for entry in fitting):
+            return advice  # no caller names the variant of a row op
+        names = sorted({entry.variant for entry in fitting})
         return (
-            "run on this GPU: router-runtime verify --record, "
-            "or name the variant: Router(..., variants={kernel: variant})"
+            f"{advice}, or name one of the variants {names}: "
+            f"Router(..., variants={{{request.kernel!r}: {names[0]!r}}})"
         )
     return build_model()

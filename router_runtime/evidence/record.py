@@ -25,8 +25,6 @@ from router_runtime.format.source_digest import RUNTIME, PythonSources
 from router_runtime.format.target import Target
 
 FORMAT_VERSION = 2
-#: The next step that an error about a record names.
-RECORD_AGAIN = "delete it and run on such a GPU: router-runtime verify --record"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
@@ -156,17 +154,13 @@ def dumps(record: Record) -> bytes:
 
 def loads(data: bytes) -> Record:
     """Return the record in a file's bytes. Raises FormatError for everything that the schema does
-    not allow, and for a current record without all cases of the suite.
+    not allow, and for a current record without all cases of the suite. What to do about it depends
+    on where the file is: ``store`` adds that.
     """
-    try:
-        document = parse_json(data, "evidence")
-    except FormatError as error:
-        raise FormatError(f"{error}; {RECORD_AGAIN}") from error
+    document = parse_json(data, "evidence")
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION or isinstance(found, bool):
-        raise FormatError(
-            f"expected evidence of format version {FORMAT_VERSION}, found {found!r}; {RECORD_AGAIN}"
-        )
+        raise FormatError(f"expected evidence of format version {FORMAT_VERSION}, found {found!r}")
     record: Record = decode(Record, document, "evidence")
     validate(record)
     return record
@@ -211,7 +205,7 @@ def validate(record: Record) -> None:
             missing = sorted({name for name, _ in expected} - {name for name, _ in found})
             raise FormatError(
                 f"evidence: expected every case of the suite, in its order and with its seeds, "
-                f"found {len(found)} of {len(expected)} (missing {missing[:5]}); {RECORD_AGAIN}"
+                f"found {len(found)} of {len(expected)} (missing {missing[:5]})"
             )
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router_runtime.errors import ArtifactError, FormatError, TrustError, explain
-from router_runtime.evidence.record import RECORD_AGAIN, Record, dumps, loads
+from router_runtime.evidence.record import Record, dumps, loads
+from router_runtime.format.advice import record_evidence
 from router_runtime.format.files import read_file
 from router_runtime.trust import policy as trust
 
@@ -49,11 +50,13 @@ class EvidenceFiles:
 
     Args:
         files: Path of a record -> what to call before it is parsed, or None.
+        artifacts: The artifacts folder that they are about, for advice.
 
     """
 
-    def __init__(self, files: Iterable[tuple[Path, Admit | None]]) -> None:
+    def __init__(self, files: Iterable[tuple[Path, Admit | None]], artifacts: Path) -> None:
         self._files = tuple(files)
+        self._artifacts = artifacts
         self._read: dict[Path, Record] = {}
 
     @property
@@ -68,7 +71,7 @@ class EvidenceFiles:
         for path, admit in self._files:
             if path.name.startswith(prefix):
                 if path not in self._read:
-                    self._read[path] = _read_record(path, admit)
+                    self._read[path] = _read_record(path, self._artifacts, admit)
                 yield self._read[path]
 
 
@@ -115,29 +118,32 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
                     f"evidence folder named by {ENVIRONMENT_VARIABLE}",
                     expected=f"the folder {folder}",
                     found="none",
-                    remedy="fill it on the GPU to serve with: router-runtime verify --record",
+                    remedy=f"fill it on the GPU to serve with: {record_evidence(artifacts)}",
                 )
             )
         trust.admit_local_evidence(folder)
         files += [(path, None) for path in _paths(folder)]
-    return EvidenceFiles(files)
+    return EvidenceFiles(files, artifacts)
 
 
-def load_evidence(folder: Path) -> Evidence:
+def load_evidence(folder: Path, artifacts: Path | None = None) -> Evidence:
     """Return every record in a folder; none if the folder does not exist. Raises ArtifactError for
     a file that is not a record, or whose name is not its record's ``file_name``.
+
+    ``artifacts`` is the artifacts folder that they are about, for advice.
     """
-    return Evidence(tuple(_read_record(path) for path in _paths(folder)))
+    return Evidence(tuple(_read_record(path, artifacts) for path in _paths(folder)))
 
 
 def _paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json")) if folder.is_dir() else []
 
 
-def _read_record(path: Path, admit: Admit | None = None) -> Record:
+def _read_record(path: Path, artifacts: Path | None, admit: Admit | None = None) -> Record:
     """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
+    again = f"delete it and run on such a GPU: {record_evidence(artifacts)}"
     try:
-        data = read_file(path, MAX_RECORD_BYTES, "record", RECORD_AGAIN)
+        data = read_file(path, MAX_RECORD_BYTES, "record", again)
         if admit is not None:
             admit(path, data)
         record = loads(data)
@@ -145,7 +151,7 @@ def _read_record(path: Path, admit: Admit | None = None) -> Record:
         raise
     except (ArtifactError, FormatError) as error:
         raise ArtifactError(
-            explain(f"evidence {path}", expected="a valid record", found=error, remedy=RECORD_AGAIN)
+            explain(f"evidence {path}", expected="a valid record", found=error, remedy=again)
         ) from error
     if path.name != record.file_name:
         raise ArtifactError(
@@ -153,14 +159,15 @@ def _read_record(path: Path, admit: Admit | None = None) -> Record:
                 f"evidence {path}",
                 expected=f"the name {record.file_name}",
                 found=path.name,
-                remedy="rename it back, or " + RECORD_AGAIN,
+                remedy=f"rename it back, or {again}",
             )
         )
     return record
 
 
-def require_writable(folder: Path) -> None:
-    """Raise ArtifactError if records cannot be written into a folder, which is created.
+def require_writable(folder: Path, artifacts: Path) -> None:
+    """Raise ArtifactError if records of an artifacts folder cannot be written into ``folder``,
+    which is created.
 
     Called before the suite runs, so that no GPU time is spent on records that are lost. The records
     that are there must be valid: ``write_record`` reads them.
@@ -175,11 +182,11 @@ def require_writable(folder: Path) -> None:
                 "evidence folder",
                 expected=f"a folder that can be written, {folder}",
                 found=error,
-                remedy="name one of your own: router-runtime verify --record --evidence DIR, or "
-                f"{ENVIRONMENT_VARIABLE}",
+                remedy="name one of your own: "
+                f"{record_evidence(artifacts, '--evidence DIR')}, or {ENVIRONMENT_VARIABLE}",
             )
         ) from error
-    load_evidence(folder)
+    load_evidence(folder, artifacts)
 
 
 def write_record(record: Record, folder: Path) -> Path:

@@ -6,19 +6,67 @@ artifacts of its release, so there the way to other artifacts is another wheel.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from router_runtime.format.target import BUILDABLE, Target
 
 REINSTALL = "pip install --force-reinstall --no-deps FILE.whl"
 
-_CPU = "build Routers with device='cpu'"
+#: The way out of a machine without a GPU that serves.
+USE_CPU = "build Routers with device='cpu'"
+
+#: Names the artifacts folder, in place of the installed one.
+ARTIFACTS_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
 
 
 def checkout() -> Path | None:
     """The folder of the checkout that this package is imported from; None if it is installed."""
     root = Path(__file__).resolve().parents[2]
     return root if (root / "Makefile").is_file() and (root / "build_kernels").is_dir() else None
+
+
+def artifacts_places() -> tuple[Path, Path]:
+    """Return where the artifacts are if no folder is named: in an installed package, else in a
+    checkout.
+    """
+    package = Path(__file__).resolve().parents[1]
+    return package / "artifacts", package.parent / "artifacts"
+
+
+def runtime(arguments: str) -> str:
+    """Return the runtime's command with these arguments, as it is typed on this machine.
+
+    Only an installed package has the command ``router-runtime``. In a checkout it is a module,
+    which Python finds in the checkout's folder.
+    """
+    root = checkout()
+    if root is None:
+        return f"router-runtime {arguments}"
+    python = Path(".venv-test/bin/python")
+    if not (root / python).exists():
+        python = Path(sys.executable)
+    if root == Path.cwd():
+        return f"{python} -m router_runtime {arguments}"
+    return f"PYTHONPATH={root} {root / python} -m router_runtime {arguments}"
+
+
+def record_evidence(artifacts: Path | None = None, options: str = "") -> str:
+    """Return the command that runs the oracle suite on a GPU and records what passes.
+
+    Args:
+        artifacts: The artifacts folder, which the command names unless it is the one that is used
+            where none is named. None: that one.
+        options: More options of the command.
+
+    """
+    words = ["verify --record", options]
+    if artifacts is not None:
+        here = artifacts.resolve()
+        if os.environ.get(ARTIFACTS_VARIABLE) or here not in artifacts_places():
+            words.append(f"--artifacts {here}")
+    return runtime(" ".join(filter(None, words)))
 
 
 def build_artifacts() -> str:
@@ -35,12 +83,12 @@ def build_for_device(major: int, minor: int) -> str:
     if not targets:
         return (
             f"no kernels can be built for compute capability {major}.{minor} (the targets are "
-            f"{', '.join(BUILDABLE)}): {_CPU}"
+            f"{', '.join(BUILDABLE)}): {USE_CPU}"
         )
     root = checkout()
     if root is None:
-        return f"install a release wheel with kernels for {targets[0]}, or {_CPU}"
-    return f"{_build(root, f'--target {targets[0]}', f'build/{targets[0]}')}, or {_CPU}"
+        return f"install a release wheel with kernels for {targets[0]}, or {USE_CPU}"
+    return f"{_build(root, f'--target {targets[0]}', f'build/{targets[0]}')}, or {USE_CPU}"
 
 
 def build_model() -> str:
@@ -49,9 +97,11 @@ def build_model() -> str:
     if root is None:
         return (
             "install a release wheel that has this model, or build it in a checkout of the "
-            "project: .venv/bin/python -m build_kernels build --model-file my.toml --out DIR"
+            "project: .venv/bin/python -m build_kernels build --model-file mine.toml --out DIR"
         )
-    return f"write its shape into my.toml and {_build(root, '--model-file my.toml', 'build/my')}"
+    return (
+        f"write its shape into mine.toml and {_build(root, '--model-file mine.toml', 'build/mine')}"
+    )
 
 
 def _build(root: Path, options: str, out: str) -> str:
@@ -60,4 +110,4 @@ def _build(root: Path, options: str, out: str) -> str:
     if not (root / ".venv").exists():
         steps.append("make .venv/.toolchain")
     steps.append(f".venv/bin/python -m build_kernels build {options} --out {out}")
-    return f"run: {' && '.join(steps)} && export ROUTER_RUNTIME_ARTIFACTS={root / out}"
+    return f"run: {' && '.join(steps)} && export {ARTIFACTS_VARIABLE}={root / out}"

@@ -37,7 +37,7 @@ class Backend(Protocol):
         """A call with serving inputs, which also holds hash_gate's token ids."""
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
-        """Call ``captured`` once, when the next CUDA graph captures a launch."""
+        """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""
 
 
 class DenseBackend(Backend, Protocol):

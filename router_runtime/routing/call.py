@@ -1,5 +1,8 @@
-"""The arguments of a call beside its rows, the same for every routing op: checks, outputs, and the
-kernels' arguments. The mathematics is in ``spec.py``.
+"""The serving inputs of a call: all that a routing op takes beside its rows and the Router's own
+weights. A serving system passes them to mark padding, to select image tokens, to repeat earlier
+routing or to choose the type of the ids; a call without them is a *plain* call. They are the same
+for every routing op. This module checks them, allocates outputs, and makes the kernels' arguments.
+The mathematics is in ``spec.py``.
 
 is_padding        bool [tokens]: those rows get the sentinel and zero weights
 num_valid_tokens  int32, one element: the rows from that number on are padding; read by the kernel,
@@ -9,7 +12,8 @@ given_ids         int32 or int64 [tokens, top_k]: the experts to weigh, in their
 token_ids         int32 or int64 [tokens]: what hash_gate looks experts up by, beside its rows
 ids_dtype         torch.int32 or torch.int64, of the ids that are returned
 
-Rows of logits are stored for padding tokens too: those of whatever hidden states they have.
+Logits, where they are wanted, are stored for padding tokens too: the products of the weight with
+whatever their rows of hidden states hold.
 """
 
 from __future__ import annotations
@@ -77,7 +81,8 @@ class Call:
     """The arguments of one call beside its rows, and the results that it wants.
 
     Attributes:
-        ids_dtype: see the module, as for the next five.
+        ids_dtype: torch.int32 or torch.int64, of the ids that are returned. The module's docstring
+            says what this and the next five mean.
         is_padding: bool ``[tokens]``.
         num_valid_tokens: int32, one element.
         image_mask: bool ``[tokens]``.

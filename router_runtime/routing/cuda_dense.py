@@ -106,13 +106,16 @@ class Plan:
 
 
 class CudaDense:
-    """A dense gate on a GPU. The resolver has divided the batches among the kernels.
+    """A dense gate on a GPU. All batch sizes are divided among the kernels when it is built.
+
+    Not every kernel can store logits, so calls that want them have a division of their own, which
+    may be empty: such a call then raises ResolutionError. A kernel of both is loaded once.
 
     Attributes:
         token_ranges: which kernel serves how many tokens.
         logits_token_ranges: the same for calls that also want logits.
-        plan: what launches them.
-        logits_plan: what launches those that also want logits.
+        plan: the launchers of ``token_ranges``.
+        logits_plan: the launchers of ``logits_token_ranges``.
 
     """
 
@@ -155,7 +158,7 @@ class CudaDense:
         self.logits_plan = Plan(self.logits_token_ranges, launchers)
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
-        """Call ``captured`` once, when the next CUDA graph captures a launch."""
+        """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""
         self.placement.captured = captured
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:

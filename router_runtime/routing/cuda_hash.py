@@ -57,7 +57,7 @@ class CudaHash:
         )
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
-        """Call ``captured`` once, when the next CUDA graph captures a launch."""
+        """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""
         self.placement.captured = captured
 
     def route(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class CudaHashGate:
             self._images = launch(kernels.load(with_images))
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
-        """Call ``captured`` once, when the next CUDA graph captures a launch."""
+        """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""
         self.placement.captured = captured
 
     def route(

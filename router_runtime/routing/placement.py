@@ -16,6 +16,7 @@ from torch import Tensor
 from router_runtime.device import driver
 from router_runtime.device.kernels import Kernels, kernels_on
 from router_runtime.errors import InputError, explain
+from router_runtime.format.advice import runtime
 from router_runtime.routing.checks import wrong_value
 
 
@@ -146,7 +147,7 @@ def resolved_device(device: torch.device | str | int) -> torch.device:
                 "device",
                 expected=f"a GPU that torch {torch.__version__} can use for {resolved}",
                 found="none",
-                remedy="use device='cpu', or see: router-runtime doctor",
+                remedy=f"use device='cpu', or see: {runtime('doctor')}",
             )
         )
     index = torch.cuda.current_device() if resolved.index is None else resolved.index

@@ -1,16 +1,24 @@
-"""Workspaces: zeroed buffers in which the CTAs of a split-K launch count each other.
+"""Workspaces: buffers in device memory for kernels that divide the experts into groups.
 
-Two launches that can overlap never share a workspace. Launches on one stream run in order (under
-programmatic dependent launch too, because every CTA waits for the launch before it before it
-touches global memory), so all routers of one kernel share one workspace for each stream: for the
-stream on which a router is built it is made then, for others by their first launch.
+The clusters of the groups of one token exchange their best experts (candidates) through it and
+count, by a ticket for each token, which of them is the last and merges.
+
+Two launches that can overlap never share a workspace. Launches on one stream use it in order, under
+programmatic dependent launch too. There a launch may start before the one before it has ended, but
+each of its CTAs executes the dependency wait (``griddepcontrol.wait``), which returns when the
+earlier launch has ended and its stores are visible, before it stores to global memory or touches
+the workspace. Only what no launch writes, such as the packed weights, is read before the wait.
+
+So all routers of one kernel share one workspace for each stream. It is made when a router is built,
+for the stream that is current then, and for another stream by the first launch on it.
 
 A captured graph can be replayed at any time and on any stream. Its launches that were captured on
 one stream run in order within a replay, and two replays of one graph do not overlap, so each
 capture has one workspace for each stream that it captured. It is never used for anything else,
 because the graph holds its address.
 
-Kernels leave a workspace as they found it where it matters, so it is zeroed once, when it is made.
+A kernel expects tickets and candidates to be zero. The cluster that merges a token sets that
+token's back to zero, so a workspace is zeroed only once, when it is made.
 """
 
 from __future__ import annotations

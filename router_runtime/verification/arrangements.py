@@ -74,7 +74,8 @@ def _described(rows: int, largest: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield f"{rows} rows reversed", torch.arange(rows).flip(0), no_strangers
     for size in BATCHES:
         if size <= largest:
-            # Five is coprime to every batch size that matters: all rows come up, none in place.
+            # A step of five mixes the rows. Where it divides their number, only each fifth row
+            # comes up; the reversed batch above has all of them.
             order = (torch.arange(size) * 5 + 3) % rows
             yield f"batch of {size}", order, no_strangers
             yield f"batch of {size} among NaN and inf", order, torch.arange(1, size, 2)

@@ -102,12 +102,14 @@ def weight_interval(
         low = low / (low + others_high + spec.RENORM_EPSILON)
         high = high / (high + others_low + spec.RENORM_EPSILON)
         exact = exact / (exact.sum(dim=1, keepdim=True) + spec.RENORM_EPSILON)
-        # k - 1 additions, the addition of epsilon, epsilon itself, the division, the product.
+        # Roundings: k - 1 additions of scores, the addition of epsilon, of epsilon itself to FP32,
+        # of the division, and of the product with the scale.
         roundings = exact.shape[1] + 3
     else:
         roundings = 1
     slack = 1 + roundings * TOLERANCES["ROUNDING"]
-    # The quotient may round among the subnormals before the product does.
+    # Where a number is subnormal its rounding error is absolute: at most SUBNORMAL each for the
+    # quotient, which is then multiplied by the scale, and for the product.
     subnormal = (scale + 1) * TOLERANCES["SUBNORMAL"]
     interval = Interval(low * scale / slack - subnormal, high * scale * slack + subnormal)
     return interval, exact * scale

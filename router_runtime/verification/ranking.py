@@ -1,9 +1,13 @@
 """Which orders of the experts are correct, given the intervals of their keys.
 
-Expert j must be ranked before expert i if the lowest possible key of j is above the highest
-possible key of i, or if the two tie exactly and j has the lower id, or if both have the same inputs
-(hence the same key) and j has the lower id. A row in which these rules leave only
-one outcome is *clear*: its ids are the same for every correct kernel.
+Expert j must be ranked before expert i if
+
+- the lowest possible key of j is above the highest possible key of i; or
+- j has the lower id, and the lowest possible key of j equals the highest possible key of i; or
+- j has the lower id, and both have bit-identical inputs, hence equal keys.
+
+A row in which these rules leave only one outcome is *clear*: its ids are the same for every correct
+kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ def must_precede(keys: Interval, same_inputs: Tensor, expert: Tensor) -> Tensor:
 
 
 def may_precede(keys: Interval, same_inputs: Tensor, expert: Tensor) -> Tensor:
-    """The experts that some correct ranking puts before ``expert[n]``; as ``must_precede``."""
+    """The experts that some correct ranking puts before ``expert[n]``. Arguments and result as
+    those of ``must_precede``.
+    """
     column = expert.unsqueeze(1)
     lowest = keys.low.gather(1, column)
     lower_id = torch.arange(same_inputs.shape[1]) < column
@@ -44,8 +50,10 @@ def may_precede(keys: Interval, same_inputs: Tensor, expert: Tensor) -> Tensor:
 
 
 def clear_rows(ids: Tensor, keys: Interval, same_inputs: Tensor) -> Tensor:
-    """The clear rows, bool ``[N]``: those where no expert that is ranked later, or not chosen, may
-    precede a chosen one. ``ids`` are the chosen experts ``[N, k]`` in rank order.
+    """The clear rows, bool ``[N]``. ``ids`` are the chosen experts ``[N, k]`` in rank order.
+
+    For each chosen expert, the others are those that are ranked after it or not chosen. A row is
+    clear if, for every chosen expert, none of the others may precede it.
     """
     clear = torch.ones(ids.shape[0], dtype=torch.bool)
     remaining = torch.ones(same_inputs.shape, dtype=torch.bool)
@@ -56,8 +64,8 @@ def clear_rows(ids: Tensor, keys: Interval, same_inputs: Tensor) -> Tensor:
 
 
 def out_of_order(ids: Tensor, keys: Interval, same_inputs: Tensor) -> Tensor:
-    """The rows whose ids no correct kernel can give, bool ``[N]``: an expert that is ranked later,
-    or not chosen, must precede a chosen one.
+    """The rows whose ids no correct kernel can give, bool ``[N]``: those with a chosen expert that
+    must come after an expert which is ranked after it or not chosen. ``ids`` as in ``clear_rows``.
     """
     wrong = torch.zeros(ids.shape[0], dtype=torch.bool)
     remaining = torch.ones(same_inputs.shape, dtype=torch.bool)

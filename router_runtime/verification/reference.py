@@ -164,10 +164,13 @@ def _reference(oracle: Oracle, bias: Tensor) -> Reference:
     else:
         top_k = oracle.case.sizes["top_k"]
         twin, same_bias = first_twins(oracle.weight_rows, bias)
-        # Twins have one logit, also where a matrix product rounds two of its columns differently.
+        # Twins are experts with the same weight row and the same bias. A kernel gives them equal
+        # logits. The product above may round their columns differently, so all twins take the
+        # logit of the one with the lowest id.
         logits, slack = oracle.logits[:, twin], oracle.logit_slack[:, twin]
         slack = torch.where(logits.isfinite(), slack, torch.zeros_like(slack))
-        # Infinite logits are known exactly after the clamp: only their biases tell them apart.
+        # All infinite logits of one sign are clamped to one number, so their keys are equal where
+        # their biases are, whatever their weight rows.
         experts = len(bias)
         same = torch.where(logits == torch.inf, experts + same_bias, twin)
         same = torch.where(logits == -torch.inf, 2 * experts + same_bias, same)

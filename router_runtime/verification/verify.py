@@ -17,7 +17,7 @@ from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
 from router_runtime.evidence.status import toolchain_sha256
-from router_runtime.format.advice import build_for_device
+from router_runtime.format.advice import build_for_device, runtime
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -53,15 +53,15 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
     manifest = read_manifest(artifacts)
     folder = store.own_folder(own) or artifacts / store.EVIDENCE_NAME
     if record:
-        _check_folder(folder, artifacts)
-    driver.initialise()
+        _require_own_folder(folder, artifacts)
+    driver.initialise(needs_gpu=True)
     if not torch.cuda.is_available():
         raise DriverError(
             explain(
                 "GPU",
                 expected=f"one that torch {torch.__version__} can use",
                 found="none",
-                remedy="install a torch built for CUDA, or see: router-runtime doctor",
+                remedy=f"install a torch built for CUDA, or see: {runtime('doctor')}",
             )
         )
     index = torch.cuda.current_device()
@@ -74,6 +74,8 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
         ),
         key=sharing_key,
     )
+    if record and loadable:
+        store.require_writable(folder, artifacts)
     echo(f"{driver.device_name(index)}, {facts}, torch {torch.__version__}")
     suite_name = f"oracle suite {suite.SUITE_VERSION} (cases {cases_sha256()[:16]})"
     echo(f"{suite_name}, {len(loadable)} entries of {artifacts}")
@@ -107,8 +109,8 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
     return not failures
 
 
-def _check_folder(folder: Path, artifacts: Path) -> None:
-    """Refuse a folder that cannot be written, or whose unsigned records would not be read here."""
+def _require_own_folder(folder: Path, artifacts: Path) -> None:
+    """Raise TrustError if this process requires signed evidence and would write beside it."""
     shipped = artifacts / store.EVIDENCE_NAME
     if trust.policy() is not None and folder.resolve() == shipped.resolve():
         raise TrustError(
@@ -119,7 +121,6 @@ def _check_folder(folder: Path, artifacts: Path) -> None:
                 remedy="name a folder of your own: --evidence DIR",
             )
         )
-    store.require_writable(folder)
 
 
 def _verify_entry(
@@ -160,7 +161,9 @@ def _verify_entry(
         else:
             trials.keep(trial)
         if entry.numerics is not None:
-            # Equal seeds mean: kernels that compute the same, of one model, sizes and pattern.
+            # Cases of equal seeds have the same inputs: a seed follows from what is computed, the
+            # sizes of the model and the batch, and the pattern. So kernels of one tag must give the
+            # same bits.
             name = (entry.numerics, case.seed)
             sibling, bits = siblings.setdefault(name, (entry.key, verdict.bits_sha256))
             if bits != verdict.bits_sha256:

@@ -34,7 +34,7 @@ def _assert_usable(folder: Path) -> Manifest:
     """Every entry of the manifest has its cubin, with the digest it names."""
     manifest = _manifest(folder)
     for entry in manifest.entries:
-        assert publish.verified(folder, entry.file, entry.sha256), entry.file
+        assert publish.bytes_with_digest(folder, entry.file, entry.sha256), entry.file
     return manifest
 
 

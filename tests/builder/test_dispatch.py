@@ -107,7 +107,9 @@ def test_an_unknown_target_is_answered_with_the_nearest() -> None:
 def test_the_command(fresh: Project) -> None:
     result = fresh.run("list", "--markdown")
     assert result.returncode == 1
-    assert "next: build-kernels list --dispatch sm_90a --markdown" in result.stdout
+    assert (
+        "next: .venv/bin/python -m build_kernels list --dispatch sm_90a --markdown" in result.stdout
+    )
     # The small project has no router.
     (fresh.root / "artifacts").mkdir()
     (fresh.root / "artifacts" / "artifacts.lock").write_bytes(

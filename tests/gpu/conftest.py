@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from router_runtime.device.artifact_store import ENVIRONMENT_VARIABLE, find_artifacts
+from router_runtime.device.artifact_store import find_artifacts
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.format.advice import ARTIFACTS_VARIABLE
 from router_runtime.format.manifest import MANIFEST_NAME, loads
 from router_runtime.format.target import Target
 
@@ -72,7 +73,7 @@ def verification(tmp_path_factory):
     lines: list[str] = []
     passed = verify.run(folder, True, lines.append)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT_VARIABLE, str(folder))
+        patch.setenv(ARTIFACTS_VARIABLE, str(folder))
         yield Verification(passed, tuple(lines), folder)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from router_runtime import spec
 from router_runtime.device.facts import DeviceFacts
-from router_runtime.errors import ArtifactError
+from router_runtime.errors import ArtifactError, DriverError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.status import status
@@ -129,7 +129,7 @@ def machine(monkeypatch, outputs):
         verify,
         "driver",
         SimpleNamespace(
-            initialise=lambda: None,
+            initialise=lambda **_: None,
             device_facts=lambda _: DeviceFacts(9, 0, 13000, 132, 232448),
             device_name=lambda _: "NVIDIA H100 80GB HBM3",
         ),
@@ -186,8 +186,21 @@ def test_evidence_goes_to_a_folder_of_ones_own(folder, machine, tmp_path, monkey
 def test_a_folder_that_cannot_be_written_is_refused_at_once(folder, machine, monkeypatch):
     (folder / "evidence").write_text("not a folder")
     monkeypatch.setattr(verify, "examine", None)
-    with pytest.raises(ArtifactError, match=r"verify --record --evidence DIR, or ROUTER_RUNTIME_"):
+    with pytest.raises(
+        ArtifactError, match=r"verify --record --evidence DIR --artifacts \S+, or ROUTER_"
+    ):
         verify.run(folder, True, lambda _: None)
+
+
+def test_without_a_driver_nothing_is_left_behind(folder, machine, monkeypatch):
+    def initialise(*, needs_gpu):
+        assert needs_gpu
+        raise DriverError("no driver")
+
+    monkeypatch.setattr(verify.driver, "initialise", initialise, raising=False)
+    with pytest.raises(DriverError, match="no driver"):
+        verify.run(folder, True, lambda _: None)
+    assert not (folder / "evidence").exists()
 
 
 def only_one(folder):

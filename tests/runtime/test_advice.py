@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,37 @@ def test_a_checkout_without_an_environment_makes_it_first(
     assert "\n.venv/.toolchain:" in (tmp_path / "Makefile").read_text()
     os.chdir("/")
     assert f"run: cd {tmp_path} && make .venv/.toolchain && " in advice.build_model()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_wheel_has_the_command() -> None:
+    assert advice.runtime("doctor") == "router-runtime doctor"
+
+
+def test_a_checkout_has_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is advised runs, from the checkout's folder and from any other."""
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        done = subprocess.run(
+            advice.runtime("--version"), shell=True, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.startswith("router-runtime "), done.stderr
+    monkeypatch.setattr(advice, "checkout", lambda: tmp_path)
+    assert advice.runtime("doctor") == f"{sys.executable} -m router_runtime doctor"
+
+
+@pytest.mark.usefixtures("installed")
+def test_recording_names_the_folder_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(advice.ARTIFACTS_VARIABLE, raising=False)
+    default = ROOT / "artifacts"
+    assert advice.record_evidence() == "router-runtime verify --record"
+    assert advice.record_evidence(default) == "router-runtime verify --record"
+    named = f"router-runtime verify --record --evidence DIR --artifacts {tmp_path}"
+    assert advice.record_evidence(tmp_path, "--evidence DIR") == named
+    monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(tmp_path))
+    assert advice.record_evidence(default).endswith(f" --artifacts {default}")
 
 
 @pytest.mark.usefixtures("installed")

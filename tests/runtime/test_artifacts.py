@@ -11,6 +11,7 @@ import pytest
 
 from router_runtime.device import artifact_store as artifacts
 from router_runtime.errors import ArtifactError, FormatError
+from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME, dumps, loads
 
 
@@ -104,7 +105,7 @@ def test_argument_before_environment_before_default(
     build: SimpleNamespace, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = build.artifacts(tmp_path / "other", [])
-    monkeypatch.setenv(artifacts.ENVIRONMENT_VARIABLE, str(other))
+    monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(other))
     assert artifacts.find_artifacts() == other
     assert artifacts.find_artifacts(folder) == folder
 
@@ -112,19 +113,17 @@ def test_argument_before_environment_before_default(
 def test_named_folder_is_used_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtifactError, match="named by the argument"):
         artifacts.find_artifacts(tmp_path)
-    monkeypatch.setenv(artifacts.ENVIRONMENT_VARIABLE, str(tmp_path))
-    with pytest.raises(ArtifactError, match=f"named by {artifacts.ENVIRONMENT_VARIABLE}"):
+    monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(tmp_path))
+    with pytest.raises(ArtifactError, match=f"named by {advice.ARTIFACTS_VARIABLE}"):
         artifacts.find_artifacts()
 
 
 def test_default_places(
     build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(artifacts.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(
-        artifacts, "__file__", str(tmp_path / "package" / "device" / "artifact_store.py")
-    )
-    with pytest.raises(ArtifactError, match=artifacts.ENVIRONMENT_VARIABLE):
+    monkeypatch.delenv(advice.ARTIFACTS_VARIABLE, raising=False)
+    monkeypatch.setattr(advice, "__file__", str(tmp_path / "package" / "format" / "advice.py"))
+    with pytest.raises(ArtifactError, match=advice.ARTIFACTS_VARIABLE):
         artifacts.find_artifacts()
     checkout = build.artifacts(tmp_path / "artifacts", [])
     assert artifacts.find_artifacts() == checkout

@@ -37,6 +37,12 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "status", lambda *_: "verified")
 
 
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is a wheel's, so its command is ``router-runtime``."""
+    monkeypatch.setattr(advice, "checkout", lambda: None)
+
+
 def run(folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--artifacts", str(folder)])
 
@@ -84,7 +90,7 @@ def test_doctor_without_a_gpu(folder: Path, fake: Any, monkeypatch: pytest.Monke
     assert done.exit_code == 0, done.output
     for text in (
         "driver none",
-        "note: NVIDIA driver: expected libcuda on this machine, found no libcuda",
+        "note: NVIDIA driver: expected libcuda on this machine, found none: no libcuda",
         "next: install an NVIDIA driver of release 580",
         "a device for sm_100a (compute capability 10.0)",
         "a device for sm_90a (compute capability 9.0)",
@@ -114,6 +120,7 @@ def test_doctor_without_a_prefill_kernel(build: SimpleNamespace, fake: Any, tmp_
     assert "dense_router/small any number of tokens dense_router_decode portable" in words(done)
 
 
+@pytest.mark.usefixtures("installed")
 def test_doctor_with_nothing_proven(folder: Path) -> None:
     done = run(folder, "doctor")
     assert done.exit_code == 1
@@ -121,18 +128,60 @@ def test_doctor_with_nothing_proven(folder: Path) -> None:
     assert "nothing serves it" in done.output
     assert "error: nothing serves dense_router/small, " in words(done)
     assert "note: 7 kernels are unproven: no evidence says that they are right" in words(done)
-    assert "next: run: router-runtime verify --record" in done.output
+    assert f"next: run: router-runtime verify --record --artifacts {folder}" in done.output
 
 
+@pytest.mark.usefixtures("installed")
 def test_doctor_where_evidence_cannot_be_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     done = run(folder, "doctor")
     assert (
-        "next: run: router-runtime verify --record --evidence DIR && "
+        f"next: run: router-runtime verify --record --evidence DIR --artifacts {folder} && "
         f"export ROUTER_RUNTIME_EVIDENCE=DIR ({folder}/evidence is read-only)" in words(done)
     )
+
+
+class PassedAs:
+    """A current record about one cubin, made from sources of this digest."""
+
+    current = True
+
+    def __init__(self, entry: Any, source_sha256: str) -> None:
+        self.entry, self.source_sha256 = entry, source_sha256
+
+    def matches(self, entry: Any) -> bool:
+        return entry.sha256 == self.entry.sha256 and entry.kernel == self.entry.kernel
+
+    def same_sources(self, entry: Any) -> bool:
+        return (self.entry.kernel, self.source_sha256) == (entry.kernel, entry.source_sha256)
+
+
+@pytest.mark.parametrize("elsewhere", ["unproven", "source-verified"])
+@pytest.mark.parametrize("sources", ["other", "same"])
+def test_doctor_with_records_of_other_sources(
+    folder: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, sources: str, elsewhere: str
+) -> None:
+    """The cubins have the same bytes, but other targets lose what their sources proved."""
+    records = [
+        PassedAs(entry, entry.source_sha256 if sources == "same" else "a1" * 32)
+        for entry in fake.entries
+        if entry.target == "sm_90a"
+    ]
+    monkeypatch.setattr(diagnosis, "Evidence", lambda _: SimpleNamespace(records=records))
+    monkeypatch.setattr(
+        diagnosis,
+        "status",
+        lambda entry, *_: "verified" if entry.target == "sm_90a" else elsewhere,
+    )
+    done = run(folder, "doctor")
+    assert done.exit_code == 0, done.output
+    told = "have records of other sources than the manifest's" in words(done)
+    assert told == (sources == "other" and elsewhere == "unproven")
+    if told:
+        assert "note: 7 verified kernels, such as " in words(done)
+        assert f"next: on a GPU of sm_90a, run: {advice.record_evidence(folder)}" in words(done)
 
 
 def test_doctor_with_stale_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,12 +357,22 @@ def test_why_one_kernel_and_a_row_op(folder: Path) -> None:
     assert "topk_select/any/sm_90a/row1024 [verified]: chosen" in words(done)
 
 
+@pytest.mark.usefixtures("installed")
 def test_why_nothing_serves(folder: Path) -> None:
     done = run(folder, "doctor", "--why", "dense_router/small/1")
     assert done.exit_code == 1
     assert "nothing serves it" in done.output
     assert "no evidence that this digest" in done.output
-    assert "next: run on this GPU: router-runtime verify --record" in done.output
+    advice = f"next: run on this GPU: router-runtime verify --record --artifacts {folder}, or name"
+    assert f"{advice} one of the variants ['portable']: " in done.output
+    assert "Router(..., variants={'dense_router_decode': 'portable'})" in done.output
+    absent = run(folder, "doctor", "--target", "sm_100a", "--why", "dense_router/small/1")
+    assert "next: run on a GPU of compute capability 10.0: " in absent.output
+    assert "this GPU" not in absent.output
+    row_op = run(folder, "doctor", "--why", "topk_select/row_length=8/top_k=2")
+    assert f"next: run on this GPU: router-runtime verify --record --artifacts {folder}\n" in (
+        row_op.output
+    )
     named = run(folder, "doctor", "--why", "dense_router/small/1/variant=portable")
     assert named.exit_code == 0
     assert "1 to 8 tokens: dense_router_decode/small/sm_90a/portable" in words(named)

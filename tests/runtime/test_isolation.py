@@ -66,7 +66,7 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_serves_without_any_compiler(tmp_path: Path) -> None:
-    """Both routers and all four ops, with the builder and every compiler package absent, no
+    """Routers of two modes and four ops, with the builder and every compiler package absent, no
     artifacts, and a working folder that must stay empty.
     """
     done = run(

@@ -163,6 +163,8 @@ def test_no_driver(fake: Any) -> None:
     fake.init = RuntimeError("libcuda.so.1 not found")
     with pytest.raises(DriverError, match=r"libcuda.*not found.*release 580.*device='cpu'"):
         driver.device_facts(0)
+    with pytest.raises(DriverError, match=r"found none: libcuda.so.1 not found; .* or newer$"):
+        driver.initialise(needs_gpu=True)
 
 
 def test_no_usable_gpu(fake: Any) -> None:

@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from router_runtime import spec
 from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import ArtifactError, DriverError, InputError
+from router_runtime.format import advice
 from router_runtime.routing import placement
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.config import RouterConfig
@@ -234,7 +236,7 @@ CASES = [
     ("CUDA_ERROR_OUT_OF_MEMORY", "free device memory"),
     ("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "end the capture"),
     ("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "end the capture"),
-    ("CUDA_ERROR_INVALID_VALUE", "router-runtime doctor"),
+    ("CUDA_ERROR_INVALID_VALUE", re.escape(advice.runtime("doctor"))),
 ]
 
 

@@ -24,7 +24,7 @@ from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.errors import DISTRIBUTION, ArtifactError, TrustError
 from router_runtime.evidence import store
-from router_runtime.format import provenance
+from router_runtime.format import advice, provenance
 from router_runtime.format.files import read_file
 from router_runtime.format.manifest import MANIFEST_NAME, dumps
 from router_runtime.trust import policy as trust
@@ -376,7 +376,7 @@ def test_a_signed_manifest_needs_signed_cubins(
 def test_a_router_and_the_ops_are_bound_by_it(
     release: Release, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(artifacts.ENVIRONMENT_VARIABLE, str(release.folder))
+    monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(release.folder))
     require(release)
     other_manifest(release, SimpleNamespace())
     config = RouterConfig(64, 16, 4, 1.5, mode="hash", vocab_size=4)
