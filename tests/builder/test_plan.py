@@ -358,7 +358,7 @@ def test_a_row_without_its_files_is_an_error(kernels: Path, file: str) -> None:
 
 
 def test_a_model_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "my.toml"
+    path = tmp_path / "mine.toml"
     path.write_text(MODEL)
     assert read_model(path) == Model("pruned", 4096, 144, 6, 1.5, 3, 129280)
     path.write_text(MODEL.replace("1.5", "2"))
@@ -368,7 +368,7 @@ def test_a_model_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("experts", "expert", "unknown key in my.toml 'expert': did you mean 'experts'"),
+        ("experts", "expert", "unknown key in mine.toml 'expert': did you mean 'experts'"),
         ("hidden = 4096", "", r"missing \['hidden'\]"),
         ("4096", '"4096"', "hidden: expected int, found '4096'"),
         ("4096", "true", "hidden: expected int, found True"),
@@ -388,7 +388,7 @@ def test_a_model_from_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_model_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
-    path = tmp_path / "my.toml"
+    path = tmp_path / "mine.toml"
     path.write_text(MODEL.replace(old, new, 1))
     with pytest.raises(BuildError, match=message):
         read_model(path)
@@ -416,9 +416,9 @@ def test_a_model_file_narrows_the_plan_to_its_model(kernels: Path) -> None:
 
 
 def test_a_model_of_ones_own_builds_without_touching_code(project: Project, tmp_path: Path) -> None:
-    (tmp_path / "my.toml").write_text(MODEL)
+    (tmp_path / "mine.toml").write_text(MODEL)
     before = (project.artifacts / "manifest.json").read_bytes()
-    arguments = ("--model-file", tmp_path / "my.toml", "--target", "sm_90a")
+    arguments = ("--model-file", tmp_path / "mine.toml", "--target", "sm_90a")
     result = project.run("build", *arguments)
     assert result.returncode == 1
     assert "next: add --out DIR" in result.stdout
@@ -435,7 +435,7 @@ def test_artifacts_are_reused_only_where_everything_is_the_same(
     project: Project, tmp_path: Path, change: str
 ) -> None:
     """A model of the same shape under another name gets the same cubins."""
-    (tmp_path / "my.toml").write_text(MODEL.replace("144", "256"))
+    (tmp_path / "mine.toml").write_text(MODEL.replace("144", "256"))
     manifest = project.artifacts / "manifest.json"
     if change == "digest":
         for path in project.artifacts.glob("shift-*.cubin"):
@@ -447,7 +447,7 @@ def test_artifacts_are_reused_only_where_everything_is_the_same(
             file.write("OTHER = 1\n")
     out = tmp_path / "out"
     said = project.build(
-        *("--model-file", tmp_path / "my.toml", "--kernel", "shift", "--target", "sm_90a"),
+        *("--model-file", tmp_path / "mine.toml", "--kernel", "shift", "--target", "sm_90a"),
         *("--out", out),
     )
     how = "compiled" if change else "reused"
