@@ -152,10 +152,10 @@ class PassedAs:
         self.entry, self.source_sha256 = entry, source_sha256
 
     def matches(self, entry: Any) -> bool:
-        return entry.sha256 == self.entry.sha256 and entry.kernel == self.entry.kernel
+        return bool((self.entry.sha256, self.entry.kernel) == (entry.sha256, entry.kernel))
 
     def same_sources(self, entry: Any) -> bool:
-        return (self.entry.kernel, self.source_sha256) == (entry.kernel, entry.source_sha256)
+        return bool((self.entry.kernel, self.source_sha256) == (entry.kernel, entry.source_sha256))
 
 
 @pytest.mark.parametrize("elsewhere", ["unproven", "source-verified"])
