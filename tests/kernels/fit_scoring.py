@@ -1,4 +1,6 @@
-"""Computes the polynomial coefficients of ``common/numerics.py``. Run: python fit_scoring.py
+"""Computes the polynomial coefficients of ``common/numerics.py``.
+
+Run: python fit_scoring.py
 
 Remez exchange in double precision on a fine grid, minimising the relative error. Coefficients are
 rounded to single precision one after the other, the lowest power first since it weighs most; after

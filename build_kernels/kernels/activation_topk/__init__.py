@@ -1,0 +1,1 @@
+"""Selection and weights of routed experts from given logits (CUDA C++)."""

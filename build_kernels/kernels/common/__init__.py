@@ -1,0 +1,1 @@
+"""What several kernels share: numerics, scoring, selection and epilogue, in both languages."""

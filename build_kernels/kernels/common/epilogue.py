@@ -53,6 +53,7 @@ class ExpertGroups:
 
     @property
     def lane_keys(self) -> int:
+        """Keys of one token and group that each lane of a warp holds."""
         return -(-self.group_experts // LANES)
 
 

@@ -9,6 +9,7 @@ from build_kernels.kernels.common.ptx import arith
 
 
 def constant(name: str) -> Float32:
+    """Return a constant of numerics.py by its name, rounded to single precision."""
     return Float32(CONSTANTS[name])
 
 

@@ -1,0 +1,1 @@
+"""The dense router for many tokens: entries of the dense forms (kernels/dense)."""

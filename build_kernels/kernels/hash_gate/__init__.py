@@ -1,0 +1,1 @@
+"""Experts from a table by token id, with the gate's weights (CUDA C++)."""

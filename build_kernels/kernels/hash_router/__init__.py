@@ -1,0 +1,1 @@
+"""Experts from a table by token id, with equal weights (CUDA C++)."""

@@ -1,0 +1,1 @@
+"""The largest scores of every row and their columns (CUDA C++)."""

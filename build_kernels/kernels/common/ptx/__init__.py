@@ -1,0 +1,1 @@
+"""PTX instructions as Python functions for CuTe DSL sources."""

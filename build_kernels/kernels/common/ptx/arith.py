@@ -20,30 +20,37 @@ Number = TypeVar("Number", Int32, Float32)
 
 
 def add_rn(a: Float32, b: Float32) -> Float32:
+    """Return fl32(a + b)."""
     return Float32(pure(T.f32(), [a, b], "add.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def mul_rn(a: Float32, b: Float32) -> Float32:
+    """Return fl32(a * b), which the compiler does not contract with a later addition."""
     return Float32(pure(T.f32(), [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def fma_rn(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Return fl32(a * b + c), rounded once."""
     return Float32(pure(T.f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"))
 
 
 def div_rn(a: Float32, b: Float32) -> Float32:
+    """Return fl32(a / b)."""
     return Float32(pure(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def rsqrt_approx(a: Float32) -> Float32:
+    """Return about 1 / sqrt(a); subnormals count as zero, whose result is infinite."""
     return Float32(pure(T.f32(), [a], "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def exp2_approx(a: Float32) -> Float32:
+    """Return about 2**a; subnormals count as zero."""
     return Float32(pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 def sqrt_approx(a: Float32) -> Float32:
+    """Return about sqrt(a); subnormals count as zero."""
     return Float32(pure(T.f32(), [a], "sqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
@@ -58,10 +65,12 @@ def min_f32(a: Float32, b: Float32) -> Float32:
 
 
 def abs_f32(a: Float32) -> Float32:
+    """Return ``a`` with the sign bit cleared."""
     return Float32(pure(T.f32(), [a], "abs.f32 $0, $1;", "=f,f"))
 
 
 def neg_f32(a: Float32) -> Float32:
+    """Return ``a`` with the sign bit flipped."""
     return Float32(pure(T.f32(), [a], "neg.f32 $0, $1;", "=f,f"))
 
 
@@ -71,14 +80,17 @@ def unordered(a: Float32, b: Float32) -> Boolean:
 
 
 def bits(a: Float32) -> Int32:
+    """Return the 32 bits of a float as an integer; ``from_bits`` is the inverse."""
     return Int32(pure(T.i32(), [a], "mov.b32 $0, $1;", "=r,f"))
 
 
 def from_bits(a: Int32) -> Float32:
+    """Return the float that has these 32 bits."""
     return Float32(pure(T.f32(), [a], "mov.b32 $0, $1;", "=f,r"))
 
 
 def max_u32(a: Int32, b: Int32) -> Int32:
+    """Return the larger of two words, compared as unsigned numbers."""
     return Int32(pure(T.i32(), [a, b], "max.u32 $0, $1, $2;", "=r,r,r"))
 
 
@@ -92,10 +104,12 @@ def max_of(values: Sequence[Int32]) -> Int32:
 
 
 def min_s32(a: Int32, b: Int32) -> Int32:
+    """Return the smaller of two signed numbers."""
     return Int32(pure(T.i32(), [a, b], "min.s32 $0, $1, $2;", "=r,r,r"))
 
 
 def max_s32(a: Int32, b: Int32) -> Int32:
+    """Return the larger of two signed numbers."""
     return Int32(pure(T.i32(), [a, b], "max.s32 $0, $1, $2;", "=r,r,r"))
 
 
@@ -115,6 +129,7 @@ def modulo(a: Int32, b: Int32) -> Int32:
 
 
 def equal(a: Int32, b: Int32) -> Boolean:
+    """Return whether two words are equal, without a branch."""
     return Boolean(arith.cmpi(arith.CmpIPredicate.eq, a.ir_value(), b.ir_value()))
 
 
@@ -124,10 +139,12 @@ def at_least_u32(a: Int32, b: Int32) -> Boolean:
 
 
 def less(a: Int32, b: Int32) -> Boolean:
+    """Return whether a < b as signed numbers, without a branch."""
     return Boolean(arith.cmpi(arith.CmpIPredicate.slt, a.ir_value(), b.ir_value()))
 
 
 def both(a: Boolean, b: Boolean) -> Boolean:
+    """Return ``a`` and ``b``; both are evaluated, without a branch."""
     return Boolean(arith.andi(a.ir_value(), b.ir_value()))
 
 
@@ -159,6 +176,7 @@ def shift_in_sign(mask: Int32, a: Float32) -> Int32:
 
 
 def pack(high: Int32, low: Int32) -> Int64:
+    """Return the 64 bits whose upper and lower words these are."""
     return Int64(pure(T.i64(), [low, high], "mov.b64 $0, {$1,$2};", "=l,r,r"))
 
 

@@ -26,14 +26,17 @@ def load_weight_v4(address: Int64) -> list[Int32]:
 
 
 def load_shared_f32(address: Int32) -> Float32:
+    """Load a float of this CTA's shared memory."""
     return Float32(asm(T.f32(), [address], "ld.shared.f32 $0, [$1];", "=f,r,~{memory}"))
 
 
 def load_shared_b32(address: Int32) -> Int32:
+    """Load one word of this CTA's shared memory."""
     return Int32(asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}"))
 
 
 def load_shared_v2(address: Int32) -> list[Int32]:
+    """Load 2 words of this CTA's shared memory; the address is a multiple of 8."""
     result = asm(
         struct(T.i32(), 2), [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r,~{memory}"
     )
@@ -41,6 +44,7 @@ def load_shared_v2(address: Int32) -> list[Int32]:
 
 
 def load_shared_v4(address: Int32) -> list[Int32]:
+    """Load 4 words of this CTA's shared memory; the address is a multiple of 16."""
     result = asm(
         struct(T.i32(), 4),
         [address],
@@ -51,6 +55,7 @@ def load_shared_v4(address: Int32) -> list[Int32]:
 
 
 def load_shared_f32x2(address: Int32) -> list[Float32]:
+    """Load 2 floats of this CTA's shared memory; the address is a multiple of 8."""
     result = asm(
         struct(T.f32(), 2), [address], "ld.shared.v2.f32 {$0,$1}, [$2];", "=f,=f,r,~{memory}"
     )
@@ -58,18 +63,22 @@ def load_shared_f32x2(address: Int32) -> list[Float32]:
 
 
 def store_shared_b32(address: Int32, value: Int32) -> None:
+    """Store one word to this CTA's shared memory."""
     asm(None, [address, value], "st.shared.b32 [$0], $1;", "r,r,~{memory}")
 
 
 def store_shared_f32(address: Int32, value: Float32) -> None:
+    """Store a float to this CTA's shared memory."""
     asm(None, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
 
 
 def store_shared_v2(address: Int32, a: Int32, b: Int32) -> None:
+    """Store 2 words to this CTA's shared memory; the address is a multiple of 8."""
     asm(None, [address, a, b], "st.shared.v2.b32 [$0], {$1,$2};", "r,r,r,~{memory}")
 
 
 def store_shared_v4(address: Int32, values: Sequence[Int32]) -> None:
+    """Store 4 words to this CTA's shared memory; the address is a multiple of 16."""
     asm(
         None,
         [address, *values],
@@ -79,6 +88,7 @@ def store_shared_v4(address: Int32, values: Sequence[Int32]) -> None:
 
 
 def store_shared_f32x2(address: Int32, a: Float32, b: Float32) -> None:
+    """Store 2 floats to this CTA's shared memory; the address is a multiple of 8."""
     asm(None, [address, a, b], "st.shared.v2.f32 [$0], {$1,$2};", "r,f,f,~{memory}")
 
 
@@ -93,6 +103,7 @@ def load_cluster_f32(address: Int32) -> Float32:
 
 
 def load_cluster_b32(address: Int32) -> Int32:
+    """Load one word from the shared memory of any CTA of the cluster."""
     return Int32(asm(T.i32(), [address], "ld.shared::cluster.b32 $0, [$1];", "=r,r,~{memory}"))
 
 
@@ -102,30 +113,37 @@ def store_cluster_b32(address: Int32, value: Int32) -> None:
 
 
 def store_cluster_v2(address: Int32, a: Int32, b: Int32) -> None:
+    """Store 2 words to any CTA of the cluster; the address is a multiple of 8."""
     asm(None, [address, a, b], "st.shared::cluster.v2.b32 [$0], {$1,$2};", "r,r,r,~{memory}")
 
 
 def load_global_u8(address: Int64) -> Int32:
+    """Load a byte, zero-extended."""
     return Int32(asm(T.i32(), [address], "ld.global.u8 $0, [$1];", "=r,l"))
 
 
 def load_global_b32(address: Int64) -> Int32:
+    """Load one word; the address is a multiple of 4."""
     return Int32(asm(T.i32(), [address], "ld.global.b32 $0, [$1];", "=r,l"))
 
 
 def load_global_b64(address: Int64) -> Int64:
+    """Load 64 bits; the address is a multiple of 8."""
     return Int64(asm(T.i64(), [address], "ld.global.b64 $0, [$1];", "=l,l"))
 
 
 def load_global_f32(address: Int64) -> Float32:
+    """Load a float; the address is a multiple of 4."""
     return Float32(asm(T.f32(), [address], "ld.global.f32 $0, [$1];", "=f,l"))
 
 
 def store_global_b32(address: Int64, value: Int32) -> None:
+    """Store one word; the address is a multiple of 4."""
     asm(None, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
 
 
 def store_global_b64(address: Int64, value: Int64) -> None:
+    """Store 64 bits; the address is a multiple of 8."""
     asm(None, [address, value], "st.global.b64 [$0], $1;", "l,l,~{memory}")
 
 
@@ -153,6 +171,10 @@ def load_record(address: Int64) -> list[Int32]:
 
 
 def atomic_add_relaxed(address: Int64, value: Int32) -> Int32:
+    """Add to a word of global memory and return what it held before.
+
+    Atomic for the whole GPU; it orders no other loads or stores.
+    """
     return Int32(
         asm(
             T.i32(),

@@ -37,6 +37,12 @@ class SumsExchangeInParts(SumsExchange):
         warp: Int32,
         lane: Int32,
     ) -> None:
+        """Send this warp's partial sums part by part, and wait for those sent to this CTA.
+
+        All consumer warps call this. It begins with a cluster barrier, after which every CTA has
+        read its operands. Another one comes before each part that takes the place of an earlier
+        part. It ends with an arrival at a cluster barrier, whose wait is left to the caller.
+        """
         g = self.g
         cute.arch.cluster_arrive_relaxed()
         cute.arch.cluster_wait()
@@ -57,6 +63,11 @@ class SumsExchangeInParts(SumsExchange):
         cute.arch.cluster_arrive_relaxed()
 
     def follow(self) -> None:
+        """Go through the cluster barriers of ``run``, up to the arrival at the last.
+
+        The producer warp calls this if it is no consumer, because a cluster barrier counts all
+        warps. It does nothing if there is no such warp.
+        """
         if not self.g.rings:
             return
         for _ in range(1 + self.g.parts - self.g.staged_parts):

@@ -54,6 +54,19 @@ class Decode:
         row_stride: Int64,
         routing: Routing,
     ) -> None:
+        """Launch the kernel for ``routing.tokens`` tokens. Traced as host code.
+
+        Args:
+            hidden_states: BF16 [tokens, hidden], rows ``row_stride`` elements apart.
+            packed_weight: BF16, laid out by contract.fragment_image.
+            bias: FP32 [experts], the biases that experts are selected with.
+            logits_out: FP32 [tokens, experts]; null if the logits are not wanted.
+            workspace: Tickets and candidates (common/epilogue.py), zero before and after the
+                launch; not read with one group.
+            row_stride: Elements between the starts of two rows of ``hidden_states``.
+            routing: The parameters that all dense kernels share.
+
+        """
         g = self.g
         self.kernel(
             hidden_states,
@@ -83,6 +96,12 @@ class Decode:
         row_stride: Int64,
         routing: Routing,
     ) -> None:
+        """Route one tile of at most ``tokens_tile`` tokens, with a group of experts per cluster.
+
+        Grid: (``ctas``, tiles of tokens), ``threads`` threads, clusters of ``cluster`` CTAs. The
+        rank of a CTA in its cluster is its e rank + ``cluster_e`` * its k rank. The arguments are
+        those of ``__call__``.
+        """
         g = self.g
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(arith.quotient(thread, LANES))

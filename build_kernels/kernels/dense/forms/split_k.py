@@ -51,6 +51,19 @@ class SplitK:
         row_stride: Int64,
         routing: Routing,
     ) -> None:
+        """Launch the kernel for ``routing.tokens`` tokens. Traced as host code.
+
+        Args:
+            hidden_states: BF16 [tokens, hidden], rows ``row_stride`` elements apart.
+            packed_weight: BF16, laid out by contract.stage_image.
+            bias: FP32 [experts], the biases that experts are selected with.
+            logits_out: FP32 [tokens, experts]; null if the logits are not wanted.
+            workspace: Tickets and candidates (common/epilogue.py), zero before and after the
+                launch; not read with one group.
+            row_stride: Elements between the starts of two rows of ``hidden_states``.
+            routing: The parameters that all dense kernels share.
+
+        """
         g = self.g
         tokens = routing.tokens
         tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.tokens_tile)
@@ -84,6 +97,12 @@ class SplitK:
         workspace: cute.Pointer,
         routing: Routing,
     ) -> None:
+        """Route one tile of ``tokens_tile`` tokens, with a group of experts per cluster.
+
+        Grid: (``cluster_k``, tiles of tokens, ``groups``), ``threads`` threads, clusters of
+        ``cluster_k`` CTAs. ``hidden_states`` is the tensor map; the other arguments are those of
+        ``__call__``.
+        """
         g = self.g
         tokens = routing.tokens
         thread = cute.arch.thread_idx()[0]

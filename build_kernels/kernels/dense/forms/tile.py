@@ -51,6 +51,16 @@ class Tile:
         row_stride: Int64,
         routing: Routing,
     ) -> None:
+        """Launch the kernel for ``routing.tokens`` tokens. Traced as host code.
+
+        Args:
+            hidden_states: BF16 [tokens, hidden], rows ``row_stride`` elements apart.
+            packed_weight: BF16, laid out by contract.stage_image.
+            bias: FP32 [experts], the biases that experts are selected with.
+            row_stride: Elements between the starts of two rows of ``hidden_states``.
+            routing: The parameters that all dense kernels share.
+
+        """
         g = self.g
         tokens = routing.tokens
         tensor_map = hidden_map(hidden_states, tokens, g.hidden, row_stride, g.owned_tokens)
@@ -79,6 +89,12 @@ class Tile:
         bias: cute.Pointer,
         routing: Routing,
     ) -> None:
+        """Route ``cluster_t`` tiles of 128 tokens per cluster.
+
+        Grid: (``cluster_e``, tiles of tokens), ``threads`` threads, of which the last warpgroup
+        produces; clusters of ``cluster_e`` x ``cluster_t`` CTAs. ``hidden_states`` is the tensor
+        map; the other arguments are those of ``__call__``.
+        """
         g = self.g
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(arith.quotient(thread, LANES))

@@ -36,6 +36,7 @@ MAX_CLUSTER = 16
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
@@ -86,10 +87,12 @@ class GroupedGeometry(Geometry):
 
     @property
     def group_experts(self) -> int:
+        """Experts of one group, padding included."""
         raise NotImplementedError
 
     @property
     def padded_experts(self) -> int:
+        """Experts of all groups, padding included: rows of the packed weights."""
         return self.group_experts * self.groups
 
     @property

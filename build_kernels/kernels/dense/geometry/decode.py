@@ -113,10 +113,12 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def cta_experts(self) -> int:
+        """Experts of one CTA."""
         return MMA_SYNC_M * self.m_tiles
 
     @property
     def group_experts(self) -> int:
+        """Experts of one cluster, padding included."""
         return self.cta_experts * self.cluster_e
 
     # --- hidden dimension ---
@@ -132,18 +134,22 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def slab_chunks(self) -> int:
+        """Chunks of one slab, each with an accumulator of its own."""
         return self.slab // self.k_chunk
 
     @property
     def slabs(self) -> int:
+        """Slabs of the hidden dimension; the last one may be short."""
         return ceil_div(self.hidden, self.slab)
 
     @property
     def chunks(self) -> int:
+        """Chunks of the hidden dimension, hence partial sums of one logit."""
         return ceil_div(self.hidden, self.k_chunk)
 
     @property
     def cta_slabs(self) -> int:
+        """Slabs of one CTA's slice of the hidden dimension."""
         return ceil_div(self.slabs, self.cluster_k)
 
     @property
@@ -153,15 +159,18 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def hidden_steps(self) -> int:
+        """k16 steps of the whole hidden dimension."""
         return self.hidden // MMA_K
 
     # --- threads ---
     @property
     def warps(self) -> int:
+        """Warps of a CTA: one for each slab and ``warp_m`` m-tiles."""
         return self.cta_slabs * self.m_tiles // self.warp_m
 
     @property
     def threads(self) -> int:
+        """Threads of a CTA."""
         return self.warps * LANES
 
     # --- tokens ---
@@ -185,6 +194,7 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def hidden_bytes(self) -> int:
+        """Bytes of the tile's hidden states, tokens rounded up to columns of whole MMAs."""
         return ceil_div(self.tokens_tile, MMA_SYNC_N) * MMA_SYNC_N * self.row_bytes
 
     @property
@@ -199,6 +209,7 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def key_bytes(self) -> int:
+        """Bytes of the key rows of all tokens that a CTA selects for."""
         return self.slots * self.key_row_bytes
 
     @property
@@ -208,14 +219,17 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def scratch_bytes(self) -> int:
+        """Bytes of the selected candidates of all warps."""
         return self.warps * self.warp_scratch_bytes
 
     @property
     def bias_bytes(self) -> int:
+        """Bytes of the biases of a CTA's experts, FP32."""
         return self.cta_experts * 4
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests."""
         total = self.hidden_bytes + self.sums_bytes + self.key_bytes + self.scratch_bytes
         total += self.bias_bytes + 3 * BARRIER_BYTES
         return max(LEAST_SHARED_BYTES, ceil_div(total, 16) * 16)

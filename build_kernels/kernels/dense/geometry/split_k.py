@@ -47,6 +47,7 @@ class SplitKGeometry(GroupedGeometry):
     m_tile_step: ClassVar[int] = 1
 
     def check(self) -> None:
+        """Raise ValueError unless all stages, and the staged sums, fit shared memory."""
         self.check_division()
         # Several warpgroups that share a ring side by side could take the phase before the last one
         # of a stage for the one that they wait for.
@@ -62,6 +63,7 @@ class SplitKGeometry(GroupedGeometry):
             )
 
     def check_division(self) -> None:
+        """Raise ValueError unless CTAs have equal chunks and the MMA can do the tile's tokens."""
         if self.hidden % (self.k_chunk * self.cluster_k) or self.tokens_tile % self.token_step:
             raise ValueError(
                 f"expected chunks of {self.k_chunk} that divide evenly among {self.cluster_k} CTAs "
@@ -102,15 +104,18 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def group_experts(self) -> int:
+        """Experts of one group, padding included."""
         return MMA_M * self.m_tiles
 
     # --- hidden dimension ---
     @property
     def chunks(self) -> int:
+        """Chunks of the hidden dimension, hence partial sums of one logit."""
         return self.hidden // self.k_chunk
 
     @property
     def cta_chunks(self) -> int:
+        """Chunks of one CTA's slice of the hidden dimension."""
         return self.chunks // self.cluster_k
 
     @property
@@ -131,10 +136,12 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def consumer_threads(self) -> int:
+        """Threads of the consumer warpgroups."""
         return self.warpgroups * WARPGROUP
 
     @property
     def consumer_warps(self) -> int:
+        """Warps of the consumer warpgroups."""
         return self.consumer_threads // LANES
 
     @property
@@ -145,6 +152,7 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def threads(self) -> int:
+        """Threads of a CTA."""
         return self.consumer_threads
 
     # --- tokens ---
@@ -167,10 +175,12 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the weights of a CTA, all in shared memory at once."""
         return self.k_blocks * self.weight_stage_bytes
 
     @property
     def hidden_stage_bytes(self) -> int:
+        """Bytes of a stage of hidden states: the tile's tokens x 64 hidden elements."""
         return self.tokens_tile * K_BLOCK * 2
 
     @property
@@ -180,6 +190,7 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def hidden_stages(self) -> int:
+        """Stages of hidden states that fit besides the weights, at most ``k_blocks``."""
         return min(self.k_blocks, (self.room - self.weight_bytes) // self.hidden_stage_bytes)
 
     # --- then, in the same place, the sums that were received, and those staged to be sent ---
@@ -200,6 +211,7 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def staged_offset(self) -> int:
+        """Offset of the staged sums, behind the received ones."""
         return self.slots * self.slot_bytes
 
     @property
@@ -214,19 +226,23 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def parts(self) -> int:
+        """Parts in which the tile's sums are staged and sent."""
         return self.tokens_tile // self.part_tokens
 
     @property
     def staged_bytes(self) -> int:
+        """Bytes of the staged sums."""
         return self.part_tokens * self.sums_row_bytes
 
     # --- then biases and barriers ---
     @property
     def bias_bytes(self) -> int:
+        """Bytes of the biases of the group's experts, FP32."""
         return self.group_experts * 4
 
     @property
     def bias_offset(self) -> int:
+        """Offset of the biases, behind the operands and the sums that take their place."""
         operands = self.weight_bytes + self.hidden_stages * self.hidden_stage_bytes
         return max(operands, self.staged_offset + self.staged_bytes)
 
@@ -238,14 +254,17 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def hidden_barrier_offset(self) -> int:
+        """Offset of the full barriers of the hidden states."""
         return self.barrier_offset + BARRIER_BYTES * self.k_blocks
 
     @property
     def sums_barrier_offset(self) -> int:
+        """Offset of the barriers that count received sums."""
         return self.hidden_barrier_offset + 2 * BARRIER_BYTES * self.hidden_stages
 
     @property
     def sums_barriers(self) -> int:
+        """Barriers that count received sums, one per part."""
         return self.parts
 
     @property
@@ -255,4 +274,5 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests."""
         return self.barrier_offset + ceil_div(self.end_offset - self.barrier_offset, 16) * 16

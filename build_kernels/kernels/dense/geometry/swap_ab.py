@@ -53,6 +53,7 @@ class SwapAbGeometry(Geometry):
     split_k: int
 
     def check(self) -> None:
+        """Raise ValueError unless the tile divides evenly and fits cluster and shared memory."""
         g = self
         if g.hidden % (g.k_chunk * g.split_k) or g.tile_tokens % N_TILE or g.tile_experts % MMA_M:
             raise ValueError(
@@ -81,6 +82,7 @@ class SwapAbGeometry(Geometry):
     # --- k_blocks of a cluster ---
     @property
     def cluster_e(self) -> int:
+        """Parts that the experts are divided into, one per e rank."""
         return ceil_div(self.experts, self.tile_experts)
 
     @property
@@ -90,6 +92,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def cluster(self) -> int:
+        """CTAs of a cluster."""
         return self.cluster_x * self.cluster_t
 
     def cta_rank(self, e_rank: Any, k_rank: Any, t_rank: Any) -> Any:
@@ -98,6 +101,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def padded_experts(self) -> int:
+        """Experts of a cluster, padding included: rows of the packed weights."""
         return self.tile_experts * self.cluster_e
 
     # --- threads ---
@@ -108,14 +112,17 @@ class SwapAbGeometry(Geometry):
 
     @property
     def consumer_threads(self) -> int:
+        """Threads of the consumer warpgroups."""
         return self.warpgroups * WARPGROUP
 
     @property
     def consumer_warps(self) -> int:
+        """Warps of the consumer warpgroups."""
         return self.consumer_threads // LANES
 
     @property
     def threads(self) -> int:
+        """Threads of a CTA: the consumers and a warpgroup of producers."""
         return self.consumer_threads + WARPGROUP
 
     @property
@@ -150,6 +157,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def held_tokens(self) -> int:
+        """Most tokens whose sums one CTA adds, in whole n-tiles."""
         return self.held_n_tiles * N_TILE
 
     def first_n_tile(self, k_rank: int) -> int:
@@ -187,6 +195,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def thread_experts(self) -> int:
+        """Experts of a token that one thread screens."""
         return self.tile_experts // self.token_threads
 
     @property
@@ -207,23 +216,28 @@ class SwapAbGeometry(Geometry):
 
     @property
     def rank_passes(self) -> int:
+        """Tokens that a thread ranks for, one after the other."""
         return ceil_div(self.owned_tokens * self.rank_threads, self.consumer_threads)
 
     # --- shared memory, in bytes: the ring of stages ---
     @property
     def weight_stage_bytes(self) -> int:
+        """Bytes of a stage's weights: the tile's experts x 64 hidden elements."""
         return self.tile_experts * K_BLOCK * 2
 
     @property
     def hidden_stage_bytes(self) -> int:
+        """Bytes of a stage's hidden states: the tile's tokens x 64 hidden elements."""
         return self.tile_tokens * K_BLOCK * 2
 
     @property
     def stage_bytes(self) -> int:
+        """Bytes of one stage: its weights, then its hidden states."""
         return self.weight_stage_bytes + self.hidden_stage_bytes
 
     @property
     def stages(self) -> int:
+        """Stages of the ring, as many as fit besides the exchange buffers."""
         return self.stages_beside(self.buffers)
 
     def stages_beside(self, buffers: int) -> int:
@@ -233,6 +247,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def ring_bytes(self) -> int:
+        """Bytes of all stages of the ring."""
         return self.stages * self.stage_bytes
 
     # --- then the exchange buffers: partial sums from the CTAs of the other k ranks ---
@@ -260,14 +275,17 @@ class SwapAbGeometry(Geometry):
 
     @property
     def exchange_offset(self) -> int:
+        """Offset of the exchange buffers."""
         return self.ring_bytes
 
     @property
     def bias_bytes(self) -> int:
+        """Bytes of the biases of all experts, FP32."""
         return self.padded_experts * 4
 
     @property
     def bias_offset(self) -> int:
+        """Offset of the biases."""
         return self.exchange_offset + self.buffers * self.exchange_bytes
 
     @property
@@ -282,10 +300,12 @@ class SwapAbGeometry(Geometry):
 
     @property
     def barriers(self) -> int:
+        """Barriers of the ring and of the exchange buffers."""
         return 3 * self.stages + 2 * self.buffers * self.consumer_warps
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests."""
         return self.barrier_offset + ceil_div(BARRIER_BYTES * self.barriers, 16) * 16
 
     # --- the epilogue, in the place of the ring ---
@@ -306,6 +326,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def list_offset(self) -> int:
+        """Offset of the lists of candidates that a token's CTAs have sent."""
         return ceil_div(self.count_offset + self.owned_tokens * self.cluster_e * 4, 16) * 16
 
     @property
@@ -316,6 +337,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def slot_offset(self) -> int:
+        """Offset of the candidates that are ranked, one row per token."""
         return self.list_offset + self.owned_tokens * self.list_row_bytes
 
     @property
@@ -331,4 +353,5 @@ class SwapAbGeometry(Geometry):
 
     @property
     def epilogue_bytes(self) -> int:
+        """Bytes of the epilogue's data, which have to fit the ring."""
         return self.record_offset + (self.owned_tokens + 1) * self.top_k * 16

@@ -40,6 +40,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
     m_tile_step: ClassVar[int] = tcgen05_layout.MMA_M // MMA_M
 
     def check(self) -> None:
+        """Raise ValueError unless the ring and one part of the sums fit shared memory."""
         self.check_division()
         # A stage for each chunk and one in flight, and room for a part of the sums.
         if self.hidden_stages < min(self.cta_chunks + 1, self.k_blocks) or self.staged_parts < 1:
@@ -62,6 +63,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
 
     @property
     def threads(self) -> int:
+        """Threads of a CTA: the consumers, and a producer warp if stages are filled again."""
         return self.consumer_threads + (LANES if self.rings else 0)
 
     # --- tensor memory ---
@@ -95,6 +97,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
 
     @property
     def part_bytes(self) -> int:
+        """Bytes of one part's staged sums."""
         return self.part_tokens * self.sums_row_bytes
 
     @property
@@ -104,6 +107,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
 
     @property
     def staged_bytes(self) -> int:
+        """Bytes of the parts that are staged at a time."""
         return self.staged_parts * self.part_bytes
 
     # --- shared memory behind the other barriers ---
@@ -119,6 +123,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests."""
         size = self.tensor_address_offset + 8 - self.barrier_offset
         return self.barrier_offset + ceil_div(size, 16) * 16
 
@@ -135,6 +140,7 @@ class TileTcgen05Geometry(TileGeometry):
     expert_step: ClassVar[int] = 16
 
     def check(self) -> None:
+        """Raise ValueError unless one pass covers the CTA's experts."""
         if self.passes > 1 or self.row_tiles > MAX_ROW_TILES:
             raise ValueError(
                 f"expected one pass over at most {self.most_experts} experts per CTA, "
@@ -149,10 +155,12 @@ class TileTcgen05Geometry(TileGeometry):
 
     @property
     def accumulator_columns(self) -> int:
+        """Columns of tensor memory of one accumulator."""
         return self.row_tiles * self.tokens_tile
 
     @property
     def tensor_columns(self) -> int:
+        """Columns of tensor memory to allocate for both accumulators."""
         return tcgen05_layout.allocation(ACCUMULATORS * self.accumulator_columns)
 
     # --- shared memory, in bytes ---
@@ -163,6 +171,7 @@ class TileTcgen05Geometry(TileGeometry):
 
     @property
     def ring_bytes(self) -> int:
+        """Bytes for the two rings: what biases, barriers and idle rows leave."""
         return MAX_SHARED_BYTES - self.bias_bytes - 512 - self.idle_bytes
 
     @property
@@ -177,4 +186,5 @@ class TileTcgen05Geometry(TileGeometry):
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests, what idle rows read included."""
         return max(self.tensor_address_offset + 16, self.bias_offset + self.idle_bytes)

@@ -53,10 +53,12 @@ class TileGeometry(Geometry):
 
     @property
     def consumer_threads(self) -> int:
+        """Threads of the consumer warpgroups."""
         return self.consumer_warpgroups * WARPGROUP
 
     @property
     def tokens_tile(self) -> int:
+        """Tokens of a tile."""
         return self.consumer_warpgroups * MMA_M
 
     @property
@@ -67,10 +69,12 @@ class TileGeometry(Geometry):
 
     @property
     def cta_experts(self) -> int:
+        """Experts of one CTA, over all passes, padding included."""
         return self.mma_n * self.passes
 
     @property
     def padded_experts(self) -> int:
+        """Experts of all CTAs of a tile, padding included: rows of the packed weights."""
         return self.cta_experts * self.cluster_e
 
     @property
@@ -86,10 +90,12 @@ class TileGeometry(Geometry):
 
     @property
     def full_chunks(self) -> int:
+        """Chunks that have all of their blocks."""
         return self.k_blocks // self.chunk_k_blocks
 
     @property
     def chunks(self) -> int:
+        """Chunks of the hidden dimension, a short last one included."""
         return ceil_div(self.k_blocks, self.chunk_k_blocks)
 
     @property
@@ -100,10 +106,12 @@ class TileGeometry(Geometry):
     # --- threads ---
     @property
     def threads(self) -> int:
+        """Threads of a CTA: the consumers and a warpgroup of producers."""
         return self.consumer_threads + WARPGROUP
 
     @property
     def consumer_warps(self) -> int:
+        """Warps of the consumer warpgroups."""
         return self.consumer_threads // LANES
 
     # --- selection ---
@@ -124,19 +132,23 @@ class TileGeometry(Geometry):
 
     @property
     def mask_words(self) -> int:
+        """Words (32 bits) of the mask of one thread of a quad, for one token."""
         return ceil_div(self.mask_bits, 32)
 
     # --- shared memory, in bytes ---
     @property
     def hidden_stage_bytes(self) -> int:
+        """Bytes of a stage of hidden states: the tile's tokens x 64 hidden elements."""
         return self.tokens_tile * K_BLOCK * 2
 
     @property
     def weight_stage_bytes(self) -> int:
+        """Bytes of a stage of weights: the experts of one pass x 64 hidden elements."""
         return self.mma_n * K_BLOCK * 2
 
     @property
     def bias_bytes(self) -> int:
+        """Bytes of the biases of all experts, FP32."""
         return self.padded_experts * 4
 
     @property
@@ -153,15 +165,18 @@ class TileGeometry(Geometry):
 
     @property
     def weight_stages(self) -> int:
+        """Stages of weights that fit besides those of hidden states."""
         left = self.ring_bytes - self.hidden_stages * self.hidden_stage_bytes
         return left // self.weight_stage_bytes
 
     @property
     def weight_offset(self) -> int:
+        """Offset of the ring of weights."""
         return self.hidden_stages * self.hidden_stage_bytes
 
     @property
     def bias_offset(self) -> int:
+        """Offset of the biases."""
         return self.weight_offset + self.weight_stages * self.weight_stage_bytes
 
     @property
@@ -171,6 +186,7 @@ class TileGeometry(Geometry):
 
     @property
     def weight_barrier_offset(self) -> int:
+        """Offset of the full, then empty barriers of the weights."""
         return self.barrier_offset + 2 * BARRIER_BYTES * self.hidden_stages
 
     @property
@@ -180,6 +196,7 @@ class TileGeometry(Geometry):
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA requests."""
         return self.end_offset
 
     # --- after the multiplication the rings' place takes the logits and the candidates' masks ---
@@ -190,12 +207,15 @@ class TileGeometry(Geometry):
 
     @property
     def mask_offset(self) -> int:
+        """Offset of the masks of candidates, behind the logits."""
         return self.tokens_tile * self.logit_row_bytes
 
     @property
     def mask_row_bytes(self) -> int:
+        """Bytes of one token's masks: those of the four threads of a quad."""
         return 4 * 4 * self.mask_words
 
     @property
     def image_bias_offset(self) -> int:
+        """Offset of the biases that image tokens are selected with."""
         return self.mask_offset + self.tokens_tile * self.mask_row_bytes

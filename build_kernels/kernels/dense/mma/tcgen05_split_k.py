@@ -26,6 +26,10 @@ class SplitKTcgen05(SplitKMma):
 
     @cute.jit
     def allocate(self, shared: Int32, warp: Int32) -> None:
+        """Allocate the accumulators in tensor memory and initialise their barriers.
+
+        All threads call this, before the CTA's first barrier; one warp does the work.
+        """
         g = self.g
         if warp == ALLOCATOR:
             for chunk in cutlass.range_constexpr(g.cta_chunks):
@@ -39,6 +43,11 @@ class SplitKTcgen05(SplitKMma):
 
     @cute.jit
     def free(self, shared: Int32, warp: Int32) -> None:
+        """Free the tensor memory.
+
+        Consumer warps call this, after a barrier behind ``multiply``: all of them have read their
+        sums by then.
+        """
         if warp == ALLOCATOR:
             tcgen05.fence_after()
             tcgen05.deallocate(self.tensor_address(shared), self.g.tensor_columns)
@@ -48,6 +57,7 @@ class SplitKTcgen05(SplitKMma):
         return memory.load_shared_b32(shared + self.g.tensor_address_offset)
 
     def first_row(self, warp: Int32) -> Int32:
+        """Return the first of the 16 experts of the group whose sums a warp loads."""
         # 128 experts are two m-tiles: the warpgroup of the first has half 0 of every 32 rows.
         pair = arith.quotient(self.task(warp)[0], self.g.m_tile_step)
         return pair * tcgen05_layout.MMA_M + self.first_lane(warp)
@@ -61,6 +71,13 @@ class SplitKTcgen05(SplitKMma):
     def multiply(
         self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32
     ) -> list[Float32]:
+        """Return this warp's partial sums of 16 experts x the tile's tokens, FP32.
+
+        All consumer warps call this. The issuing warp waits at the full barriers of weights and
+        hidden states, and releases stages that are filled again; every warp then waits at the
+        barrier of its chunk's accumulator, which the commit behind the chunk's last MMA completes.
+        On return the sums are in registers.
+        """
         g = self.g
         tcgen05.fence_after()
         tensor = self.tensor_address(shared)

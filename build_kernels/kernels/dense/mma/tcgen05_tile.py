@@ -44,6 +44,12 @@ class TileTcgen05(TileMma):
 
     @cute.jit
     def allocate(self, shared: Int32, warp: Int32) -> None:
+        """Allocate both accumulators in tensor memory and initialise their barriers.
+
+        All threads call this, before the CTA's first barrier; the issuing warp does the work. A
+        full barrier has one arrival per phase, that of a commit; an empty one has one per consumer
+        warp.
+        """
         g = self.g
         if warp == self.issuer:
             accumulators = self.accumulators(shared)

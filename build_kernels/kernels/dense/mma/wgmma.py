@@ -109,6 +109,11 @@ class SplitKWgmma(SplitKMma):
 
     @cute.jit
     def multiply(self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32) -> cute.Tensor:
+        """Return this thread's FP32 partial sums of 64 experts x the tile's tokens.
+
+        All consumer warps call this. It waits at the full barriers of the chunk's weights and
+        hidden states, in their first phase. It releases nothing: every stage is filled once.
+        """
         g = self.g
         m_tile, chunk = self.task(warp)
         own = (
@@ -133,6 +138,7 @@ class SplitKWgmma(SplitKMma):
         return sums
 
     def first_row(self, warp: Int32) -> Int32:
+        """Return the first of the 16 experts of the group whose sums a warp has."""
         return self.task(warp)[0] * MMA_M + arith.remainder(warp, 4) * 16
 
 
@@ -186,12 +192,18 @@ class TileWgmma(TileMma):
 
     @property
     def releases(self) -> int:
+        """Arrivals of one CTA that release a stage: one per consumer warp."""
         return int(self.g.consumer_warps)
 
     @cute.jit
     def multiply(
         self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, thread: Int32
     ) -> list[cute.Tensor]:
+        """Return this thread's logits, 64 tokens x ``mma_n`` experts per warpgroup and pass.
+
+        All consumer threads call this. It waits at the full barriers of both rings. Each warp
+        releases a stage by an arrival at the empty barrier of every CTA that fills it.
+        """
         g = self.g
         group = cute.arch.make_warp_uniform(arith.quotient(thread, WARPGROUP))
         lane = arith.remainder(thread, LANES)
@@ -281,6 +293,10 @@ class TileWgmma(TileMma):
     def store_logits(
         self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
     ) -> None:
+        """Store this thread's logits as rows of tokens, from ``shared`` on.
+
+        All consumer threads call this when the rings are no longer needed. No barrier.
+        """
         g = self.g
         lane = arith.remainder(thread, LANES)
         row = arith.quotient(thread, LANES) * 16 + arith.quotient(lane, 4)
