@@ -117,7 +117,7 @@ def rows(target: str, artifacts: Path | None) -> list[Row]:
 def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
     """Return the manifest of a plan, with the cubins' digests that artifacts.lock records.
 
-    What only a built cubin tells (size, symbol, resources) is empty.
+    What can only be read from a built cubin (size, symbol, resources) is empty.
     """
     recorded = lock.read(artifacts / lock.LOCK_NAME).entries if artifacts else {}
     digests = (recorded[job.key].sha256 if job.key in recorded else _NO_DIGEST for job in jobs)

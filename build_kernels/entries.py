@@ -56,8 +56,8 @@ def inspect(job: Job, data: bytes, facts: Cubin, counts: Census) -> Entry:
 
 
 def planned(job: Job, sha256: str) -> Entry:
-    """Return the entry of a job whose cubin has this digest, without what only the cubin tells:
-    ``size``, ``symbol`` and ``resources`` are empty.
+    """Return the entry of a job whose cubin has this digest, without what can only be read
+    from the cubin: ``size``, ``symbol`` and ``resources`` are empty.
     """
     contract, numerics = declared(job)
     return Entry(

@@ -1,1 +1,1 @@
-"""Tests, and the benchmark. A package, so that no other one called tests stands in its way."""
+"""Tests, and the benchmark. A package, so that no other one called tests is imported instead."""

@@ -1,7 +1,7 @@
 """What may import what in ``router_runtime`` and ``build_kernels``, read from their syntax trees.
 
 The rules: a room of the runtime imports only rooms below it; the builder imports only the parts of
-the runtime that need no torch; modules do not import each other in a circle; our own modules are
+the runtime that need no torch; there are no import cycles; our own modules are
 imported at the top of a file; an underscore name is used in its own module only.
 """
 
@@ -136,7 +136,7 @@ def late_imports(found: tuple[Source, ...]) -> list[str]:
 
 
 def cycle(found: tuple[Source, ...]) -> list[str]:
-    """The modules of one circle of imports, or nothing."""
+    """The modules of one import cycle, or nothing."""
     graph = {
         source.name: {each.module for each in source.imports(names_of(found))} for source in found
     }

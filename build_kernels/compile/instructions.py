@@ -50,8 +50,8 @@ def census(listing: str) -> dict[str, int]:
 def censuses(cubins: Sequence[bytes], target: str, nvdisasm: Path) -> list[dict[str, int]]:
     """Return the census of each of these cubins, which are all for ``target``.
 
-    ``nvdisasm`` gets the code of all of them in one piece; the address of an instruction tells
-    which cubin it belongs to. Raises BuildError if the code cannot be disassembled.
+    ``nvdisasm`` gets the code of all of them in one piece; the cubin of an
+    instruction follows from its address. Raises BuildError if the code cannot be disassembled.
     """
     codes = [_code(data) for data in cubins]
     ends = list(itertools.accumulate(len(code) for code in codes))
@@ -102,7 +102,7 @@ def serialised(counts: Census) -> bool:
     """Return whether ptxas has serialised the wgmma instructions: none overlaps another.
 
     Each of them then has a ``WARPGROUP.ARRIVE`` of its own, where otherwise several share one. Such
-    code is right and slow, and ptxas says so only in a log.
+    code is correct but slow, and ptxas reports it only in a log.
     """
     multiplications = sum(count for name, count in counts.items() if name.startswith("HGMMA."))
     return 0 < multiplications <= counts.get("WARPGROUP.ARRIVE", 0)

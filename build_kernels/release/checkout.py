@@ -1,6 +1,6 @@
 """The commit of a checkout, and the files that differ from it.
 
-Files are compared by their own bytes, not by git's index: an assumption the index was told, a
+Files are compared by their own bytes, not by git's index: an assume-unchanged flag, a
 line-ending filter or an ignore rule of the user's cannot make a changed file look clean.
 """
 
@@ -92,7 +92,7 @@ def _change(root: Path, path: str, mode: int, identity: str) -> str | None:
         return f"removed {path}"
     except IsADirectoryError:
         return f"changed {path}"
-    # The length of the id tells which of git's two digests this repository uses.
+    # The length of the id shows which of git's two digests this repository uses.
     digest = hashlib.new("sha1" if len(identity) == 40 else "sha256")
     digest.update(b"blob %d\0" % len(data) + data)
     same_kind = link == (mode == _LINK) and (link or bool(found & 0o100) == bool(mode & 0o100))

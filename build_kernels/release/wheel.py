@@ -1,7 +1,7 @@
 """The wheel: made by the build backend, then written again in one canonical form.
 
-The backend (hatchling, locked, without build isolation) owns names and metadata. What it cannot
-promise is the bytes: its entries are compressed, and zlib's output differs between versions. So its
+The backend (hatchling, locked, without build isolation) owns names and metadata. What it does
+not fix is the bytes: its entries are compressed, and zlib's output differs between versions. So its
 entries are written again: stored, in a fixed order, with fixed modes and times. Reading accepts
 that form only, by writing what was read once more and comparing.
 """

@@ -1,6 +1,6 @@
 """``router-runtime doctor --why REQUEST``: how one request is decided, entry by entry.
 
-A request is a kernel and what it is asked for, separated by ``/``:
+A request is a kernel and what it is to serve, separated by ``/``:
 
     dense_router/dsv4-pro/1024            a dense router of a model, a batch of 1024 tokens
     dense_router/dsv4-pro                 the same for every batch size

@@ -165,8 +165,8 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
 
 
 def _check_machine_code(data: bytes, entry: Entry, what: str) -> None:
-    """Refuse what is not an executable ELF for the entry's compute capability. The header does not
-    tell ``a`` from ``f``: the builder checks that, and a driver refuses what does not fit.
+    """Refuse what is not an executable ELF for the entry's compute capability. The header is
+    the same for ``a`` and ``f``: the builder checks that, and a driver refuses what does not fit.
     """
     target = Target.parse(entry.target)
     expected = (_IDENTITY, _EXECUTABLE, _EM_CUDA, target.major * 10 + target.minor)

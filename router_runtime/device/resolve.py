@@ -151,7 +151,7 @@ def status_if_fitting(
 
 def option(candidate: Candidate, request: Request) -> Option:
     """Return a candidate as one of the options that batches are divided among."""
-    # A caller who names a variant takes it whatever its evidence.
+    # A variant that the caller names is used without regard to its evidence.
     rank = 0 if request.variant is not None else status_rank(candidate.status)
     return Option(candidate.entry, rank, closeness(candidate.entry, request.quantities))
 
@@ -190,7 +190,7 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     reasons += [f"has no parameter {name}" for name in request.parameters if name not in present]
     if request.variant is not None:
         if entry.variant != request.variant:
-            reasons.append(f"the caller asked for variant {request.variant}")
+            reasons.append(f"the caller requested variant {request.variant}")
     else:
         # Evidence is not read for an entry that is refused for one of the reasons above.
         refused_unread = status == NOT_READ and bool(reasons)
@@ -231,7 +231,7 @@ def next_step(resolution: Resolution, *, brief: bool = False) -> str:
     if any(not _reasons(c.entry, "verified", relaxed, device) for c in here):
         if request.variant is not None:
             names = sorted({candidate.entry.variant for candidate in here})
-            return f"ask for one of the variants {names}"
+            return f"request one of the variants {names}"
         where = "this GPU" if device.present else f"a GPU of {_capability(device)}"
         advice = f"run on {where}: {record_evidence(resolution.artifacts)}"
         fitting = [c.entry for c in here if not _reasons(c.entry, "verified", relaxed, device)]

@@ -308,7 +308,7 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
     )
 
 
-#: Sizes that meet every way in which hash_gate's tokens share a multiprocessor; any pattern of
+#: Sizes that cover every way in which hash_gate's tokens share a multiprocessor; any pattern of
 #: hidden states that a dense router is tried with, unless it is about ids.
 _GATE_TOKENS = (1, 2, 63, 64, 65, 257, 1000)
 _GATE_PATTERNS = (

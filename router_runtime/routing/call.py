@@ -186,7 +186,7 @@ class Call:
     ) -> tuple[int, ...]:
         """The values of ``SERVED`` for a launch of some rows of the batch.
 
-        Every tensor of this call and of ``results`` has to live until the launch.
+        Every tensor of this call and of ``results`` must stay alive until the launch.
 
         Args:
             rows: the rows.

@@ -223,7 +223,7 @@ class CudaDense:
                 self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3])
             return
         launcher = plan.launchers[place]
-        # ``tensor`` becomes the copy, if there is one: it has to live until the launch.
+        # ``tensor`` becomes the copy, if there is one: it must stay alive until the launch.
         tensor, address, row_stride = readable_rows(tensor)
         if row_stride < self._hidden_size and launcher.mapped:
             # The rows overlap, or there is one row, whose stride may be anything.

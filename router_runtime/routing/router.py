@@ -1,6 +1,6 @@
 """Router: one gate of one layer, with its weights on a device and its kernels loaded.
 
-Everything that can fail or allocate for good happens in the constructor: values are checked,
+Everything that can fail or allocate permanently happens in the constructor: values are checked,
 weights are stored in the order in which the kernels read them, and every kernel that the router can
 need is loaded, so that a call does nothing but allocate its two outputs and launch.
 """
@@ -448,7 +448,7 @@ class Router(GateModule):
 def _check_arguments(
     config: RouterConfig, tensors: Mapping[str, Tensor], variants: Mapping[str, str]
 ) -> None:
-    """Refuse tensors and variants that a router of that mode has no use for, or that it lacks."""
+    """Refuse tensors and variants that a router of that mode does not use, or that are missing."""
     mode = config.mode
     unknown = sorted(set(variants) - set(KERNELS[mode]))
     if unknown:

@@ -140,7 +140,7 @@ def _idle_stream(device: torch.device) -> torch.cuda.Stream:
 def _capture_id(stream: int) -> int:
     """The number of the capture that ``stream`` is part of, which no other capture has."""
     api = driver.bindings()
-    # Bindings of CUDA 12 have the query that knows programmatic dependencies under its own name.
+    # Bindings of CUDA 12 have a query of another name that supports programmatic dependencies.
     query = getattr(api, "cuStreamGetCaptureInfo_v3", None) or api.cuStreamGetCaptureInfo
     _, capture, *_ = driver.check(query(stream), "cuStreamGetCaptureInfo")
     return int(capture)

@@ -286,7 +286,7 @@ def _set(wanted: Policy) -> None:
                 "signature policy",
                 expected=f"the one in force, {process.policy}",
                 found=f"another, {wanted}",
-                remedy="a process has one policy for good: start another process",
+                remedy="a process keeps its first policy: start another process",
             )
         )
     if process.policy is None:

@@ -25,7 +25,7 @@ def edition(
 ) -> Path:
     """A copy of ``folder`` in ``into``.
 
-    Without ``dependent``, no contract asks for programmatic dependent launch; the wait inside a
+    Without ``dependent``, no contract has programmatic dependent launch; the wait inside a
     kernel then returns at once. ``only`` is the one (kernel, variant) that dense routers may use.
     """
     manifest = read_manifest(folder)

@@ -1,4 +1,7 @@
-"""Who is timed. Each is built from a chain's layers and routes hidden states by a layer's index."""
+"""The contenders: what is timed.
+
+Each is built from a chain's layers and routes hidden states by a layer's index.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +104,8 @@ class DenseRouters:
         return Output(*self._routers[layer](x))
 
     def release(self) -> None:
-        """Let the memory go: a router that a graph captured is registered until somebody says that
-        the graph is gone.
+        """Free the memory: a router that a graph captured stays registered until its caller
+        unregisters it.
         """
         for router in self._routers:
             unregister_router(register_router(router), force=True)

@@ -81,7 +81,7 @@ class Latencies:
         self._routes.clear()
 
     def _route(self, contender: Contender, mode: Mode) -> Route | str:
-        """The contender's route, made when first asked for, or why there is none."""
+        """The contender's route, made when first used, or why there is none."""
         own: Mode = mode if contender.launches_dependent else "pdl"
         key = (contender.name, own)
         if key not in self._routes:

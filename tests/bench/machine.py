@@ -59,7 +59,7 @@ class Gpu:
         self.l2_bytes: int = self._properties.L2_cache_size
         torch.zeros(1, device=self.device)  # makes the context that the link is loaded into
         # One stream for warming up and for capturing: cuBLAS keeps its workspace by stream, and a
-        # capture must not be the first to ask for it.
+        # capture must not be the first to need it.
         self._stream = torch.cuda.Stream(self.device)
         self._link = Link(compile_link(self._properties.major, self._properties.minor))
 
@@ -71,7 +71,7 @@ class Gpu:
         stream = self._stream
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(stream):
-            chain()  # compiles, loads and allocates whatever a capture must not
+            chain()  # compiles, loads and allocates: a capture must not
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # thread_local: a compiler's helper thread may do as it likes meanwhile.

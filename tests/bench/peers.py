@@ -1,4 +1,4 @@
-"""What there is to beat: the peers' figures, the bars and the floors, read from ``peers.json``.
+"""The figures to beat: the peers' times, the bars and the floors, read from ``peers.json``.
 
 GPUs of one kind differ in clocks and memory, so a peer's figure is scaled by this run's
 ``torch.mm`` over the ``torch.mm`` measured beside it.

@@ -106,7 +106,7 @@ def document(
     host: Sequence[HostCell],
     peers: Peers,
 ) -> dict[str, Any]:
-    """Everything there is to know about a run, as JSON. ``facts``: device, software, artifacts,
+    """The whole result of a run, as JSON. ``facts``: device, software, artifacts,
     method.
     """
     return {

@@ -95,7 +95,7 @@ class Run:
         }
 
     def run(self) -> bool:
-        """True if every cell that was asked for was measured and right."""
+        """True if every requested cell was measured and right."""
         options, device = self._options, self._machine.device
         complete = True
         options.out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ class Run:
         return by_itself + others
 
     def _editions(self, name: str, only: tuple[str, str] | None) -> dict[Mode, Path]:
-        """The folder of each mode; made when first asked for, and for every model."""
+        """The folder of each mode; made when first used, and for every model."""
         folder = self._folder
         if folder is None:
             return {}

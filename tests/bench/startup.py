@@ -1,4 +1,6 @@
-"""What a process pays before its first token: every check on the files of one model for one device.
+"""The time that a process spends before its first token, for one model and device.
+
+Every check of files is part of it.
 
 ``python -m tests.bench.startup --model dsv4-flash`` is one fresh process with torch imported, in
 which each step is taken once, cold, as a Router and the ops take it; it prints milliseconds as
@@ -164,7 +166,7 @@ def _chosen(
 
 
 def sign(folder: Path, into: Path) -> tuple[Path, Path]:
-    """A public key and an envelope over every file of the folder, by a key that nobody keeps."""
+    """A public key and an envelope over every file of the folder, by a key that is not kept."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 

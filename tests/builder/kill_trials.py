@@ -1,4 +1,4 @@
-"""Kill builds and releases at random moments; what lies there must be the old or the new, whole.
+"""Kill builds and releases at random moments; the output must be the whole old or new one.
 
     python -m tests.builder.kill_trials --builds 100 --releases 100 --seed 1
 
@@ -59,7 +59,7 @@ finally:
 
 
 class Trials:
-    """The trials of one kind: how long and how many operations a run takes when nobody ends it."""
+    """The trials of one kind: how long and how many operations a run takes that is not killed."""
 
     def __init__(self, project: Project, arguments: list[str], random_: random.Random) -> None:
         self._project = project
@@ -73,7 +73,7 @@ class Trials:
         said = self._start(0).communicate()[0]
         self.seconds = time.monotonic() - started
         if "operations " not in said:
-            raise AssertionError(f"a run that nobody ended failed:\n{said}")
+            raise AssertionError(f"a run that was not killed failed:\n{said}")
         self.operations = int(said.rsplit("operations ", 1)[1])
 
     def run(self) -> bool:
@@ -153,7 +153,7 @@ def builds(number: int, random_: random.Random) -> Counter[str]:
                 raise AssertionError("expected a finished build to be published")
             trials.outcomes[_outcome(killed, found == states[new])] += 1
             old = states.index(found)
-        # Whatever was left behind, the next build ends in the very folder of a first build.
+        # Whatever files remain, the next build's output equals that of a first build.
         source.write_text(texts[0])
         project.build("--kernel", "scale", "--out", str(out))
         if contents(out) != contents(project.root / "expected0"):

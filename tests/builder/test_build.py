@@ -61,7 +61,7 @@ def test_a_full_build(project: Project) -> None:
 def test_code_that_cannot_be_read_is_named_beside_other_failures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One target's disassembly fails: each of its entries says so, and what failed before too."""
+    """One target's disassembly fails: each entry reports it, beside its earlier failure."""
     jobs = [SimpleNamespace(key=key) for key in ("one", "two")]
     facts = SimpleNamespace(target="sm_90a")
     compiled = [build.Compiled(job, b"", facts) for job in jobs]
@@ -324,7 +324,7 @@ def test_workers_begin_with_the_targets_that_none_is_at() -> None:
     queue = pool.Queue(jobs)
     begun = [queue.take(None) for _ in range(4)]
     assert begun == [jobs[5], jobs[8], jobs[0], jobs[1]]
-    # Each keeps to its kind while there is any of it, then helps where most is left.
+    # A worker takes jobs of its kind while there are any, then of the kind with most jobs left.
     assert [queue.take("sm_100a") for _ in range(2)] == [jobs[9], jobs[2]]
     assert [queue.take("sm_90a") for _ in range(3)] == [jobs[6], jobs[7], jobs[3]]
     assert [queue.take("cuda") for _ in range(2)] == [jobs[4], None]
@@ -417,7 +417,7 @@ def test_an_empty_plan_is_an_error(fresh: Project) -> None:
     assert not fresh.artifacts.exists()
 
 
-def test_an_installed_package_builds_only_where_it_is_told(fresh: Project) -> None:
+def test_an_installed_package_builds_only_with_an_output_folder(fresh: Project) -> None:
     (fresh.root / "pyproject.toml").unlink()
     result = fresh.run("build")
     assert result.returncode == 1

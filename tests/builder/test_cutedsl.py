@@ -36,7 +36,7 @@ def test_a_worker_answers_an_unknown_program_with_the_error() -> None:
 
 
 def test_a_cubin_for_another_target_is_refused(compile_cuda: Compile) -> None:
-    """The ELF flags do not tell sm_100a from sm_100f; the builder does."""
+    """The ELF flags are the same for sm_100a and sm_100f; the builder finds the difference."""
     data = compile_cuda('extern "C" __global__ void f() {}', "sm_100f")
     job = Job("f", "cuda", None, "sm_100a", "a", {}, "0" * 64, "0" * 64)
     with pytest.raises(

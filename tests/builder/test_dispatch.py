@@ -81,7 +81,7 @@ print(*sorted({f"{entry.target} {status(entry)}" for entry in manifest.entries})
 
 
 def test_a_plan_has_the_entries_of_its_build(project: Project) -> None:
-    """With the digests of the lock, but for what only a cubin tells."""
+    """With the digests of the lock, without what can only be read from a cubin."""
     script = """
 import dataclasses
 from pathlib import Path

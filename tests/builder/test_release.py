@@ -712,7 +712,7 @@ def test_a_build_whose_folder_vanishes_is_an_error(project: Project, tmp_path: P
 def test_a_folder_that_cannot_be_made_is_an_error(
     committed: Project, command: tuple[str, ...]
 ) -> None:
-    # Nobody can make a folder there, not even the superuser, whom modes do not bind.
+    # No user can make a folder there, not even the superuser, who may ignore file modes.
     out = Path("/proc/out")
     result = committed.run(*command, "--out", out)
     assert result.returncode == 1

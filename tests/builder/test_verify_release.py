@@ -1,4 +1,4 @@
-"""A release as a receiver checks it, and every way to tamper with one that was thought of."""
+"""``verify-release`` on a good release, and on releases that were tampered with in many ways."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def _change(folder: Path, change: Callable[[Entries], object]) -> None:
 
 
 def _forge(folder: Path, **changes: object) -> None:
-    """Describe the files that lie there in a statement of one's own: what who has no key can do."""
+    """Replace the statement by an unsigned one of the files in the folder, as an attacker without
+    the key can.
+    """
     (folder / ENVELOPE).unlink(missing_ok=True)
     statement = statement_loads((folder / PLAIN).read_bytes())
     entries = wheel.read((folder / WHEEL).read_bytes(), WHEEL)
@@ -186,7 +188,7 @@ def test_another_key(released: Released, folder: Path, tmp_path: Path) -> None:
 
 
 def test_another_keys_name_on_a_signature(released: Released, folder: Path, tmp_path: Path) -> None:
-    """Signed by somebody else, who claims the releaser's key id."""
+    """Signed with another key, under the releaser's key id."""
     from build_kernels.release import signing
 
     key, _ = write_keys(tmp_path, "other")
@@ -242,8 +244,8 @@ def test_an_older_signed_manifest_with_newer_cubins(
 
     def replay(entries: Entries) -> None:
         for name in [n for n in entries if n.endswith(".cubin")]:
-            twin = next((n for n in newer if n[:-22] == name[:-22]), name)
-            entries[name] = newer[twin]
+            new = next((n for n in newer if n[:-22] == name[:-22]), name)
+            entries[name] = newer[new]
 
     _change(folder, replay)
     _refused(folder, r"the wheel's scale-any-sm_90a.*\.cubin: expected sha256", released.public)

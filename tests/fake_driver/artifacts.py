@@ -50,7 +50,7 @@ def make_entry(
         contract: How it is launched.
         model: Name of the model it is compiled for; None for any.
         target: Such as ``sm_90a``.
-        variant: Tells entries of one kernel, model and target apart.
+        variant: Distinguishes entries of one kernel, model and target.
         constants: Its compile-time constants.
         numerics: The tag of its summation order.
         shared: Bytes of static shared memory.

@@ -23,7 +23,7 @@ def violations(call: Call, found: Outcome) -> Iterator[str]:
     in_range = (logical >= 0) & (logical < call.experts)
     if not bool((in_range | (logical == call.sentinel)).all()):
         yield "an id is neither in range nor the sentinel"
-    # The sentinel may be an expert's number too: then only padding tells them apart.
+    # The sentinel may be an expert's number too: then only padding distinguishes them.
     real = in_range if call.padding is None else in_range & ~call.padding.unsqueeze(1)
     none = (logical == call.sentinel) & ~real
     if not bool((weights[none] == 0).all()):

@@ -57,7 +57,7 @@ def chosen(entry: Entry) -> Iterator[Case]:
     yield cut(next(by_pattern[name] for name in _TIES if name in by_pattern), suite.PATTERN_TOKENS)
     served = [case for case in cases if case.serving]
     names = dict.fromkeys(name for case in served for name in case.serving)
-    # Given ids are not selected, by whatever bias.
+    # Given ids are not selected, so no bias matters.
     for without in ("replay", "images") if "replay" in names else ("replay",):
         if served:
             yield cut(served[0], ROWS_AT_MOST, tuple(name for name in names if name != without))

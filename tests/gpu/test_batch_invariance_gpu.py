@@ -23,7 +23,7 @@ def bits(outputs):
 
 
 class Difference:
-    """Counts differing words on the GPU; asking for the count is what waits for it."""
+    """Counts differing words on the GPU; only reading the count waits for the GPU."""
 
     def __init__(self):
         self._count = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -52,8 +52,8 @@ class Subject:
         return tuple(output[where] for output in self.expected)
 
     def kernels(self):
-        """Each way of serving in turn: as dispatched, then each kernel alone with whatever sizes it
-        takes; larger batches are split.
+        """Each way of serving in turn: as dispatched, then each kernel alone with the sizes that
+        it takes; larger batches are split.
         """
         backend = self.router.backend
         own, token_ranges = backend.plan, backend.token_ranges

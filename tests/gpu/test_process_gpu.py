@@ -333,7 +333,7 @@ print(all(torch.equal(a, b) for a, b in zip(again, expected)))
 
 
 def test_a_lost_context_ends_in_words(models):
-    """An assertion of somebody's kernel leaves every later launch of the process failing."""
+    """After a failed assertion in another kernel, every later launch of the process fails."""
     done = in_a_process(
         """
 router = build()

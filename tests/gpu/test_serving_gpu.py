@@ -309,7 +309,7 @@ def test_out(tokens, integers, subjects, same):
         k, experts = config.top_k, config.num_experts
         x = subject.pool[:tokens]
         router_id = register_router(router)
-        # Whatever stands around them has to stay.
+        # The memory around them must not change.
         words = torch.full((tokens + 2, k), torch.nan, device="cuda")
         numbers = torch.full((tokens + 2, k), -99, dtype=integers, device="cuda")
         outputs = {"weights_out": words[1:-1], "ids_out": numbers[1:-1]}

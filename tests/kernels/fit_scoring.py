@@ -39,7 +39,7 @@ def minimax(columns: Doubles, target: Doubles) -> Doubles:
 
 
 def fit(x: Doubles, y: Doubles, degree: int, leading: tuple[float, ...] = ()) -> list[float]:
-    """Single-precision coefficients of y, lowest power first; ``leading`` ones are given."""
+    """Single-precision coefficients of y, lowest power first; the first ones are ``leading``."""
     coefficients: list[float] = []
     rest = y.copy()
     for power in range(degree + 1):

@@ -22,7 +22,7 @@ K_BLOCK = 64
 LOADED = 8
 
 
-#: What does not depend on the experts, by tokens: asking for every element takes seconds.
+#: What does not depend on the experts, by tokens: a query of every element takes seconds.
 _by_tokens: dict[int, dict[str, Any]] = {}
 
 

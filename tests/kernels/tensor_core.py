@@ -1,9 +1,9 @@
-"""A multiprocessor in numpy, the tensor core of sm_100a included, from the PTX manual: the other
-opinion.
+"""A multiprocessor in numpy, the tensor core of sm_100a included, from the PTX manual:
+an implementation to compare with, independent of the DSL.
 
 A ``Block`` stands in for the functions of kernels/common while the kernels' own Python runs:
 addresses are integers, shared memory is an array of bytes, an mbarrier counts. A wait is that of
-Python threads: what never comes ends the test. Sums are FP32 of small numbers, so exact in any
+Python threads: one that never ends fails the test. Sums are FP32 of small numbers, so exact in any
 order.
 """
 
@@ -150,7 +150,7 @@ class Block:
         self.tensor_columns = 0
         self.stored: dict[int, int] = {}
         self.here = threading.local()
-        #: Barriers of the warps whose lanes run side by side, and of those that meet as a block.
+        #: Barriers of the warps whose lanes are threads, and the named barrier of the consumers.
         self.lanes: dict[int, threading.Barrier] = {}
         self.consumers: threading.Barrier | None = None
 
@@ -173,12 +173,12 @@ class Block:
 
     # --- threads ---
     def sync_warp(self) -> None:
-        """Nothing for a warp that one Python thread stands for."""
+        """Wait for the warp's lanes; nothing for a warp that is one Python thread."""
         if barrier := self.lanes.get(self.here.thread // 32):
             barrier.wait()
 
     def side_by_side(self, threads: int) -> None:
-        """The first threads run as one Python thread each: lanes of a warp and they all meet."""
+        """Make barriers for threads that are one Python thread each, per warp and for all."""
         self.consumers = threading.Barrier(threads)
         self.lanes = {warp: threading.Barrier(32) for warp in range(threads // 32)}
 
@@ -187,12 +187,12 @@ class Block:
         self.sync_warp()
         return value
 
-    def meet(self) -> None:
+    def sync_consumers(self) -> None:
         assert self.consumers is not None
         self.consumers.wait()
 
     def abandon(self) -> None:
-        """Let nobody wait any longer."""
+        """End all waits, by breaking the barriers."""
         for barrier in (*self.lanes.values(), self.consumers):
             if barrier is not None:
                 barrier.abort()

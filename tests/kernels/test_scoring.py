@@ -16,7 +16,7 @@ from tests.kernels.fit_scoring import exp_coefficients, log1p_coefficients
 #: Bound on the relative error of a score, and what is left of it below -80, where exp underflows.
 RELATIVE = 4e-7
 UNDERFLOW = 4e-23
-#: What numerics.py promises: all logits were tried when the coefficients were chosen.
+#: The error that numerics.py states: all logits were tried when the coefficients were chosen.
 MEASURED = 1.43e-7
 
 

@@ -1,5 +1,5 @@
 """Screening and the exact root, run on the CPU as arrays of FP32, with approximations that err as
-much as the hardware's may: nobody among a token's best is lost, and the root is the rounded one.
+much as the hardware's may: no expert of a token's top k is lost, and the root is correctly rounded.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def exact_keys(logits: Floats, biases: Floats, off: float) -> Floats:
 
 @pytest.mark.parametrize("off", [-4e-7, 0.0, 4e-7])
 @pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-3, 1.0, 1e6, 1e25])
-def test_whoever_is_among_the_best_passes(spread: float, off: float) -> None:
-    """For any low bound as the threshold: nobody whose key is as large as that one's is below."""
+def test_every_expert_of_the_top_k_passes(spread: float, off: float) -> None:
+    """For any low bound as the threshold, every expert whose key is as large passes."""
     generator = np.random.default_rng(5)
     logits = np.concatenate(
         [generator.normal(0, scale, 4000) for scale in (1e-3, 1.0, 30.0, 1e4)]

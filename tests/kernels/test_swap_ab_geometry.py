@@ -93,21 +93,21 @@ def test_k_ranks_divide_the_chunks(g: SwapAbGeometry) -> None:
 
 @pytest.mark.parametrize("peers", ["cluster_e", "cluster_t"])
 def test_ctas_take_turns_in_filling(g: SwapAbGeometry, peers: str) -> None:
-    """The CTA that fills a stage again is told by the release of its last content, once."""
+    """The CTA that fills a stage again gets the release of its last content, once."""
     count = getattr(g, peers)
-    told: dict[tuple[int, int], int] = {}
+    released: dict[tuple[int, int], int] = {}
     waits: dict[tuple[int, int], int] = {}
     for number in range(g.k_blocks):
         stage, filler = number % g.stages, number % count
         if number >= g.stages:
             waits[filler, stage] = waits.get((filler, stage), 0) + 1
             # The release of the content before has gone to this block, and to no other.
-            assert told[filler, stage] == waits[filler, stage]
+            assert released[filler, stage] == waits[filler, stage]
         following = number + g.stages
         if following < g.k_blocks:
             key = following % count, stage
-            told[key] = told.get(key, 0) + 1
-    assert told == waits
+            released[key] = released.get(key, 0) + 1
+    assert released == waits
 
 
 def test_screening_reads_without_bank_conflicts(g: SwapAbGeometry) -> None:
@@ -133,7 +133,7 @@ def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
     assert RANKED % g.rank_round == g.rank_round % g.rank_threads == 0
     assert g.top_k <= RANKED
     assert g.top_k <= LISTED
-    # A threshold is the k-th largest of so many groups' bounds.
+    # A threshold is the k-th largest of the bounds of this number of groups.
     assert screening_groups(g.top_k) >= 2 * g.top_k
 
 

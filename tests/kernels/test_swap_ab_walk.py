@@ -36,7 +36,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Running:
 
 
 class ModelMma:
-    """What SwapAbWgmma promises, for the thread that runs: its sums, from operands in shared
+    """A SwapAbWgmma for the thread that runs: its sums, from operands in shared
     memory. The lanes of a warp are together where they wait for their MMAs."""
 
     def __init__(self, running: Running, g: SwapAbGeometry) -> None:

@@ -1,4 +1,4 @@
-"""The tensor-core kernels of sm_100a and sm_103a, without the device: nobody here has one.
+"""The tensor-core kernels of sm_100a and sm_103a, without such a device.
 
 Descriptors and fragments are compared with the DSL's own layout algebra; then the kernels' index
 arithmetic is walked through, from the weights' packed image to the logits' places, by running its
@@ -45,7 +45,7 @@ from tests.kernels.tensor_core import (
 )
 from tests.kernels.walk import Running, as_python, packed, plain
 
-#: A model of a user, whose geometry nobody tuned: experts that fill no group, few chunks.
+#: A model of a user, whose geometry is searched: experts that fill no group, few chunks.
 OWN = Model("own", 1024, 144, 6, 1.0, 0, 100)
 
 JOBS = {

@@ -50,7 +50,7 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Ru
         lane_idx=lambda: proxy.here.thread % LANES,
         sync_warp=lambda: proxy.sync_warp(),
         make_warp_uniform=lambda value: value,
-        barrier=lambda barrier_id, number_of_threads: proxy.meet(),
+        barrier=lambda barrier_id, number_of_threads: proxy.sync_consumers(),
     )
     cute = types.SimpleNamespace(arch=arch, make_rmem_tensor=lambda size, kind: [None] * size)
     scoring = types.SimpleNamespace(

@@ -38,8 +38,8 @@ ABSENT = ("triton", "setuptools")
 
 PTX = b".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry hash_router() { ret; }\n"
 
-#: Folders that the driver makes in a home when it starts, for what it may compile. Whatever it put
-#: there would be found.
+#: Folders that the driver makes in a home when it starts, for what it may compile. They
+#: must stay empty.
 DRIVER_CACHE = (".nv", ".nv/ComputeCache")
 
 #: Kept from the caller's environment: where a machine keeps its driver, and which GPU to use.

@@ -189,7 +189,7 @@ def test_status(record):
     assert status(dataclasses.replace(other_target, source_sha256="98" * 32), record) == "unproven"
     newer = dataclasses.replace(TOOLCHAIN, packages={"nvrtc": "13.6"})
     assert status(other_target, record, toolchain=newer) == "unproven"
-    # Bytes are what a device runs: evidence for them holds, whatever compiled them.
+    # Bytes are what a device runs: evidence for them holds with any compiler.
     assert status(entry, record, toolchain=newer) == "verified"
 
 
@@ -497,7 +497,7 @@ def test_a_record_of_another_version_or_of_other_cases_is_stale(record):
 
 
 def test_the_digest_of_a_cubin_alone_makes_it_verified(record):
-    """Whatever sources it was built from, and when."""
+    """No matter from which sources it was built, and when."""
     entry = entry_of(record, source_sha256="99" * 32)
     assert status(entry, record) == "verified"
     assert record.concerns(entry)

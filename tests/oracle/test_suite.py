@@ -274,7 +274,7 @@ def test_wrong_scoring_is_caught(kernel, mutant):
 
 
 def test_a_small_error_of_given_logits_is_caught():
-    """Only for kernels that are given logits: an accumulation over the hidden dimension may be off
+    """Only for kernels whose input is logits: an accumulation over the hidden dimension may be off
     by 2^-20 of its sum of magnitudes.
     """
     subject = ("activation_topk", *SHAPES["activation_topk"])
@@ -282,7 +282,7 @@ def test_a_small_error_of_given_logits_is_caught():
 
 
 def test_flushed_subnormals_are_caught():
-    """Only for kernels that are given logits: dense ones cannot reach -88 in this small shape."""
+    """Only for kernels whose input is logits: dense ones cannot reach -88 in this small shape."""
     subject = ("activation_topk", *SHAPES["activation_topk"])
     assert problems(subject, runner(routed(scores=flushed)))
 

@@ -434,8 +434,8 @@ def test_the_workspace_starts_zeroed(monkeypatch):
     assert ctypes.string_at(recorder.given["workspace"], 64) == bytes(64)
 
 
-def test_records_that_cannot_be_read_are_told_before_the_gpu_is_used(folder, machine):
-    """As after a new format: what is there has to go first."""
+def test_records_that_cannot_be_read_are_reported_before_the_gpu_is_used(folder, machine):
+    """As after a change of the format: the user must delete the old records first."""
     evidence = folder / "evidence"
     evidence.mkdir()
     (evidence / "old.json").write_text('{"format_version": 1}')

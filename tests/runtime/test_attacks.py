@@ -1,4 +1,4 @@
-"""Files altered, exchanged, cut, linked or written by an enemy: every attack ends in a refusal.
+"""Files altered, exchanged, cut, linked or written by an attacker: every attack ends in a refusal.
 
 What a signature policy adds is in ``test_trust.py``; these hold without one.
 """
@@ -206,7 +206,7 @@ def test_only_plain_files_are_read(folder: Path, fake: Any, name: str, kind: str
         if kind == "dangling":
             path.symlink_to("/nowhere")
         elif kind == "pipe":
-            os.mkfifo(path)  # opening one waits for a writer, unless asked not to
+            os.mkfifo(path)  # opening one waits for a writer, without O_NONBLOCK
         else:
             path.mkdir()
     with pytest.raises(ArtifactError, match=r"a link to|not a plain file|expected manifest\.json"):
@@ -365,7 +365,7 @@ def test_records_that_changed_places(folder: Path) -> None:
 
 
 def test_a_record_for_another_cubin(folder: Path, fake: Any) -> None:
-    """A genuine record, relabelled for a cubin that nobody ran."""
+    """A genuine record, relabelled for a cubin that was never run."""
     entry = fake.entries[0]
     for path in (folder / "evidence").iterdir():
         path.unlink()
@@ -418,7 +418,7 @@ def test_rubbish(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
 def test_numbers_that_are_not_json(name: str) -> None:
-    """Wherever they stand, and whatever the format says of the value."""
+    """Anywhere in the document, in fields of any type."""
     with pytest.raises(FormatError, match=f"expected finite numbers, found {name}"):
         parse_json(f'{{"any": [{name}]}}'.encode(), "a document")
 
@@ -463,7 +463,7 @@ WEIRD: tuple[Any, ...] = (
 def test_every_value_replaced_by_every_weird_one(
     folder: Path, fake: Any, build: SimpleNamespace, which: str
 ) -> None:
-    """Refused, or loaded; no other error, whatever a manifest says."""
+    """Refused or loaded, with no other error, for any manifest."""
     (marker,) = folder.glob("*" + provenance.MARKER_SUFFIX)
     marker.unlink()
     entries = [entry for entry in fake.entries if entry.kernel == which]

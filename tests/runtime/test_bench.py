@@ -1,6 +1,6 @@
 """The benchmark without a GPU: its arithmetic, its report, its options, and a dry run of all of it.
 
-Nothing here looks at a clock: figures come from a machine that says what it is told to say.
+Nothing here looks at a clock: figures come from a machine with scripted times.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def test_contenders_agree_with_the_oracle(name: str, chain):
 # --- the figures ---
 
 
-class Told(Cpu):
-    """Takes as many microseconds for each chain as it is told."""
+class Scripted(Cpu):
+    """Reports scripted times, in microseconds, one per chain."""
 
     def __init__(self, *times: list[float]) -> None:
         self.times = list(times)
@@ -220,13 +220,13 @@ class Told(Cpu):
             raise RuntimeError("illegal memory access")
 
 
-def latencies(machine: Told, *contenders: Contender, modes: Any = ("pdl",)) -> Latencies:
+def latencies(machine: Scripted, *contenders: Contender, modes: Any = ("pdl",)) -> Latencies:
     replays = len(machine.times[0])
     return Latencies(machine, cli.TINY, contenders, modes, replays, 4)
 
 
 def test_a_figure_is_the_replays_over_the_routers_without_the_links():
-    machine = Told([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
+    machine = Scripted([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
     (cell,) = latencies(machine, CONTENDERS[MM]).cells(3)
     assert (cell.model, cell.tokens, cell.contender, cell.mode) == ("tiny", 3, MM, "pdl")
     assert cell.routers == 4
@@ -238,7 +238,7 @@ def test_a_figure_is_the_replays_over_the_routers_without_the_links():
 
 def test_the_routers_of_a_model_are_let_go_before_the_next():
     """Captured, they would stay registered, and in memory, to the end of the run."""
-    machine = Told([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
+    machine = Scripted([8.0, 4.0, 100.0], [48.0, 44.0, 400.0])
     measured = latencies(machine, CONTENDERS[OURS])
     list(measured.cells(3))
     (route,) = measured._routes.values()
@@ -254,7 +254,7 @@ def test_the_routers_of_a_model_are_let_go_before_the_next():
 
 
 def test_each_mode_has_links_of_its_own():
-    machine = Told([4.0], [44.0], [8.0], [44.0])
+    machine = Scripted([4.0], [44.0], [8.0], [44.0])
     cells = latencies(machine, CONTENDERS[MM], modes=MODES).cells(3)
     assert [(c.mode, c.link_us, c.median_us) for c in cells] == [
         ("pdl", 1.0, 10.0),
@@ -266,7 +266,7 @@ def test_a_wrong_contender_is_an_error_with_a_figure():
     def make(layers: Any, mode: Any, settings: Any) -> Any:
         return lambda layer, x: Output(torch.zeros(x.shape[0], 24), None)
 
-    (cell,) = latencies(Told([4.0], [44.0]), Contender("broken", make)).cells(5)
+    (cell,) = latencies(Scripted([4.0], [44.0]), Contender("broken", make)).cells(5)
     assert cell.median_us == 10.0
     assert cell.wrong_rows == 5
     assert cell.error == "wrong: 5 of the rows checked differ from the oracle"
@@ -276,7 +276,7 @@ def test_a_failing_contender_does_not_stop_the_others():
     def make(layers: Any, mode: Any, settings: Any) -> Any:
         raise ValueError("no such kernel")
 
-    machine = Told([4.0], [44.0])
+    machine = Scripted([4.0], [44.0])
     broken, fine = latencies(machine, Contender("broken", make), CONTENDERS[MM]).cells(5)
     assert broken.error == "failed: ValueError: no such kernel"
     assert broken.median_us is None
@@ -284,7 +284,7 @@ def test_a_failing_contender_does_not_stop_the_others():
 
 
 def test_a_dead_device_stops_the_run():
-    machine = Told()
+    machine = Scripted()
 
     def die() -> None:
         machine.dead = True
@@ -314,7 +314,7 @@ def test_the_product_says_what_serves_it_and_a_kernel_alone_declines_more(monkey
     assert not product.declines(65)
     by_itself = CONTENDERS[OURS].make(layers, "pdl", Settings({}, {}, alone=True))
     assert [by_itself.declines(tokens) for tokens in (64, 65)] == [False, True]
-    machine = Told([4.0])
+    machine = Scripted([4.0])
     assert list(latencies(machine, alone({}, "k", "v")).cells(65)) == []
 
 
@@ -608,7 +608,7 @@ def alone_options(folder: Path, out: Path, **changes: Any) -> run_.Options:
 
 
 def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, monkeypatch):
-    """One run: the editions are made once, and no cell is asked of a variant that is not there."""
+    """One run: the editions are made once, and no cell is timed for a variant that is not there."""
     wide = {"HIDDEN": 256, "EXPERTS": 24, "TOP_K": 4}
     entries = [
         *build.small(),
@@ -618,7 +618,7 @@ def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, 
     ]
     timed: dict[str, list[str]] = {}
 
-    class Told:
+    class Scripted:
         routers = 1
 
         def __init__(self, machine, model, contenders, *rest):
@@ -630,7 +630,7 @@ def test_both_models_of_a_run_are_timed_without_what_they_lack(tmp_path, build, 
         def close(self):
             pass
 
-    monkeypatch.setattr(run_, "Latencies", Told)
+    monkeypatch.setattr(run_, "Latencies", Scripted)
     folder = build.artifacts(tmp_path / "artifacts", entries)
     models = [cli.TINY, dataclasses.replace(cli.TINY, name="wide", hidden=256)]
     options = alone_options(folder, tmp_path / "out", models=models)
@@ -665,7 +665,7 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(bench, monkeypatch):
-    """What the command line asks for, without a run."""
+    """The options that the command line sets, without a run."""
     seen: list[run_.Options] = []
     monkeypatch.setattr(cli, "Gpu", Cpu)
     monkeypatch.setattr(cli, "run", lambda found, machine, echo: seen.append(found) or True)

@@ -71,7 +71,7 @@ def checkpoint(scheme: tuple[str, str]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], files: int) -> Path:
-    """A checkpoint's folder, its tensors spread over so many files, with an index."""
+    """A checkpoint's folder, its tensors spread over ``files`` files, with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     where = {name: f"model-{index % files:05}.safetensors" for index, name in enumerate(names)}

@@ -286,7 +286,7 @@ def test_the_report_on_what_was_built_fits_a_screen(fake: Any, gpu: bool) -> Non
 
 @pytest.mark.usefixtures("verified")
 def test_json_has_everything_of_the_screen(folder: Path) -> None:
-    """These keys are promised: other programs read them."""
+    """These keys are part of the interface: other programs read them."""
     done = run(folder, "doctor", "--json")
     found = json.loads(done.output)
     assert found["schema"] == report.SCHEMA == 1
@@ -447,7 +447,7 @@ def test_why_names_the_measured_latency(build: SimpleNamespace, tmp_path: Path) 
 
 
 def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
-    """The doctor asks for the constants that a Router asks for, where the kernel has them."""
+    """The doctor requests the constants that a Router requests, where the kernel has them."""
     shapes = {entry.kernel: decisions.shape_of(entry) for entry in build.small()}
     assert shapes["dense_router_decode"] == {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
 

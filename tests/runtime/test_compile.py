@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Counter:
-    """A back end that keeps the graphs it is given and runs them as they are."""
+    """A back end that records its graphs and runs them unchanged."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []

@@ -115,7 +115,9 @@ def test_dense_variants_agree_and_are_measured(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
 def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> None:
     """Today the portable kernels serve, being verified elsewhere; once this device has verified
-    everything, a set of tcgen05 kernels that serves every batch; and whoever names it, gets it."""
+    everything, a set of tcgen05 kernels that serves every batch; and a caller that names a
+    variant gets it.
+    """
     entries = [
         build.entry(
             job.kernel,

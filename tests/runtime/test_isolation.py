@@ -16,7 +16,7 @@ from router_runtime.errors import install_extra
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Makes modules look uninstalled. An error in place of an answer would end torch's own start, which
-#: asks for Triton.
+#: imports Triton.
 BLOCK = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests" / "nojit")!r})

@@ -347,9 +347,9 @@ def test_a_deep_copy_is_independent(mode: str) -> None:
     router.register_forward_hook(lambda *_: seen.append("called"))
     router.eval()
     router_id = register_router(router)
-    twin = copy.deepcopy(nn.Sequential(router, router))
-    assert twin[0] is twin[1]
-    copied: Any = twin[0]
+    copied_pair = copy.deepcopy(nn.Sequential(router, router))
+    assert copied_pair[0] is copied_pair[1]
+    copied: Any = copied_pair[0]
     same(copied(*rows(mode)), router(*rows(mode)))
     same(copied.forward_mapped(*rows(mode)), router.forward_mapped(*rows(mode)))
     assert seen == ["called", "called"]
@@ -377,10 +377,10 @@ def test_a_deep_copy_has_the_artifacts_and_the_variants(
         "variants": {DECODE: "portable"},
     }
     router = make_router(**options)
-    twin = copy.deepcopy(router)
-    assert twin.token_ranges == router.token_ranges
-    assert {each.entry.kernel for each in twin.token_ranges} == {DECODE}
-    same(twin(*rows("dense")), router(*rows("dense")))
+    copied = copy.deepcopy(router)
+    assert copied.token_ranges == router.token_ranges
+    assert {each.entry.kernel for each in copied.token_ranges} == {DECODE}
+    same(copied(*rows("dense")), router(*rows("dense")))
     assert len({each.arguments["packed_weight"] for each in gpu.launches}) == 2
 
 

@@ -80,8 +80,8 @@ def test_evidence_can_be_made_for_the_command(folder, monkeypatch, capsys):
         fresh.main(arguments)
 
 
-def test_a_part_that_is_asked_for_as_an_extra_is_there(monkeypatch):
-    """As torch asks for the libraries of CUDA."""
+def test_a_part_that_is_required_as_an_extra_is_there(monkeypatch):
+    """As torch requires the libraries of CUDA."""
     listed = {
         "torch": ["cuda-toolkit[cublas]==13.0; platform_system == 'Linux'", "triton"],
         "cuda-toolkit": ["nvidia-cublas; extra == 'cublas'", "nvidia-npp; extra == 'npp'"],
@@ -100,7 +100,9 @@ def test_a_part_that_is_asked_for_as_an_extra_is_there(monkeypatch):
 
 
 def test_compilers_look_uninstalled(tmp_path):
-    """To whoever asks, as torch asks for Triton when it initialises CUDA: an error would end it."""
+    """To code that looks for them, as torch looks for Triton when it initialises CUDA: an error
+    would end that.
+    """
     absent = ("triton", "cutlass", "cuda.core", "cuda.bindings.nvrtc", "build_kernels")
     assert set(absent) <= set(lockdown.COMPILERS)
     done = locked(
@@ -132,7 +134,7 @@ def test_the_drivers_compiler_may_be_there_if_it_compiles_nothing(capsys):
     ("code", "status"), [(0, [0, 0, 0, 0]), (223, [223]), (221, [0, 0, 221]), (218, [0, 0, 0, 218])]
 )
 def test_the_control_goes_as_far_as_the_function(monkeypatch, code, status):
-    """A driver that loads lazily compiles when the function is asked for."""
+    """A driver that loads lazily compiles when the function is looked up."""
     left = list(status)
 
     class Api:
@@ -189,7 +191,7 @@ BY_THE_KERNEL = {
     "rename": "c.rename(b'there', b'made')",
     "unlink": "c.unlink(b'there')",
     "truncate": "c.truncate(b'there', 0)",
-    "write into what is there": "c.write(there, b'x', 1)",
+    "write into an open file": "c.write(there, b'x', 1)",
     "fork": "c.fork()",
     "vfork and exec": "c.system(b'true') - (c.system(b'true') != 0)",
     "exec": "c.execve(b'/bin/true', None, None)",

@@ -212,7 +212,7 @@ def test_refused_activations(arguments: tuple[Any, ...], message: str) -> None:
 
 
 class Counter:
-    """A backend that counts the graphs it is given and runs them as they are."""
+    """A backend that counts its graphs and runs them unchanged."""
 
     def __init__(self) -> None:
         self.graphs = 0

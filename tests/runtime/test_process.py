@@ -326,7 +326,7 @@ def test_every_call_is_refused_in_a_forked_child(gpu: Any, monkeypatch: pytest.M
         placement._on_gpus.add(own)
 
     def stream(self: Placement) -> int:
-        raise AssertionError("torch was asked")  # on a GPU its own error would come first
+        raise AssertionError("torch was called")  # on a GPU its own error would come first
 
     for call in calls:
 
@@ -483,8 +483,8 @@ def test_nothing_is_written_and_nothing_is_locked(gpu: Any, audit: Audit) -> Non
 
 
 def test_an_unprivileged_user_with_nothing_to_write_to(gpu: Any) -> None:
-    """A copy of the package and the artifacts that nobody may write, no home, no temporary folder,
-    the root as working folder; as another user if this one is privileged.
+    """The package and the artifacts as read-only copies, no home, no temporary folder, the root as
+    working folder; as another user if this one is privileged.
     """
     place = Path(tempfile.mkdtemp())
     try:

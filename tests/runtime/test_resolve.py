@@ -26,11 +26,11 @@ def dense(build: SimpleNamespace, **fields: Any) -> Any:
 
 
 def decide(
-    build: SimpleNamespace, entries: list[Any], standing: Any, device: Any = H100, **request: Any
+    build: SimpleNamespace, entries: list[Any], statuses: Any, device: Any = H100, **request: Any
 ) -> Any:
-    asked = Request(**({"kernel": "dense_router_decode", "constants": SHAPE} | request))
-    status = standing if callable(standing) else lambda entry: standing
-    return resolve(asked, device, build.manifest(entries), status)
+    requested = Request(**({"kernel": "dense_router_decode", "constants": SHAPE} | request))
+    status = statuses if callable(statuses) else lambda entry: statuses
+    return resolve(requested, device, build.manifest(entries), status)
 
 
 def test_verified_entry_is_chosen(build: SimpleNamespace) -> None:
@@ -40,13 +40,13 @@ def test_verified_entry_is_chosen(build: SimpleNamespace) -> None:
 
 def test_verified_is_preferred_to_source_verified(build: SimpleNamespace) -> None:
     native, portable = dense(build, variant="tcgen05"), dense(build)
-    standing = {"tcgen05": "source-verified", "portable": "verified"}
-    found = decide(build, [native, portable], lambda entry: standing[entry.variant])
+    statuses = {"tcgen05": "source-verified", "portable": "verified"}
+    found = decide(build, [native, portable], lambda entry: statuses[entry.variant])
     assert found.choice is portable
     assert "another fits better" in found.trace()
 
 
-def test_specialised_variant_is_preferred_at_equal_standing(build: SimpleNamespace) -> None:
+def test_specialised_variant_is_preferred_at_equal_status(build: SimpleNamespace) -> None:
     native, portable = dense(build, variant="tcgen05"), dense(build)
     assert decide(build, [portable, native], "verified").choice is native
 
@@ -69,24 +69,24 @@ def test_blackwell_today_takes_the_source_verified_portable_variant(build: Simpl
     portable = dense(build, target="sm_100a")
     native = dense(build, target="sm_100a", variant="tcgen05")
     hopper = dense(build)
-    standing = {portable.key: "source-verified", native.key: "unproven", hopper.key: "verified"}
-    found = decide(build, [portable, native, hopper], lambda entry: standing[entry.key], B200)
+    statuses = {portable.key: "source-verified", native.key: "unproven", hopper.key: "verified"}
+    found = decide(build, [portable, native, hopper], lambda entry: statuses[entry.key], B200)
     assert found.choice is portable
     forced = decide(
-        build, [portable, native, hopper], lambda e: standing[e.key], B200, variant="tcgen05"
+        build, [portable, native, hopper], lambda e: statuses[e.key], B200, variant="tcgen05"
     )
     assert forced.choice is native
 
 
-def test_evidence_is_asked_for_only_where_it_decides(build: SimpleNamespace) -> None:
+def test_evidence_is_read_only_where_it_decides(build: SimpleNamespace) -> None:
     entries = [
         *(dense(build), dense(build, variant="second"), dense(build, target="sm_100a")),
         dense(build, constants=SHAPE | {"HIDDEN": 7168}, model="pro"),
     ]
-    asked: list[str] = []
+    read: list[str] = []
 
     def status(entry: Any) -> str:
-        asked.append(entry.variant)
+        read.append(entry.variant)
         return "verified"
 
     request = Request("dense_router_decode", SHAPE)
@@ -94,13 +94,13 @@ def test_evidence_is_asked_for_only_where_it_decides(build: SimpleNamespace) -> 
         request, H100, build.manifest(entries), status_if_fitting([request], H100, status)
     )
     assert found.choice in entries[:2]
-    assert sorted(asked) == ["portable", "second"]
+    assert sorted(read) == ["portable", "second"]
     assert found.trace().count("[not read]: ") == 2
     assert "no evidence" not in found.trace()
 
 
-def test_what_was_not_asked_is_not_proven(build: SimpleNamespace) -> None:
-    """Whoever answers so for an entry that could serve does not make it serve."""
+def test_what_was_not_read_is_not_proven(build: SimpleNamespace) -> None:
+    """An entry with the status NOT_READ does not serve, even if it could."""
     found = decide(build, [dense(build)], NOT_READ)
     assert found.choice is None
     assert "no evidence that this digest" in found.trace()
@@ -163,7 +163,7 @@ def test_unknown_model_names_the_catalog(build: SimpleNamespace) -> None:
 
 
 def test_unknown_variant_lists_those_there_are(build: SimpleNamespace) -> None:
-    with pytest.raises(ResolutionError, match=r"ask for one of the variants \['portable'\]"):
+    with pytest.raises(ResolutionError, match=r"request one of the variants \['portable'\]"):
         decide(build, [dense(build)], "verified", variant="fast").require()
 
 
@@ -195,9 +195,9 @@ def phase(build: SimpleNamespace, name: str, high: int = 2**20, **fields: Any) -
 
 
 def divide(
-    build: SimpleNamespace, entries: list[Any], standing: Any = "verified", device: Any = H100
+    build: SimpleNamespace, entries: list[Any], statuses: Any = "verified", device: Any = H100
 ) -> Any:
-    status = standing if callable(standing) else lambda entry: standing
+    status = statuses if callable(statuses) else lambda entry: statuses
     return dispatch(REQUESTS, device, build.manifest(entries), status)
 
 
@@ -242,19 +242,19 @@ def test_without_figures_the_closest_fit_serves(build: SimpleNamespace) -> None:
     assert token_ranges_of(divide(build, [decode, measured])) == [(1, 4096, "prefill", "portable")]
 
 
-def test_standing_comes_before_speed(build: SimpleNamespace) -> None:
+def test_status_comes_before_speed(build: SimpleNamespace) -> None:
     """Blackwell today: a source-verified decode kernel alone, any prefill kernel being unproven."""
     decode = phase(build, "decode", target="sm_100a")
     prefill = phase(build, "prefill", target="sm_100a", variant="tcgen05")
     hopper = phase(build, "prefill", variant="wgmma")
-    standing = {decode.key: "source-verified", prefill.key: "unproven", hopper.key: "verified"}
+    statuses = {decode.key: "source-verified", prefill.key: "unproven", hopper.key: "verified"}
     entries = [decode, prefill, hopper]
-    found = divide(build, entries, lambda entry: standing[entry.key], B200)
+    found = divide(build, entries, lambda entry: statuses[entry.key], B200)
     assert token_ranges_of(found) == [(1, 2**20, "decode", "portable")]
-    # Naming the variant vouches for it: from there on the figures decide.
+    # A named variant needs no evidence: then the figures decide.
     requests = [REQUESTS[0], dataclasses.replace(REQUESTS[1], variant="tcgen05")]
-    standing[decode.key] = "verified"
-    named = dispatch(requests, B200, build.manifest(entries), lambda e: standing[e.key])
+    statuses[decode.key] = "verified"
+    named = dispatch(requests, B200, build.manifest(entries), lambda e: statuses[e.key])
     assert [each[2:] for each in token_ranges_of(named)] == [
         ("decode", "portable"),
         ("prefill", "tcgen05"),

@@ -251,12 +251,12 @@ def test_another_dtype_is_another_forward() -> None:
 def test_a_copy_needs_its_own_installation() -> None:
     model = make_model(torch.bfloat16)
     install(model)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with pytest.raises(InputError, match=r"install\(model\) again"):
-        twin(tokens(1, 5))
-    install(twin)
+        copied(tokens(1, 5))
+    install(copied)
     uninstall(model)
-    twin(tokens(1, 5))
+    copied(tokens(1, 5))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The signature policy: what is signed is loaded, and nothing else, whoever asks and whenever."""
+"""The signature policy: only signed files are loaded, for every caller and at any time."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_bad_envelope_is_refused_and_nothing_loads(
     attack(release)
     with pytest.raises(TrustError, match=message):
         require(release)
-    # Whoever asked for a policy and swallowed the error does not go on without one.
+    # A caller that required a policy and swallowed the error cannot go on without one.
     with pytest.raises(TrustError, match=message):
         load(release, fake.entries)
     assert "cuLibraryLoadData" not in fake.calls
@@ -436,7 +436,7 @@ def test_what_was_loaded_before_is_covered(release: Release, fake: Any) -> None:
     load(release, fake.entries)
 
 
-def test_what_was_loaded_before_and_is_not_covered_is_told(
+def test_what_was_loaded_before_and_is_not_covered_is_reported(
     release: Release, fake: Any, build: SimpleNamespace
 ) -> None:
     unsigned = build.artifacts(release.folder.parent / "unsigned", build.small(workspace=64))
@@ -588,7 +588,7 @@ def test_a_misspelt_answer_is_refused(
         load(release, fake.entries)
 
 
-def test_local_evidence_read_before_is_told(own: Path, release: Release, fake: Any) -> None:
+def test_local_evidence_read_before_is_reported(own: Path, release: Release, fake: Any) -> None:
     load(release, fake.entries)
     with pytest.raises(TrustError, match=f"evidence in {own}"):
         require(release)

@@ -1,4 +1,5 @@
-// What every part of the model uses: types, tables, who calls, errors, and waits that do not end.
+// What every part of the model uses: types, tables, the identity of the calling thread, errors,
+// and time limits of waits.
 #pragma once
 
 typedef unsigned int u32;
@@ -106,7 +107,7 @@ static __device__ void delay() {
     if (random & 1) __nanosleep(random >> 18);
 }
 
-// Tells when a wait has taken too long. From then on, every wait of the launch ends at once.
+// Reports that a wait has taken too long. From then on, every wait of the launch ends at once.
 struct Watch {
     u64 begun = nanoseconds();
     __device__ bool over(u32 barrier, u32 parity) {

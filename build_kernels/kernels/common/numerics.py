@@ -20,13 +20,13 @@ bits of t, so that the shift by 23 (modulo 2^32) multiplies p by 2^(n + 30), exa
 multiplication by EXP_UNSCALE = 2^-30 rounds once, also when u is subnormal. At EXP_CLAMP and above,
 u is below half of the smallest subnormal and becomes zero.
 
-A NaN logit passes min and max as m = 0 and a = EXP_CLAMP, hence s = 0, which is what is asked of
-it; its key is -inf. The clamp at -LOGIT_MAX has no effect on a score (s = 0 from -104 down) and
-needs no operation.
+A NaN logit passes min and max as m = 0 and a = EXP_CLAMP, hence s = 0, as step 3 of the router
+requires; its key is -inf. The clamp at -LOGIT_MAX has no effect on a score (s = 0 from -104 down)
+and needs no operation.
 
 Measured over every finite fp32 logit against FP64: the relative error of s is at most 1.43e-7 for
 -80 <= z (0.6e-7 above 80), and below -80 the error is at most 4e-7 s + 2.7e-23, the second term
-being the last subnormals of u. The bound asked for is 4e-7 (and 4e-7 s + 4e-23).
+being the last subnormals of u. The required bound is 4e-7 (and 4e-7 s + 4e-23).
 One term less in either polynomial would still meet it, at 1.9e-7 and 2.1e-7; one fma of about 36
 operations is not worth half of the margin.
 

@@ -39,8 +39,8 @@ __device__ __forceinline__ void cluster_wait() {
 }
 
 // Stores `value` to the shared memory of another CTA of the cluster, the one of rank `cta_rank`, at
-// the place that `shared` has in this CTA. Called by any thread. That CTA must have started (a
-// completed cluster barrier tells) and reads the value after a cluster barrier that follows.
+// the place that `shared` has in this CTA. Called by any thread. That CTA must have started (so a
+// cluster barrier must have completed before) and reads the value after a cluster barrier that follows.
 __device__ __forceinline__ void store_to_cluster_rank(unsigned long long* shared,
                                                       unsigned cta_rank,
                                                       unsigned long long value) {

@@ -168,7 +168,7 @@ __device__ __forceinline__ void select_image_experts(const bf16* x_row, const bf
     logit = lane < TOP_K ? shared.logits[id] : 0.0f;
 }
 
-// The launch bound asks for one CTA per multiprocessor only: with more, the compiler saves
+// The launch bound requests one CTA per multiprocessor only: with more, the compiler saves
 // registers by waiting for some of a token's weight rows before it loads the others.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)
 hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* token_ids_i64,

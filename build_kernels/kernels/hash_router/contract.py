@@ -6,7 +6,7 @@ from build_kernels.kernels.common.limits import MAX_GRID_X, MAX_TOP_K
 from build_kernels.kernels.common.parameters import ROUTING
 from router_runtime.format.contract import Constants, Contract, GridAxis, Parameter
 
-#: The parameters of common/parameters.py that it has no use for, because it scores nothing.
+#: The parameters of common/parameters.py that it does not need, because it scores nothing.
 _SCORING_ONLY = frozenset(
     ("scale", "renormalize", "image_mask", "image_bias", "given_ids_i32", "given_ids_i64")
 )

@@ -13,7 +13,7 @@
 //      memory, __syncthreads, and warp 0 selects from the lists.
 //   3. If the CTAs of a cluster share the row: warp 0 of each stores its list to the shared memory
 //      of the CTA of rank 0; after a cluster barrier, warp 0 of that CTA selects from the lists.
-//   4. Lane j of the warp that is left stores the value and id of rank j.
+//   4. Lane j of the last warp that selected stores the value and id of rank j.
 //
 // The lists lie in the order of their parts, and each is in rank order. So of two equal keys, the
 // one at the lower position in the lists has the lower column, and the tie rule holds throughout.

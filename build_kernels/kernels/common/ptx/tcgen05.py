@@ -3,7 +3,7 @@
 The accumulator of an MMA lies in tensor memory: 128 lanes (its rows) by 512 columns of 32 bits, of
 which a CTA allocates a power of two. The operands are read from shared memory by 64-bit
 descriptors (tcgen05_layout.py). An MMA runs on its own, in order with the thread's other MMAs,
-until a commit makes an mbarrier tell that it and all before it have completed.
+and a commit arrives at an mbarrier when it and all before it have completed.
 
 A whole warp calls ``mma`` and ``commit``; one lane, always the same, executes them. So the
 addresses stay in uniform registers, where the instruction needs them. Addresses of shared memory
@@ -53,8 +53,8 @@ def load(address: Int32, columns: int) -> list[Float32]:
     """Load ``columns`` columns of 16 lanes, as tcgen05_layout.fragment says, and wait for them.
 
     ``address`` has the first lane in its upper half: warp w of a warpgroup reads lanes 32 w to
-    32 w + 31 only, so 32 w or 32 w + 16. Loads and wait are one piece of assembly: nothing tells
-    the compiler that a register is not there before the wait.
+    32 w + 31 only, so 32 w or 32 w + 16. Loads and wait are one piece of assembly: otherwise the
+    compiler could read a register before the wait.
     """
     registers = columns // 2
     names = [f"${i}" for i in range(registers)]

@@ -1,6 +1,6 @@
-"""What a form asks of its MMA object: one base class for each form that has several.
+"""The methods that a form calls on its MMA object: a base class for each form with several MMAs.
 
-An object is made on the host with the form's geometry. Methods that a kind of MMA has no use for do
+An object is made on the host with the form's geometry. Methods that a kind of MMA does not need do
 nothing here. "All threads" are those of the CTA unless the text says otherwise; a warp calls as a
 whole.
 """
