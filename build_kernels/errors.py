@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class BuildError(Exception):
-    """An error that a user can mend: the message has what was expected, what was found and what to
+    """An error that a user can fix: the message has what was expected, what was found and what to
     do next.
     """
 

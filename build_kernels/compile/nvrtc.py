@@ -15,7 +15,7 @@ from build_kernels.errors import BuildError
 from router_runtime.format.contract import Constants
 
 #: Everything but the target, the constants and the include directories. Rounding is spelled out:
-#: no contraction (kernels write ``__fmaf_rn`` where they want one), no flushing, IEEE division and
+#: no contraction (kernels write ``__fmaf_rn`` where they use one), no flushing, IEEE division and
 #: square root. A warning is an error.
 FLAGS = (
     "--std=c++17",

@@ -163,7 +163,7 @@ def other_bytes(code: Code, role: Role, change: str) -> list[Edit]:
 
 
 def other_start(code: Code, old: str, new: str) -> list[Edit]:
-    """Let MMAs that start from zero go on, or the other way round."""
+    """Let MMAs that start from zero accumulate, or the reverse."""
     edits = []
     for mma in code.named("tcgen05.mma."):
         (source,) = code.sources(mma.operands[4], mma.scope)

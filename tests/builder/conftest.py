@@ -104,7 +104,8 @@ FILES = {
     "shift/contract.py": CONTRACT,
 }
 
-#: What the project of the release tests builds instead: fast, for they are not about compilers.
+#: What the project of the release tests builds instead: fast, for no test of
+#: releases is about compilers.
 RELEASED_CATALOG = """
 KERNELS = (
     Kernel(
@@ -154,7 +155,7 @@ class Project:
     def run(
         self, *arguments: str | Path, env: Mapping[str, str] = {}, umask: int = 0o022
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``build-kernels`` and return its status and what it said, errors included."""
+        """Run ``build-kernels`` and return its exit status and output, errors included."""
         return subprocess.run(
             [sys.executable, "-m", "build_kernels", *arguments],
             cwd=self.root,
@@ -184,7 +185,7 @@ class Project:
         return result.stdout.strip()
 
     def commit(self) -> str:
-        """Commit everything that is not ignored; the commit."""
+        """Commit everything that is not ignored, and return the commit."""
         if not (self.root / ".git").exists():
             self.git("init", "--quiet", "--template=", "--initial-branch=main")
         self.git("add", "--all")
@@ -192,13 +193,13 @@ class Project:
         return self.git("rev-parse", "HEAD")
 
     def build(self, *arguments: str | Path, **settings: object) -> str:
-        """A build that has to succeed; what it said."""
+        """Run a build that has to succeed, and return its output."""
         result = self.run("build", *arguments, **settings)  # type: ignore[arg-type]
         assert result.returncode == 0, result.stdout
         return result.stdout
 
     def release(self, *arguments: str | Path, **settings: object) -> Path:
-        """A release that has to succeed; the folder that holds its files."""
+        """Make a release that has to succeed, and return the folder of its files."""
         result = self.run("release", "--jobs", "1", *arguments, **settings)  # type: ignore[arg-type]
         assert result.returncode == 0, result.stdout
         return self.root / result.stdout.splitlines()[-1].split(", in ")[-1]

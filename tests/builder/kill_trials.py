@@ -32,7 +32,7 @@ ONE_TARGET = 'DEFAULT_TARGETS = TARGETS = ("sm_90a",)\n'
 
 OTHER_FACTOR = "__device__ inline float factor() { return FACTOR + 1.0f; }\n"
 
-# Count the operations on files, and at the chosen one end as a power cut would.
+# Count the operations on files, and at the chosen one end with SIGKILL.
 MAIN = """
 import os, signal, sys
 
@@ -118,7 +118,7 @@ def state(folder: Path) -> str | None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """What a reader finds below a folder of releases; names with a dot in front are for no one."""
+    """What a reader finds below a folder of releases; names with a dot in front are ignored."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -127,7 +127,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def builds(number: int, random_: random.Random) -> Counter[str]:
-    """Rebuild a folder after a change of its source, again and again, and end it at random."""
+    """Rebuild a folder after a change of its source, repeatedly, each run killed at random."""
     with _project() as project:
         source = project.kernel_file("common/factor.cuh")
         texts = [source.read_text(), OTHER_FACTOR]
@@ -164,7 +164,7 @@ def builds(number: int, random_: random.Random) -> Counter[str]:
 
 
 def releases(number: int, random_: random.Random) -> Counter[str]:
-    """Add a release beside an older one, or a signature to it, again and again."""
+    """Add a release beside an older one, or a signature to it, each run killed at random."""
     with _project() as project:
         key, _ = write_keys(project.root.parent)
         out, expected = project.root.parent / "out", project.root.parent / "expected"

@@ -225,7 +225,7 @@ def test_what_a_compiler_prints_is_not_taken_for_an_answer(project: Project) -> 
 
 
 # The driver lets a build run until its n-th rename (cubins first, the manifest last), or until it
-# has compiled something or is about to inspect it, and then kills it as a power cut would.
+# has compiled something or is about to inspect it, and then kills it with SIGKILL.
 KILLED = """
 import itertools, os, signal
 from build_kernels import build, publish
@@ -290,7 +290,7 @@ def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     temporary.mkdir()
     script = KILLED.format(target="build.identify", step=1).replace("SIGKILL", "SIGINT")
     script = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n" + script
-    # A shell starts what it puts into the background with SIGINT ignored.
+    # A shell starts background jobs with SIGINT ignored.
     script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + script
     result = fresh.python(script)
     assert result.returncode == 1
@@ -476,7 +476,7 @@ def _other_names(project: Project) -> None:
 def test_words_and_names_change_no_byte_that_is_published(
     project: Project, change: Callable[[Project], None]
 ) -> None:
-    """And nothing is reused on the word of a digest that does not see them."""
+    """And nothing is reused by a digest that does not cover them."""
     _helper_of_shift(project)
     notes = project.artifacts / "inputs.json"
     before = snapshot(project.artifacts)

@@ -1,4 +1,4 @@
-"""A contract that does not match its cubin is refused, whichever of the two is wrong."""
+"""A contract that does not match its cubin is refused, be the contract or the cubin wrong."""
 
 from __future__ import annotations
 

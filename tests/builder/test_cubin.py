@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(96) parameters(char a, const int* b
 }
 """
 
-# Four words stored one by one and loaded back: 16 bytes each way, whatever the register allocation.
+# Four words stored one by one and loaded back: 16 bytes each way, with any register allocation.
 LOCAL = """
 extern "C" __global__ void local(int* x)
 {
@@ -190,7 +190,7 @@ extern "C" __global__ void tensor(int* x)
 
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
 def test_the_tensor_core_is_found_in_the_census(compile_cuda: Compile, target: str) -> None:
-    """Compiled, not run: it is no kernel that does anything."""
+    """Compiled, not run: the kernel does nothing useful."""
     found = instructions.tensor_core(
         instructions.census(instructions.sass(compile_cuda(TENSOR, target), toolchain.nvdisasm()))
     )

@@ -1,4 +1,4 @@
-"""nvrtc.py: what reaches the compiler, and what its words lead to."""
+"""nvrtc.py: what reaches the compiler, and which of its messages end a build."""
 
 from __future__ import annotations
 

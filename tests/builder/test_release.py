@@ -39,7 +39,7 @@ def _wheel(folder: Path) -> dict[str, bytes]:
 
 
 def _refused(project: Project, message: str, *arguments: str | Path, **settings: object) -> str:
-    """Run a release that has to fail with this message and leave nothing; what it said."""
+    """Run a release that has to fail with this message and leave no files; return its output."""
     out = project.root.parent / "refused"
     arguments = ("--out", out, "--jobs", "1", *arguments)
     result = project.run("release", *arguments, **settings)  # type: ignore[arg-type]
@@ -419,7 +419,7 @@ def test_evidence_is_of_no_other_operator_literal_or_constant(
 
 
 def test_the_digest_of_a_cubin_alone_makes_it_verified(committed: Project, tmp_path: Path) -> None:
-    """Other sources with the same machine code: what was run is what is shipped."""
+    """Other sources with the same machine code: evidence for it holds."""
     source = committed.kernel_file("scale/scale.cu")
     source.write_text(source.read_text() + "#define UNUSED 1\n")
     committed.build("--update-lock")
@@ -436,7 +436,7 @@ def test_evidence_that_is_altered_is_refused(committed: Project) -> None:
     path = next((committed.artifacts / "evidence").iterdir())
     path.write_bytes(path.read_bytes().replace(b'"rows"', b'"rowz"'))
     committed.commit()
-    # One error of the runtime's reaches the releaser as the runtime words it.
+    # The releaser sees the runtime's error with its own message.
     _refused(committed, "expected exactly the keys", "--target", "sm_90a")
 
 
@@ -500,7 +500,7 @@ def test_what_a_killed_release_left_is_removed(committed: Project, tmp_path: Pat
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, "mine.tmp"}
 
 
-# Fail like a disk, from the n-th time on that something is written to it.
+# Fail like a full disk, from the n-th write on.
 FAILING = """
 import errno, os
 from build_kernels.cli import main

@@ -1,4 +1,4 @@
-"""The cubins that use the tensor core of sm_100a and sm_103a, as far as they can be judged here."""
+"""The cubins that use the tensor core of sm_100a and sm_103a: what their machine code shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def worker(request: pytest.FixtureRequest) -> Iterator[WorkerProcess]:
 def found_in(
     worker: WorkerProcess, kernel: str, model: str, variant: str
 ) -> tuple[Job, instructions.TensorCore]:
-    """Compile; what the listing has. ``inspect`` has checked the contract, and here: no spills."""
+    """Compile, and return the census. ``inspect`` has checked the contract, and here: no spills."""
     job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
     data = worker.compile(job)
     counts = instructions.census(instructions.sass(data, toolchain.nvdisasm()))

@@ -159,7 +159,7 @@ def test_a_damaged_file(released: Released, folder: Path, name: str, damage: str
     else:
         _flip(path, {"first": 0, "middle": len(data) // 2, "last": -1}[damage])
     _refused(folder, "expected", released.public)
-    # Of an unsigned statement only what the other files contradict can be found out.
+    # In an unsigned statement only contradictions to the other files can be found.
     if name not in (ENVELOPE, PLAIN):
         (folder / ENVELOPE).unlink()
         _refused(folder, "expected", None)
@@ -273,7 +273,7 @@ def _manifest_with_swapped_files(entries: Entries) -> None:
 
 
 def _cubin_for_another_target(entries: Entries) -> None:
-    """A Hopper cubin under a Blackwell entry, digests and all."""
+    """A Hopper cubin under a Blackwell entry, with matching digests."""
     manifest = loads(entries[INSIDE + "manifest.json"])
     one, other, two, *rest = manifest.entries
     assert (one.target, two.target) == ("sm_100a", "sm_90a")
@@ -493,7 +493,7 @@ def test_a_rebuild_gives_the_same_bytes(released: Released) -> None:
     assert "the commit gives the same bytes again" in said.stdout
 
 
-# A release of changed sources that claims to be the clean commit: everything fits but the truth.
+# A release of changed sources that claims to be the clean commit: only that is false.
 LIAR = """
 from build_kernels.release import checkout
 from build_kernels.release import release

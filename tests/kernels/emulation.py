@@ -1,4 +1,4 @@
-"""The operation sequence of ``numerics.py`` in numpy, one rounding for one rounding."""
+"""The operation sequence of ``numerics.py`` in numpy, rounded after the same operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def constant(name: str) -> np.float32:
 
 def fma(a: Singles, b: Singles | np.float32, c: Singles | np.float32) -> Singles:
     """fma.rn.f32. The product is exact in double precision. The sum is rounded to odd there, which
-    keeps the second rounding, to single precision, from seeing a tie that is none.
+    keeps the second rounding, to single precision, from rounding a false tie.
     """
     product = a.astype(np.float64) * np.float64(b)
     addend = np.float64(c)
@@ -39,7 +39,8 @@ def horner(prefix: str, x: Singles) -> Singles:
 
 def score(logits: Singles) -> Singles:
     """sqrt(softplus(logits)) as the kernels compute it, bit for bit."""
-    # By comparison, since a NaN has to lose: numpy's fmin and fmax are not sure of signalling ones.
+    # By comparison, which takes the other operand for a NaN: numpy's fmin and fmax may return a
+    # signalling one.
     positive = np.where(logits > 0, np.minimum(logits, constant("LOGIT_MAX")), np.float32(0))
     near = np.abs(logits) < constant("EXP_CLAMP")
     magnitude = np.where(near, np.abs(logits), constant("EXP_CLAMP"))

@@ -82,7 +82,7 @@ class Algebra:
         self.found |= self.fragments(sums, load)
 
     def fragments(self, sums: Any, load: Any) -> dict[str, Any]:
-        """Where the accumulator's elements lie, and which of them a load brings to whom."""
+        """Where the accumulator's elements lie, and which of them a load brings to which thread."""
         if self.tokens not in _by_tokens:
             layout, (rows, columns) = sums.layout, load.tiler_mn
             _by_tokens[self.tokens] = {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from build_kernels.kernels.common.ptx import tcgen05
 
-#: Where shared memory and its barriers start: a stage has to survive any multiple of 1024.
+#: Where shared memory and its barriers start: stages must work at any multiple of 1024.
 BASE = 3 * 1024
 
 #: Bytes between the shared addresses of two blocks of a cluster: an address has the block's rank in
@@ -95,7 +95,7 @@ class Memory:
         return found
 
 
-#: Seconds after which something that a thread waits for is held never to come.
+#: Seconds after which a wait fails the test.
 PATIENCE = 20
 
 
@@ -126,7 +126,7 @@ class Barrier:
             self.turn.notify_all()
 
     def wait(self, parity: int) -> None:
-        """As the hardware: until the phase that runs has the other parity."""
+        """Wait, as the hardware does, until the current phase has the other parity."""
         with self.turn:
             self.turn.wait_for(lambda: self.over or self.phases % 2 != parity, timeout=PATIENCE)
             assert self.phases % 2 != parity, "a wait for what never comes"
@@ -183,7 +183,9 @@ class Block:
         self.lanes = {warp: threading.Barrier(32) for warp in range(threads // 32)}
 
     def redux_max_u32(self, value: int) -> int:
-        """The caller's own value for the warp's largest: of those that matter none is zero."""
+        """Return the caller's value for the warp's largest: kernels test only that it is not 0, and
+        no lane's value is.
+        """
         self.sync_warp()
         return value
 
@@ -370,7 +372,7 @@ class Block:
 
     @staticmethod
     def nothing(*_: object) -> None:
-        """Fences, and what only orders."""
+        """Do nothing: fences and other instructions that only order memory accesses."""
 
     fence_before = fence_after = relinquish = nothing
     barrier_fence_init = copy_fence_async_shared = nothing
@@ -381,7 +383,7 @@ class Block:
 
 
 def together(cluster: Sequence[Block], tasks: Sequence[Callable[[], None]]) -> None:
-    """Run all at once; raises what the first one raised, and frees the others that wait for it."""
+    """Run all tasks at once. Raises the first task's error and ends the waits of the others."""
     failures: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:

@@ -174,7 +174,7 @@ def importing(package: Path, other: Path, parts: tuple[str, ...], new: str) -> N
 
 
 def test_names_of_files_do_not_count(package: Path) -> None:
-    """Every file but those that a kernel's name leads to."""
+    """Every file except those in a kernel's own folder."""
     before = digests(package)
     entries = {(name, name) for name in LANGUAGE_OF} | {(name, "contract") for name in LANGUAGE_OF}
     renamed = 0

@@ -49,7 +49,7 @@ def test_an_unknown_pair_is_refused(
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
 def test_the_symbol_is_form_and_mma_alone(target: str) -> None:
-    """One process compiles them all: no name and no number of one entry gets into another."""
+    """One process compiles all: no symbol or counter of one entry may change another."""
     jobs = plan.plan(targets=[target], kernels=[kernel.name for kernel in DENSE])
     first = {pair_of(job): job for job in reversed(jobs)}
     assert len(first) >= 3

@@ -108,7 +108,7 @@ def test_coefficients_are_the_fitted_ones(
 
 
 def test_constants_are_single_precision() -> None:
-    """A kernel sees what this module says, except for RENORM_EPSILON, which it rounds."""
+    """A kernel gets the values of this module, except for RENORM_EPSILON, which it rounds."""
     for name, value in CONSTANTS.items():
         if isinstance(value, float) and name != "RENORM_EPSILON":
             assert float(np.float32(value)) == value, name

@@ -132,7 +132,7 @@ def test_every_expert_of_the_top_k_passes(spread: float, off: float) -> None:
 
 
 def test_bounds_are_close() -> None:
-    """No more candidates than there must be: on all logits down to where scores lose their bits."""
+    """The fewest possible candidates: on all logits down to where scores lose their bits."""
     logits = np.linspace(-80, 80, 100001).astype(np.float32)
     low, high = screening.bounds(screening.screened(logits), np.zeros_like(logits))
     assert (high - low <= high * 2.0**-12).all()

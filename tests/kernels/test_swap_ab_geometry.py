@@ -54,13 +54,13 @@ def test_budgets(g: SwapAbGeometry) -> None:
     assert g.stage_bytes % 1024 == 0
     registers = g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS
     assert registers <= 65536
-    # Partial sums, totals, what was kept of the own columns; and some 40 for everything else.
+    # Partial sums, totals, the sums of its own columns; and some 40 for everything else.
     kept = 4 * g.held_n_tiles * (1 + (g.buffers if g.split_k > 1 else 0))
     assert 4 * g.n_tiles + kept + 40 <= g.consumer_registers
 
 
-def test_a_block_asks_for_no_more_registers_than_it_was_launched_with() -> None:
-    """It would wait for them forever: four warpgroups could have more than 640 threads get."""
+def test_a_cta_requests_no_more_registers_than_it_was_launched_with() -> None:
+    """``setmaxnreg`` would wait forever for more than the CTA was launched with."""
     g = SwapAbGeometry.of(constants(TILE_EXPERTS=256))
     launched = 65536 // g.threads // 8 * 8 * g.threads
     assert g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS <= launched
@@ -101,7 +101,7 @@ def test_ctas_take_turns_in_filling(g: SwapAbGeometry, peers: str) -> None:
         stage, filler = number % g.stages, number % count
         if number >= g.stages:
             waits[filler, stage] = waits.get((filler, stage), 0) + 1
-            # The release of the content before has gone to this block, and to no other.
+            # The release of the content before has gone to this CTA, and to no other.
             assert released[filler, stage] == waits[filler, stage]
         following = number + g.stages
         if following < g.k_blocks:

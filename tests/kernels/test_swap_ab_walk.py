@@ -37,7 +37,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Running:
 
 class ModelMma:
     """A SwapAbWgmma for the thread that runs: its sums, from operands in shared
-    memory. The lanes of a warp are together where they wait for their MMAs."""
+    memory. The lanes of a warp synchronise where they wait for their MMAs."""
 
     def __init__(self, running: Running, g: SwapAbGeometry) -> None:
         self.running, self.g = running, g

@@ -237,8 +237,9 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Running:
 def test_every_logit_comes_from_its_own_operands(
     constants: Constants, tokens: int, running: Running
 ) -> None:
-    """The walk: packed image and tensor map -> stages -> descriptors -> MMAs -> tensor memory ->
-    registers -> staged rows -> the owner's sums -> the logits' places."""
+    """From the packed image and the tensor map to the logits' places, through stages, descriptors,
+    MMAs, tensor memory, registers, staged rows and the owner's sums.
+    """
     g = SplitKTcgen05Geometry.of(constants)
     assert not g.rings
     generator = np.random.default_rng(7)
@@ -441,7 +442,7 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
             block.barrier_init(block.base + weight_full + 8 * stage, 1)
             block.barrier_init(block.base + weight_empty + 8 * stage, mma.releases * g.cluster_t)
         mma.allocate(block.base, mma.issuer)
-        # What idle rows read is no number.
+        # Idle rows read NaN.
         block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0
         block.at(block.base + g.tensor_address_offset, 4)[:] = 0
 

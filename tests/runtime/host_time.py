@@ -30,7 +30,7 @@ BATCHES, CALLS = 100, 1000
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """Return the calls that are timed, by name."""
     dense = rt.Router(
         rt.RouterConfig(H, E, K, 1.5),
         weight=torch.zeros(E, H, dtype=torch.bfloat16),

@@ -58,7 +58,7 @@ def test_the_folder_is_fine(folder: Path, fake: Any) -> None:
 
 
 def flips(data: bytes, count: int = 60) -> Iterator[bytes]:
-    """``data`` with one bit changed, at places all over it."""
+    """``data`` with one bit changed, at places spread over all of it."""
     draw = random.Random(len(data))
     for position in (0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(count))):
         changed = bytearray(data)
@@ -250,7 +250,7 @@ def test_a_truncated_manifest(folder: Path) -> None:
 
 
 def test_entries_that_changed_places_in_the_manifest(folder: Path, fake: Any) -> None:
-    """Files, digests and sizes are consistent; only the names give it away."""
+    """Files, digests and sizes are consistent; only the names are wrong."""
     (marker,) = folder.glob("*" + provenance.MARKER_SUFFIX)
     marker.unlink()
     for first, second in ((0, 1), (1, 2), (3, 4), (5, 6)):

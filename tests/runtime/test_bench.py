@@ -514,7 +514,7 @@ def test_startup_is_held_to_its_bar():
 
 
 class Pretended(Cpu):
-    """A machine that says it is a GPU, and on which nothing is run."""
+    """A machine that reports itself as a GPU and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -112,7 +112,7 @@ def test_a_target_can_be_shown_in_place_of_the_gpu(folder: Path) -> None:
 
 @pytest.mark.usefixtures("verified")
 def test_doctor_without_a_prefill_kernel(build: SimpleNamespace, fake: Any, tmp_path: Path) -> None:
-    """The decode kernel serves every batch: nothing is amiss."""
+    """The decode kernel serves every batch: no problem is reported."""
     fake.entries = [entry for entry in build.small() if "prefill" not in entry.kernel]
     folder = build.artifacts(tmp_path / "artifacts", fake.entries)
     done = run(folder, "doctor")

@@ -23,7 +23,7 @@ H, E, K, V = 64, 16, 4, 30
 #: A deep model: one router for each layer.
 LAYERS = 61
 
-# torch's own tools warn about themselves.
+# torch's tools give deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

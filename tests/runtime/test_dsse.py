@@ -37,7 +37,7 @@ def test_round_trip(envelope: Envelope) -> None:
 def test_any_other_bytes_are_refused_or_read_as_they_are(
     envelope: Envelope, data: st.DataObject
 ) -> None:
-    """No byte is both there and ignored: what is read is written as it was, up to its layout."""
+    """No byte is ignored: what is read is written as it was, up to its layout."""
     text = bytearray(dsse.dumps(envelope))
     place = data.draw(st.integers(0, len(text) - 1))
     text[place] ^= data.draw(st.integers(1, 255))

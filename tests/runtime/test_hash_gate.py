@@ -44,7 +44,7 @@ def hidden(tokens: int) -> Tensor:
 
 
 def token_ids(tokens: int) -> Tensor:
-    """Some known, some not."""
+    """Some inside the vocabulary, some outside."""
     return torch.arange(tokens) * 7 % (V + 9) - 3
 
 
@@ -241,7 +241,7 @@ def test_opcheck_and_compile(router: Router) -> None:
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: Path) -> None:
-    """The catalog's own contracts: who serves what, and one numerics tag for all."""
+    """The catalog's own contracts: which entry serves which batch, and one numerics tag for all."""
     from build_kernels.kernels.hash_gate import contract
 
     gpu.execute = False

@@ -15,7 +15,7 @@ from router_runtime.errors import install_extra
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Makes modules look uninstalled. An error in place of an answer would end torch's own start, which
+#: Makes modules look uninstalled. An error instead would end torch's own start, which
 #: imports Triton.
 BLOCK = f"""
 import sys

@@ -287,7 +287,7 @@ def test_tensor_map_is_encoded_again_only_for_another_matrix(mapped: Any, fake: 
 
 
 def test_a_matrix_that_cannot_be_mapped(mapped: Any, fake: Any) -> None:
-    """The error names it, nothing is launched, and nothing of it is remembered."""
+    """The error names it, nothing is launched, and nothing of it is cached."""
     x, y = Matrix(0x1008, 5, 64, 64), Matrix(0x2000, 16, 384, 384)
     fake.encode_status = 1
     for _ in range(2):

@@ -116,7 +116,7 @@ def test_compilers_look_uninstalled(tmp_path):
 
 
 def test_the_drivers_compiler_may_be_there_if_it_compiles_nothing(capsys):
-    """The driver's own business, unless it would take PTX."""
+    """It is left to the driver, unless the driver would take PTX."""
     compiler = ["/usr/lib/libnvidia-ptxjitcompiler.so.580"]
     disabled, compiled, invalid = 223, 0, 218
     assert serve.would_have_compiled([], disabled) == []
@@ -165,7 +165,7 @@ def test_the_control_goes_as_far_as_the_function(monkeypatch, code, status):
     ],
 )
 def test_the_locks_hold_and_remember(tmp_path: Path, attempt: str) -> None:
-    """Code that tries and goes on as if nothing had happened is caught all the same."""
+    """Code that tries and then swallows the error is caught too."""
     done = locked(
         f"lockdown.enter()\nlockdown.seal()\ntry: exec({attempt!r})\n"
         "except ImportError: print('no such module')\n"
@@ -184,7 +184,7 @@ def test_the_locks_hold_and_remember(tmp_path: Path, attempt: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-#: Past Python: a library's own calls. errno by ctypes, so that no audit event is raised.
+#: Calls inside C libraries. errno by ctypes, so that no audit event is raised.
 BY_THE_KERNEL = {
     "open to create": "c.open(b'made', os.O_CREAT | os.O_WRONLY, 0o600)",
     "mkdir": "c.mkdir(b'made', 0o700)",

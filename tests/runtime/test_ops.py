@@ -70,7 +70,7 @@ def test_schemas_are_exact() -> None:
 
 
 def test_every_op_is_a_documented_function() -> None:
-    """With the op's own arguments and defaults, and words for each."""
+    """With the op's own arguments and defaults, each described."""
     ops = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "dsv4::" in name
     }

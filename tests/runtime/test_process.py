@@ -177,7 +177,7 @@ def test_a_captured_router_stays_registered(
         rt.unregister_router(router_id)
     assert rt.get_router(router_id) is router
     rt.unregister_router(router_id, force=True)
-    # From here on as if it were new: it may be captured again.
+    # From here on it is like new: it may be captured again.
     again = rt.register_router(router)
     call()
     capturing.now = True
@@ -191,7 +191,7 @@ def test_a_captured_router_stays_registered(
 def test_a_capture_registers_what_was_not(
     gpu: Any, capturing: SimpleNamespace, make: Callable[[], Any]
 ) -> None:
-    """The registry keeps it alive though its owner lets go."""
+    """The registry keeps it alive after its owner has dropped it."""
     router, call = make()
     capturing.now = True
     call()
@@ -265,7 +265,7 @@ def test_a_lost_context_is_said_before_the_launch(
 
 @pytest.mark.parametrize(("name", "message"), CASES[:-1])
 def test_failed_loads_say_what_to_do(gpu: Any, name: str, message: str) -> None:
-    """And are not taken for a fault of the artifacts; the next attempt starts afresh."""
+    """And are not reported as a fault of the artifacts; the next attempt starts anew."""
     gpu.load = getattr(real.CUresult, name)
     with pytest.raises(DriverError, match=rf"cuLibraryLoadData of dense.*{name}.*{message}"):
         served()
@@ -354,7 +354,7 @@ def test_cpu_routers_serve_in_a_forked_child() -> None:
     weight, bias = weights_of(0)
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
     wanted = router(hidden(3))[1].tolist()
-    # One thread: forking with torch's own pool of threads in use is torch's matter.
+    # One thread: forking with torch's own pool of threads in use is not supported by torch.
     assert in_forked_child(
         lambda: str(torch.set_num_threads(1) or router(hidden(3))[1].tolist())
     ) == str(wanted)

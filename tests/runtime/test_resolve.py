@@ -290,7 +290,7 @@ def test_of_two_tags_the_faster_set_serves(build: SimpleNamespace) -> None:
         (65, 2**22, "prefill", "tcgen05"),
     ]
     assert f"its numerics are {TAG}, those of {decode.key} are" in found.resolutions[0].trace()
-    # Slow ones do not displace what is better on the whole.
+    # Slow ones do not replace a set that is faster on the whole.
     slow = [dataclasses.replace(e, latency=((1, 50.0), (1024, 900.0))) for e in (decode, prefill)]
     found = divide(build, [portable, *slow], device=B200)
     assert [each[2:] for each in token_ranges_of(found)] == [("decode", "portable")]

@@ -304,7 +304,7 @@ def test_hash(gpu: Any, tokens: int, dtype: torch.dtype) -> None:
 
 
 def activations(kind: str, tokens: int = 5) -> Tensor:
-    """The same rows, laid out in memory in different ways."""
+    """The same rows, with different strides."""
     x = hidden(tokens)
     match kind:
         case "row stride":
@@ -471,7 +471,7 @@ def test_new_evidence_of_ones_own_is_seen(
     assert first is not shipped
     releases.add_evidence(own, entries[1:])
     assert kernels_on(0) is not first
-    # The fixture calls everything verified; without it the folder alone decides.
+    # The fixture reports every entry as verified; without it the folder's evidence decides.
     monkeypatch.setattr(kernels, "status", status)
     assert {kernels_on(0).status(entry) for entry in entries} == {"verified"}
 
@@ -514,7 +514,7 @@ def test_bad_update_changes_nothing(cpu_dense: Router) -> None:
 
 
 def test_update_waits_on_both_sides(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches before it and after it are ordered by the host, whatever their stream."""
+    """Launches before it and after it are ordered by the host, on any stream."""
     weight, bias = weights_of()
     router = Router(CONFIG, weight=weight, bias=bias, device="cpu")
     events: list[str] = []
@@ -677,7 +677,7 @@ def test_workspaces_are_allocated_in_a_thread_of_their_own(
 def test_routers_of_one_kernel_share_its_workspaces(
     gpu: Any, build: SimpleNamespace, tmp_path: Path, streams: Streams
 ) -> None:
-    """However many routers there are. The memory goes with the last one."""
+    """For any number of routers. The memory is freed with the last one."""
     gpu.entries = build.small(workspace=100)
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     paths = [cuda_dense()[0] for _ in range(3)]
@@ -714,7 +714,7 @@ def test_no_workspace_is_null(gpu: Any) -> None:
 
 
 def test_call_while_another_device_is_current(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router's device is made current for the launch, and the caller's comes back."""
+    """The router's device is made current for the launch, and the caller's is restored."""
     path, weights = cuda_dense()
     hashing = cuda_hash()
     entered: list[str] = []

@@ -274,7 +274,7 @@ def captured() -> Any:
 
 
 def test_uninstalling_a_captured_model_needs_force(captured: Any) -> None:
-    """Its graph would read memory that is gone; forced, nothing of it stays registered."""
+    """Its graph would read freed memory; if forced, nothing of it stays registered."""
     model = make_model(torch.bfloat16)
     names = install(model)
     registered = ROUTERS.ids()

@@ -348,7 +348,9 @@ def test_files_that_are_not_signed(
 def test_an_older_signed_manifest_with_newer_cubins(
     release: Release, fake: Any, build: SimpleNamespace
 ) -> None:
-    """The manifest and its signature are genuine; under the old names lies other machine code."""
+    """The manifest and its signature are genuine; files of the same
+    names have other machine code.
+    """
     require(release)
     for entry in fake.entries:
         (release.folder / entry.file).write_bytes(build.code(entry)[:-1] + b"2")
@@ -454,7 +456,7 @@ def test_what_was_loaded_before_and_is_not_covered_is_reported(
 def test_a_kernel_in_the_cache_is_no_way_round(
     release: Release, fake: Any, build: SimpleNamespace
 ) -> None:
-    """Loaded unsigned, then asked for again under a policy by a caller with its own manifest."""
+    """Loaded unsigned, then loaded again under a policy by a caller with its own manifest."""
     from router_runtime.device.loader import load_entry
 
     fake.entries = entries = build.small("sm_90a", workspace=64)

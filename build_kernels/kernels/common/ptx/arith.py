@@ -55,12 +55,12 @@ def sqrt_approx(a: Float32) -> Float32:
 
 
 def max_f32(a: Float32, b: Float32) -> Float32:
-    """max.f32: a NaN operand loses."""
+    """Return the larger number; of a NaN and a number, the number."""
     return Float32(pure(T.f32(), [a, b], "max.f32 $0, $1, $2;", "=f,f,f"))
 
 
 def min_f32(a: Float32, b: Float32) -> Float32:
-    """min.f32: a NaN operand loses."""
+    """Return the smaller number; of a NaN and a number, the number."""
     return Float32(pure(T.f32(), [a, b], "min.f32 $0, $1, $2;", "=f,f,f"))
 
 
@@ -114,17 +114,17 @@ def max_s32(a: Int32, b: Int32) -> Int32:
 
 
 def quotient(a: Int32, b: int | Int32) -> Int32:
-    """a // b for a that is not negative."""
+    """Return a // b, for a >= 0 and b > 0."""
     return Int32(arith.divui(a.ir_value(), Int32(b).ir_value()))
 
 
 def remainder(a: Int32, b: int) -> Int32:
-    """a % b for a that is not negative."""
+    """Return a % b, for a >= 0 and b > 0."""
     return Int32(arith.remui(a.ir_value(), Int32(b).ir_value()))
 
 
 def modulo(a: Int32, b: Int32) -> Int32:
-    """a % b for a that is not negative and b that is positive."""
+    """Return a % b, for a >= 0 and b > 0 that is not a constant."""
     return Int32(arith.remui(a.ir_value(), b.ir_value()))
 
 
@@ -134,7 +134,7 @@ def equal(a: Int32, b: Int32) -> Boolean:
 
 
 def at_least_u32(a: Int32, b: Int32) -> Boolean:
-    """a >= b as unsigned numbers."""
+    """Return whether a >= b as unsigned numbers."""
     return Boolean(arith.cmpi(arith.CmpIPredicate.uge, a.ir_value(), b.ir_value()))
 
 
@@ -161,7 +161,7 @@ def kept(a: Int32) -> Int32:
 
 
 def kept_wide(a: Int64) -> Int64:
-    """``kept`` for 64 bits."""
+    """Do what ``kept`` does, for 64 bits."""
     return Int64(asm(T.i64(), [a], "mov.b64 $0, $1;", "=l,l"))
 
 
@@ -188,7 +188,7 @@ def halves(value: Int64) -> tuple[Int32, Int32]:
 
 
 def above(a: Int64, b: Int64) -> Boolean:
-    """a > b as unsigned numbers."""
+    """Return whether a > b as unsigned numbers of 64 bits."""
     return Boolean(arith.cmpi(arith.CmpIPredicate.ugt, a.ir_value(), b.ir_value()))
 
 

@@ -1,4 +1,4 @@
-"""Inline PTX: how the functions of this folder turn a line of it into a Python call."""
+"""Inline PTX: helpers with which this folder's functions become PTX instructions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def asm(result: Any, operands: Sequence[Any], text: str, constraints: str) -> An
 
 
 def pure(result: Any, operands: Sequence[Any], text: str, constraints: str) -> Any:
-    """Arithmetic without side effects, which the compiler may move or drop."""
+    """Run PTX without side effects, which the compiler may move or drop. Arguments as ``asm``."""
     return llvm.inline_asm(
         result,
         [operand.ir_value() for operand in operands],
