@@ -5,10 +5,11 @@ one test of ``routing.serving``; all that serving inputs need is behind that tes
 tokens in another way use ``store`` and the functions for serving inputs alone.
 
 If several clusters hold a group of experts each, a cluster writes its ``top_k`` candidates of a
-token to the workspace, then takes a ticket for the token. The cluster with the last ticket merges.
-Its ticket can arrive before the other clusters' candidates, which are in flight by then, so it
-reads until none is missing. Candidates and tickets are zero before and after every launch. No CTA
-waits for a CTA that may not have started.
+token to the workspace, then takes a ticket for the token: an atomic counter. The cluster that takes
+the last ticket merges. The other clusters have stored their candidates before they took their
+tickets, but a store may become visible after the ticket, so the merging cluster reads a candidate
+again until it is there. It waits only for stores that are under way, never for a CTA that may not
+have started. Candidates and tickets are zero before and after every launch.
 
 Expert -1 means no expert: the sentinel is stored for it, with weight 0. A padding token has only
 such experts.
@@ -76,15 +77,16 @@ def route_all(
         slots: Range (first, stop, step) of the warp's slots.
         locate: Returns the (row, scratch, token) of a slot. ``row`` is the shared address of the
             (key, score) pairs of the token's experts in this group: the pair of column c is number
-            c % lane_keys * 32 + c / lane_keys; a column without an expert has key 0. ``scratch``
+            (c % lane_keys) * 32 + c // lane_keys, so that a lane reads ``lane_keys`` neighbouring
+            experts without bank conflicts; a column without an expert has key 0. ``scratch``
             has one 16-byte record per rank, for this warp alone.
         group: The group of experts of this cluster.
         expert_groups: How the experts are divided.
         lane: Lane of this thread.
         at_end: Called by every thread before it ends.
 
-    A plain call ends its threads before the code of serving inputs: a jump over that code would
-    wait for instructions from L2.
+    A plain call ends its threads before the code of serving inputs. To jump over that code would
+    cost an instruction fetch from L2, because what follows it is not in the instruction cache.
 
     """
     first, stop, step = slots
@@ -256,8 +258,9 @@ def replay_given(
 ) -> None:
     """Store the given experts in ``scratch`` as if they had been selected in that order.
 
-    A group gives its own experts keys in the order of their ranks, and the lowest key to experts of
-    other groups. The first group does so for experts that do not exist.
+    Keys are ranks here, not scores: a group gives its own experts keys that fall with their rank,
+    and the experts of other groups the key 1, which is below all of those. An expert that does
+    not exist (-1) belongs to the first group.
     """
     if lane < expert_groups.top_k:
         expert = given_id(routing, token, lane, expert_groups.top_k, expert_groups.experts)
@@ -368,7 +371,8 @@ def merge(
 
     Before, ``scratch`` holds this group's candidates; afterwards, in the last group, the merged
     ones. With one group nothing is done. A record in the workspace is two 64-bit words, (id, key)
-    and (1, score). Neither word of a record is ever zero, so a reader sees whether it has arrived.
+    and (1, score). Neither 64-bit word of a stored record is zero (a key is at least 1), and the
+    workspace was zero before, so a reader sees which words have arrived.
     """
     groups, top_k = expert_groups.groups, expert_groups.top_k
     last = Int32(1)

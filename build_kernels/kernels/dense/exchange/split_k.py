@@ -1,8 +1,8 @@
 """Exchange of the split-K form: all partial sums of a token go to one CTA of the cluster.
 
 The sums are staged in shared memory, a row per token, in the place of the operands; one bulk copy
-per row sends them. An mbarrier of the receiver counts the bytes, and for the CTA's own rows the
-arrivals of a warp.
+per row sends them. An mbarrier of the receiver counts the bytes that its peers send. A row that a
+CTA keeps is copied by one warp, whose 32 lanes arrive at the same mbarrier.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class SumsExchange:
         """Send this warp's sums, and wait until this CTA has received the sums of its tokens.
 
         All consumer warps call this when they have read their operands. Received sums lie from
-        ``shared`` on: for each slot, chunk and expert an FP32 number. The last arrival at the
-        cluster barrier is for a wait before exit: a peer may read what this CTA has staged until
-        then.
+        ``shared`` on: for each slot, chunk and expert an FP32 number. This arrives at the cluster
+        barrier once more at its end, and the caller waits on that barrier before it exits: until
+        then the copies to peers may still read what this CTA has staged.
         """
         g = self.g
         # Every CTA has read its operands. Relaxed: it orders completed reads, publishes nothing.
@@ -87,7 +87,10 @@ class SumsExchange:
         cute.arch.cluster_arrive_relaxed()
 
     def follow(self) -> None:
-        """Do the cluster barriers of ``run`` in a warp that is no consumer, if there is one."""
+        """Take part in the cluster barriers of ``run``, in a warp that is no consumer.
+
+        This form without a producer warp has no such warp, so there is nothing to do.
+        """
 
     def stage(
         self,

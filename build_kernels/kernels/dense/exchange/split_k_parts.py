@@ -15,10 +15,10 @@ from build_kernels.kernels.dense.mma.interface import SplitKMma
 
 
 class SumsExchangeInParts(SumsExchange):
-    """A part is some tokens of the tile, with a barrier of its own.
+    """The tile's tokens are sent in parts, each with a barrier of its own.
 
-    ``staged_parts`` parts have a place. A later part takes the place of an earlier one when a
-    cluster barrier says that all CTAs have received that.
+    Shared memory has room for ``staged_parts`` parts at a time. A later part is staged where an
+    earlier one was, after a cluster barrier: then all CTAs have received the earlier part.
     """
 
     g: SplitKTcgen05Geometry

@@ -1,8 +1,8 @@
 """Exchange of the swap-A/B form: partial sums of every chunk cross between the k ranks.
 
-The CTAs of the k ranks multiply neighbouring chunks at the same time. Each adds the chunks of some
-n-tiles of tokens, in ascending order. A warp stores its sums of the other n-tiles into the shared
-memory of the warps of the same number in the peers that add them, by asynchronous stores. Each
+The CTAs of the k ranks multiply neighbouring chunks at the same time. Every n-tile of tokens has
+one CTA that adds its chunks, in ascending order. Warp w of a CTA sends its sums of all other
+n-tiles to warp w of the CTA that adds them, by asynchronous stores into its shared memory. Each
 buffer and warp has a full barrier, which counts the bytes that arrive here, and an empty barrier,
 which counts the peers that have read what this warp sent.
 """
@@ -119,9 +119,10 @@ class ChunkExchange:
                     seen = seen | got[i]
         if phase * g.buffers + buffer < g.cta_chunks - g.buffers:
             self.expect(full)
-            # The buffer may be released only when the loads have returned: MMAs can hold them back
-            # for longer than the peers need to fill it again. So the arrival depends on the loaded
-            # values; ``seen`` is never zero.
+            # The buffer may be released only when the loads have returned. MMAs that were issued
+            # before can delay the loads for longer than the peers need to fill the buffer again, so
+            # the arrival is made to depend on the loaded values. The condition always holds:
+            # ``seen`` starts with a bit set.
             seen = warp_ops.redux_max_u32(seen)
             if self.lane < g.split_k - 1 and seen != 0:
                 peer = arith.remainder(k_rank + 1 + self.lane, g.split_k)

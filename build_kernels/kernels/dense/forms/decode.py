@@ -3,12 +3,13 @@
 Steps 1 to 7 of the router. The summation order is the one that all forms share, so a token's result
 does not depend on its neighbours, its row or their number.
 
-A launch has ``groups`` clusters for every tile of tokens (geometry/decode.py). Each warp holds one
-slab of the hidden dimension of a few expert tiles in registers. Over all warps of a tile's CTAs,
+A launch has ``groups`` clusters for every tile of tokens (geometry/decode.py). A slab is a range of
+the hidden dimension of one or more whole chunks. Each warp holds the weights of one slab, for a few
+tiles of 16 experts, in registers. Over all warps of a tile's CTAs,
 every weight is requested once, 16 bytes per lane, before the wait on the previous kernel. Then
 
 1. the CTA's slice of the hidden states arrives by bulk copies, one per token. CTAs that need the
-   same slice share the copies (multicast), because a cluster's inlet bounds this step;
+   same slice share the copies (multicast), because the bandwidth into a cluster bounds this step;
 2. each warp multiplies: experts are the rows of the MMA, tokens its columns, k ascending, one
    accumulator per chunk;
 3. the partial sums of a token go to one CTA of the cluster, which adds the chunks in ascending
@@ -116,7 +117,7 @@ class Decode:
         m_tile = arith.remainder(warp, g.m_tiles // g.warp_m) * g.warp_m
         first_expert = (group * g.cluster_e + e_rank) * g.cta_experts
 
-        # All tiles have one size, so that few tokens are spread evenly.
+        # Tiles of equal size (the last may be smaller), so that few tokens are spread evenly.
         tiles = cute.arch.grid_dim()[1]
         tile = arith.quotient(routing.tokens + (tiles - 1), tiles)
         first_token = cute.arch.block_idx()[1] * tile
@@ -132,7 +133,7 @@ class Decode:
         keys_full = sums_full + BARRIER_BYTES
         rows_full = keys_full + BARRIER_BYTES
 
-        # Tokens whose partial sums this CTA receives, and tokens that it selects for.
+        # slots_k: how many tokens' partial sums this CTA receives; slots: how many it selects for.
         slots_k = arith.quotient(tokens + (g.cluster_k - 1) - k_rank, g.cluster_k)
         slots = arith.quotient(slots_k + (g.cluster_e - 1) - e_rank, g.cluster_e)
 
@@ -182,7 +183,8 @@ class Decode:
         slab_rows = rows + own_slab * (g.slab * 2)
         steps_left = g.hidden_steps - slab * g.slab_steps
         mbarrier.wait_first(rows_full)
-        # A peer may exit once its copies have arrived everywhere: waited for below.
+        # A CTA may exit only when its multicast copies have arrived in every peer: each CTA says so
+        # here, and the cluster_wait before the exit waits for all of them.
         cute.arch.cluster_arrive_relaxed()
         if slab < g.slabs:
             for n_tiles in cutlass.range_constexpr(1, -(-g.tokens_tile // MMA_SYNC_N) + 1):

@@ -215,7 +215,7 @@ class SplitK:
             )
 
     def load_hidden(self, tensor_map: Int64, ring: Ring, first_token: Int32, k_rank: Int32) -> None:
-        """Request the slice of the hidden states. The chunks take turns, 64 elements each.
+        """Request the slice of the hidden states in blocks of 64, one of each chunk in turn.
 
         Where the ring has fewer stages than the slice, it waits until a stage has been released.
         """

@@ -182,7 +182,8 @@ class SwapAb:
             self.arrive_ring_free()
             self.epilogue.lay_out_logits(totals, shared, warp, lane)
             self.epilogue.sync_consumers()
-            # The hidden states' arrival implies this wait; it is for what is read from here on.
+            # It returns at once, because the producer has waited already. Each thread waits for
+            # itself, so that it may read global memory (masks, counts, ids) from here on.
             cute.arch.griddepcontrol_wait()
             images = Int32(0)
             if routing.serving != 0 and routing.image_mask.toint() != 0:
@@ -231,7 +232,8 @@ class SwapAb:
 
     @cute.jit
     def load_hidden(self, tensor_map: Int64, ring: Ring, first_token: Int32, cta: Cta) -> None:
-        """Fetch the tile's hidden states of every ``cluster_e``-th stage, for all e ranks.
+        """Fetch the tile's hidden states for all e ranks, every ``cluster_e``-th block of 64:
+        the CTAs of the e ranks take turns.
 
         One thread calls this.
         """
@@ -280,8 +282,8 @@ class SwapAb:
             state = state.next()
 
     def k_block_of(self, number: Int32, k_rank: Int32) -> Int32:
-        """Return the 64-element block of the hidden dimension that is a k rank's filling
-        ``number``."""
+        """Return which 64-element block of the hidden dimension fills a stage of a k rank for the
+        ``number``-th time, from 0."""
         g = self.g
         chunk = arith.quotient(number, g.chunk_k_blocks) * g.split_k + k_rank
         return chunk * g.chunk_k_blocks + arith.remainder(number, g.chunk_k_blocks)
@@ -366,7 +368,8 @@ class SwapAb:
         """
         g = self.g
         before = state
-        # With two buffers the sums to add are there already; with one they are still in flight.
+        # When to add the peers' sums: at once with two buffers, where they were sent a chunk ago;
+        # half a chunk later with one, where they were sent at the end of the chunk before.
         moment = 0 if g.buffers > 1 else g.chunk_k_blocks // 2
         for block in range(g.chunk_k_blocks):
             mbarrier.wait(rings[0].full_at(state.stage), state.phase)
@@ -386,7 +389,10 @@ class SwapAb:
     def expect(
         self, rings: tuple[Ring, Ring, Cta, Int32, Int32], stage: Int32, number: Int32
     ) -> None:
-        """Expect the next filling of a stage that has arrived, before it can be released."""
+        """Announce the bytes of a stage's next filling to its full barrier.
+
+        Called when the present filling has arrived, and before the stage is released.
+        """
         g = self.g
         hidden, _, _, _, thread = rings
         if thread == 0 and number + g.stages < g.k_blocks:

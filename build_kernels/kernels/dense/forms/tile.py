@@ -159,7 +159,8 @@ class Tile:
             # From here on the epilogue uses the rings' place: all stages have arrived and been
             # read.
             self.epilogue.sync_consumers()
-            # The hidden states' arrival implies this wait; it is for what is read from here on.
+            # It returns at once, because the producer has waited already. Each thread waits for
+            # itself, so that it may read global memory (masks, counts, ids) from here on.
             cute.arch.griddepcontrol_wait()
             own = e_rank * (g.cta_experts * 4)
             images = Int32(0)
