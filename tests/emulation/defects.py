@@ -36,8 +36,9 @@ from tests.emulation.library import load
 TOKENS = {"once": 60, "ring": 250, "tile": 300}
 #: Launches in each mode, and milliseconds after which a wait does not end.
 REPEATS, LIMIT_MS = 2, 500
-#: Seconds after which a defect's process is stopped.
-PATIENCE = 60
+#: Seconds without an answer after which a defect's process is stopped. The first answer takes
+#: longest: torch is imported and a context is made.
+PATIENCE = 30
 
 Record = Mapping[str, Mapping[str, Any]]
 #: Mode -> what was seen there: kinds of errors, and ``bits`` where outputs differ.
@@ -47,16 +48,23 @@ Seen = dict[str, list[str]]
 def run(
     folder: Path, record: Record, chosen: Callable[[str], bool], echo: Callable[[str], object]
 ) -> int:
-    """Run the defects, print the table, and return how many were seen by nothing."""
+    """Run the defects, print the table, and return how many were seen by nothing.
+
+    Each row is printed as soon as it is known, so that a run that is cut short has told something.
+    """
     waiting = [key for key in sorted(record) if chosen(key)]
     seen: dict[str, Seen] = {}
+
+    def finished(key: str) -> None:
+        waiting.remove(key)
+        echo("  ".join(table_row(record[key], seen.get(key, {}))))
+
     while waiting:
-        done, why = _run_some(folder, waiting, seen)
-        if not done:
-            # The first one took the process with it, perhaps after some of its modes.
+        why = _run_some(folder, tuple(waiting), seen, finished)
+        if waiting:
+            # The next one took the process with it, perhaps after some of its modes.
             seen.setdefault(waiting[0], {})[f"({why})"] = ["fault"]
-            done = [waiting[0]]
-        waiting = [key for key in waiting if key not in done]
+            finished(waiting[0])
     rows = [table_row(facts, seen.get(key, {})) for key, facts in record.items() if key in seen]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
@@ -90,11 +98,20 @@ def table_row(facts: Mapping[str, Any], seen: Seen) -> tuple[str, str, str, str,
     return verdict, facts["defect"], layer, ", ".join(sorted(found)) or "nothing", modes
 
 
-def _run_some(folder: Path, keys: Sequence[str], seen: dict[str, Seen]) -> tuple[list[str], str]:
-    """Run defects in a process until it ends or stays silent; return those that are done."""
+def _run_some(
+    folder: Path,
+    keys: Sequence[str],
+    seen: dict[str, Seen],
+    finished: Callable[[str], None],
+) -> str:
+    """Run defects in a process until it ends or does not answer. Return which of the two it was.
+
+    ``finished`` is called with every defect that ran in all modes.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.emulation", str(folder), "--defect-worker", *keys],
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # a defect that ends the process prints pages of torch's advice
         text=True,
     )
     assert process.stdout is not None
@@ -107,7 +124,6 @@ def _run_some(folder: Path, keys: Sequence[str], seen: dict[str, Seen]) -> tuple
         lines.put("")
 
     threading.Thread(target=read, daemon=True).start()
-    done = []
     why = "the process ended"
     while True:
         try:
@@ -120,11 +136,11 @@ def _run_some(folder: Path, keys: Sequence[str], seen: dict[str, Seen]) -> tuple
             break
         answer = json.loads(line)
         if answer["done"]:
-            done.append(answer["entry"])
+            finished(answer["entry"])
         else:
             seen.setdefault(answer["entry"], {})[answer["mode"]] = answer["seen"]
     process.wait()
-    return done, why
+    return why
 
 
 def worker(folder: Path, record: Record, keys: Sequence[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,3 +205,37 @@ def test_a_sound_kernel_must_be_seen_by_nothing_and_translation_needs_no_launch(
 
 def test_what_the_host_finds_is_an_error_too() -> None:
     assert set(FOUND_BY_HOST) < set(ERRORS)
+
+
+def test_a_defect_that_ends_its_process_is_a_fault_and_the_others_still_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first process answers for ``a`` and ends in ``b``; the second runs ``c``."""
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None:
+            keys = command[command.index("--defect-worker") + 1 :]
+            started.append(keys)
+            key = keys[0]
+            answers = [
+                {"entry": key, "done": False, "mode": "eager", "seen": ["bits"]},
+                {"entry": key, "done": True},
+            ]
+            self.stdout = io.StringIO("".join(json.dumps(answer) + "\n" for answer in answers))
+
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    record = {key: {"defect": key, "layer": "bits", "unwaited": []} for key in "abc"}
+    lines: list[str] = []
+    missed = defects.run(tmp_path, record, lambda key: True, lines.append)
+    assert started == [["a", "b", "c"], ["c"]]
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["seen", "a"],
+        ["other", "b"],
+        ["seen", "c"],
+    ]
+    assert "fault" in lines[1]
+    assert missed == 0
