@@ -70,7 +70,7 @@ class Library:
         return Report(counts, errors)
 
     def _reset(self) -> None:
-        for name in ("tc_taken", "tc_first", "tc_queued", "tc_pending", "tc_copies"):
+        for name in ("tc_taken", "tc_first", "tc_queued", "tc_pending", "tc_copies", "tc_gathered"):
             self._clear(name)
 
     def _place(self, name: str) -> tuple[int, int]:

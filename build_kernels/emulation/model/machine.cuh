@@ -18,8 +18,11 @@ constexpr u32 RESERVED = 1024;
 constexpr u32 NAN_BITS = 0x7fc0deadu;
 // A commit without a mask goes to the CTA's own barrier.
 constexpr u32 OWN_BARRIER = ~0u;
-// Nanoseconds of a wait until it begins copies that other CTAs may wait for.
+// Nanoseconds of a wait until it begins copies that other CTAs may wait for, or until threads of the
+// warp that have not come are counted as missing.
 constexpr u64 PATIENCE = 10000000;
+// Nanoseconds between two tries of a wait to find all threads of its warp waiting.
+constexpr u64 MEETING = 20000;
 
 // A queued MMA; or a queued commit, with its barrier in d.
 struct Step {
@@ -46,6 +49,7 @@ __device__ u32 tc_first[MULTIPROCESSORS * WARPS];   // of the queue: the oldest 
 __device__ u32 tc_queued[MULTIPROCESSORS * WARPS];  // of the queue: the end
 __device__ Copy tc_copies[MULTIPROCESSORS * COPIES];
 __device__ u32 tc_pending[MULTIPROCESSORS];  // copies that have not begun
+__device__ u32 tc_gathered[MULTIPROCESSORS * WARPS * 2];  // threads, as bits: see gathered()
 }
 
 #define SPECIAL(name, type, constraint, text)              \
@@ -98,6 +102,35 @@ static __device__ __noinline__ void fail(u32 error, u32 a = 0, u32 b = 0, u32 c 
     u32* place = tc_places + (error - FIRST_ERROR) * PLACE_WORDS;
     place[0] = blockIdx.x, place[1] = blockIdx.y, place[2] = blockIdx.z, place[3] = thread();
     place[4] = a, place[5] = b, place[6] = c, place[7] = rank();
+}
+
+// What a warp comes together for: to execute one instruction, or what it has put off.
+enum Purpose : u32 { INSTRUCTION, QUEUED_WORK };
+
+// Whether all threads of the warp call this within `limit` nanoseconds, for one purpose. The threads
+// of `together` call it at once; they return with all others, or after the limit without them.
+//
+// Threads of a warp that run the same code need not run it at the same time: one that has just had
+// work of its own comes later. Only a thread that does not come at all is missing.
+static __device__ __noinline__ bool gathered(Purpose purpose, u32 together, u64 limit) {
+    if (together == ALL) return true;
+    u32* present = &tc_gathered[warp_slot() * 2 + purpose];
+    const u32 own = 1u << lane();
+    const u64 begun = nanoseconds();
+    atomicOr(present, own);
+    while (current(present) != ALL) {
+        if (nanoseconds() - begun < limit) {
+            __nanosleep(100);
+            continue;
+        }
+        // Leaves, unless the last thread has come meanwhile.
+        const u32 before = current(present);
+        if (before != ALL && atomicCAS(present, before, before & ~own) == before) return false;
+    }
+    __syncwarp();
+    if (lane() == 0) atomicExch(present, 0u);
+    __syncwarp();
+    return true;
 }
 
 // Sometimes sleeps, up to 16 microseconds.

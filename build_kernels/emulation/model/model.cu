@@ -54,9 +54,9 @@ extern "C" __device__ __noinline__ void tc_wait(u32 barrier, u32 parity) {
         if (found == 1) return;
         bool busy = mode(MODE_LATE_COPY) && begin_copies(together, barrier, found == 2);
         if (!busy && round % 4 == 3 && !empty(slot)) {
-            if (together == ALL)
+            if (gathered(QUEUED_WORK, together, MEETING))
                 drain(slot, false), busy = true;
-            else if (lane() == leader && round == 3)
+            else if (found == 2)
                 fail(ERROR_DIVERGED, together);
         }
         if (!busy) __nanosleep(200);
@@ -75,12 +75,12 @@ extern "C" __device__ __noinline__ void tc_poll(u32 barrier) {
 
 // Before a barrier of the CTA or the cluster, and before the end: the warp's queue is executed.
 extern "C" __device__ __noinline__ void tc_settle() {
-    const u32 slot = warp_slot();
+    const u32 slot = warp_slot(), together = __activemask();
     if (!mode(MODE_DEEP_MMA) || empty(slot)) return;
-    if (__activemask() == ALL)
+    if (gathered(QUEUED_WORK, together, PATIENCE))
         drain(slot, true);
     else
-        fail(ERROR_DIVERGED, __activemask());
+        fail(ERROR_DIVERGED, together);
 }
 
 // --- entry ---

@@ -52,12 +52,12 @@ static __device__ bool empty(u32 slot) {
     return current(&tc_first[slot]) == current(&tc_queued[slot]);
 }
 
-// All threads of the warp: executes the warp's queue, up to its first commit unless `all`.
+// All threads of the warp: executes the warp's queue, up to its first commit unless one has `all`.
 //
 // Of the MMAs before a commit, those of the last accumulator come first: only MMAs of the same
 // accumulator and shape are ordered.
 static __device__ __noinline__ void drain(u32 slot, bool all) {
-    __syncwarp();
+    all = __any_sync(ALL, all);
     u32 first = current(&tc_first[slot]);
     const u32 end = current(&tc_queued[slot]);
     while (first < end) {
@@ -108,7 +108,8 @@ static __device__ void drain_alone(u32 slot) {
     *(volatile u32*)&tc_queued[slot] = 0;
 }
 static __device__ void whole_warp() {
-    if (__activemask() != ALL) fail(ERROR_DIVERGED, __activemask());
+    const u32 together = __activemask();
+    if (!gathered(INSTRUCTION, together, PATIENCE)) fail(ERROR_DIVERGED, together);
     __syncwarp();
 }
 
