@@ -52,6 +52,19 @@ def lines(found: Diagnosis) -> Iterator[str]:
         yield from _problem(problem)
 
 
+def serving(found: Diagnosis) -> Iterator[str]:
+    """Yield what serves by default on the GPUs that are here, by the evidence as it is now, and
+    what nothing serves, with the next command.
+    """
+    yield ""
+    yield "what serves by default now:"
+    for device in found.devices:
+        yield from _device(device, brief=False)
+    for problem in found.problems:
+        if problem.severity == "error":
+            yield from _problem(problem)
+
+
 def _device(device: Device, brief: bool) -> Iterator[str]:
     where = ", ".join(f"cuda:{index}" for index in device.indices)
     major, minor = device.compute_capability

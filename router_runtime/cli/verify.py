@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from router_runtime.cli import bundle as bundles
+from router_runtime.cli import screen
+from router_runtime.cli.diagnosis import diagnose
 from router_runtime.cli.options import artifacts_option
 from router_runtime.device.artifact_store import find_artifacts
 from router_runtime.errors import RouterRuntimeError
@@ -22,13 +25,42 @@ from router_runtime.verification.verify import run
     help=f"Where --record writes. Default: ${ENVIRONMENT_VARIABLE}, then beside the manifest. The "
     f"runtime reads the folder that ${ENVIRONMENT_VARIABLE} names.",
 )
-def verify(artifacts: Path | None, record: bool, evidence: Path | None) -> None:
-    """Run the oracle suite on this machine's GPU against every cubin that loads on it."""
-    if evidence is not None and not record:
-        raise click.UsageError("expected --evidence with --record, found it alone; add --record")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.zip",
+    help="Also write one file with everything that was found, to send to somebody: this report, "
+    "the records, doctor's report, and digests of the kernels' results.",
+)
+def verify(
+    artifacts: Path | None, record: bool, evidence: Path | None, bundle: Path | None
+) -> None:
+    """Run the oracle suite on this machine's GPU against every cubin that loads on it.
+
+    With --record it ends with what serves on this GPU from now on.
+    """
+    for name, value in (("evidence", evidence), ("bundle", bundle)):
+        if value is not None and not record:
+            raise click.UsageError(f"expected --{name} with --record, found it alone; add --record")
+    printed: list[str] = []
+
+    def echo(line: str) -> None:
+        printed.append(line)
+        click.echo(line)
+
     try:
-        passed = run(find_artifacts(artifacts), record, click.echo, evidence)
+        if bundle is not None:
+            bundles.require_writable(bundle)
+        folder = find_artifacts(artifacts)
+        outcome = run(folder, record, echo, evidence)
+        if record:
+            diagnosis = diagnose(folder)
+            for line in screen.serving(diagnosis):
+                echo(line)
+            if bundle is not None:
+                bundles.write(bundle, printed, outcome, diagnosis)
+                click.echo(f"everything that was found is in {bundle}")
     except RouterRuntimeError as error:
         raise click.ClickException(str(error)) from error
-    if not passed:
+    if not outcome.passed:
         raise SystemExit(1)

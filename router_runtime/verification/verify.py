@@ -23,6 +23,7 @@ from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.verification.examine import Run, examine
 from router_runtime.verification.kernel_run import KernelRun
+from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
 from router_runtime.verification.report import entry_row, table
 from router_runtime.verification.shared_trials import SharedTrials, sharing_key
 
@@ -32,8 +33,8 @@ Echo = Callable[[str], object]
 _Siblings = dict[tuple[str, int], tuple[str, str]]
 
 
-def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> bool:
-    """Verify every entry that the current device can load.
+def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> Outcome:
+    """Verify every entry that the current device can load, and return what was found.
 
     Args:
         artifacts: The folder of the manifest and its cubins.
@@ -41,9 +42,6 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
         echo: Called with each line of the report.
         own: The folder of the evidence. Without it: the one that ``ROUTER_RUNTIME_EVIDENCE`` names,
             else ``evidence`` beside the manifest.
-
-    Returns:
-        Whether there are entries for this device and all of them pass.
 
     Raises:
         ArtifactError: The evidence is to be recorded and its folder cannot be written.
@@ -84,29 +82,31 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> b
             f"expected an entry for compute capability {facts.major}.{facts.minor}, found none; "
             f"{build_for_device(facts.major, facts.minor)}"
         )
-        return False
+        return Outcome(())
     rows: list[tuple[str, ...]] = []
-    failures: list[str] = []
+    outcomes: list[EntryOutcome] = []
     siblings: _Siblings = {}
     trials = SharedTrials(f"cuda:{index}")
     for entry in loadable:
         started = time.perf_counter()
         trials.turn_to(entry)
-        problems, records = _verify_entry(entry, manifest, artifacts, index, siblings, trials)
+        problems, records, bits = _verify_entry(entry, manifest, artifacts, index, siblings, trials)
         row = entry_row(entry.key, records, time.perf_counter() - started, not problems)
         rows.append(row)
         echo(f"{row[-1]:4}  {entry.key}")
-        failures += [f"{entry.key}: {problem}" for problem in problems]
+        path = None
         if record:
-            _record(entry, manifest, folder, (index, facts), problems, records, echo)
+            path = _record(entry, manifest, folder, (index, facts), problems, records, echo)
+        outcomes.append(EntryOutcome(entry.key, entry.sha256, tuple(problems), tuple(bits), path))
     echo("")
     for line in table(rows):
         echo(line)
-    for failure in failures:
-        echo(failure)
+    for outcome in outcomes:
+        for problem in outcome.problems:
+            echo(f"{outcome.key}: {problem}")
     if record and folder.resolve() not in [each.resolve() for each in store.folders(artifacts)]:
         echo(f"for the runtime to read it: export {store.ENVIRONMENT_VARIABLE}={folder.resolve()}")
-    return not failures
+    return Outcome(tuple(outcomes))
 
 
 def _require_own_folder(folder: Path, artifacts: Path) -> None:
@@ -130,8 +130,8 @@ def _verify_entry(
     index: int,
     siblings: _Siblings,
     trials: SharedTrials,
-) -> tuple[list[str], list[CaseRecord]]:
-    """The problems of an entry, and the records of the cases that ran.
+) -> tuple[list[str], list[CaseRecord], list[CaseBits]]:
+    """The problems of an entry, and the records and bits of the cases that ran.
 
     The entry must give the same bits as every earlier one with its numerics tag; ``siblings`` holds
     the digests of those.
@@ -141,12 +141,13 @@ def _verify_entry(
         cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
         kernel_run: Run = KernelRun(load_entry(entry, manifest, artifacts, index), device)
     except (RuntimeError, ValueError) as error:
-        return [str(error)], []
+        return [str(error)], [], []
     limits = entry.contract.limits
     largest = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))[1]
     logits = any(parameter.name == "logits_out" for parameter in entry.contract.parameters)
     problems: list[str] = []
     found: list[CaseRecord] = []
+    bits: list[CaseBits] = []
     for case in cases:
         trial = trials.trial(case)
         try:
@@ -154,7 +155,7 @@ def _verify_entry(
         except RuntimeError as error:
             # A CUDA error may be sticky: the next launch on this device would fail with it too.
             trials.drop()
-            return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found
+            return [*problems, f"{case.name}: {type(error).__name__}: {error}"], found, bits
         problems += [f"{case.name}: {problem}" for problem in verdict.problems]
         if verdict.problems:
             trials.drop()
@@ -165,9 +166,10 @@ def _verify_entry(
             # sizes of the model and the batch, and the pattern. So kernels of one tag must give the
             # same bits.
             name = (entry.numerics, case.seed)
-            sibling, bits = siblings.setdefault(name, (entry.key, verdict.bits_sha256))
-            if bits != verdict.bits_sha256:
+            sibling, known = siblings.setdefault(name, (entry.key, verdict.bits_sha256))
+            if known != verdict.bits_sha256:
                 problems.append(f"{case.name}: other bits than {sibling} with the same numerics")
+        bits.append(CaseBits(case.name, case.seed, trial.inputs_sha256, verdict.bits_sha256))
         found.append(
             CaseRecord(
                 name=case.name,
@@ -180,7 +182,7 @@ def _verify_entry(
                 worst=verdict.worst,
             )
         )
-    return problems, found
+    return problems, found, bits
 
 
 def _record(
@@ -191,8 +193,10 @@ def _record(
     problems: list[str],
     found: list[CaseRecord],
     echo: Echo,
-) -> None:
-    """Write the evidence of an entry that passed; remove that of one that failed."""
+) -> Path | None:
+    """Write the evidence of an entry that passed, and return its path; remove that of one that
+    failed.
+    """
     index, facts = device
     record = Record(
         entry=entry.key,
@@ -213,7 +217,10 @@ def _record(
         cases=tuple(found),
     )
     if not problems:
-        echo(f"      recorded {store.write_record(record, folder).name}")
-    elif (path := folder / record.file_name).exists():
-        path.unlink()
-        echo(f"      removed {path.name}: it no longer holds")
+        path = store.write_record(record, folder)
+        echo(f"      recorded {path.name}")
+        return path
+    if (old := folder / record.file_name).exists():
+        old.unlink()
+        echo(f"      removed {old.name}: it no longer holds")
+    return None

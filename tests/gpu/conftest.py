@@ -71,7 +71,7 @@ def verification(tmp_path_factory):
     for cubin in source.glob("*.cubin"):
         shutil.copy(cubin, folder)
     lines: list[str] = []
-    passed = verify.run(folder, True, lines.append)
+    passed = verify.run(folder, True, lines.append).passed
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ARTIFACTS_VARIABLE, str(folder))
         yield Verification(passed, tuple(lines), folder)

@@ -201,7 +201,7 @@ def _verified(folder: Path, copy: Path) -> Path:
     copy.mkdir()
     for file in [folder / MANIFEST_NAME, *folder.glob("*.cubin")]:
         shutil.copy(file, copy)
-    if not verify.run(copy, True, lambda line: print(line, flush=True)):
+    if not verify.run(copy, True, lambda line: print(line, flush=True)).passed:
         raise SystemExit(
             "expected kernels that pass the oracle suite, found some that do not; "
             "next: router-runtime verify"

@@ -141,7 +141,7 @@ def machine(monkeypatch, outputs):
 
 def test_all_pass_and_nothing_is_written(folder, machine):
     lines = []
-    assert verify.run(folder, False, lines.append)
+    assert verify.run(folder, False, lines.append).passed
     text = "\n".join(lines)
     assert "NVIDIA H100" in text
     assert text.count("  pass") == 3
@@ -150,7 +150,7 @@ def test_all_pass_and_nothing_is_written(folder, machine):
 
 
 def test_recorded_evidence_verifies(folder, machine):
-    assert verify.run(folder, True, lambda _: None)
+    assert verify.run(folder, True, lambda _: None).passed
     found = store.load_evidence(folder / "evidence")
     assert len(found.records) == 3
     manifest = Manifest("0" * 64, Toolchain({}, {}), ENTRIES)
@@ -159,7 +159,7 @@ def test_recorded_evidence_verifies(folder, machine):
         "source-verified",  # the same source as the one for sm_90a
     ]
     first = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
-    assert verify.run(folder, True, lambda _: None)
+    assert verify.run(folder, True, lambda _: None).passed
     assert {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()} == first
 
 
@@ -171,9 +171,9 @@ def test_evidence_goes_to_a_folder_of_ones_own(folder, machine, tmp_path, monkey
     only_one(folder)
     if how == "variable":
         monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(mine))
-        assert verify.run(folder, True, lines.append)
+        assert verify.run(folder, True, lines.append).passed
     else:
-        assert verify.run(folder, True, lines.append, mine)
+        assert verify.run(folder, True, lines.append, mine).passed
         assert lines[-1] == (
             f"for the runtime to read it: export {store.ENVIRONMENT_VARIABLE}={mine}"
         )
@@ -212,10 +212,10 @@ def only_one(folder):
 
 
 def test_a_failure_is_reported_and_removes_its_evidence(folder, machine):
-    assert verify.run(folder, True, lambda _: None)
+    assert verify.run(folder, True, lambda _: None).passed
     machine.add("dense_router_decode")
     lines = []
-    assert not verify.run(folder, True, lines.append)
+    assert not verify.run(folder, True, lines.append).passed
     text = "\n".join(lines)
     assert "FAIL" in text
     assert "weights out of bounds" in text
@@ -234,10 +234,10 @@ def test_kernels_of_one_numerics_tag_must_agree_bit_for_bit(folder, machine):
         manifest = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, added))
         (folder / "manifest.json").write_bytes(dump_manifest(manifest))
         machine.clear()
-        assert verify.run(folder, False, lambda _: None)
+        assert verify.run(folder, False, lambda _: None).passed
         machine.add("dense_router_prefill in one bit")
         lines = []
-        assert verify.run(folder, False, lines.append) == (not message)
+        assert verify.run(folder, False, lines.append).passed == (not message)
         assert message in "\n".join(lines)
 
 
@@ -278,13 +278,13 @@ def test_inputs_are_drawn_once_for_the_entries_that_share_them(folder, machine, 
     monkeypatch.setattr(
         shared_trials, "make_inputs", lambda case: drawn.append(case) or make_inputs(case)
     )
-    assert verify.run(folder, True, lambda _: None)
+    assert verify.run(folder, True, lambda _: None).passed
     assert len(drawn) == 2 * cases  # of two models
     shared = {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()}
     assert len(shared) == 4
     monkeypatch.setattr(shared_trials, "SHARED_BYTES", 0)
     drawn.clear()
-    assert verify.run(folder, True, lambda _: None)
+    assert verify.run(folder, True, lambda _: None).passed
     assert len(drawn) == 4 * cases
     assert {path.name: path.read_bytes() for path in (folder / "evidence").iterdir()} == shared
 
@@ -334,7 +334,7 @@ def test_a_trial_that_found_something_is_not_kept(folder, machine, monkeypatch):
         shared_trials, "make_inputs", lambda case: drawn.append(case) or make_inputs(case)
     )
     machine.add("dense_router_decode")
-    assert not verify.run(folder, False, lambda _: None)
+    assert not verify.run(folder, False, lambda _: None).passed
     assert len(drawn) > 2 * cases
 
 
@@ -343,7 +343,7 @@ def test_no_entry_for_the_device_is_a_failure(folder, machine, monkeypatch):
         verify.driver, "device_facts", lambda _: DeviceFacts(12, 0, 13000, 100, 100)
     )
     lines = []
-    assert not verify.run(folder, False, lines.append)
+    assert not verify.run(folder, False, lines.append).passed
     assert "no kernels can be built for compute capability 12.0" in "\n".join(lines)
 
 
@@ -351,7 +351,7 @@ def test_an_entry_without_cases_is_a_failure(folder, machine):
     unknown = Manifest("0" * 64, Toolchain({}, {}), (*ENTRIES, entry("no_kernel", digest="9")))
     (folder / "manifest.json").write_bytes(dump_manifest(unknown))
     lines = []
-    assert not verify.run(folder, False, lines.append)
+    assert not verify.run(folder, False, lines.append).passed
     assert "add its cases to router_runtime/evidence/cases.py" in "\n".join(lines)
 
 

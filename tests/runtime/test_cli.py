@@ -6,7 +6,9 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from router_runtime.device import driver
 from router_runtime.evidence.store import Evidence
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
+from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
 
 BUILT = Path(__file__).resolve().parents[2] / "artifacts"
 
@@ -452,26 +455,91 @@ def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
     assert shapes["dense_router_decode"] == {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
 
 
-@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
-def test_verify(folder: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> list[Any]:
+    """Put ``outcome`` in the place of a run of the suite; returns the arguments of each run."""
     command = sys.modules["router_runtime.cli.verify"]
     seen: list[Any] = []
 
-    def stand_in(artifacts: Path, record: bool, echo: Any, own: Path | None) -> bool:
+    def found(artifacts: Path, record: bool, echo: Any, own: Path | None) -> Outcome:
         seen.append((artifacts, record, own))
         echo("ran")
-        return passed
+        return outcome
 
-    monkeypatch.setattr(command, "run", stand_in)
-    done = run(folder, "verify", "--record")
+    monkeypatch.setattr(command, "run", found)
+    return seen
+
+
+def outcome_of(folder: Path, *problems: str) -> Outcome:
+    """The outcome of two entries: one that passed, and one with these problems."""
+    record = folder.parent / "record.json"
+    record.write_text("{}")
+    case = CaseBits("random", 7, "1" * 64, "2" * 64)
+    return Outcome(
+        (
+            EntryOutcome("hash_router/any/sm_90a/portable", "a" * 64, (), (case,), record),
+            EntryOutcome("dense_router_decode/small/sm_90a/portable", "b" * 64, problems, (), None),
+        )
+    )
+
+
+@pytest.mark.usefixtures("verified")
+@pytest.mark.parametrize(("problems", "code"), [((), 0), (("random: wrong",), 1)])
+def test_verify(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, problems: tuple[str, ...], code: int
+) -> None:
+    seen = stand_in(monkeypatch, outcome_of(folder, *problems))
+    done = run(folder, "verify")
     assert (done.exit_code, done.output) == (code, "ran\n")
-    run(folder, "verify")
+    recorded = run(folder, "verify", "--record")
+    assert recorded.exit_code == code
+    text = recorded.output.partition("what serves by default now:")[2]
+    assert re.search(r"dense_router/small .*dense_router_decode +portable", text)
     run(folder, "verify", "--record", "--evidence", str(folder / "mine"))
-    assert seen == [(folder, True, None), (folder, False, None), (folder, True, folder / "mine")]
+    assert seen == [(folder, False, None), (folder, True, None), (folder, True, folder / "mine")]
 
 
-def test_evidence_folder_without_record(folder: Path) -> None:
-    done = run(folder, "verify", "--evidence", str(folder))
+def test_a_bundle_has_everything_that_was_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outcome = outcome_of(folder, "random: wrong")
+    stand_in(monkeypatch, outcome)
+    path, again = tmp_path / "first.zip", tmp_path / "again.zip"
+    done = run(folder, "verify", "--record", "--bundle", str(path))
+    assert done.exit_code == 1
+    assert done.output.endswith(f"everything that was found is in {path}\n")
+    record = outcome.entries[0].record
+    assert record is not None
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files.pop(f"evidence/{record.name}") == record.read_bytes()
+    assert set(files) == {"report.txt", "doctor.txt", "doctor.json", "bits.json"}
+    report = files["report.txt"].decode()
+    assert report.startswith("ran\n")
+    assert "what serves by default now:" in report
+    assert json.loads(files["doctor.json"])["schema"] == 1
+    assert files["doctor.txt"].decode().startswith("versions")
+    passed, failed = sorted(json.loads(files["bits.json"]).items(), reverse=True)
+    assert passed[1]["cases"]["random"]["bits_sha256"] == "2" * 64
+    assert failed[1]["problems"] == ["random: wrong"]
+    run(folder, "verify", "--record", "--bundle", str(again))
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["found.tar", "absent/found.zip"])
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    seen = stand_in(monkeypatch, outcome_of(folder))
+    done = run(folder, "verify", "--record", "--bundle", str(tmp_path / name))
+    assert done.exit_code == 1
+    assert "--bundle FILE.zip" in done.output
+    assert not seen
+    assert not list(tmp_path.glob("found*"))
+
+
+@pytest.mark.parametrize("option", ["--evidence", "--bundle"])
+def test_options_that_need_record(folder: Path, option: str) -> None:
+    done = run(folder, "verify", option, str(folder / "x.zip"))
     assert done.exit_code == 2
     assert "add --record" in done.output
 
