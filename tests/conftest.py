@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+
+# Artifacts that others may write are refused, so what the tests write is writable by nobody else.
+os.umask(os.umask(0o022) | 0o022)
 
 # The builder's environment has neither hypothesis nor torch, and its tests need neither.
 with contextlib.suppress(ImportError):

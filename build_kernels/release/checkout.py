@@ -117,6 +117,7 @@ def _git(root: Path, *arguments: str) -> str:
             ["git", "-c", "core.quotePath=off", "-c", "core.fsmonitor=false", *arguments],
             cwd=root,
             env={**environment, "LC_ALL": "C.UTF-8"},
+            umask=0o022,  # evidence that others may write does not count
             capture_output=True,
             text=True,
             errors="surrogateescape",

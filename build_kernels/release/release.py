@@ -89,7 +89,8 @@ def _evidence(folder: Path) -> Evidence:
     try:
         return load_evidence(folder)
     except RouterRuntimeError as error:
-        raise BuildError(f"{error}; next: restore the file, or record it again") from error
+        text, _, advice = str(error).rpartition("; ")
+        raise BuildError(f"{text}; next: {advice}") from error
 
 
 def compare_with_lock(root: Path, manifest: Manifest) -> None:

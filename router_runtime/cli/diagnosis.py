@@ -34,6 +34,7 @@ from router_runtime.evidence.store import (
     ENVIRONMENT_VARIABLE,
     EVIDENCE_NAME,
     Evidence,
+    files,
     folders,
     own_folder,
     read_evidence,
@@ -45,6 +46,8 @@ from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
 
 _PACKAGE = "router_runtime"
+#: A problem names at most so many files.
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +277,7 @@ def _evidence(
                 f"on a GPU of their target, {_record_evidence(contents.folder)}",
             )
         )
+    _name_strays(contents.folder, problems)
     _judge_sources(contents, statuses, problems)
     counts = Counter(statuses.values())
     names = ("verified", "source-verified", "unproven")
@@ -282,6 +286,21 @@ def _evidence(
         {name: counts[name] for name in names},
         stale,
     )
+
+
+def _name_strays(artifacts: Path, problems: list[Problem]) -> None:
+    """Which files in the folders of evidence are not read, because no record has such a name."""
+    _, strays = files(artifacts)
+    if strays:
+        more = f" and {len(strays) - _MOST_NAMES} more" if len(strays) > _MOST_NAMES else ""
+        problems.append(
+            Problem(
+                "note",
+                "not named as a record of evidence is, so not read: "
+                f"{', '.join(map(str, strays[:_MOST_NAMES]))}{more}",
+                "keep such files in another folder; a record that was renamed proves nothing",
+            )
+        )
 
 
 def _judge_sources(

@@ -2,7 +2,8 @@
 
 Plain standard-library Python. Bytes that leave ``read_cubin`` are the bytes that were hashed: the
 loader hands them to the driver without touching the file again, and nothing switches the check off.
-Every digest goes through ``trust.admit``, so that a signature policy covers what is used.
+Every digest goes through ``trust.admit``, so that a signature policy covers what is used. Where
+none is in force, a folder or a file that others may write is refused (``format/permissions.py``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from router_runtime.errors import ArtifactError, explain
@@ -20,7 +22,7 @@ from router_runtime.format.advice import (
     artifacts_places,
     build_artifacts,
 )
-from router_runtime.format.files import read_file
+from router_runtime.format.files import list_folder, read_file
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -75,37 +77,47 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
+def list_artifacts(folder: Path) -> list[str]:
+    """Return the names in an artifacts folder. Raises ArtifactError if others may write to it and
+    no signature is required.
+    """
+    return list_folder(folder, "artifacts folder", build_artifacts(), signed=trust.in_force())
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of ``folder``, read once.
 
     An installed release has a marker beside it: then it must be that release's manifest, and the
     release this runtime's. Raises ArtifactError, TrustError or FormatError.
     """
+    names = list_artifacts(folder)
     path = folder / MANIFEST_NAME
-    data = read_file(path, _MAX_MANIFEST, "manifest", build_artifacts())
+    signed = trust.in_force()
+    data = read_file(path, _MAX_MANIFEST, "manifest", build_artifacts(), signed=signed)
     sha256 = hashlib.sha256(data).hexdigest()
     trust.admit(MANIFEST_NAME, sha256, path)
     manifest = loads(data)
-    _check_marker(folder, manifest, sha256)
+    markers = [folder / name for name in names if name.endswith(provenance.MARKER_SUFFIX)]
+    _check_marker(markers, manifest, sha256)
     return manifest
 
 
-def _check_marker(folder: Path, manifest: Manifest, sha256: str) -> None:
-    paths = sorted(folder.glob("*" + provenance.MARKER_SUFFIX))
+def _check_marker(paths: Sequence[Path], manifest: Manifest, sha256: str) -> None:
     if not paths:
         return
     if len(paths) > 1:
         names = " ".join(path.name.rpartition("-")[0].replace("_", "-") for path in paths)
         raise ArtifactError(
             explain(
-                f"artifacts folder {folder}",
+                f"artifacts folder {paths[0].parent}",
                 expected="one release",
                 found=", ".join(path.name for path in paths),
                 remedy=f"run: pip uninstall -y {names}, then install one of them",
             )
         )
     (path,) = paths
-    data = read_file(path, _MAX_MARKER, "release marker", build_artifacts())
+    signed = trust.in_force()
+    data = read_file(path, _MAX_MARKER, "release marker", build_artifacts(), signed=signed)
     trust.admit(path.name, hashlib.sha256(data).hexdigest(), path)
     marker = provenance.marker_loads(data)
     expected = (path.name, __version__, sha256)
@@ -138,7 +150,7 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
     """
     path = folder / entry.file
     what = f"cubin of {entry.key}"
-    data = read_file(path, entry.size, what, build_artifacts())
+    data = read_file(path, entry.size, what, build_artifacts(), signed=trust.in_force())
     if len(data) != entry.size:
         found = f"{len(data)} bytes (truncated)"
         raise ArtifactError(

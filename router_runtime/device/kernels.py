@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from router_runtime.device import driver
-from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from router_runtime.device.artifact_store import find_artifacts, list_artifacts, read_manifest
 from router_runtime.device.dispatch import Dispatch, dispatch
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.loader import load_entry
 from router_runtime.device.resolve import Request, Resolution, resolve, status_if_fitting
 from router_runtime.errors import TrustError, explain
 from router_runtime.evidence.status import status
-from router_runtime.evidence.store import folders, read_evidence
+from router_runtime.evidence.store import files, read_evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
 from router_runtime.trust import policy as trust
 
@@ -94,12 +94,12 @@ def kernels_on(device: int, artifacts: str | os.PathLike[str] | None = None) -> 
 
 def _signature(folder: Path) -> object:
     """Return a value that changes when what ``Kernels`` reads has changed: the signature policy,
-    and the inode, the size and the time of the manifest and of each record. No file is opened.
+    and the inode, the size and the time of the manifest and of each record. None is opened.
     """
-    files = [folder / MANIFEST_NAME]
-    for evidence in folders(folder):
-        files += sorted(evidence.glob("*.json"))
-    return [trust.policy(), [(str(file), _identity(file)) for file in files]]
+    list_artifacts(folder)  # before the evidence in it: one command then mends both
+    records, _ = files(folder)
+    read = [folder / MANIFEST_NAME, *records]
+    return [trust.policy(), [(str(file), _identity(file)) for file in read]]
 
 
 def _identity(file: Path) -> object:

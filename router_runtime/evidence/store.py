@@ -3,21 +3,27 @@
 Records are shipped beside the manifest, in the folder ``evidence`` of the artifacts. A user can add
 records in the folder that the environment variable ``ROUTER_RUNTIME_EVIDENCE`` names, because an
 installed package is often read-only.
+
+A folder or a record that others may write is refused (``format/permissions.py``), unless a
+signature over the record is checked. A file whose name is not a record's is not read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from router_runtime.errors import ArtifactError, FormatError, TrustError, explain
+from router_runtime.errors import ArtifactError, FormatError, explain
 from router_runtime.evidence.record import Record, dumps, loads
+from router_runtime.format import system_errors
 from router_runtime.format.advice import record_evidence
-from router_runtime.format.files import read_file
+from router_runtime.format.files import list_folder, read_file
 from router_runtime.trust import policy as trust
 
 #: The folder of shipped records, inside an artifacts folder.
@@ -25,8 +31,14 @@ EVIDENCE_NAME = "evidence"
 #: Names a user's own folder of evidence.
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_EVIDENCE"
 
+#: What ``Record.file_name`` looks like: the start of a digest ends the cubin's name.
+_RECORD_NAME = re.compile(r".+-[0-9a-f]{16}\..+\.json")
+
 #: Called with a file's path and the bytes that were read; raises if they may not be used.
 Admit = Callable[[Path, bytes], None]
+
+#: Nobody but the owner may write to a folder that is created, whatever the umask is.
+_FOLDER_MODE = 0o755
 
 #: Far above what any record needs, far below what hurts.
 MAX_RECORD_BYTES = 4 * 2**20
@@ -110,7 +122,9 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
         name = f"{EVIDENCE_NAME}/{path.name}"
         trust.admit(name, hashlib.sha256(data).hexdigest(), path)
 
-    files: list[tuple[Path, Admit | None]] = [(path, admit) for path in _paths(shipped)]
+    files: list[tuple[Path, Admit | None]] = [
+        (path, admit) for path in _listed(shipped, signed=trust.in_force())[0]
+    ]
     for folder in own:
         if not folder.is_dir():
             raise ArtifactError(
@@ -122,7 +136,7 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
                 )
             )
         trust.admit_local_evidence(folder)
-        files += [(path, None) for path in _paths(folder)]
+        files += [(path, None) for path in _listed(folder)[0]]
     return EvidenceFiles(files, artifacts)
 
 
@@ -132,24 +146,41 @@ def load_evidence(folder: Path, artifacts: Path | None = None) -> Evidence:
 
     ``artifacts`` is the artifacts folder that they are about, for advice.
     """
-    return Evidence(tuple(_read_record(path, artifacts) for path in _paths(folder)))
+    return Evidence(tuple(_read_record(path, artifacts) for path in _listed(folder)[0]))
 
 
-def _paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json")) if folder.is_dir() else []
+def files(artifacts: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files in the folders from which evidence is read: those with a record's name, and
+    the others, which are not read.
+    """
+    shipped, *own = folders(artifacts)
+    records, strays = _listed(shipped, signed=trust.in_force())
+    for folder in own:
+        more, others = _listed(folder)
+        records, strays = records + more, strays + others
+    return records, strays
+
+
+def _listed(folder: Path, *, signed: bool = False) -> tuple[list[Path], list[Path]]:
+    if not folder.is_dir():
+        return [], []
+    names = list_folder(folder, "evidence folder", f"run: chmod u+rx {folder}", signed=signed)
+    records = [name for name in names if _RECORD_NAME.fullmatch(name)]
+    strays = [name for name in names if not _RECORD_NAME.fullmatch(name)]
+    return [folder / name for name in records], [folder / name for name in strays]
 
 
 def _read_record(path: Path, artifacts: Path | None, admit: Admit | None = None) -> Record:
     """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
     again = f"delete it and run on such a GPU: {record_evidence(artifacts)}"
     try:
-        data = read_file(path, MAX_RECORD_BYTES, "record", again)
+        # A record that is admitted by its signature may be writable by others.
+        signed = admit is not None and trust.in_force()
+        data = read_file(path, MAX_RECORD_BYTES, f"evidence {path}", again, signed=signed)
         if admit is not None:
             admit(path, data)
         record = loads(data)
-    except TrustError:
-        raise
-    except (ArtifactError, FormatError) as error:
+    except FormatError as error:
         raise ArtifactError(
             explain(f"evidence {path}", expected="a valid record", found=error, remedy=again)
         ) from error
@@ -172,40 +203,55 @@ def require_writable(folder: Path, artifacts: Path) -> None:
     Called before the suite runs, so that no GPU time is spent on records that are lost. The records
     that are there must be valid: ``write_record`` reads them.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder, artifacts):
+        folder.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ArtifactError(
-            explain(
-                "evidence folder",
-                expected=f"a folder that can be written, {folder}",
-                found=error,
-                remedy="name one of your own: "
-                f"{record_evidence(artifacts, '--evidence DIR')}, or {ENVIRONMENT_VARIABLE}",
-            )
-        ) from error
     load_evidence(folder, artifacts)
 
 
 def write_record(record: Record, folder: Path) -> Path:
     """Write a record, and remove those of the same entry and device about another cubin.
 
-    Returns the path. Raises ArtifactError if another file in the folder is not a valid record.
+    Returns the path. Raises ArtifactError if it cannot be written, or if another file in the folder
+    is not a valid record.
     """
     data = dumps(record)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _writing(folder):
+        folder.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb", opener=_open_for_owner) as file:
+                file.write(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     for other in load_evidence(folder).records:
         if (other.entry, other.device) == (record.entry, record.device) and (
             other.file_name != record.file_name
         ):
             (folder / other.file_name).unlink()
     return path
+
+
+def _open_for_owner(path: str, flags: int) -> int:
+    """Open a new file that only its owner may write, whatever the umask is."""
+    return os.open(path, flags, 0o644)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, artifacts: Path | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into ArtifactError."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            explain(
+                "evidence folder",
+                expected=f"a folder that can be written, {folder}",
+                found=system_errors.found(error),
+                remedy="name one of your own: "
+                f"{record_evidence(artifacts, '--evidence DIR')}, or {ENVIRONMENT_VARIABLE}",
+            )
+        ) from error

@@ -1,24 +1,69 @@
-"""Files of an artifacts folder as bytes: read once, plain files only, never more than expected."""
+"""Files of an artifacts folder as bytes: read once, plain files only, never more than expected, and
+only if nobody else can have written them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from router_runtime.errors import ArtifactError, explain
+from router_runtime.format import system_errors
+from router_runtime.format.permissions import require_private
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-def read_file(path: Path, limit: int, what: str, remedy: str) -> bytes:
+def read_file(path: Path, limit: int, what: str, remedy: str, *, signed: bool = False) -> bytes:
     """The bytes of a plain file of at most ``limit`` bytes, read through one descriptor.
 
     A link is not followed: what was published is what is read. A pipe or a device is not waited
     for, and no more than one byte beyond the limit is read. Raises ArtifactError, starting with
     ``what`` and ending with ``remedy``.
+
+    ``signed``: the caller checks a signature over the bytes, so it does not matter who may write
+    the file.
     """
+    with _opened(path, _FLAGS | os.O_NOFOLLOW, what, remedy) as descriptor:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a plain file")
+        if not signed:
+            require_private(descriptor, what, path, path.parent)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ArtifactError(
+            explain(
+                what,
+                expected=f"at most {limit} bytes in {path}",
+                found="a longer file",
+                remedy=remedy,
+            )
+        )
+    return data
+
+
+def list_folder(folder: Path, what: str, remedy: str, *, signed: bool = False) -> list[str]:
+    """The names in a folder, sorted. Raises ArtifactError as ``read_file`` does."""
+    with _opened(folder, _FLAGS | os.O_DIRECTORY, what, remedy) as descriptor:
+        if not signed:
+            require_private(descriptor, what, folder, folder)
+        return sorted(os.listdir(descriptor))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
+    """Open a file or a folder for the block. An OSError of the block ends as ArtifactError too."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, flags)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         raise ArtifactError(
             explain(what, expected=path, found="no such file", remedy=remedy)
@@ -34,26 +79,10 @@ def read_file(path: Path, limit: int, what: str, remedy: str) -> bytes:
                 )
             ) from error
         raise ArtifactError(
-            explain(what, expected=f"a readable {path}", found=error, remedy=remedy)
-        ) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a plain file")
-        with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise ArtifactError(
-            explain(what, expected=f"a readable {path}", found=error, remedy=remedy)
-        ) from error
-    finally:
-        os.close(descriptor)
-    if len(data) > limit:
-        raise ArtifactError(
             explain(
                 what,
-                expected=f"at most {limit} bytes in {path}",
-                found="a longer file",
-                remedy=remedy,
+                expected=f"a readable {path}",
+                found=system_errors.found(error),
+                remedy=system_errors.remedy(error, remedy),
             )
-        )
-    return data
+        ) from error

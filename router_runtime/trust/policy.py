@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from router_runtime.errors import DISTRIBUTION, ArtifactError, FormatError, TrustError, explain
+from router_runtime.format import system_errors
 from router_runtime.format.files import read_file
+from router_runtime.format.permissions import require_private
 from router_runtime.format.provenance import Statement, statement_loads
 from router_runtime.trust import dsse
 from router_runtime.version import __version__
@@ -161,6 +163,11 @@ def policy() -> Policy | None:
         return process.policy
 
 
+def in_force() -> bool:
+    """Return whether every file that is read must be signed. Raises TrustError as ``policy``."""
+    return policy() is not None
+
+
 def admit(name: str, sha256: str, path: Path) -> None:
     """Raise TrustError if the policy in force does not cover a file of an artifacts folder.
 
@@ -217,7 +224,7 @@ def _read_policy(
     what = f"signature policy with envelope {envelope}"
     try:
         key = _load_key(public_key)
-        data = read_file(envelope, _MAX_ENVELOPE, "envelope", _VERIFY_RELEASE)
+        data = read_file(envelope, _MAX_ENVELOPE, "envelope", _VERIFY_RELEASE, signed=True)
         statement = _verified(data, key)
     except TrustError:
         raise
@@ -268,11 +275,17 @@ def _load_key(public_key: bytes | str | os.PathLike[str]) -> Ed25519PublicKey:
         where = os.fspath(public_key)
         try:
             with open(where, "rb") as file:
+                require_private(file.fileno(), "public key", Path(where))
                 pem = file.read(_MAX_KEY)
+        except ArtifactError as error:
+            raise TrustError(str(error)) from error
         except OSError as error:
             raise TrustError(
                 explain(
-                    "public key", expected=f"a readable {where}", found=error, remedy="name the key"
+                    "public key",
+                    expected=f"a readable {where}",
+                    found=system_errors.found(error),
+                    remedy=system_errors.remedy(error, "name the key"),
                 )
             ) from error
     return dsse.read_public_key(pem, f"public key {where}")

@@ -357,7 +357,8 @@ def test_rubbish_is_refused(data):
 
 
 def test_a_renamed_record_is_refused(record, tmp_path):
-    (tmp_path / "topk_select.json").write_bytes(records.dumps(record))
+    renamed = record.file_name.replace("nvidia-h100", "nvidia-h200")
+    (tmp_path / renamed).write_bytes(records.dumps(record))
     with pytest.raises(ArtifactError, match="the name"):
         store.load_evidence(tmp_path)
 
@@ -407,7 +408,7 @@ def test_a_record_is_read_when_it_decides(record, tmp_path):
     """One that is about another kernel is left alone; doctor reads them all."""
     folder = tmp_path / "evidence"
     store.write_record(record, folder)
-    other = folder / "hash_router-any-sm_90a-portable-0.nvidia-h100-80gb-hbm3.json"
+    other = folder / f"hash_router-any-sm_90a-portable-{'0' * 16}.nvidia-h100-80gb-hbm3.json"
     other.write_text("rubbish")
     found = store.read_evidence(tmp_path)
     manifest = Manifest("ef" * 32, TOOLCHAIN, ())

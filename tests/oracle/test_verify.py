@@ -438,7 +438,8 @@ def test_records_that_cannot_be_read_are_reported_before_the_gpu_is_used(folder,
     """As after a change of the format: the user must delete the old records first."""
     evidence = folder / "evidence"
     evidence.mkdir()
-    (evidence / "old.json").write_text('{"format_version": 1}')
+    old = evidence / f"topk_select-any-sm_90a-old-{'0' * 16}.gpu.json"
+    old.write_text('{"format_version": 1}')
     lines = []
     with pytest.raises(ArtifactError, match="format version 2, found 1; delete it and run"):
         verify.run(folder, True, lines.append)

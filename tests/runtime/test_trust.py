@@ -623,8 +623,8 @@ def test_the_digest_is_of_the_bytes_that_are_used(
     require(release)
     genuine = read_file
 
-    def reading(path: Path, *rest: Any) -> bytes:
-        data = genuine(path, *rest)
+    def reading(path: Path, *rest: Any, **options: Any) -> bytes:
+        data = genuine(path, *rest, **options)
         os.replace(path, path.with_name("moved"))
         path.write_bytes(b"exchanged")
         return data
