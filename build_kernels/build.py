@@ -15,12 +15,12 @@ from pathlib import Path
 
 from build_kernels import plan, publish
 from build_kernels.compile import instructions, pool, toolchain
-from build_kernels.compile.cubin import Cubin
 from build_kernels.compile.instructions import Census
 from build_kernels.compile.job import Job
 from build_kernels.entries import identify, inspect
 from build_kernels.errors import BuildError
 from build_kernels.reuse import INPUTS_NAME, Reuse, inputs_text
+from router_runtime.format.cubin import Cubin
 from router_runtime.format.manifest import Entry, Manifest
 
 #: Called with one line for each job that has ended.

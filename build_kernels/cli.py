@@ -17,7 +17,7 @@ from build_kernels.build import build
 from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import ANY, MODELS
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
-from build_kernels.compile import cubin, instructions, toolchain
+from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.emulation.emulate import emulate
 from build_kernels.errors import BuildError, unknown
@@ -27,7 +27,9 @@ from build_kernels.release.builds import open_build
 from build_kernels.release.compare import difference
 from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
-from build_kernels.release.verify_release import verify
+from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence.release import description, verify
+from router_runtime.format import cubin
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.version import __version__
@@ -40,12 +42,12 @@ _F = TypeVar("_F", bound=Callable[..., None])
 
 
 class _Group(click.Group):
-    """A group of commands that prints the message of a BuildError and exits with 1."""
+    """A group of commands that prints the message of an error of ours and exits with 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except BuildError as error:
+        except (BuildError, RouterRuntimeError) as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -236,6 +238,7 @@ def release_command(
             key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
         )
         sign = functools.partial(signing.sign, key=private_key)
+        click.echo(f"signing with the key {signing.fingerprint(private_key)}")
     started = time.monotonic()
     result = release(
         root,
@@ -274,19 +277,8 @@ def verify_release_command(
     if repository is not None and not rebuild:
         raise BuildError("expected --repository with --rebuild, found it alone")
     found = verify(files, key)
-    statement = found.statement
-    click.echo(
-        f"{statement.distribution} {statement.version} of commit {statement.commit}, "
-        f"{'clean' if statement.clean else 'WITH UNCOMMITTED CHANGES'}: "
-        f"{len(found.manifest.entries)} cubins for {', '.join(statement.targets)}"
-    )
-    click.echo(
-        f"signed by {found.signed_by}"
-        if found.signed_by
-        else "signature NOT CHECKED: no --key was given, so anyone can have made these files"
-    )
-    for name in found.missing:
-        click.echo(f"not checked, for it was not given: {name}")
+    for line in description(found):
+        click.echo(line)
     if rebuild:
         rebuild_release(found, repository or _checkout(), jobs)
         click.echo("the commit gives the same bytes again")

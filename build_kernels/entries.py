@@ -6,19 +6,25 @@ import dataclasses
 import hashlib
 import importlib
 
-from build_kernels.compile import cubin
 from build_kernels.compile.contract_check import check_contract
-from build_kernels.compile.cubin import Cubin
 from build_kernels.compile.instructions import Census, serialised, spills
 from build_kernels.compile.job import Job
 from build_kernels.errors import BuildError
+from router_runtime.errors import FormatError
+from router_runtime.format import cubin
 from router_runtime.format.contract import Contract
+from router_runtime.format.cubin import Cubin
 from router_runtime.format.manifest import Entry, Resources, artifact_name
 
 
 def identify(job: Job, data: bytes) -> Cubin:
-    """Return the facts of a job's cubin. Raises BuildError for another target's or kernel's."""
-    facts = cubin.read(data, job.key)
+    """Return the facts of a job's cubin. Raises BuildError for a damaged one, and for another
+    target's or kernel's.
+    """
+    try:
+        facts = cubin.read(data, job.key)
+    except FormatError as error:
+        raise BuildError(str(error)) from error
     if facts.target != job.target:
         raise BuildError(f"{job.key}: expected a cubin for {job.target}, found {facts.target}")
     if job.language == "cuda" and facts.symbol != job.kernel:

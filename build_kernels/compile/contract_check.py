@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from build_kernels.compile.cubin import Cubin
 from build_kernels.compile.instructions import Census, tensor_core, waits_for_dependencies
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError
 from router_runtime.format.contract import Contract, validate_contract
+from router_runtime.format.cubin import Cubin
 from router_runtime.format.target import Target
 
 #: Limits of a CTA on every target: shared memory in bytes (static and dynamic, with opt-in) and

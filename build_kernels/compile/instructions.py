@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels.compile import elf
 from build_kernels.errors import BuildError
+from router_runtime.format import elf
 
 #: Instruction, modifiers included -> how often it occurs.
 Census = Mapping[str, int]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from build_kernels import plan, publish
 from build_kernels.build import make
-from build_kernels.compile import cubin, instructions, toolchain
+from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.contract_check import check_contract
 from build_kernels.emulation.assembly import assemble, model
 from build_kernels.emulation.changes import Code, Form
@@ -26,6 +26,7 @@ from build_kernels.emulation.translate import TARGET, Translation, translate
 from build_kernels.entries import resources
 from build_kernels.errors import BuildError
 from build_kernels.reuse import Reuse
+from router_runtime.format import cubin
 from router_runtime.format.manifest import Entry, Manifest, artifact_name
 
 #: What each emulated entry was made from, beside the manifest.

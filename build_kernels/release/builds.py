@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels.errors import BuildError
-from build_kernels.release import wheel
 from router_runtime.errors import FormatError
+from router_runtime.format import wheel
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 
 
@@ -43,8 +43,7 @@ def open_build(path: Path) -> Build:
     """
     wheels = [path] if path.is_file() else sorted(path.glob("*.whl"))
     if len(wheels) == 1:
-        entries = wheel.read(wheels[0].read_bytes(), wheels[0].name)
-        return of_wheel(entries, wheels[0].name)
+        return of_wheel(_entries(wheels[0]), wheels[0].name)
     for folder in (path, path / "artifacts"):
         if (folder / MANIFEST_NAME).is_file():
             text = (folder / MANIFEST_NAME).read_bytes()
@@ -63,6 +62,13 @@ def of_wheel(entries: Mapping[str, bytes], where: str) -> Build:
             f"{where}: expected a wheel with {name}, found none; next: name a release's wheel"
         )
     return Build(_manifest(entries[name], where), lambda file: entries[wheel.ARTIFACTS + file])
+
+
+def _entries(path: Path) -> dict[str, bytes]:
+    try:
+        return wheel.read(path.read_bytes(), path.name)
+    except FormatError as error:
+        raise BuildError(str(error)) from error
 
 
 def _reader(folder: Path) -> Callable[[str], bytes]:

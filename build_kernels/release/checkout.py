@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,15 +18,24 @@ from build_kernels.errors import BuildError
 
 #: Folders whose untracked files count even if an ignore rule names them.
 _SHIPPED = ("artifacts/evidence", "build_kernels", "router_runtime")
-_LINK = 0o120000
+#: The kind of a file that does not exist.
+_NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkout's commit and the files that differ from it, ``"changed <path>"`` and the like."""
+    """A checkout's commit and the files that differ from it.
+
+    Attributes:
+        commit: Its full id.
+        changes: ``"changed <path>"`` and the like; empty if the checkout is clean.
+        changes_sha256: Of what the changed files hold; None if the checkout is clean.
+
+    """
 
     commit: str
     changes: tuple[str, ...]
+    changes_sha256: str | None = None
 
 
 def source(root: Path) -> Source:
@@ -40,7 +50,8 @@ def source(root: Path) -> Source:
     tree = _tree(root, commit)
     changes = [change for path, entry in tree.items() if (change := _change(root, path, *entry))]
     changes += [f"untracked {path}" for path in _untracked(root) if path not in tree]
-    return Source(commit, tuple(sorted(changes)))
+    changes.sort()
+    return Source(commit, tuple(changes), _digest(root, changes) if changes else None)
 
 
 def files(root: Path, folder: str) -> dict[str, bytes]:
@@ -83,20 +94,41 @@ def _tree(root: Path, commit: str) -> dict[str, tuple[int, str]]:
 
 
 def _change(root: Path, path: str, mode: int, identity: str) -> str | None:
-    file = root / path
-    try:
-        found = file.lstat().st_mode
-        link = stat.S_ISLNK(found)
-        data = os.fsencode(os.readlink(file)) if link else file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    kind, data = _read(root / path)
+    if kind == _NONE:
         return f"removed {path}"
-    except IsADirectoryError:
-        return f"changed {path}"
     # The length of the id shows which of git's two digests this repository uses.
     digest = hashlib.new("sha1" if len(identity) == 40 else "sha256")
     digest.update(b"blob %d\0" % len(data) + data)
-    same_kind = link == (mode == _LINK) and (link or bool(found & 0o100) == bool(mode & 0o100))
-    return None if same_kind and digest.hexdigest() == identity else f"changed {path}"
+    same = (kind, digest.hexdigest()) == (_kind(mode), identity)
+    return None if same else f"changed {path}"
+
+
+def _digest(root: Path, changes: Iterable[str]) -> str:
+    """The SHA-256 of changes and of what the files that they name hold now."""
+    whole = hashlib.sha256()
+    for change in changes:
+        kind, data = _read(root / change.partition(" ")[2])
+        whole.update(os.fsencode(f"{change}\0{kind}\0{hashlib.sha256(data).hexdigest()}\0"))
+    return whole.hexdigest()
+
+
+def _read(file: Path) -> tuple[str, bytes]:
+    """What git would record of a file: its kind and its bytes, which a folder has none of."""
+    try:
+        mode = file.lstat().st_mode
+        data = os.fsencode(os.readlink(file)) if stat.S_ISLNK(mode) else file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return _NONE, b""
+    except IsADirectoryError:
+        return "folder", b""
+    return _kind(mode), data
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISLNK(mode):
+        return "link"
+    return "executable" if mode & 0o100 else "file"
 
 
 def _untracked(root: Path) -> list[str]:

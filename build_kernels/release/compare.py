@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from build_kernels.compile import cubin, instructions, toolchain
+from build_kernels.compile import instructions, toolchain
 from build_kernels.entries import resources
 from build_kernels.release.builds import Build
+from router_runtime.format import cubin
 from router_runtime.format.manifest import Entry, Manifest
 
 #: The number of instruction kinds that are shown for an entry: those whose count changed most.

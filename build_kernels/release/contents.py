@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
-from build_kernels.compile.sources import PACKAGE
-from build_kernels.release import checkout, notes, sbom, wheel
-from build_kernels.release.verify_release import sha256
+from build_kernels.compile.sources import PACKAGE as BUILDER
+from build_kernels.errors import BuildError
+from build_kernels.release import checkout, guide, notes, sbom, wheel
 from router_runtime.evidence import record as records
+from router_runtime.evidence.release_checks import sha256
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps
 from router_runtime.format.provenance import (
     NOTES_SUFFIX,
     SBOM_SUFFIX,
     STATEMENT_SUFFIX,
+    SUMS_NAME,
     WHEEL_SUFFIX,
     Marker,
     Package,
     Statement,
+    local_version,
     marker_dumps,
     statement_dumps,
     stem,
+    sums_dumps,
 )
+from router_runtime.format.wheel import ARTIFACTS, PACKAGE
 from router_runtime.version import __version__
 
 #: What pyproject.toml refers to and the wheel therefore holds.
 _BESIDE = ("LICENSE", "NOTICE", "README.md")
+#: Where the runtime states its version.
+_VERSION = f"{PACKAGE}/version.py"
 
 
 def files(
@@ -51,7 +58,8 @@ def files(
 
     """
     pyproject = (root / "pyproject.toml").read_bytes()
-    project = wheel.project(pyproject, __version__)
+    version = f"{__version__}+{local_version(source.commit, source.changes_sha256)}"
+    project = wheel.project(pyproject, version)
     name = distribution(project.name, targets)
     start = stem(name, project.version)
     text = dumps(manifest)
@@ -70,19 +78,23 @@ def files(
     for record in shipped:
         artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = records.dumps(record)
     bill = sbom.dumps(project, name, manifest)
-    package = checkout.files(root, wheel.PACKAGE)
+    package = _stating(project.version, checkout.files(root, PACKAGE))
+    made = wheel.make(
+        name,
+        pyproject,
+        {file: (root / file).read_bytes() for file in _BESIDE},
+        package | {ARTIFACTS + path: data for path, data in artifacts.items()},
+        bill,
+        staging / "wheel",
+    )
+    advice = guide.text(root, project, start + WHEEL_SUFFIX, sha256(made))
     found = {
-        start + WHEEL_SUFFIX: wheel.make(
-            name,
-            pyproject,
-            {file: (root / file).read_bytes() for file in _BESIDE},
-            package | {wheel.ARTIFACTS + path: data for path, data in artifacts.items()},
-            bill,
-            staging / "wheel",
-        ),
+        start + WHEEL_SUFFIX: made,
         start + SBOM_SUFFIX: bill,
-        start + NOTES_SUFFIX: notes.text(marker, manifest, Evidence(shipped)).encode(),
+        start + NOTES_SUFFIX: notes.text(marker, manifest, Evidence(shipped), advice).encode(),
+        MANIFEST_NAME: text,
     }
+    found[SUMS_NAME] = sums_dumps({path: sha256(data) for path, data in found.items()})
     statement = Statement(
         distribution=name,
         version=project.version,
@@ -91,15 +103,26 @@ def files(
         changes=source.changes,
         flags=manifest.toolchain.flags,
         locks={
-            path.relative_to(PACKAGE.parent).as_posix(): sha256(path.read_bytes())
+            path.relative_to(BUILDER.parent).as_posix(): sha256(path.read_bytes())
             for path in (toolchain.LOCK, toolchain.RELEASE_LOCK)
         },
         packages=_packages(),
         subjects={path: sha256(data) for path, data in {**artifacts, **found}.items()},
     )
-    found[MANIFEST_NAME] = text
     found[start + STATEMENT_SUFFIX] = statement_dumps(statement)
     return found
+
+
+def _stating(version: str, package: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of the runtime with the release's version in place of the sources' own."""
+    before, after = (f'__version__ = "{each}"\n'.encode() for each in (__version__, version))
+    text = package[_VERSION]
+    if text.count(before) != 1:
+        raise BuildError(
+            f"expected one line {before.decode().strip()} in {_VERSION}, found {text.decode()!r}; "
+            "next: write the version as one plain string"
+        )
+    return {**package, _VERSION: text.replace(before, after)}
 
 
 def distribution(name: str, targets: Sequence[str]) -> str:

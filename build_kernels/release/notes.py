@@ -46,8 +46,8 @@ def require_verified(target: str, manifest: Manifest, evidence: Evidence) -> Non
         )
 
 
-def text(marker: Marker, manifest: Manifest, evidence: Evidence) -> str:
-    """Return the release notes, in Markdown."""
+def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> str:
+    """Return the release notes, in Markdown. ``guide``: the part for those who install it."""
     statuses = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
     sums = Counter((entry.target, statuses[entry.key]) for entry in manifest.entries)
     tree = "" if marker.clean else ", **with uncommitted changes: it cannot be rebuilt**"
@@ -58,6 +58,8 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence) -> str:
         f"Source digest `{manifest.source_sha256}`, manifest `{marker.manifest_sha256}`.",
         "A `.dsse.json` file beside the wheel holds the signature; a release without one is "
         "unsigned.",
+        "",
+        *guide.splitlines(),
         "",
         "## Status of the kernels",
         "",

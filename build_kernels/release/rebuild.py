@@ -10,8 +10,10 @@ from pathlib import Path
 
 from build_kernels.errors import BuildError
 from build_kernels.release import builds, checkout, compare, compare_text
-from build_kernels.release.verify_release import REFETCH, Release, sha256, verify
+from router_runtime.evidence.release import Release, verify
+from router_runtime.evidence.release_checks import sha256
 from router_runtime.format.provenance import ENVELOPE_SUFFIX
+from router_runtime.format.wheel import FETCH_AGAIN
 
 #: Runs the builder of a clone, not the one that is running.
 _RUN = (
@@ -57,7 +59,7 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
         raise BuildError(
             f"expected the commit {statement.commit} to give the same bytes again, found:\n  "
             + "\n  ".join(wrong)
-            + f"\n{REFETCH}"
+            + f"\nnext: {FETCH_AGAIN}"
         )
 
 

@@ -79,8 +79,7 @@ def release(
                     "expected the checkout to stay as it was during the release, found it "
                     "changed; next: run the command again"
                 )
-            name = source.commit[:12] + ("-dirty" if source.changes else "")
-            return put(out, name, files, sign, staging)
+            return put(out, files, sign, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

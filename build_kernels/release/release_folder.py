@@ -12,7 +12,7 @@ from pathlib import Path
 
 from build_kernels import publish
 from build_kernels.errors import BuildError
-from build_kernels.release import verify_release
+from router_runtime.evidence.release import verify
 from router_runtime.format.provenance import ENVELOPE_SUFFIX, STATEMENT_SUFFIX
 
 
@@ -27,7 +27,6 @@ class Result:
 
 def put(
     out: Path,
-    commit: str,
     files: dict[str, bytes],
     sign: Callable[[bytes], bytes] | None,
     staging: Path,
@@ -36,7 +35,6 @@ def put(
 
     Args:
         out: The folder below which releases are.
-        commit: The last part of the release's name.
         files: Its files by name, without the envelope.
         sign: Returns the envelope of a statement. None: the release is unsigned.
         staging: A folder on the same file system.
@@ -50,7 +48,7 @@ def put(
     envelope = start + ENVELOPE_SUFFIX
     if sign is not None:
         files = {**files, envelope: sign(files[statement])}
-    place = out / f"{start}-{commit}"
+    place = out / start
     if place.is_dir():
         _compare_with_existing(place, files, envelope)
         if envelope in files:
@@ -65,7 +63,7 @@ def put(
         publish.write_file(fresh / name, data)
     fresh.chmod(0o755)
     # What a receiver would refuse is not published.
-    verify_release.verify([fresh], None)
+    verify([fresh], None)
     os.rename(fresh, place)
     publish.sync(out)
     return Result(place, made=True, signed=envelope in files)

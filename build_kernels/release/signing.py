@@ -14,15 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from build_kernels.errors import BuildError
-from router_runtime.errors import FormatError, TrustError
-from router_runtime.format.provenance import PAYLOAD_TYPE
 from router_runtime.trust import dsse
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-        Ed25519PrivateKey,
-        Ed25519PublicKey,
-    )
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _MAKE_KEY = "next: openssl genpkey -algorithm ed25519 -out KEY.pem, and keep it out of the checkout"
 
@@ -37,7 +32,7 @@ def private_key(path: Path, root: Path, password: Callable[[], str]) -> Ed25519P
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read(path, "private")
+    data = _read(path)
     if root.resolve() in path.resolve().parents:
         raise BuildError(
             f"expected a private key outside the checkout, found {path} in it; "
@@ -65,68 +60,23 @@ def private_key(path: Path, root: Path, password: Callable[[], str]) -> Ed25519P
     return key
 
 
-def public_key(path: Path) -> Ed25519PublicKey:
-    """Return the key that a signature is checked with. Raises BuildError for another kind."""
-    try:
-        return dsse.read_public_key(_read(path, "public"), str(path))
-    except TrustError as error:
-        raise BuildError(
-            f"{error}; next: the key that the releaser published, or of your own private key: "
-            f"openssl pkey -in KEY.pem -pubout -out {path}"
-        ) from error
-
-
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """Return the id of a key, which envelopes name and people compare."""
-    return dsse.fingerprint(key.public_bytes_raw())
+def fingerprint(key: Ed25519PrivateKey) -> str:
+    """Return the id of a key's public half, which envelopes name and people compare."""
+    return dsse.fingerprint(key.public_key().public_bytes_raw())
 
 
 def sign(payload: bytes, key: Ed25519PrivateKey) -> bytes:
     """Return the bytes of the envelope around a statement."""
     signature = key.sign(dsse.signed_bytes(payload))
-    signed = dsse.Signature(fingerprint(key.public_key()), signature)
+    signed = dsse.Signature(fingerprint(key), signature)
     return dsse.dumps(dsse.Envelope(payload, (signed,)))
 
 
-def payload(data: bytes, where: str) -> bytes:
-    """Return the statement in an envelope without checking who signed it."""
-    return _envelope(data, where).payload
-
-
-def verified(data: bytes, key: Ed25519PublicKey, where: str) -> bytes:
-    """Return the statement in an envelope. Raises BuildError if ``key`` did not sign it."""
-    envelope = _envelope(data, where)
-    if not dsse.is_signed_by(envelope, key):
-        raise BuildError(
-            f"{where}: expected a signature by the key {fingerprint(key)[:16]}, found none that is "
-            f"valid among {[each.keyid[:16] for each in envelope.signatures]}: it was signed with "
-            "another key or altered; next: do not install it; ask the releaser"
-        )
-    return envelope.payload
-
-
-def _envelope(data: bytes, where: str) -> dsse.Envelope:
-    """The envelope in a file. Raises BuildError for another form than ``dsse.dumps`` writes."""
-    try:
-        envelope = dsse.loads(data)
-    except FormatError as error:
-        raise BuildError(
-            f"{where}: expected a DSSE envelope of {PAYLOAD_TYPE}, found: {error}; "
-            "next: fetch it again"
-        ) from error
-    if dsse.dumps(envelope) != data:
-        raise BuildError(
-            f"{where}: expected a DSSE envelope of {PAYLOAD_TYPE} in its canonical form, found "
-            "another; next: fetch it again"
-        )
-    return envelope
-
-
-def _read(path: Path, kind: str) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise BuildError(
-            f"expected a {kind} key in {path}, found {os.strerror(error.errno or 0)}; "
+            f"expected a private key in {path}, found {os.strerror(error.errno or 0)}; "
             "next: name the PEM file with --key"
         ) from error

@@ -2,37 +2,29 @@
 
 The backend (hatchling, locked, without build isolation) owns names and metadata. What it does
 not fix is the bytes: its entries are compressed, and zlib's output differs between versions. So its
-entries are written again: stored, in a fixed order, with fixed modes and times. Reading accepts
-that form only, by writing what was read once more and comparing.
+entries are written again (``router_runtime.format.wheel``).
 """
 
 from __future__ import annotations
 
-import io
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from build_kernels.compile.environment import isolated
 from build_kernels.errors import BuildError
+from router_runtime.format.wheel import PACKAGE, write
 
-PACKAGE = "router_runtime"
-ARTIFACTS = f"{PACKAGE}/artifacts/"
 _SBOM = "sbom.cdx.json"
 
 #: The earliest time that a zip archive can state.
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 _EPOCH_SECONDS = "315532800"
-_MODE = 0o100644 << 16
-_UNIX = 3
-_LINK = 0o12
-
-_REFETCH = "next: do not install it; fetch it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +34,16 @@ class Project:
     name: str
     version: str
     license: str
+    python: str
     requirements: tuple[str, ...]
+
+    def requirement(self, package: str) -> str:
+        """Return the range of versions of a package that the runtime needs."""
+        return next(
+            requirement.removeprefix(package)
+            for requirement in self.requirements
+            if re.match(rf"{re.escape(package)}(?![\w.-])", requirement)
+        )
 
 
 def project(pyproject: bytes, version: str) -> Project:
@@ -52,6 +53,7 @@ def project(pyproject: bytes, version: str) -> Project:
         name=table["name"],
         version=version,
         license=table["license"],
+        python=table["requires-python"],
         requirements=tuple(table["dependencies"]),
     )
 
@@ -101,69 +103,6 @@ def make(
             "next: see what pyproject.toml excludes"
         )
     return write(packed)
-
-
-def write(entries: Mapping[str, bytes]) -> bytes:
-    """Return the canonical archive of these entries, path -> bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(entries, key=_order):
-            info = zipfile.ZipInfo(name, _EPOCH)
-            info.create_system = _UNIX
-            info.external_attr = _MODE
-            archive.writestr(info, entries[name])
-    return buffer.getvalue()
-
-
-def read(data: bytes, where: str) -> dict[str, bytes]:
-    """The entries of a wheel. Raises BuildError, starting with ``where``, for an archive that
-    ``write`` would not have written.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = archive.infolist()
-            for info in infos:
-                _check(info, where)
-            if sum(info.file_size for info in infos) > len(data):
-                raise BuildError(
-                    f"{where}: expected entries no larger than the archive, found larger ones; "
-                    f"{_REFETCH}"
-                )
-            entries = {info.filename: archive.read(info) for info in infos}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError) as error:
-        raise BuildError(
-            f"{where}: expected a whole wheel, found a damaged one ({error}); {_REFETCH}"
-        ) from error
-    if len(entries) != len(infos):
-        raise BuildError(f"{where}: expected each entry once, found one twice; {_REFETCH}")
-    if write(entries) != data:
-        raise BuildError(
-            f"{where}: expected the form that a release has (fixed order, times, modes, nothing "
-            f"before, between or after the entries), found another; {_REFETCH}"
-        )
-    return entries
-
-
-def _check(info: zipfile.ZipInfo, where: str) -> None:
-    name = info.filename
-    path = PurePosixPath(info.orig_filename)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name:
-        expected, found = "plain paths inside the wheel", repr(name)
-    elif info.external_attr != _MODE:
-        link = info.external_attr >> 28 == _LINK
-        expected = f"{name} to be a plain file of mode 0644"
-        found = "a symbolic link" if link else "another kind or mode"
-    elif info.compress_type != zipfile.ZIP_STORED:
-        expected, found = f"{name} to be stored", "a compressed entry"
-    else:
-        return
-    raise BuildError(f"{where}: expected {expected}, found {found}; {_REFETCH}")
-
-
-def _order(name: str) -> tuple[bool, bool, str]:
-    """The package, then the metadata, its RECORD last, as installers like it."""
-    metadata = name.split("/", 1)[0].endswith(".dist-info")
-    return metadata, metadata and name.endswith("/RECORD"), name
 
 
 def _pyproject(distribution: str, text: bytes) -> bytes:

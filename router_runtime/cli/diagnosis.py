@@ -39,7 +39,7 @@ from router_runtime.evidence.store import (
     own_folder,
     read_evidence,
 )
-from router_runtime.format.advice import REINSTALL, record_evidence, runtime
+from router_runtime.format.advice import DRIVER, REINSTALL, record_evidence, runtime
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -136,7 +136,7 @@ def _machine(problems: list[Problem]) -> tuple[Software, tuple[Place, ...]]:
                     "error",
                     f"the driver is too old: it serves CUDA {version}, "
                     f"CUDA {_cuda(MINIMUM_DRIVER)} is needed",
-                    "install an NVIDIA driver of release 580 or newer",
+                    f"install an NVIDIA driver of {DRIVER}",
                 )
             )
         present = present_places()

@@ -1,4 +1,6 @@
-"""The command line: ``router-runtime doctor`` and, where torch is installed, ``verify``."""
+"""The command line: ``router-runtime doctor``, ``verify-release`` and, where torch is installed,
+``verify``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import importlib.util
 import click
 
 from router_runtime.cli.doctor import doctor
+from router_runtime.cli.verify_release import verify_release
 from router_runtime.version import __version__
 
 
@@ -17,6 +20,7 @@ def main() -> None:
 
 
 main.add_command(doctor)
+main.add_command(verify_release)
 
 if importlib.util.find_spec("torch") is not None:
     from router_runtime.cli.verify import verify

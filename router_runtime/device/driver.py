@@ -16,9 +16,9 @@ from typing import Any
 
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import DriverError, explain
-from router_runtime.format.advice import USE_CPU, runtime
+from router_runtime.format.advice import DRIVER, USE_CPU, runtime
 
-_INSTALL_DRIVER = "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
+_INSTALL_DRIVER = f"install an NVIDIA driver of {DRIVER}"
 
 _SPAWN = "start workers with the 'spawn' method, or fork before the first CUDA call"
 _LOST = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The oldest driver that loads cubins of the CUDA 13 toolchain: 13.0, release 580.
+#: The oldest driver that loads cubins of the CUDA 13 toolchain: 13.0, ``advice.DRIVER``.
 MINIMUM_DRIVER = 13000
 
 

@@ -20,6 +20,7 @@ from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
 from router_runtime.evidence.choice import Option, closeness, served_by_default, status_rank
 from router_runtime.format.advice import (
+    DRIVER,
     build_artifacts,
     build_for_device,
     build_model,
@@ -211,7 +212,7 @@ def next_step(resolution: Resolution, *, brief: bool = False) -> str:
     """
     request, device = resolution.request, resolution.device
     if device.driver < MINIMUM_DRIVER:
-        return "install an NVIDIA driver of release 580 (CUDA 13.0) or newer"
+        return f"install an NVIDIA driver of {DRIVER}"
     if not resolution.candidates:
         return build_artifacts()
     relaxed = dataclasses.replace(request, variant=None)

@@ -14,6 +14,9 @@ from router_runtime.format.target import BUILDABLE, Target
 
 REINSTALL = "pip install --force-reinstall --no-deps FILE.whl"
 
+#: What loads the cubins: they come from the CUDA 13 toolchain.
+DRIVER = "release 580 (CUDA 13.0) or newer"
+
 #: The way out of a machine without a GPU that serves.
 USE_CPU = "build Routers with device='cpu'"
 

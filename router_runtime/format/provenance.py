@@ -1,4 +1,4 @@
-"""What a release says about itself: the marker inside the wheel, the statement beside it.
+"""What a release says about itself: the marker inside the wheel, the files beside it.
 
 The marker binds a wheel's manifest to one distribution and version. The statement (in-toto v1 with
 an SLSA v1 provenance predicate) names every file of the release by digest and everything that went
@@ -27,6 +27,10 @@ ENVELOPE_SUFFIX = ".dsse.json"
 SBOM_SUFFIX = ".cdx.json"
 NOTES_SUFFIX = ".notes.md"
 WHEEL_SUFFIX = "-py3-none-any.whl"
+#: The digests of the wheel and of what describes it, as ``sha256sum --check`` reads them.
+SUMS_NAME = "SHA256SUMS"
+#: How the names of the files beside the wheel end that are there only, and the wheel's own.
+BESIDE = (WHEEL_SUFFIX, SBOM_SUFFIX, NOTES_SUFFIX, SUMS_NAME)
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -37,7 +41,7 @@ BUILDER = "urn:dsv4-router:build-kernels"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _DISTRIBUTION = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_VERSION = re.compile(r"[0-9][0-9a-z.]*")
+_VERSION = re.compile(r"[0-9][0-9a-z.]*(\+[0-9a-z.]+)?")
 _PACKAGE_URI = re.compile(r"pkg:pypi/([a-z0-9-]+)@([0-9a-z.+!]+)")
 
 
@@ -98,6 +102,22 @@ class Statement:
 def stem(distribution: str, version: str) -> str:
     """What every file name of a release starts with."""
     return f"{distribution.replace('-', '_')}-{version}"
+
+
+def local_version(commit: str, changes_sha256: str | None = None) -> str:
+    """What follows the ``+`` of a release's version: its commit, and a digest of the changes to it.
+
+    pip takes other contents for another version because of it (a local version of PEP 440). The
+    digests follow letters: a part of digits alone would be read as a number.
+    """
+    start = f"g{commit[:12]}"
+    return start if changes_sha256 is None else f"{start}.dirty{changes_sha256[:12]}"
+
+
+def sums_dumps(digests: Mapping[str, str]) -> bytes:
+    """The bytes of ``SUMS_NAME`` for files: name -> SHA-256."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    return "".join(lines).encode("ascii")
 
 
 def marker_dumps(marker: Marker) -> bytes:

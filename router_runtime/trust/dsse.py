@@ -11,18 +11,24 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_runtime.errors import FormatError, TrustError, explain, install_extra
+from router_runtime.errors import ArtifactError, FormatError, TrustError, explain, install_extra
+from router_runtime.format import system_errors
 from router_runtime.format.codec import parse_json
+from router_runtime.format.permissions import require_private
 from router_runtime.format.provenance import PAYLOAD_TYPE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _MAX_SIGNATURES = 16
+#: Bytes of a file with a key: far above what one needs, far below what hurts.
+_MAX_KEY = 64 * 2**10
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----")
 #: What precedes the key in a SubjectPublicKeyInfo (RFC 8410).
 _ED25519 = bytes.fromhex("302a300506032b6570032100")
@@ -135,6 +141,30 @@ def read_public_key(pem: bytes, what: str) -> Ed25519PublicKey:
                 remedy="use a build of it that has ed25519",
             )
         ) from error
+
+
+def public_key_file(path: str | os.PathLike[str]) -> Ed25519PublicKey:
+    """Return the ed25519 key in a PEM file. Raises TrustError for any other file, and for one that
+    another user may write.
+    """
+    where = os.fspath(path)
+    try:
+        with open(where, "rb") as file:
+            require_private(file.fileno(), "public key", Path(where))
+            pem = file.read(_MAX_KEY)
+    except ArtifactError as error:
+        raise TrustError(str(error)) from error
+    except OSError as error:
+        remedy = "name the PEM file of the key that the releaser published"
+        raise TrustError(
+            explain(
+                "public key",
+                expected=f"a readable {where}",
+                found=system_errors.found(error),
+                remedy=system_errors.remedy(error, remedy),
+            )
+        ) from error
+    return read_public_key(pem, f"public key {where}")
 
 
 def fingerprint(raw_public_key: bytes) -> str:

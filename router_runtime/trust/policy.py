@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from router_runtime.errors import DISTRIBUTION, ArtifactError, FormatError, TrustError, explain
-from router_runtime.format import system_errors
+from router_runtime.format.advice import runtime
 from router_runtime.format.files import read_file
-from router_runtime.format.permissions import require_private
 from router_runtime.format.provenance import Statement, statement_loads
 from router_runtime.trust import dsse
 from router_runtime.version import __version__
@@ -38,9 +37,6 @@ LOCAL_EVIDENCE_VARIABLE = "ROUTER_RUNTIME_LOCAL_EVIDENCE"
 
 #: Bytes: far above what a release needs, far below what hurts.
 _MAX_ENVELOPE = 16 * 2**20
-_MAX_KEY = 64 * 2**10
-
-_VERIFY_RELEASE = "take both from one release, and see: build-kernels verify-release"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +59,7 @@ class Policy:
         local = ", local evidence trusted" if self.local_evidence else ""
         return (
             f"{statement.distribution} {statement.version} of commit {statement.commit[:12]} by "
-            f"the key {dsse.fingerprint(self.public_key)[:16]}{local}"
+            f"the key {dsse.fingerprint(self.public_key)}{local}"
         )
 
 
@@ -224,13 +220,13 @@ def _read_policy(
     what = f"signature policy with envelope {envelope}"
     try:
         key = _load_key(public_key)
-        data = read_file(envelope, _MAX_ENVELOPE, "envelope", _VERIFY_RELEASE, signed=True)
+        data = read_file(envelope, _MAX_ENVELOPE, "envelope", _verify_release(), signed=True)
         statement = _verified(data, key)
     except TrustError:
         raise
     except (ArtifactError, FormatError) as error:
         raise TrustError(
-            explain(what, expected="a signed release", found=error, remedy=_VERIFY_RELEASE)
+            explain(what, expected="a signed release", found=error, remedy=_verify_release())
         ) from error
     _check_release(what, statement.distribution, statement.version)
     return Policy(key.public_bytes_raw(), statement, local_evidence)
@@ -247,10 +243,14 @@ def _verified(data: bytes, public_key: Ed25519PublicKey) -> Statement:
                 "envelope",
                 expected="a signature by the given public key",
                 found=f"{len(envelope.signatures)} by other keys, or over other bytes",
-                remedy=_VERIFY_RELEASE,
+                remedy=_verify_release(),
             )
         )
     return statement_loads(envelope.payload)
+
+
+def _verify_release() -> str:
+    return f"take both from one release, and see: {runtime('verify-release')}"
 
 
 def _check_release(what: str, distribution: str, version: str) -> None:
@@ -268,27 +268,9 @@ def _check_release(what: str, distribution: str, version: str) -> None:
 
 
 def _load_key(public_key: bytes | str | os.PathLike[str]) -> Ed25519PublicKey:
-    where = "given as bytes"
     if isinstance(public_key, bytes):
-        pem = public_key
-    else:
-        where = os.fspath(public_key)
-        try:
-            with open(where, "rb") as file:
-                require_private(file.fileno(), "public key", Path(where))
-                pem = file.read(_MAX_KEY)
-        except ArtifactError as error:
-            raise TrustError(str(error)) from error
-        except OSError as error:
-            raise TrustError(
-                explain(
-                    "public key",
-                    expected=f"a readable {where}",
-                    found=system_errors.found(error),
-                    remedy=system_errors.remedy(error, "name the key"),
-                )
-            ) from error
-    return dsse.read_public_key(pem, f"public key {where}")
+        return dsse.read_public_key(public_key, "public key given as bytes")
+    return dsse.public_key_file(public_key)
 
 
 def _set(wanted: Policy) -> None:

@@ -223,8 +223,12 @@ def write_project(root: Path) -> None:
     unwanted = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "build_kernels", package, ignore=unwanted)
     shutil.copytree(ROOT / "router_runtime", root / "router_runtime", ignore=unwanted)
-    for name in ("pyproject.toml", ".gitignore", "LICENSE", "NOTICE", "README.md"):
-        shutil.copy(ROOT / name, root)
+    (root / "tests").mkdir()
+    for name in (
+        *("pyproject.toml", ".gitignore", "LICENSE", "NOTICE", "README.md", "CHANGELOG.md"),
+        *("tests/torch-oldest.txt", "tests/torch-newest.txt"),
+    ):
+        shutil.copy(ROOT / name, root / name)
     project = Project(root)
     project.append("catalog/kernels.py", CATALOG)
     project.append("catalog/targets.py", TARGETS)
@@ -308,6 +312,11 @@ class Released:
     key: Path
     public: Path
 
+    @property
+    def stem(self) -> str:
+        """What the names of its files start with."""
+        return self.folder.name
+
 
 def write_keys(folder: Path, name: str = "key") -> tuple[Path, Path]:
     """A new ed25519 key pair: the private and the public PEM file."""
@@ -362,6 +371,23 @@ def fresh(pristine: Path, tmp_path: Path) -> Project:
 def project(prebuilt: Path, tmp_path: Path) -> Project:
     """A checkout in which everything was built."""
     return Project(Path(shutil.copytree(prebuilt, tmp_path / "checkout")))
+
+
+def pip_install(source: Path, site: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Install a wheel or a checkout into a folder of packages, with nothing fetched. The output
+    has the errors; ``options`` are further ones of pip.
+    """
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"),
+            *("--no-build-isolation", "--disable-pip-version-check", "--target", str(site)),
+            *(*options, str(source)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

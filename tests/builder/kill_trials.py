@@ -48,7 +48,6 @@ def hook(event, arguments):
 
 from build_kernels.release import release
 
-from build_kernels.release import verify_release
 from build_kernels.cli import main
 sys.addaudithook(hook)
 try:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from build_kernels.compile.contract_check import REGISTER_FILE, SHARED_MEMORY_LIMIT, check_contract
-from build_kernels.compile.cubin import Cubin, read
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError
 from router_runtime.format.contract import Contract, GridAxis, Parameter
+from router_runtime.format.cubin import Cubin, read
 from router_runtime.format.target import Target
 from tests.builder.conftest import Compile, Project
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.compile import cubin, instructions, nvrtc, toolchain
+from build_kernels.compile import instructions, nvrtc, toolchain
 from build_kernels.entries import resources
 from build_kernels.errors import BuildError
+from router_runtime.errors import FormatError
+from router_runtime.format import cubin
 from tests.builder.conftest import Compile
 
 PARAMETERS = """
@@ -204,33 +206,33 @@ def test_no_tensor_core_is_none(compile_cuda: Compile) -> None:
 
 
 def test_two_entry_functions_are_refused(compile_cuda: Compile) -> None:
-    with pytest.raises(BuildError, match=r"one entry function, found \['one', 'two'\]"):
+    with pytest.raises(FormatError, match=r"one entry function, found \['one', 'two'\]"):
         cubin.read(compile_cuda(TWO), "test")
 
 
 def test_embedded_ptx_is_refused(compile_cuda: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "--generate-line-info"))
-    with pytest.raises(BuildError, match="machine code only, found PTX"):
+    with pytest.raises(FormatError, match="machine code only, found PTX"):
         cubin.read(compile_cuda(LOCAL), "test")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF", b"//\n.version 8.0\n.target sm_90a\n"])
 def test_what_is_no_cubin_is_refused(data: bytes) -> None:
-    with pytest.raises(BuildError, match="test: expected a cubin"):
+    with pytest.raises(FormatError, match="test: expected a cubin"):
         cubin.read(data, "test")
 
 
 def test_another_machines_elf_is_refused() -> None:
     header = bytearray(64)
     header[:6], header[18] = b"\x7fELF\x02\x01", 62
-    with pytest.raises(BuildError, match="expected a cubin"):
+    with pytest.raises(FormatError, match="expected a cubin"):
         cubin.read(bytes(header), "test")
 
 
 def test_every_truncation_is_refused(compile_cuda: Compile) -> None:
     data = compile_cuda(LOCAL)
     for size in range(0, len(data), 37):
-        with pytest.raises(BuildError, match="test: expected a"):
+        with pytest.raises(FormatError, match="test: expected a"):
             cubin.read(data[:size], "test")
 
 

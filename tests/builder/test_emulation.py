@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from build_kernels.compile import cubin
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.emulation import interface
 from build_kernels.emulation.assembly import assemble, model
@@ -22,6 +21,7 @@ from build_kernels.emulation.sources import EMULATED, Source, emulated_jobs, sou
 from build_kernels.emulation.statements import Statement, edited, entry, operand_list
 from build_kernels.emulation.translate import translate
 from build_kernels.errors import BuildError
+from router_runtime.format import cubin
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -21,12 +22,23 @@ from build_kernels import publish
 from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.errors import BuildError
-from build_kernels.release import contents, wheel
+from build_kernels.release import changelog, contents, wheel
 from router_runtime.format.manifest import Manifest, loads
 from router_runtime.format.provenance import marker_loads, statement_loads
-from tests.builder.conftest import RELEASED_KEYS, ROOT, Project, Released, snapshot, write_keys
+from router_runtime.format.wheel import read
+from router_runtime.trust import dsse
+from router_runtime.version import __version__
+from tests.builder.conftest import (
+    RELEASED_KEYS,
+    ROOT,
+    Project,
+    Released,
+    pip_install,
+    snapshot,
+    write_keys,
+)
 
-STEM = "dsv4_router_runtime-0.1.0"
+NAME = "dsv4_router_runtime"
 
 
 def _sha256(data: bytes) -> str:
@@ -35,7 +47,7 @@ def _sha256(data: bytes) -> str:
 
 def _wheel(folder: Path) -> dict[str, bytes]:
     (path,) = folder.glob("*.whl")
-    return wheel.read(path.read_bytes(), path.name)
+    return read(path.read_bytes(), path.name)
 
 
 def _refused(project: Project, message: str, *arguments: str | Path, **settings: object) -> str:
@@ -53,14 +65,16 @@ def _refused(project: Project, message: str, *arguments: str | Path, **settings:
 
 def test_what_a_release_holds(released: Released) -> None:
     folder = released.folder
-    assert folder.name == f"{STEM}-{released.commit[:12]}"
+    start = f"{NAME}-{__version__}+g{released.commit[:12]}"
+    assert folder.name == released.stem == start
     names = {
-        f"{STEM}-py3-none-any.whl",
-        f"{STEM}.provenance.json",
-        f"{STEM}.dsse.json",
-        f"{STEM}.cdx.json",
-        f"{STEM}.notes.md",
+        f"{start}-py3-none-any.whl",
+        f"{start}.provenance.json",
+        f"{start}.dsse.json",
+        f"{start}.cdx.json",
+        f"{start}.notes.md",
         "manifest.json",
+        "SHA256SUMS",
     }
     assert {path.name for path in folder.iterdir()} == names
     for path in folder.iterdir():
@@ -71,7 +85,7 @@ def test_what_a_release_holds(released: Released) -> None:
 
 def test_what_the_wheel_holds(released: Released) -> None:
     entries = _wheel(released.folder)
-    metadata = f"{STEM}.dist-info"
+    metadata = f"{released.stem}.dist-info"
     sources = released.project.root / "router_runtime"
     expected = {
         path.relative_to(released.project.root).as_posix()
@@ -79,7 +93,11 @@ def test_what_the_wheel_holds(released: Released) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     manifest = loads(entries["router_runtime/artifacts/manifest.json"])
-    artifacts = {"manifest.json", f"{STEM}.release.json", *(e.file for e in manifest.entries)}
+    artifacts = {
+        "manifest.json",
+        f"{released.stem}.release.json",
+        *(e.file for e in manifest.entries),
+    }
     evidence = released.project.artifacts / "evidence"
     artifacts |= {f"evidence/{path.name}" for path in evidence.iterdir()}
     expected |= {f"router_runtime/artifacts/{name}" for name in artifacts}
@@ -106,14 +124,7 @@ def test_an_installer_takes_the_wheel_and_the_runtime_finds_its_artifacts(
 ) -> None:
     (path,) = released.folder.glob("*.whl")
     site = tmp_path / "site"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
-            *("--disable-pip-version-check", "--target", site, path),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    assert pip_install(path, site).returncode == 0
     found = subprocess.run(
         [
             *(sys.executable, "-P", "-c"),
@@ -135,14 +146,15 @@ def test_an_installer_takes_the_wheel_and_the_runtime_finds_its_artifacts(
 
 def test_the_marker_and_the_statement(released: Released) -> None:
     entries = _wheel(released.folder)
-    marker = marker_loads(entries[f"router_runtime/artifacts/{STEM}.release.json"])
+    marker = marker_loads(entries[f"router_runtime/artifacts/{released.stem}.release.json"])
     manifest = entries["router_runtime/artifacts/manifest.json"]
-    statement = statement_loads((released.folder / f"{STEM}.provenance.json").read_bytes())
+    statement = statement_loads((released.folder / f"{released.stem}.provenance.json").read_bytes())
     for described in (marker, statement):
         assert described.commit == released.commit
         assert described.clean
         assert described.targets == ("sm_90a", "sm_100a")
-        assert (described.distribution, described.version) == ("dsv4-router-runtime", "0.1.0")
+        assert described.distribution == "dsv4-router-runtime"
+        assert described.version == released.stem.partition("-")[2]
     assert marker.manifest_sha256 == _sha256(manifest)
     prefix = "router_runtime/artifacts/"
     subjects = {n.removeprefix(prefix): _sha256(d) for n, d in entries.items() if prefix in n}
@@ -166,8 +178,8 @@ def test_the_marker_and_the_statement(released: Released) -> None:
 
 
 def test_the_bill_of_materials(released: Released) -> None:
-    data = (released.folder / f"{STEM}.cdx.json").read_bytes()
-    assert _wheel(released.folder)[f"{STEM}.dist-info/sboms/sbom.cdx.json"] == data
+    data = (released.folder / f"{released.stem}.cdx.json").read_bytes()
+    assert _wheel(released.folder)[f"{released.stem}.dist-info/sboms/sbom.cdx.json"] == data
     document = json.loads(data)
     assert document["bomFormat"] == "CycloneDX"
     assert "serialNumber" not in document
@@ -184,7 +196,7 @@ def test_the_bill_of_materials(released: Released) -> None:
 
 
 def test_the_notes_have_each_status(released: Released) -> None:
-    lines = (released.folder / f"{STEM}.notes.md").read_text().splitlines()
+    lines = (released.folder / f"{released.stem}.notes.md").read_text().splitlines()
     assert "| sm_90a | 2 | 0 | 0 |" in lines
     assert "| sm_100a | 0 | 2 | 0 |" in lines
     manifest = loads((released.folder / "manifest.json").read_bytes())
@@ -193,6 +205,32 @@ def test_the_notes_have_each_status(released: Released) -> None:
         (line,) = (line for line in lines if line.startswith(f"| {entry.key} |"))
         assert line.split(" | ")[1:4] == [status, "Example GPU", str(entry.resources.registers)]
         assert f"`{entry.sha256[:16]}`" in line
+
+
+def test_the_notes_say_how_to_install_and_what_changed(released: Released) -> None:
+    text = (released.folder / f"{released.stem}.notes.md").read_text()
+    name = f"{released.stem}-py3-none-any.whl"
+    commands = re.findall(r"```\n(.*?)```", text, re.DOTALL)[0].splitlines()
+    assert commands == [
+        "sha256sum --check SHA256SUMS",
+        "router-runtime verify-release . --key KEY.pub",
+        f"pip install './{name}[signature]'",
+        "router-runtime doctor",
+    ]
+    assert f"`{_sha256((released.folder / name).read_bytes())}`" in text
+    assert "| torch | >=2.9,<3; the tests run with 2.9.0 and 2.15.0 |" in text
+    assert "| NVIDIA driver, to use a GPU | release 580 (CUDA 13.0) or newer |" in text
+    changes = text.partition("## What changed since the last release\n")[2]
+    assert changelog.section((ROOT / "CHANGELOG.md").read_text(), __version__) in changes
+
+
+def test_a_changelogs_sections() -> None:
+    text = "# Changelog\n\n## Unreleased\n\n- New.\n\n## 1.2.0 (in May)\n\n### Fixed\n\n- B.\n"
+    assert changelog.section(text, "1.3.0") == "- New."
+    assert changelog.section(text, "1.2.0") == "### Fixed\n\n- B."
+    for wrong in ("", "## 1.3.0\n\n## 1.2.0\n- B.\n"):
+        with pytest.raises(BuildError, match=r"expected a section '## 1\.3\.0' or '## Unrel"):
+            changelog.section(wrong, "1.3.0")
 
 
 def test_the_same_bytes_in_another_folder_and_another_environment(
@@ -225,20 +263,21 @@ def test_releases_of_some_targets_are_distributions_of_their_own(
 ) -> None:
     out = tmp_path / "out"
     folder = committed.release("--out", out, "--target", "sm_90a")
-    assert folder.name.startswith("dsv4_router_runtime_sm90a-0.1.0-")
+    version = f"{__version__}+g{committed.git('rev-parse', 'HEAD')[:12]}"
+    assert folder.name == f"{NAME}_sm90a-{version}"
     entries = _wheel(folder)
     manifest = loads(entries["router_runtime/artifacts/manifest.json"])
     assert {entry.target for entry in manifest.entries} == {"sm_90a"}
     assert (
         b"\nName: dsv4-router-runtime-sm90a\n"
-        in entries["dsv4_router_runtime_sm90a-0.1.0.dist-info/METADATA"]
+        in entries[f"{NAME}_sm90a-{version}.dist-info/METADATA"]
     )
     # The markers have names of their own, so that a runtime sees two releases in one folder.
     other = _wheel(committed.release("--out", out, "--target", "sm_100f", "--target", "sm_90a"))
     markers = [{n for n in found if n.endswith(".release.json")} for found in (entries, other)]
     assert markers == [
-        {"router_runtime/artifacts/dsv4_router_runtime_sm90a-0.1.0.release.json"},
-        {"router_runtime/artifacts/dsv4_router_runtime_sm90a_sm100f-0.1.0.release.json"},
+        {f"router_runtime/artifacts/{NAME}_sm90a-{version}.release.json"},
+        {f"router_runtime/artifacts/{NAME}_sm90a_sm100f-{version}.release.json"},
     ]
     assert len(list(out.iterdir())) == 2
     # Only records that count for an entry travel.
@@ -288,8 +327,9 @@ def test_changes_that_are_allowed_are_recorded(committed: Project, tmp_path: Pat
     source = committed.root / "router_runtime" / "errors.py"
     source.write_text(source.read_text() + "# mine\n")
     folder = committed.release("--out", tmp_path / "out", "--target", "sm_90a", "--allow-dirty")
-    assert folder.name.endswith("-dirty")
-    start = "dsv4_router_runtime_sm90a-0.1.0"
+    start = folder.name
+    commit = committed.git("rev-parse", "HEAD")
+    assert re.fullmatch(rf"{NAME}_sm90a-.*\+g{commit[:12]}\.dirty[0-9a-f]{{12}}", start)
     statement = statement_loads((folder / f"{start}.provenance.json").read_bytes())
     assert statement.changes == (
         "changed router_runtime/errors.py",
@@ -302,9 +342,29 @@ def test_changes_that_are_allowed_are_recorded(committed: Project, tmp_path: Pat
     assert "uncommitted changes" in (folder / f"{start}.notes.md").read_text()
     said = committed.run("verify-release", folder)
     assert "WITH UNCOMMITTED CHANGES" in said.stdout
+    # Other changes are another version; the same ones are the same bytes.
+    arguments = ("--out", folder.parent, "--target", "sm_90a", "--allow-dirty")
+    assert committed.release(*arguments) == folder
+    source.write_text(source.read_text() + "# mine too\n")
+    other = committed.release(*arguments)
+    assert other.name.partition(".dirty")[0] == folder.name.partition(".dirty")[0]
+    assert other != folder
     said = committed.run("verify-release", folder, "--rebuild")
     assert said.returncode == 1
     assert "it cannot be rebuilt" in said.stdout
+
+
+def test_a_version_that_is_not_one_plain_string_is_refused(committed: Project) -> None:
+    path = committed.root / "router_runtime" / "version.py"
+    path.write_text('__version__ = "0.1" + ".0"\n')
+    committed.commit()
+    _refused(committed, "expected one line __version__", "--target", "sm_90a")
+
+
+def test_a_changelog_without_the_version_is_refused(committed: Project) -> None:
+    (committed.root / "CHANGELOG.md").write_text("# Changelog\n\n## 0.0.1\n\n- Old.\n")
+    committed.commit()
+    _refused(committed, f"a section '## {__version__}'", "--target", "sm_90a")
 
 
 def test_a_folder_without_a_commit_of_its_own_is_refused(project: Project) -> None:
@@ -455,7 +515,7 @@ def test_a_release_made_again_is_the_same(
     signed = committed.run("release", "--out", out, "--target", "sm_90a", "--key", released.key)
     assert "the same bytes were there already, signed" in signed.stdout
     after = snapshot(folder)
-    envelope = "dsv4_router_runtime_sm90a-0.1.0.dsse.json"
+    envelope = f"{folder.name}.dsse.json"
     assert after.keys() - before.keys() == {envelope}
     assert all(after[name] == before[name] for name in before)
     assert committed.run("verify-release", folder, "--key", released.public).returncode == 0
@@ -639,8 +699,9 @@ def test_a_key_can_have_a_password(released: Released, tmp_path: Path) -> None:
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
     )
-    envelope = signing.sign(b"{}", signer)
-    assert signing.verified(envelope, signing.public_key(public), "it") == b"{}"
+    envelope = dsse.loads(signing.sign(b"{}", signer))
+    assert envelope.payload == b"{}"
+    assert dsse.is_signed_by(envelope, dsse.public_key_file(public))
     with pytest.raises(BuildError, match="expected an ed25519 private key in PEM"):
         signing.private_key(path, root, lambda: "wrong")
 

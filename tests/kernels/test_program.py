@@ -6,12 +6,12 @@ import pytest
 
 from build_kernels import plan
 from build_kernels.catalog.kernels import KERNELS
-from build_kernels.compile import cubin
 from build_kernels.compile.job import Job
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.kernels.dense.contract import contract, derive
 from build_kernels.kernels.dense.geometry.table import GEOMETRIES
 from build_kernels.kernels.dense.program import PROGRAMS, program, symbol
+from router_runtime.format import cubin
 
 DENSE = [kernel for kernel in KERNELS if kernel.language == "cutedsl"]
 

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from build_kernels.compile import elf
-from build_kernels.errors import BuildError
+from router_runtime.errors import FormatError
+from router_runtime.format import elf
 
 #: From compute capability 9.0 on, the first bytes of a CTA's shared memory belong to the system: a
 #: section's size includes them, a device's limits do not.
@@ -68,13 +68,15 @@ class Cubin:
 def read(data: bytes, where: str) -> Cubin:
     """Return the facts of a cubin.
 
-    Raises BuildError, starting with ``where``, if it is not one that this project ships: one entry
+    Raises FormatError, starting with ``where``, if it is not one that this project ships: one entry
     function, machine code only, for a named target.
     """
     try:
         return _read(data, where)
+    except FormatError:
+        raise
     except (struct.error, LookupError, ValueError) as error:
-        raise BuildError(
+        raise FormatError(
             f"{where}: expected a whole cubin, found a damaged one ({error})"
         ) from error
 
@@ -83,11 +85,11 @@ def _read(data: bytes, where: str) -> Cubin:
     sections = elf.sections(data, where)
     embedded = [section.name for section in sections if "ptx" in section.name]
     if embedded:
-        raise BuildError(f"{where}: expected machine code only, found PTX in {embedded}")
+        raise FormatError(f"{where}: expected machine code only, found PTX in {embedded}")
     entries = _entry_functions(sections)
     if len(entries) != 1:
         names = sorted(name for _, name in entries)
-        raise BuildError(f"{where}: expected exactly one entry function, found {names}")
+        raise FormatError(f"{where}: expected exactly one entry function, found {names}")
     index, symbol = entries[0]
     by_name = {section.name: section for section in sections}
     tool, target = _tool_and_target(by_name, where)
@@ -101,7 +103,7 @@ def _read(data: bytes, where: str) -> Cubin:
             if function == index:
                 module[attribute] = value
     if _ATTR_REGISTERS not in module:
-        raise BuildError(f"{where}: expected a register count for {symbol}, found none")
+        raise FormatError(f"{where}: expected a register count for {symbol}, found none")
     threads = _extents(own, _ATTR_MAX_THREADS)
     return Cubin(
         symbol=symbol,
@@ -132,7 +134,7 @@ def _entry_functions(sections: list[elf.Section]) -> list[tuple[int, str]]:
 def _tool_and_target(sections: Mapping[str, elf.Section], where: str) -> tuple[str, str]:
     note = sections.get(".note.nv.tkinfo")
     if note is None or note.kind != elf.SHT_NOTE:
-        raise BuildError(f"{where}: expected a .note.nv.tkinfo section, found none")
+        raise FormatError(f"{where}: expected a .note.nv.tkinfo section, found none")
     owner, _size, _type = struct.unpack_from("<III", note.data)
     body = note.data[12 + -(-owner // 4) * 4 :]
     # The note's version, five string offsets (the first is of an empty string), the strings.
@@ -141,7 +143,7 @@ def _tool_and_target(sections: Mapping[str, elf.Section], where: str) -> tuple[s
     )
     match = _ARCH.search(arguments)
     if match is None:
-        raise BuildError(f"{where}: expected -arch in .note.nv.tkinfo, found {arguments!r}")
+        raise FormatError(f"{where}: expected -arch in .note.nv.tkinfo, found {arguments!r}")
     release = version.rsplit(",", 1)[-1].strip()
     return f"{name} {release}", match[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from build_kernels.errors import BuildError
+from router_runtime.errors import FormatError
 
 #: ``e_machine`` of a cubin.
 _EM_CUDA = 190
@@ -30,17 +30,17 @@ class Section:
 def sections(data: bytes, where: str) -> list[Section]:
     """Return the sections of a cubin in the order of their indices.
 
-    Raises BuildError, starting with ``where``, if ``data`` is another kind of file or cut off, and
+    Raises FormatError, starting with ``where``, if ``data`` is another kind of file or cut off, and
     struct.error, LookupError or ValueError if its tables are damaged.
     """
     if data[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<H", data, 18)[0] != _EM_CUDA:
-        raise BuildError(f"{where}: expected a cubin (64-bit CUDA ELF), found {data[:6]!r}...")
+        raise FormatError(f"{where}: expected a cubin (64-bit CUDA ELF), found {data[:6]!r}...")
     segments, table = struct.unpack_from("<QQ", data, 32)
     segment_size, segment_count, entry_size, count, names_index = struct.unpack_from(
         "<5H", data, 54
     )
     if len(data) < segments + segment_size * segment_count:
-        raise BuildError(f"{where}: expected a whole cubin, found one cut off at {len(data)}")
+        raise FormatError(f"{where}: expected a whole cubin, found one cut off at {len(data)}")
     headers = [
         struct.unpack_from("<IIQQQQIIQQ", data, table + entry_size * i) for i in range(count)
     ]
@@ -50,7 +50,7 @@ def sections(data: bytes, where: str) -> list[Section]:
     for name, kind, _flags, _address, offset, size, link, _info, _align, _entry in headers:
         content = b"" if kind in (SHT_NULL, SHT_NOBITS) else data[offset : offset + size]
         if kind not in (SHT_NULL, SHT_NOBITS) and len(content) != size:
-            raise BuildError(f"{where}: expected a whole cubin, found one cut off at {len(data)}")
+            raise FormatError(f"{where}: expected a whole cubin, found one cut off at {len(data)}")
         found.append(Section(string(names, name), kind, size, link, content))
     return found
 
