@@ -24,9 +24,8 @@ from router_runtime.evidence.choice import (
     TokenRange,
     closeness,
     divide,
-    served_by_default,
-    status_rank,
 )
+from router_runtime.evidence.ladder import serves, status_rank
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import EVIDENCE_NAME, load_evidence
 from router_runtime.format.manifest import Entry, Manifest
@@ -97,7 +96,7 @@ def rows(target: str, artifacts: Path | None) -> list[Row]:
                 [
                     Option(entry, status_rank(status_of(entry)), closeness(entry, ()))
                     for entry in entries
-                    if served_by_default(status_of(entry))
+                    if serves(status_of(entry))
                 ]
             )
             found += [

@@ -89,14 +89,21 @@ def imagined_device(target: Target) -> DeviceFacts:
 
 
 def router_decisions(
-    manifest: Manifest, device: DeviceFacts, status_of: StatusOf, artifacts: Path | None = None
+    manifest: Manifest,
+    device: DeviceFacts,
+    status_of: StatusOf,
+    artifacts: Path | None = None,
+    accept: str | None = None,
 ) -> tuple[RouterDecision, ...]:
-    """The decision for each kernel and each shape that the manifest has, dense routers first."""
+    """The decision for each kernel and each shape that the manifest has, dense routers first.
+
+    ``accept`` is that of the Router.
+    """
     return tuple(
         _router_decision(
             kernel, models, requests, dispatch(requests, device, manifest, status_of, artifacts)
         )
-        for kernel, models, requests in _routers(manifest)
+        for kernel, models, requests in _routers(manifest, accept)
     )
 
 
@@ -124,7 +131,7 @@ def _router_decision(
 
 
 def _routers(
-    manifest: Manifest,
+    manifest: Manifest, accept: str | None
 ) -> Iterator[tuple[str, tuple[str, ...], tuple[Request, ...]]]:
     """(kernel, models, requests) of every router that the manifest has a kernel for."""
     found: dict[tuple[str, tuple[tuple[str, int | float | str], ...]], list[str]] = {}
@@ -136,13 +143,15 @@ def _routers(
                 models.append(entry.model)
     ordered = sorted(found.items(), key=lambda item: (item[0][0] != DENSE_ROUTER, item[0]))
     for (kernel, shape), models in ordered:
-        yield kernel, tuple(sorted(models)), router_requests(kernel, dict(shape))
+        yield kernel, tuple(sorted(models)), router_requests(kernel, dict(shape), accept)
 
 
-def router_requests(kernel: str, shape: Constants) -> tuple[Request, ...]:
+def router_requests(
+    kernel: str, shape: Constants, accept: str | None = None
+) -> tuple[Request, ...]:
     """The requests that a Router makes for ``kernel``, ``dense_router`` included."""
     names = DENSE if kernel == DENSE_ROUTER else (kernel,)
-    return tuple(Request(name, constants=shape) for name in names)
+    return tuple(Request(name, constants=shape, accept=accept) for name in names)
 
 
 def shape_of(entry: Entry) -> Constants:

@@ -29,6 +29,7 @@ from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence.ladder import STATUSES, serves
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import (
     ENVIRONMENT_VARIABLE,
@@ -39,7 +40,13 @@ from router_runtime.evidence.store import (
     own_folder,
     read_evidence,
 )
-from router_runtime.format.advice import DRIVER, REINSTALL, record_evidence, runtime
+from router_runtime.format.advice import (
+    DRIVER,
+    REINSTALL,
+    record_emulation,
+    record_evidence,
+    runtime,
+)
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -73,33 +80,37 @@ class Contents:
         return status(entry, self.manifest, self.evidence)
 
 
-def diagnose(artifacts: str | os.PathLike[str] | None, target: str | None = None) -> Diagnosis:
+def diagnose(
+    artifacts: str | os.PathLike[str] | None, target: str | None = None, accept: str | None = None
+) -> Diagnosis:
     """The report for an artifacts folder (see ``find_artifacts``) on this machine's GPUs.
 
     Without a GPU, or with ``target``, the decisions are those for devices that are not here: one
-    for each target of the manifest, or one for ``target``.
+    for each target of the manifest, or one for ``target``. ``accept`` is that of the Routers.
     """
     problems: list[Problem] = []
     software, present = _machine(problems)
     contents = _contents(artifacts, problems)
     if contents is None:
-        return Diagnosis(SCHEMA, False, software, None, None, (), tuple(problems))
+        return Diagnosis(SCHEMA, False, software, None, None, accept, (), tuple(problems))
     found = _artifacts(contents, problems)
     statuses = {entry.key: contents.status(entry) for entry in contents.manifest.entries}
     devices = tuple(
-        _device(place, contents, lambda entry: statuses[entry.key])
+        _device(place, contents, lambda entry: statuses[entry.key], accept)
         for place in places(contents.manifest, present, target)
     )
-    _judge_devices(devices, contents, statuses, problems)
+    _judge_devices(devices, problems)
+    _judge_statuses(devices, contents, statuses, accept, problems)
     evidence = _evidence(contents, statuses, problems)
     usable = not any(problem.severity == "error" for problem in problems)
-    return Diagnosis(SCHEMA, usable, software, found, evidence, devices, tuple(problems))
+    return Diagnosis(SCHEMA, usable, software, found, evidence, accept, devices, tuple(problems))
 
 
 def open_contents(artifacts: str | os.PathLike[str] | None) -> Contents:
     """The manifest and every record of an artifacts folder. Raises RouterRuntimeError."""
     folder = find_artifacts(artifacts)
-    return Contents(folder, read_manifest(folder), Evidence(read_evidence(folder).records))
+    manifest, found = read_manifest(folder), read_evidence(folder)
+    return Contents(folder, manifest, Evidence(found.records, found.emulations))
 
 
 def present_places() -> tuple[Place, ...]:
@@ -208,7 +219,9 @@ def _damaged(contents: Contents) -> Iterator[RouterRuntimeError]:
             yield error
 
 
-def _device(place: Place, contents: Contents, status_of: Callable[[Entry], str]) -> Device:
+def _device(
+    place: Place, contents: Contents, status_of: Callable[[Entry], str], accept: str | None
+) -> Device:
     facts, manifest = place.facts, contents.manifest
     return Device(
         place.name,
@@ -217,18 +230,13 @@ def _device(place: Place, contents: Contents, status_of: Callable[[Entry], str])
         (facts.major, facts.minor),
         facts.sms,
         facts.shared_memory_per_block_optin,
-        router_decisions(manifest, facts, status_of, contents.folder),
+        router_decisions(manifest, facts, status_of, contents.folder, accept),
         row_op_decisions(manifest, facts, status_of, contents.folder),
     )
 
 
-def _judge_devices(
-    devices: tuple[Device, ...],
-    contents: Contents,
-    statuses: Mapping[str, str],
-    problems: list[Problem],
-) -> None:
-    """What is not served on a GPU that is here, and how many entries lack evidence."""
+def _judge_devices(devices: tuple[Device, ...], problems: list[Problem]) -> None:
+    """What is not served on a GPU that is here."""
     for device in devices:
         if not device.indices:
             continue
@@ -244,22 +252,42 @@ def _judge_devices(
             problems.append(
                 Problem("error", f"nothing serves {', '.join(names)} on {where}", advice)
             )
-    waiting = sum(
-        statuses[entry.key] == "unproven"
-        and any(
-            Target.parse(entry.target).runs_on(*device.compute_capability) for device in devices
-        )
+
+
+def _judge_statuses(
+    devices: tuple[Device, ...],
+    contents: Contents,
+    statuses: Mapping[str, str],
+    accept: str | None,
+    problems: list[Problem],
+) -> None:
+    """How many entries that these devices can load do not serve by default."""
+    counts = Counter(
+        statuses[entry.key]
         for entry in contents.manifest.entries
+        if any(Target.parse(entry.target).runs_on(*device.compute_capability) for device in devices)
     )
-    if waiting:
-        present = any(device.indices for device in devices)
-        advice = _record_evidence(contents.folder)
+    present = any(device.indices for device in devices)
+    advice = _record_evidence(contents.folder)
+    if not present:
+        advice = f"on a GPU of their target, {advice}"
+    if counts["emulated"]:
+        ways = advice
+        text = (
+            f"{counts['emulated']} kernels are emulated: their PTX passed the oracle suite with "
+            "some instructions in software, and they never ran on a GPU of their target"
+        )
+        if accept != "emulated":
+            text += ", so they serve only a Router that accepts that"
+            ways += ", or write Router(..., accept='emulated')"
+        problems.append(Problem("note", text, ways))
+    if counts["unproven"]:
         problems.append(
             Problem(
                 "note",
-                f"{waiting} kernels are unproven: no evidence says that they are right on a GPU, "
-                "so they serve only a Router that names their variant",
-                advice if present else f"on a GPU of their target, {advice}",
+                f"{counts['unproven']} kernels are unproven: no evidence says that they are right "
+                "on a GPU, so they serve only a Router that names their variant",
+                advice,
             )
         )
 
@@ -277,14 +305,23 @@ def _evidence(
                 f"on a GPU of their target, {_record_evidence(contents.folder)}",
             )
         )
+    stale_emulations = sum(not record.current for record in contents.evidence.emulations)
+    if stale_emulations:
+        problems.append(
+            Problem(
+                "note",
+                f"{stale_emulations} records of emulation are stale: another version of the oracle "
+                "suite, or a run in other modes, made them, so they prove nothing",
+                record_emulation(),
+            )
+        )
     _name_strays(contents.folder, problems)
     _judge_sources(contents, statuses, problems)
     counts = Counter(statuses.values())
-    names = ("verified", "source-verified", "unproven")
     return EvidenceSummary(
         tuple(str(folder.resolve()) for folder in folders(contents.folder)),
-        {name: counts[name] for name in names},
-        stale,
+        {name: counts[name] for name in STATUSES},
+        stale + stale_emulations,
     )
 
 
@@ -307,15 +344,15 @@ def _judge_sources(
     contents: Contents, statuses: Mapping[str, str], problems: list[Problem]
 ) -> None:
     """Which verified cubins have records of other sources than the manifest's, so that cubins of
-    other targets, made from the manifest's, are unproven.
+    other targets, made from the manifest's, are not source-verified.
     """
     entries = contents.manifest.entries
-    unproven = [entry for entry in entries if statuses[entry.key] == "unproven"]
+    without = [entry for entry in entries if not serves(statuses[entry.key])]
     changed = []
     for entry in entries:
         if statuses[entry.key] != "verified" or not any(
             (other.kernel, other.source_sha256) == (entry.kernel, entry.source_sha256)
-            for other in unproven
+            for other in without
         ):
             continue
         records = [record for record in contents.evidence.records if record.current]

@@ -12,6 +12,7 @@ from router_runtime.cli import screen, why
 from router_runtime.cli.diagnosis import diagnose, open_contents, places, present_places
 from router_runtime.cli.options import artifacts_option
 from router_runtime.errors import DriverError, RouterRuntimeError
+from router_runtime.evidence.ladder import ACCEPTABLE
 from router_runtime.format.codec import encode
 from router_runtime.format.target import BUILDABLE
 
@@ -21,9 +22,20 @@ from router_runtime.format.target import BUILDABLE
 @click.option(
     "--target", type=click.Choice(BUILDABLE), help="Decide for a device of this target instead."
 )
+@click.option(
+    "--accept",
+    type=click.Choice(ACCEPTABLE),
+    help="Decide for Routers that accept kernels of this status too.",
+)
 @click.option("--why", "request", metavar="REQUEST", help=f"Explain one decision: {why.SYNTAX}.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def doctor(artifacts: Path | None, target: str | None, request: str | None, as_json: bool) -> None:
+def doctor(
+    artifacts: Path | None,
+    target: str | None,
+    accept: str | None,
+    request: str | None,
+    as_json: bool,
+) -> None:
     """Show what this machine can serve: device, driver, artifacts, evidence, kernels, problems.
 
     Without a GPU the decisions are those for a device of each target. Exits with 1 if artifacts are
@@ -32,21 +44,23 @@ def doctor(artifacts: Path | None, target: str | None, request: str | None, as_j
     router_runtime/cli: Diagnosis in report.py, Explanation in why.py.
     """
     if request is not None:
-        explanation = _explain(request, artifacts, target)
+        explanation = _explain(request, artifacts, target, accept)
         _print(explanation, why.lines(explanation), as_json)
         usable = all(answer.chosen for answer in explanation.answers)
     else:
-        diagnosis = diagnose(artifacts, target)
+        diagnosis = diagnose(artifacts, target, accept)
         _print(diagnosis, screen.lines(diagnosis), as_json)
         usable = diagnosis.usable
     if not usable:
         raise SystemExit(1)
 
 
-def _explain(request: str, artifacts: Path | None, target: str | None) -> why.Explanation:
+def _explain(
+    request: str, artifacts: Path | None, target: str | None, accept: str | None
+) -> why.Explanation:
     try:
         contents = open_contents(artifacts)
-        question = why.parse(request, contents.manifest)
+        question = why.parse(request, contents.manifest, accept)
     except RouterRuntimeError as error:
         raise click.ClickException(str(error)) from error
     try:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from router_runtime.cli.decisions import RouterDecision, RowOpDecision
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,9 @@ class Artifacts:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceSummary:
-    """The folders that are read, how many entries have each status, and how many records are stale:
-    made with another version of the oracle suite, so that they prove nothing.
+    """The folders that are read, how many entries have each status, and how many records, those of
+    emulation included, are stale: made with another version of the oracle suite, so that they prove
+    nothing.
     """
 
     folders: tuple[str, ...]
@@ -79,12 +80,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The whole report."""
+    """The whole report. ``accept`` is that of the Routers that are decided for."""
 
     schema: int
     usable: bool
     software: Software
     artifacts: Artifacts | None
     evidence: EvidenceSummary | None
+    accept: str | None
     devices: tuple[Device, ...]
     problems: tuple[Problem, ...]

@@ -42,6 +42,8 @@ def lines(found: Diagnosis) -> Iterator[str]:
         evidence = found.evidence
         counts = ", ".join(f"{count} {name}" for name, count in evidence.statuses.items())
         yield _labelled("evidence", f"{counts}; {evidence.stale_records} stale records")
+    if found.accept is not None:
+        yield _labelled("decisions", f"for Router(..., accept={found.accept!r})")
     brief = len(found.devices) > 1 and not any(device.indices for device in found.devices)
     if brief:
         yield "no GPU here: decisions for a device of each target (one in full: --target TARGET)"

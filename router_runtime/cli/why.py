@@ -78,17 +78,20 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The answers for every device. ``elsewhere`` of an answer counts entries for other targets and
-    other shapes, which are left out of ``verdicts``.
+    """The answers for every device. ``accept`` is that of the Router. ``elsewhere`` of an answer
+    counts entries for other targets and other shapes, which are left out of ``verdicts``.
     """
 
     schema: int
     request: str
+    accept: str | None
     answers: tuple[Answer, ...]
 
 
-def parse(text: str, manifest: Manifest) -> Question:
-    """The request that ``text`` names. Raises InputError, with the nearest name that exists."""
+def parse(text: str, manifest: Manifest, accept: str | None = None) -> Question:
+    """The request that ``text`` names, of a Router with this ``accept``. Raises InputError, with
+    the nearest name that exists.
+    """
     kernel, *parts = text.split("/")
     kernels = sorted({DENSE_ROUTER, *(entry.kernel for entry in manifest.entries)})
     if kernel not in kernels:
@@ -123,12 +126,16 @@ def parse(text: str, manifest: Manifest) -> Question:
     per_model = any(entry.model is not None for entry in entries)
     divided = kernel == DENSE_ROUTER or (per_model and kernel not in DENSE)
     if not divided:
-        return Question(text, (Request(kernel, shape, quantities, (), variant),), False, None)
+        # A row op, which no Router chooses, takes what serves by default.
+        accepted = accept if per_model else None
+        request = Request(kernel, shape, quantities, (), variant, accepted)
+        return Question(text, (request,), False, None)
     for name, value_ in _DEFAULTS.items():
         if any(name in entry.constants for entry in entries):
             shape.setdefault(name, value_)
     requests = tuple(
-        dataclasses.replace(each, variant=variant) for each in router_requests(kernel, shape)
+        dataclasses.replace(each, variant=variant)
+        for each in router_requests(kernel, shape, accept)
     )
     return Question(text, requests, True, quantities.get("tokens"))
 
@@ -136,13 +143,15 @@ def parse(text: str, manifest: Manifest) -> Question:
 def explain_request(question: Question, contents: Contents, places: Iterable[Place]) -> Explanation:
     """The answers to ``question`` for each of the devices."""
     answers = (_answer(question, contents, place) for place in places)
-    return Explanation(SCHEMA, question.text, tuple(answers))
+    accept = question.requests[0].accept
+    return Explanation(SCHEMA, question.text, accept, tuple(answers))
 
 
 def lines(found: Explanation) -> Iterator[str]:
     """The explanation as text: the choice, then every entry with its reasons."""
+    accepting = "" if found.accept is None else f", accept={found.accept!r},"
     for answer in found.answers:
-        yield f"{found.request} on {_device(answer)}"
+        yield f"{found.request}{accepting} on {_device(answer)}"
         for entry, (low, high) in zip(answer.chosen, answer.ranges, strict=False):
             yield f"  {low} to {high} tokens: {entry}"
         if not answer.ranges:

@@ -3,8 +3,9 @@
 Pure: no driver, no files, no clock. Everything that decides is an argument, so a test can replay
 every decision, and ``router-runtime doctor`` can explain decisions for devices that are absent.
 
-Evidence decides. A ``verified`` entry is preferred to a ``source-verified`` one, and an
-``unproven`` one is chosen only if the caller names its variant. Among entries of equal status the
+Evidence decides. A ``verified`` entry is preferred to a ``source-verified`` one. An ``emulated``
+one is chosen only if the caller accepts that status, and then counts as much as a
+``source-verified`` one; an ``unproven`` one only if the caller names its variant. Among equals the
 closest fit wins, in this order: the tightest limits around the requested quantities, the most
 specific target (``a``, ``f``, none), a specialised variant before ``portable``, then the name.
 """
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.errors import ResolutionError
-from router_runtime.evidence.choice import Option, closeness, served_by_default, status_rank
+from router_runtime.evidence.choice import Option, closeness
+from router_runtime.evidence.ladder import ACCEPTABLE, serves, status_rank
 from router_runtime.format.advice import (
     DRIVER,
     build_artifacts,
@@ -33,6 +35,13 @@ from router_runtime.format.target import Target
 #: The status of an entry that cannot serve for another reason: its evidence is not read.
 NOT_READ = "not read"
 
+#: What is missing for a status that does not serve by default.
+_NO_EVIDENCE = "no evidence that this digest or its source is right on a device"
+_MISSING = {
+    "emulated": "its PTX passed with some instructions in software, and no evidence says that this "
+    "digest or its source is right on a device"
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -40,7 +49,8 @@ class Request:
 
     ``constants`` must equal the entry's constants of those names. ``quantities`` must lie within
     the entry's limits, where it states any. ``parameters`` are names of parameters that it must
-    have. ``variant`` names the one variant that may serve, proven or not.
+    have. ``variant`` names the one variant that may serve, proven or not. ``accept`` is a status
+    (``ladder.ACCEPTABLE``) that may serve beside those that do by default.
     """
 
     kernel: str
@@ -48,12 +58,14 @@ class Request:
     quantities: Mapping[str, int] = dataclasses.field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     variant: str | None = None
+    accept: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name}={value}" for name, value in sorted(self.constants.items())]
         facts += [f"{name}={value}" for name, value in sorted(self.quantities.items())]
         facts += self.parameters
         facts += [f"variant={self.variant}"] if self.variant is not None else []
+        facts += [f"accept={self.accept}"] if self.accept is not None else []
         return f"{self.kernel}({', '.join(facts)})"
 
 
@@ -153,7 +165,9 @@ def status_if_fitting(
 def option(candidate: Candidate, request: Request) -> Option:
     """Return a candidate as one of the options that batches are divided among."""
     # A variant that the caller names is used without regard to its evidence.
-    rank = 0 if request.variant is not None else status_rank(candidate.status)
+    rank = 0
+    if request.variant is None:
+        rank = status_rank(candidate.status, request.accept)
     return Option(candidate.entry, rank, closeness(candidate.entry, request.quantities))
 
 
@@ -195,10 +209,8 @@ def _reasons(entry: Entry, status: str, request: Request, device: DeviceFacts) -
     else:
         # Evidence is not read for an entry that is refused for one of the reasons above.
         refused_unread = status == NOT_READ and bool(reasons)
-        if not (served_by_default(status) or refused_unread):
-            reasons.append(
-                f"{status}: no evidence that this digest or its source is right on a device"
-            )
+        if not (serves(status, request.accept) or refused_unread):
+            reasons.append(f"{status}: {_MISSING.get(status, _NO_EVIDENCE)}")
     return tuple(reasons)
 
 
@@ -235,10 +247,15 @@ def next_step(resolution: Resolution, *, brief: bool = False) -> str:
             return f"request one of the variants {names}"
         where = "this GPU" if device.present else f"a GPU of {_capability(device)}"
         advice = f"run on {where}: {record_evidence(resolution.artifacts)}"
-        fitting = [c.entry for c in here if not _reasons(c.entry, "verified", relaxed, device)]
-        if brief or any(entry.model is None for entry in fitting):
-            return advice  # no caller names the variant of a row op
-        names = sorted({entry.variant for entry in fitting})
+        fitting = [c for c in here if not _reasons(c.entry, "verified", relaxed, device)]
+        if any(candidate.entry.model is None for candidate in fitting):
+            return advice  # no caller names the variant of a row op, or accepts a status
+        for status in ACCEPTABLE:
+            if any(candidate.status == status for candidate in fitting):
+                advice += f", or accept what is {status}: Router(..., accept={status!r})"
+        if brief:
+            return advice
+        names = sorted({candidate.entry.variant for candidate in fitting})
         return (
             f"{advice}, or name one of the variants {names}: "
             f"Router(..., variants={{{request.kernel!r}: {names[0]!r}}})"

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
 
-#: The statuses that are served by default, the best one first.
-_SERVED_BY_DEFAULT = ("verified", "source-verified")
-
 _PORTABLE = "portable"
 
 #: The kernels that compute the same for a dense router: for few tokens, for many.
@@ -31,7 +28,7 @@ class Option:
 
     Attributes:
         entry: The entry.
-        rank: The smaller, the better its evidence (``status_rank``).
+        rank: The smaller, the better its evidence (``ladder.status_rank``).
         fit: What ``closeness`` returned: the smaller, the closer it fits the request.
 
     """
@@ -63,16 +60,6 @@ class Division:
 
     leader: Entry | None
     token_ranges: tuple[TokenRange, ...]
-
-
-def served_by_default(status: str) -> bool:
-    """Return whether an entry of this status serves although no caller has named its variant."""
-    return status in _SERVED_BY_DEFAULT
-
-
-def status_rank(status: str) -> int:
-    """Return how good the evidence of this status is: the smaller, the better."""
-    return (*_SERVED_BY_DEFAULT, status).index(status)
 
 
 def closeness(entry: Entry, quantities: Collection[str]) -> tuple[object, ...]:

@@ -6,6 +6,9 @@ be recomputed without a GPU; ``make test`` does so for a sample of the committed
 
 A record counts only while it is *current*: made with the suite as it is now, for every case of it.
 A record of another suite is stale: it can still be read, and it proves nothing.
+
+``Record`` is about a cubin that ran itself. ``emulation_record`` has the record of a cubin whose
+PTX ran with some of its instructions in software; ``Examined`` is what the two have in common.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
@@ -68,8 +71,8 @@ class CaseRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One cubin on one device.
+class Examined:
+    """An entry, and the oracle suite's run of its code on one device.
 
     Attributes:
         entry: ``Entry.key`` of the cubin, for readers: digests identify it.
@@ -88,7 +91,6 @@ class Record:
         driver: The CUDA version of the driver, such as 13000 for 13.0.
         torch: Version of the torch that computed what is expected.
         cases: The result of every case, in the suite's order.
-        format_version: Of the file.
 
     """
 
@@ -108,19 +110,23 @@ class Record:
     driver: int
     torch: str
     cases: tuple[CaseRecord, ...]
-    format_version: int = FORMAT_VERSION
 
     @property
     def current(self) -> bool:
         """Return whether the record was made with the suite as it is now."""
+        return self.of_this_suite
+
+    @property
+    def of_this_suite(self) -> bool:
+        """Return whether the suite that ran is the one that this runtime has."""
         here = (suite.SUITE_VERSION, cases_sha256())
         return (self.suite_version, self.cases_sha256) == here
 
     @property
-    def file_name(self) -> str:
-        """Return the name under which the record is stored: the cubin's, then the device's."""
+    def stem(self) -> str:
+        """Return how the name of the record's file starts: the cubin's name, then the device's."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return f"{self.file.removesuffix('.cubin')}.{device}.json"
+        return f"{self.file.removesuffix('.cubin')}.{device}"
 
     def matches(self, entry: Entry) -> bool:
         """Return whether the record is about this very cubin.
@@ -134,6 +140,18 @@ class Record:
             and dict(self.constants) == dict(entry.constants)
             and dict(self.limits) == dict(entry.contract.limits)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Examined):
+    """One cubin on one device of its target. ``format_version`` is that of the file."""
+
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def file_name(self) -> str:
+        """Return the name under which the record is stored."""
+        return f"{self.stem}.json"
 
     def same_sources(self, entry: Entry) -> bool:
         """Return whether the record is about a cubin of the sources, constants and flags of which
@@ -167,19 +185,55 @@ def loads(data: bytes) -> Record:
 
 
 def validate(record: Record) -> None:
-    """Raise FormatError if a record breaks a rule that its types do not express.
+    """Raise FormatError if a record breaks a rule that its types do not express."""
+    require_runs_on(record.target, record)
+    validate_examined(record)
+
+
+def validate_examined(record: Examined) -> None:
+    """Raise FormatError if a record of any kind breaks a rule of those that all kinds have.
 
     The cases of a current record are compared with the suite's.
     """
     digests = [record.sha256, record.source_sha256, record.toolchain_sha256, record.cases_sha256]
     for case in record.cases:
         digests += [case.inputs_sha256, case.ids_sha256]
+    require_digests(digests)
+    _validate_entry(record)
+    require_text("device", record.device)
+    require_text("torch", record.torch)
+    # The driver's CUDA version as it reports it: 13000 for 13.0.
+    if not 1000 <= record.driver < 1000000:
+        raise FormatError(
+            f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
+        )
+    _validate_cases(record)
+
+
+def require_digests(digests: Iterable[str]) -> None:
+    """Raise FormatError for the first of these that is no SHA-256 in hexadecimal."""
     is_digest = _SHA256.fullmatch
     for digest in digests:
         if is_digest(digest) is None:
             raise FormatError(f"evidence: expected 64 lower-case hex digits, found {digest!r}")
-    _validate_entry(record)
-    _validate_device(record)
+
+
+def require_text(what: str, text: str) -> None:
+    """Raise FormatError for a name or a version that is empty, long or not on one line."""
+    if _TEXT.fullmatch(text) is None or len(text) > 200:
+        raise FormatError(f"evidence: expected the name of its {what}, found {text!r}")
+
+
+def require_runs_on(target: str, record: Examined) -> None:
+    """Raise FormatError if the record's device does not run cubins for ``target``."""
+    if not Target.parse(target).runs_on(*record.compute_capability):
+        raise FormatError(
+            f"evidence: expected a device that runs {target}, found compute capability "
+            f"{record.compute_capability}"
+        )
+
+
+def _validate_cases(record: Examined) -> None:
     for case in record.cases:
         if not 0 <= case.clear <= case.rows or not 0 <= case.reordered <= case.rows:
             raise FormatError(
@@ -223,7 +277,7 @@ def _suite_cases(
     return tuple((case.name, case.seed) for case in listed)
 
 
-def _validate_entry(record: Record) -> None:
+def _validate_entry(record: Examined) -> None:
     """Raise FormatError if the record's copies of its entry's names contradict each other."""
     parts = record.entry.split("/")
     if len(parts) != 4 or (parts[0], parts[2]) != (record.kernel, record.target):
@@ -235,19 +289,3 @@ def _validate_entry(record: Record) -> None:
     file = artifact_name(record.kernel, model, record.target, variant, record.sha256)
     if record.file != file:
         raise FormatError(f"evidence: expected the file {file}, found {record.file!r}")
-
-
-def _validate_device(record: Record) -> None:
-    if not Target.parse(record.target).runs_on(*record.compute_capability):
-        raise FormatError(
-            f"evidence: expected a device that runs {record.target}, found compute capability "
-            f"{record.compute_capability}"
-        )
-    for name, text in (("device", record.device), ("torch", record.torch)):
-        if _TEXT.fullmatch(text) is None or len(text) > 200:
-            raise FormatError(f"evidence: expected the name of its {name}, found {text!r}")
-    # The driver's CUDA version as it reports it: 13000 for 13.0.
-    if not 1000 <= record.driver < 1000000:
-        raise FormatError(
-            f"evidence: expected a driver's CUDA version such as 13000, found {record.driver}"
-        )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
 
+from router_runtime.evidence.ladder import Status
 from router_runtime.evidence.store import Evidence, EvidenceFiles
 from router_runtime.format.codec import encode
 from router_runtime.format.manifest import Entry, Manifest, Toolchain
-
-Status = Literal["verified", "source-verified", "unproven"]
 
 
 def toolchain_sha256(toolchain: Toolchain) -> str:
@@ -28,9 +26,10 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles)
         evidence: The records. Of files, only those are read that can decide.
 
     Returns:
-        ``verified``: a record names the digest of this very cubin. ``source-verified``: a record is
-        about a cubin for another target, of the same sources and the same toolchain. Else
-        ``unproven``.
+        The best that holds. ``verified``: a record names the digest of this very cubin.
+        ``source-verified``: a record is about a cubin for another target, of the same sources and
+        the same toolchain. ``emulated``: a record of emulation names the digest of this very cubin.
+        Else ``unproven``.
 
     Raises:
         ArtifactError: A record that is read is not valid.
@@ -40,7 +39,7 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles)
     own = entry.file.removesuffix("cubin")
     if any(record.matches(entry) and record.current for record in evidence.of(own)):
         return "verified"
-    found: Status = "unproven"
+    same_sources = False
     for record in evidence.of(f"{entry.kernel}-"):
         if record.matches(entry) and record.current:
             return "verified"  # the same bytes under another model's name
@@ -50,5 +49,10 @@ def status(entry: Entry, manifest: Manifest, evidence: Evidence | EvidenceFiles)
             and record.toolchain_sha256 == toolchain_sha256(manifest.toolchain)
             and record.current
         ):
-            found = "source-verified"
-    return found
+            same_sources = True
+    if same_sources:
+        return "source-verified"
+    emulations = evidence.emulations_of(entry.sha256)
+    if any(record.matches(entry) and record.current for record in emulations):
+        return "emulated"
+    return "unproven"

@@ -1,4 +1,6 @@
-"""Folders of evidence: one file for each cubin and device, written by ``verify --record`` only.
+"""Folders of evidence: one file for each cubin and device. ``verify --record`` writes the records
+of cubins that ran, the emulation's runner those of cubins whose PTX was emulated; nothing else
+does.
 
 Records are shipped beside the manifest, in the folder ``evidence`` of the artifacts. A user can add
 records in the folder that the environment variable ``ROUTER_RUNTIME_EVIDENCE`` names, because an
@@ -11,19 +13,25 @@ signature over the record is checked. A file whose name is not a record's is not
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from router_runtime.errors import ArtifactError, FormatError, explain
-from router_runtime.evidence.record import Record, dumps, loads
+from router_runtime.evidence import emulation_record
+from router_runtime.evidence import record as verification_record
+from router_runtime.evidence.emulation_record import EmulationRecord
+from router_runtime.evidence.record import Record
 from router_runtime.format import system_errors
-from router_runtime.format.advice import record_evidence
+from router_runtime.format.advice import record_emulation, record_evidence
 from router_runtime.format.files import list_folder, read_file
+from router_runtime.format.manifest import digest_in_name
 from router_runtime.trust import policy as trust
 
 #: The folder of shipped records, inside an artifacts folder.
@@ -31,11 +39,14 @@ EVIDENCE_NAME = "evidence"
 #: Names a user's own folder of evidence.
 ENVIRONMENT_VARIABLE = "ROUTER_RUNTIME_EVIDENCE"
 
-#: What ``Record.file_name`` looks like: the start of a digest ends the cubin's name.
+#: What the ``file_name`` of a record of either kind looks like: the start of a digest ends the
+#: cubin's name.
 _RECORD_NAME = re.compile(r".+-[0-9a-f]{16}\..+\.json")
 
 #: Called with a file's path and the bytes that were read; raises if they may not be used.
 Admit = Callable[[Path, bytes], None]
+
+_AnyRecord = TypeVar("_AnyRecord", bound=Record | EmulationRecord)
 
 #: Nobody but the owner may write to a folder that is created, whatever the umask is.
 _FOLDER_MODE = 0o755
@@ -46,13 +57,18 @@ MAX_RECORD_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Records that have been read, stale ones included."""
+    """Records that have been read, stale ones included; those of emulation apart."""
 
     records: tuple[Record, ...] = ()
+    emulations: tuple[EmulationRecord, ...] = ()
 
     def of(self, prefix: str) -> Iterator[Record]:
         """Return the records of the cubins whose file names start with ``prefix``."""
         return (record for record in self.records if record.file.startswith(prefix))
+
+    def emulations_of(self, sha256: str) -> Iterator[EmulationRecord]:
+        """Return the records of emulation that are about the cubin of this digest."""
+        return (record for record in self.emulations if record.sha256 == sha256)
 
 
 class EvidenceFiles:
@@ -66,25 +82,58 @@ class EvidenceFiles:
 
     """
 
-    def __init__(self, files: Iterable[tuple[Path, Admit | None]], artifacts: Path) -> None:
-        self._files = tuple(files)
-        self._artifacts = artifacts
-        self._read: dict[Path, Record] = {}
+    def __init__(self, files: Iterable[tuple[Path, Admit | None]], artifacts: Path | None) -> None:
+        listed = tuple(files)
+        others = [(path, admit) for path, admit in listed if not _is_emulation(path)]
+        emulations = [(path, admit) for path, admit in listed if _is_emulation(path)]
+        self._records: _Files[Record] = _Files(
+            others, functools.partial(_read_record, artifacts=artifacts)
+        )
+        self._emulations: _Files[EmulationRecord] = _Files(emulations, _read_emulation)
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Return every record, in the order of the files."""
+        """Return every record of a cubin that ran, in the order of the files."""
         return tuple(self.of(""))
+
+    @property
+    def emulations(self) -> tuple[EmulationRecord, ...]:
+        """Return every record of emulation, in the order of the files."""
+        return tuple(self._emulations.named(lambda name: True))
 
     def of(self, prefix: str) -> Iterator[Record]:
         """Yield the records of the cubins whose file names start with ``prefix``. Raises
         ArtifactError or TrustError for the first that is not valid.
         """
+        return self._records.named(lambda name: name.startswith(prefix))
+
+    def emulations_of(self, sha256: str) -> Iterator[EmulationRecord]:
+        """Yield the records of emulation that are about the cubin of this digest. Raises as ``of``
+        does.
+        """
+        about = self._emulations.named(lambda name: f"-{digest_in_name(sha256)}." in name)
+        return (record for record in about if record.sha256 == sha256)
+
+
+class _Files(Generic[_AnyRecord]):
+    """Files with records of one kind. ``read`` is called once for each, when it is needed."""
+
+    def __init__(
+        self,
+        files: Sequence[tuple[Path, Admit | None]],
+        read: Callable[[Path, Admit | None], _AnyRecord],
+    ) -> None:
+        self._files = files
+        self._read = read
+        self._known: dict[Path, _AnyRecord] = {}
+
+    def named(self, wanted: Callable[[str], bool]) -> Iterator[_AnyRecord]:
+        """Yield the records in files of these names."""
         for path, admit in self._files:
-            if path.name.startswith(prefix):
-                if path not in self._read:
-                    self._read[path] = _read_record(path, self._artifacts, admit)
-                yield self._read[path]
+            if wanted(path.name):
+                if path not in self._known:
+                    self._known[path] = self._read(path, admit)
+                yield self._known[path]
 
 
 def own_folder(explicit: str | os.PathLike[str] | None = None) -> Path | None:
@@ -146,7 +195,8 @@ def load_evidence(folder: Path, artifacts: Path | None = None) -> Evidence:
 
     ``artifacts`` is the artifacts folder that they are about, for advice.
     """
-    return Evidence(tuple(_read_record(path, artifacts) for path in _listed(folder)[0]))
+    found = EvidenceFiles([(path, None) for path in _listed(folder)[0]], artifacts)
+    return Evidence(found.records, found.emulations)
 
 
 def files(artifacts: Path) -> tuple[list[Path], list[Path]]:
@@ -170,9 +220,23 @@ def _listed(folder: Path, *, signed: bool = False) -> tuple[list[Path], list[Pat
     return [folder / name for name in records], [folder / name for name in strays]
 
 
-def _read_record(path: Path, artifacts: Path | None, admit: Admit | None = None) -> Record:
-    """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
+def _is_emulation(path: Path) -> bool:
+    return path.name.endswith(emulation_record.SUFFIX)
+
+
+def _read_record(path: Path, admit: Admit | None, artifacts: Path | None) -> Record:
     again = f"delete it and run on such a GPU: {record_evidence(artifacts)}"
+    return _read(path, admit, verification_record.loads, again)
+
+
+def _read_emulation(path: Path, admit: Admit | None) -> EmulationRecord:
+    return _read(path, admit, emulation_record.loads, f"delete it, and {record_emulation()}")
+
+
+def _read(
+    path: Path, admit: Admit | None, loads: Callable[[bytes], _AnyRecord], again: str
+) -> _AnyRecord:
+    """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
     try:
         # A record that is admitted by its signature may be writable by others.
         signed = admit is not None and trust.in_force()
@@ -210,13 +274,17 @@ def require_writable(folder: Path, artifacts: Path) -> None:
     load_evidence(folder, artifacts)
 
 
-def write_record(record: Record, folder: Path) -> Path:
-    """Write a record, and remove those of the same entry and device about another cubin.
+def write_record(record: Record | EmulationRecord, folder: Path) -> Path:
+    """Write a record, and remove those of its kind of the same entry and device about another
+    cubin.
 
     Returns the path. Raises ArtifactError if it cannot be written, or if another file in the folder
     is not a valid record.
     """
-    data = dumps(record)
+    if isinstance(record, EmulationRecord):
+        data = emulation_record.dumps(record)
+    else:
+        data = verification_record.dumps(record)
     path = folder / record.file_name
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with _writing(folder):
@@ -227,7 +295,11 @@ def write_record(record: Record, folder: Path) -> Path:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    for other in load_evidence(folder).records:
+    found = load_evidence(folder)
+    others: Sequence[Record | EmulationRecord] = found.records
+    if isinstance(record, EmulationRecord):
+        others = found.emulations
+    for other in others:
         if (other.entry, other.device) == (record.entry, record.device) and (
             other.file_name != record.file_name
         ):

@@ -72,6 +72,17 @@ def record_evidence(artifacts: Path | None = None, options: str = "") -> str:
     return runtime(" ".join(filter(None, words)))
 
 
+def record_emulation() -> str:
+    """How to get records of emulation: by running it on a Hopper GPU, or by installing a release
+    that has them.
+    """
+    root = checkout()
+    if root is None:
+        return f"install a release wheel of this runtime again: {REINSTALL}"
+    where = "" if root == Path.cwd() else f"-C {root} "
+    return f"on a Hopper GPU, run: make {where}record-emulation"
+
+
 def build_artifacts() -> str:
     """How to get artifacts that belong to this runtime: by building them, or by installing them."""
     root = checkout()

@@ -117,7 +117,12 @@ class Manifest:
 
 def artifact_name(kernel: str, model: str | None, target: str, variant: str, sha256: str) -> str:
     """The content-addressed file name of a cubin."""
-    return f"{kernel}-{model or 'any'}-{target}-{variant}-{sha256[:16]}.cubin"
+    return f"{kernel}-{model or 'any'}-{target}-{variant}-{digest_in_name(sha256)}.cubin"
+
+
+def digest_in_name(sha256: str) -> str:
+    """The part of a cubin's digest that its file name ends with."""
+    return sha256[:16]
 
 
 def dumps(manifest: Manifest) -> bytes:

@@ -76,13 +76,15 @@ def install(
     *,
     artifacts: str | os.PathLike[str] | None = None,
     variants: Mapping[str, str] | None = None,
+    accept: str | None = None,
 ) -> list[str]:
     """Let these kernels serve every router of ``model``; returns the names of the modules.
 
     Call it once the model is on its device in its dtype, and again after its weights changed: a
     call with other weights than those that were installed is refused, not served. Calling it again
-    without a change does nothing. ``artifacts`` and ``variants`` are those of ``Router``, for bf16
-    gates. Either all routers are served or none: on an error the model is as it was.
+    without a change does nothing. ``artifacts``, ``variants`` and ``accept`` are those of
+    ``Router``, for bf16 gates. Either all routers are served or none: on an error the model is as
+    it was.
 
     Raises InputError for a model without such routers, or with one that cannot be served (its
     dtype, its activation, a ``forward`` set by something else); ResolutionError if no kernel fits a
@@ -104,7 +106,7 @@ def install(
     made: dict[str, _Gate] = {}
     for name, module in found.items():
         try:
-            made[name] = _gate_for(module, isinstance(module, hashed), artifacts, variants)
+            made[name] = _gate_for(module, isinstance(module, hashed), artifacts, variants, accept)
         except RouterRuntimeError as error:
             raise type(error)(f"{name}: {error}") from error
     for name, module in found.items():
@@ -176,6 +178,7 @@ def _gate_for(
     hashed: bool,
     artifacts: str | os.PathLike[str] | None,
     variants: Mapping[str, str] | None,
+    accept: str | None,
 ) -> _Gate:
     """The gate of a module: the one it has, brought up to date, or a new one."""
     weight: Tensor = module.weight
@@ -207,6 +210,7 @@ def _gate_for(
             device=weight.device,
             artifacts=artifacts,
             variants=variants,
+            accept=accept,
         )
     if hashed:
         _warm_up(weight, module.top_k, module.top_k, scale)

@@ -14,6 +14,7 @@ from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cpu import CpuDense, CpuHash, CpuHashGate
 from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash, CudaHashGate
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 
 
@@ -22,10 +23,12 @@ class Backend(Protocol):
 
     Attributes:
         token_ranges: which kernel serves how many tokens; empty where one serves all.
+        evidence: key of each entry that serves -> its evidence status; empty on a CPU.
 
     """
 
     token_ranges: tuple[TokenRange, ...]
+    evidence: Mapping[str, str]
 
     @property
     def route(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -55,7 +58,7 @@ def make_backend(
     config: RouterConfig,
     weights: Weights,
     kernels: Kernels | None,
-    variants: Mapping[str, str],
+    selection: Selection,
 ) -> Backend | DenseBackend:
     """A gate of that mode: on the GPU that ``kernels`` are for, or on a CPU if there are none."""
     mode = config.mode
@@ -63,7 +66,7 @@ def make_backend(
         if mode == "dense":
             return CpuDense(config, weights)
         return CpuHash(config, weights) if mode == "hash" else CpuHashGate(config, weights)
-    given = config, weights, kernels, variants
+    given = config, weights, kernels, selection
     if mode == "dense":
         return CudaDense(*given)
     return CudaHash(*given) if mode == "hash" else CudaHashGate(*given)

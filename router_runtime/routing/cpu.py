@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from router_runtime.routing.weights import Weights
 
 class _CpuBackend:
     token_ranges: tuple[TokenRange, ...] = ()
+    evidence: Mapping[str, str] = types.MappingProxyType({})
 
     def __init__(self, config: RouterConfig, weights: Weights) -> None:
         self._config, self._weights = config, weights

@@ -12,13 +12,13 @@ from torch import Tensor
 from router_runtime.device.kernels import Kernels
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
-from router_runtime.device.resolve import Request
 from router_runtime.device.tensor_map import Matrix
 from router_runtime.evidence.choice import DENSE, TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 from router_runtime.routing.checks import check_activations, readable_rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.placement import Placement
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 from router_runtime.routing.workspace import workspaces_of
 
@@ -113,6 +113,7 @@ class CudaDense:
 
     Attributes:
         token_ranges: which kernel serves how many tokens.
+        evidence: key of each entry that serves -> its evidence status.
         logits_token_ranges: the same for calls that also want logits.
         plan: the launchers of ``token_ranges``.
         logits_plan: the launchers of ``logits_token_ranges``.
@@ -124,21 +125,20 @@ class CudaDense:
         config: RouterConfig,
         weights: Weights,
         kernels: Kernels,
-        variants: Mapping[str, str],
+        selection: Selection,
     ) -> None:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
         self._images = weights.image_bias is not None
         self.placement = Placement(weights.weight.device)
         requests = [
-            Request(
+            selection.request(
                 kernel,
-                constants={
+                {
                     "HIDDEN": config.hidden_size,
                     "EXPERTS": config.num_experts,
                     "TOP_K": config.top_k,
                 },
-                variant=variants.get(kernel),
             )
             for kernel in DENSE
         ]
@@ -147,12 +147,15 @@ class CudaDense:
             [dataclasses.replace(request, parameters=("logits_out",)) for request in requests]
         )
         self.logits_token_ranges = self._logits_dispatch.token_ranges
+        entries = {
+            each.entry.key: each.entry for each in (*self.token_ranges, *self.logits_token_ranges)
+        }
+        self.evidence: Mapping[str, str] = {
+            key: kernels.status(entry) for key, entry in entries.items()
+        }
         launchers = {
-            entry.key: DenseLauncher(kernels.load_entry(entry), config, weights, self.placement)
-            for entry in {
-                each.entry.key: each.entry
-                for each in (*self.token_ranges, *self.logits_token_ranges)
-            }.values()
+            key: DenseLauncher(kernels.load_entry(entry), config, weights, self.placement)
+            for key, entry in entries.items()
         }
         self.plan = Plan(self.token_ranges, launchers)
         self.logits_plan = Plan(self.logits_token_ranges, launchers)

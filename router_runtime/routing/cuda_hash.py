@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from router_runtime.device.kernels import Kernels
 from router_runtime.device.launch import LoadedKernel
-from router_runtime.device.resolve import Request
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 from router_runtime.routing.checks import (
@@ -22,6 +22,7 @@ from router_runtime.routing.checks import (
 )
 from router_runtime.routing.config import HASH_GATE, HASH_ROUTER, RouterConfig
 from router_runtime.routing.placement import Placement
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 
 
@@ -35,18 +36,13 @@ class CudaHash:
         config: RouterConfig,
         weights: Weights,
         kernels: Kernels,
-        variants: Mapping[str, str],
+        selection: Selection,
     ) -> None:
         self._top_k, self._experts = config.top_k, config.num_experts
         table = weights.table
         self.placement = Placement(table.device)
-        kernel = kernels.load(
-            Request(
-                HASH_ROUTER,
-                quantities={"top_k": config.top_k},
-                variant=variants.get(HASH_ROUTER),
-            )
-        )
+        kernel = kernels.load(selection.request(HASH_ROUTER, {}, {"top_k": config.top_k}))
+        self.evidence: Mapping[str, str] = {kernel.entry.key: kernels.status(kernel.entry)}
         self._launch = ServingLaunch(
             kernel,
             ("token_ids_i32", "token_ids_i64", "weights_out", "ids_out", "tokens"),
@@ -106,14 +102,14 @@ class CudaHashGate:
         config: RouterConfig,
         weights: Weights,
         kernels: Kernels,
-        variants: Mapping[str, str],
+        selection: Selection,
     ) -> None:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
         self.placement = Placement(weights.table.device)
         shape = {"HIDDEN": self._hidden_size, "EXPERTS": self._experts, "TOP_K": self._top_k}
         constants = shape | {"IMAGES": 0}
-        request = Request(HASH_GATE, constants=constants, variant=variants.get(HASH_GATE))
+        request = selection.request(HASH_GATE, constants)
         self.token_ranges = kernels.dispatch([request]).require()
 
         def launch(kernel: LoadedKernel) -> ServingLaunch:
@@ -134,10 +130,17 @@ class CudaHashGate:
 
         self._highs = [each.high for each in self.token_ranges]
         self._launches = [launch(kernels.load_entry(each.entry)) for each in self.token_ranges]
+        entries = [each.entry for each in self.token_ranges]
         self._images: ServingLaunch | None = None
         if weights.image_bias is not None:
-            with_images = Request(HASH_GATE, constants=shape | {"IMAGES": 1})
-            self._images = launch(kernels.load(with_images))
+            # A named variant is that of text tokens; images have variants of their own.
+            with_images = dataclasses.replace(
+                request, constants=shape | {"IMAGES": 1}, variant=None
+            )
+            images = kernels.load(with_images)
+            self._images = launch(images)
+            entries.append(images.entry)
+        self.evidence: Mapping[str, str] = {entry.key: kernels.status(entry) for entry in entries}
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
         """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""

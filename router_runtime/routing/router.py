@@ -23,10 +23,11 @@ from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import DenseBackend, make_backend
 from router_runtime.routing.call import Call, Inputs, Results
 from router_runtime.routing.checks import wrong_token_ids, wrong_value
-from router_runtime.routing.config import KERNELS, RouterConfig
+from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.module import GateModule
 from router_runtime.routing.placement import kernels_for, resolved_device
 from router_runtime.routing.registry import Registry
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import NAMES, checked_values
 
 
@@ -80,6 +81,7 @@ class Router(GateModule):
         device: torch.device | str | int,
         artifacts: str | os.PathLike[str] | None = None,
         variants: Mapping[str, str] | None = None,
+        accept: str | None = None,
     ) -> None:
         """Copy the tensors to the device and load the kernels.
 
@@ -96,11 +98,15 @@ class Router(GateModule):
             artifacts: the artifacts folder; without it the one of the environment or the package.
             variants: the one variant to use of a kernel, by the kernel's name, whether it has
                 evidence or not. Without it only kernels with evidence are used.
+            accept: ``"emulated"`` lets kernels serve too whose PTX passed the oracle suite on
+                another GPU, with the instructions that it lacks in software. They never ran on a
+                GPU of their target. Among them and those that are *source-verified*, the fastest
+                serve.
 
         Raises:
             InputError: a tensor is missing, of another dtype or shape, or has a value that is
-                refused; a variant of a kernel that the mode does not use; a device that torch
-                cannot use; a graph capture is in progress.
+                refused; a variant of a kernel that the mode does not use; a status that cannot be
+                accepted; a device that torch cannot use; a graph capture is in progress.
             ArtifactError: a file of the artifacts is missing or altered.
             DriverError: the driver is missing, too old, or failed.
             ResolutionError: no kernel serves this configuration on this device.
@@ -112,15 +118,16 @@ class Router(GateModule):
                 "Next: build it before the compiled function is called."
             )
         resolved = resolved_device(device)
-        chosen = dict(variants or {})
+        selection = Selection(dict(variants or {}), accept)
         given = {"weight": weight, "bias": bias, "image_bias": image_bias, "table": table}
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        _check_arguments(config, tensors, chosen)
+        selection.check(config.mode)
+        _check_tensors(config, tensors)
         kernels = kernels_for(resolved, artifacts)
         values = checked_values(config, tensors)
         super().__init__(config, resolved, "image_bias" in tensors)
-        self._artifacts, self._variants = artifacts, chosen
-        self.backend = make_backend(config, self.weights, kernels, chosen)
+        self._artifacts, self._selection = artifacts, selection
+        self.backend = make_backend(config, self.weights, kernels, selection)
         # Only now: the kernels' contracts say in which orders the weight is stored.
         self.weights.write(values)
         if resolved.type == "cuda":
@@ -138,6 +145,7 @@ class Router(GateModule):
         device: torch.device | str | int,
         artifacts: str | os.PathLike[str] | None = None,
         variants: Mapping[str, str] | None = None,
+        accept: str | None = None,
     ) -> Router:
         """The router of one layer, with its tensors of a released checkpoint.
 
@@ -150,6 +158,7 @@ class Router(GateModule):
             device: as of the constructor.
             artifacts: as of the constructor.
             variants: as of the constructor.
+            accept: as of the constructor.
 
         Raises:
             InputError: a tensor is missing or has another shape, or converting it to bf16 (the
@@ -161,7 +170,9 @@ class Router(GateModule):
             for name in ("hidden_size", "num_experts", "top_k", "vocab_size")
         }
         found = gate_tensors(config.mode, sizes, tensors, layer)
-        return cls(config, **found, device=device, artifacts=artifacts, variants=variants)
+        return cls(
+            config, **found, device=device, artifacts=artifacts, variants=variants, accept=accept
+        )
 
     # --- calls ---
 
@@ -367,6 +378,13 @@ class Router(GateModule):
         """Which kernel serves how many tokens. Empty for mode ``hash`` and on a CPU."""
         return self.backend.token_ranges
 
+    @property
+    def evidence(self) -> Mapping[str, str]:
+        """The key of each entry of the manifest that serves this router, and its evidence status:
+        ``verified``, ``source-verified``, ``emulated`` or ``unproven``. Empty on a CPU.
+        """
+        return self.backend.evidence
+
     def warmup(self) -> None:
         """Call every kernel of this router once, with zeros, so that torch's allocator and the
         driver are warm; of a registered router by its custom op, so that torch's dispatcher is too.
@@ -413,13 +431,17 @@ class Router(GateModule):
     # --- as an nn.Module ---
 
     def extra_repr(self) -> str:
-        """What ``repr`` says of a router: its configuration, device, and id if it has one."""
+        """What ``repr`` says of a router: its configuration, device, id if it has one, and which
+        entries serve as ``emulated``, if any does.
+        """
         own = f", router_id={self.router_id}" if self.is_registered else ""
+        emulated = [key for key, status in self.evidence.items() if status == "emulated"]
+        own += f", emulated={emulated}" if emulated else ""
         return super().extra_repr() + own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
-        """An independent router with the same values, artifacts, variants and expert map. It is not
-        registered.
+        """An independent router with the same values, artifacts, variants, accepted status and
+        expert map. It is not registered.
         """
         # A subclass may have a constructor of its own.
         copied = type(self).__new__(type(self))
@@ -429,7 +451,8 @@ class Router(GateModule):
             **self.weights.tensors,
             device=self.device,
             artifacts=self._artifacts,
-            variants=self._variants,
+            variants=self._selection.variants,
+            accept=self._selection.accept,
         )
         memo[id(self)] = copied
         if self.expert_map is not None:
@@ -445,14 +468,9 @@ class Router(GateModule):
         return copied
 
 
-def _check_arguments(
-    config: RouterConfig, tensors: Mapping[str, Tensor], variants: Mapping[str, str]
-) -> None:
-    """Refuse tensors and variants that a router of that mode does not use, or that are missing."""
+def _check_tensors(config: RouterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that a router of that mode does not use, or that are missing."""
     mode = config.mode
-    unknown = sorted(set(variants) - set(KERNELS[mode]))
-    if unknown:
-        raise wrong_value("variants", f"kernels of a {mode} router, {list(KERNELS[mode])}", unknown)
     wanted = TENSORS[mode]
     if "image_bias" in tensors and "weight" not in wanted:
         raise wrong_value("image_bias", "a router with a weight", f"mode {mode!r}")

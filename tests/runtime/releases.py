@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from router_runtime import __version__
 from router_runtime.evidence import cases as suite
+from router_runtime.evidence.emulation_record import MODES, EmulationRecord
 from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
 from router_runtime.evidence.store import write_record
 from router_runtime.format import provenance
@@ -67,6 +69,21 @@ def record_of(entry: Entry, device: str = "Fake GPU", **changes: Any) -> Record:
         "cases": cases,
     }
     return Record(**(fields | changes))
+
+
+def emulation_of(entry: Entry, device: str = "Fake GPU", **changes: Any) -> EmulationRecord:
+    """A current record of emulation of ``entry``, on a GPU for sm_90a; its digests are made up."""
+    fields = dataclasses.asdict(record_of(entry, device)) | {"cases": record_of(entry).cases}
+    del fields["format_version"]
+    fields |= {
+        "ptx_sha256": "6" * 64,
+        "model_sha256": "7" * 64,
+        "ptxas": "13.5.37",
+        "ran_target": "sm_90a",
+        "ran_sha256": "8" * 64,
+        "modes": MODES,
+    }
+    return EmulationRecord(**(fields | changes))
 
 
 def subjects_of(folder: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from router_runtime.device.resolve import Request
 from router_runtime.errors import ArtifactError, FormatError, RouterRuntimeError
 from router_runtime.evidence import record as records
 from router_runtime.evidence import store
+from router_runtime.evidence.ladder import STATUSES
 from router_runtime.evidence.status import status
 from router_runtime.format import provenance
 from router_runtime.format.codec import encode, parse_json
@@ -316,7 +317,7 @@ def test_a_manifest_that_changes_between_two_reads(
 
 # --- evidence ------------------------------------------------------------------------------------
 
-_ORDER = ("unproven", "source-verified", "verified")
+_ORDER = tuple(reversed(STATUSES))
 
 
 def standings(folder: Path) -> list[int]:

@@ -17,13 +17,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from router_runtime import version
-from router_runtime.cli import decisions, diagnosis, report, why
+from router_runtime.cli import decisions, diagnosis, why
 from router_runtime.cli.main import main
+from router_runtime.cli.report import SCHEMA
 from router_runtime.device import driver
-from router_runtime.evidence.store import Evidence
+from router_runtime.evidence.store import Evidence, write_record
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
 from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
+from tests.runtime import releases
 
 BUILT = Path(__file__).resolve().parents[2] / "artifacts"
 
@@ -66,7 +68,7 @@ def test_doctor_with_a_gpu(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     for text in (
         "14 entries, 14 cubins match their digest, signature not required",
-        "14 verified, 0 source-verified, 0 unproven; 0 stale records",
+        "14 verified, 0 source-verified, 0 emulated, 0 unproven; 0 stale records",
         "driver serves CUDA 13.0",
         "cuda:0 Fake GPU (compute capability 9.0, 132 multiprocessors)",
         "dense_router/small 1 to 8 tokens dense_router_decode portable verified "
@@ -127,7 +129,7 @@ def test_doctor_without_a_prefill_kernel(build: SimpleNamespace, fake: Any, tmp_
 def test_doctor_with_nothing_proven(folder: Path) -> None:
     done = run(folder, "doctor")
     assert done.exit_code == 1
-    assert "0 verified, 0 source-verified, 14 unproven" in words(done)
+    assert "0 verified, 0 source-verified, 0 emulated, 14 unproven" in words(done)
     assert "nothing serves it" in done.output
     assert "error: nothing serves dense_router/small, " in words(done)
     assert "note: 7 kernels are unproven: no evidence says that they are right" in words(done)
@@ -144,6 +146,73 @@ def test_doctor_where_evidence_cannot_be_written(
         f"next: run: router-runtime verify --record --evidence DIR --artifacts {folder} && "
         f"export ROUTER_RUNTIME_EVIDENCE=DIR ({folder}/evidence is read-only)" in words(done)
     )
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sm_100a the prefill kernel is emulated, the others are source-verified."""
+
+    def status(entry: Any, *_: Any) -> str:
+        if entry.target == "sm_90a":
+            return "verified"
+        return "emulated" if entry.kernel == "dense_router_prefill" else "source-verified"
+
+    monkeypatch.setattr(diagnosis, "status", status)
+
+
+@pytest.mark.usefixtures("emulated", "installed")
+def test_doctor_with_emulated_kernels(folder: Path) -> None:
+    done = run(folder, "doctor", "--target", "sm_100a")
+    assert "7 verified, 6 source-verified, 1 emulated, 0 unproven" in words(done)
+    assert "9 tokens and more dense_router_prefill" not in words(done)
+    note = "note: 1 kernels are emulated: their PTX passed the oracle suite with some instructions"
+    assert note in words(done)
+    assert "so they serve only a Router that accepts that" in words(done)
+    assert "verify --record" in words(done)
+    assert "or write Router(..., accept='emulated')" in words(done)
+    accepted = run(folder, "doctor", "--target", "sm_100a", "--accept", "emulated")
+    assert accepted.exit_code == 0, accepted.output
+    assert "decisions for Router(..., accept='emulated')" in words(accepted)
+    assert "9 tokens and more dense_router_prefill portable emulated" in words(accepted)
+    assert note in words(accepted)
+    assert "serve only a Router that accepts" not in words(accepted)
+    found = json.loads(
+        run(folder, "doctor", "--target", "sm_100a", "--accept", "emulated", "--json").output
+    )
+    assert found["accept"] == "emulated"
+    assert found["evidence"]["statuses"]["emulated"] == 1
+    (device,) = found["devices"]
+    assert "emulated" in {each["status"] for each in device["routers"][0]["ranges"]}
+    refused = run(folder, "doctor", "--accept", "unproven")
+    assert refused.exit_code == 2
+    assert "emulated" in refused.output
+
+
+@pytest.mark.usefixtures("emulated", "installed")
+def test_why_with_emulated_kernels(folder: Path) -> None:
+    question = ("doctor", "--why", "dense_router_prefill/small/9", "--target", "sm_100a")
+    done = run(folder, *question)
+    assert done.exit_code == 1
+    assert "dense_router_prefill/small/sm_100a/portable [emulated]: refused" in words(done)
+    assert "no evidence says that this digest or its source is right on a device" in words(done)
+    assert "or accept what is emulated: Router(..., accept='emulated')" in words(done)
+    accepted = run(folder, *question, "--accept", "emulated")
+    assert accepted.exit_code == 0, accepted.output
+    assert "dense_router_prefill/small/9, accept='emulated', on a device" in words(accepted)
+    assert "dense_router_prefill/small/sm_100a/portable [emulated]: chosen" in words(accepted)
+    found = json.loads(run(folder, *question, "--accept", "emulated", "--json").output)
+    assert found["accept"] == "emulated"
+
+
+def test_doctor_counts_stale_records_of_emulation(folder: Path, fake: Any) -> None:
+    entry = next(each for each in fake.entries if each.target == "sm_100a")
+    write_record(releases.emulation_of(entry, modes=("eager",)), folder / "evidence")
+    done = run(folder, "doctor")
+    assert "0 emulated, 14 unproven; 1 stale records" in words(done)
+    assert "note: 1 records of emulation are stale" in words(done)
+    assert "record-emulation" in done.output
+    write_record(releases.emulation_of(entry), folder / "evidence")
+    assert "1 emulated, 13 unproven; 0 stale records" in words(run(folder, "doctor"))
 
 
 class PassedAs:
@@ -172,7 +241,8 @@ def test_doctor_with_records_of_other_sources(
         for entry in fake.entries
         if entry.target == "sm_90a"
     ]
-    monkeypatch.setattr(diagnosis, "Evidence", lambda _: SimpleNamespace(records=records))
+    found = SimpleNamespace(records=records, emulations=())
+    monkeypatch.setattr(diagnosis, "Evidence", lambda *_: found)
     monkeypatch.setattr(
         diagnosis,
         "status",
@@ -189,7 +259,8 @@ def test_doctor_with_records_of_other_sources(
 
 def test_doctor_with_stale_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = (SimpleNamespace(current=False), SimpleNamespace(current=True))
-    monkeypatch.setattr(diagnosis, "Evidence", lambda _: SimpleNamespace(records=records))
+    found = SimpleNamespace(records=records, emulations=())
+    monkeypatch.setattr(diagnosis, "Evidence", lambda *_: found)
     monkeypatch.setattr(diagnosis, "status", lambda *_: "verified")
     done = run(folder, "doctor")
     assert done.exit_code == 0
@@ -292,9 +363,10 @@ def test_json_has_everything_of_the_screen(folder: Path) -> None:
     """These keys are part of the interface: other programs read them."""
     done = run(folder, "doctor", "--json")
     found = json.loads(done.output)
-    assert found["schema"] == report.SCHEMA == 1
+    assert found["schema"] == SCHEMA == 2
     assert list(found) == [
-        *("schema", "usable", "software", "artifacts", "evidence", "devices", "problems")
+        *("schema", "usable", "software", "artifacts", "evidence", "accept", "devices"),
+        "problems",
     ]
     assert list(found["software"]) == [
         *("router_runtime", "python", "torch", "cuda_bindings", "driver")
@@ -385,7 +457,7 @@ def test_why_nothing_serves(folder: Path) -> None:
 def test_why_as_json_and_for_a_target(folder: Path) -> None:
     done = run(folder, "doctor", "--why", "dense_router/small", "--json", "--target", "sm_100a")
     found = json.loads(done.output)
-    assert list(found) == ["schema", "request", "answers"]
+    assert list(found) == ["schema", "request", "accept", "answers"]
     (answer,) = found["answers"]
     assert list(answer) == [
         *("device", "indices", "chosen", "ranges", "verdicts", "elsewhere", "next")
@@ -516,7 +588,7 @@ def test_a_bundle_has_everything_that_was_found(
     report = files["report.txt"].decode()
     assert report.startswith("ran\n")
     assert "what serves by default now:" in report
-    assert json.loads(files["doctor.json"])["schema"] == 1
+    assert json.loads(files["doctor.json"])["schema"] == SCHEMA
     assert files["doctor.txt"].decode().startswith("versions")
     passed, failed = sorted(json.loads(files["bits.json"]).items(), reverse=True)
     assert passed[1]["cases"]["random"]["bits_sha256"] == "2" * 64

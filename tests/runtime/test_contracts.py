@@ -29,6 +29,7 @@ from router_runtime.routing import row_ops as rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 
 DECODE, PREFILL = DENSE
@@ -74,7 +75,7 @@ def test_dense_router_binds(catalog: Any, model: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     config = RouterConfig(model.hidden, model.experts, model.top_k, model.scale)
     weights = Weights(config, torch.device("cpu"))
-    path = CudaDense(config, weights, kernels_on(0), {})
+    path = CudaDense(config, weights, kernels_on(0), Selection())
     weight = torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16)
     weights.write({"weight": weight, "bias": torch.zeros(model.experts)})
     # Both kernels serve, as the figures say, and either can serve alone.
@@ -153,7 +154,7 @@ def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> 
 
 def test_hash_router_binds(catalog: Any) -> None:
     config = RouterConfig(4096, 256, 6, 1.5, mode="hash", vocab_size=11)
-    path = CudaHash(config, Weights(config, torch.device("cpu")), kernels_on(0), {})
+    path = CudaHash(config, Weights(config, torch.device("cpu")), kernels_on(0), Selection())
     path.route(torch.arange(300))
     (launch,) = catalog.launches
     assert (launch.arguments["vocab"], launch.arguments["top_k"]) == (11, 6)

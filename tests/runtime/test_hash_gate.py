@@ -22,6 +22,7 @@ from router_runtime.errors import InputError, ResolutionError
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cuda_hash import CudaHashGate
 from router_runtime.routing.router import Router
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 from tests.runtime.routers import build_on_the_fake_gpu
 
@@ -265,7 +266,7 @@ def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: 
         model.hidden, model.experts, model.top_k, model.scale, mode="hash_gate", vocab_size=11
     )
     weights = Weights(config, torch.device("cpu"), True)
-    path = CudaHashGate(config, weights, kernels_on(0), {})
+    path = CudaHashGate(config, weights, kernels_on(0), Selection())
     assert [each.entry.variant for each in path.token_ranges] == [
         "portable",
         "more_tokens",

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router_runtime import InputError, Router, RouterConfig, register_router, unregister_router
+from router_runtime import (
+    InputError,
+    ResolutionError,
+    Router,
+    RouterConfig,
+    register_router,
+    unregister_router,
+)
 from router_runtime.device import kernels
 from tests.runtime.routers import build_on_the_fake_gpu
 
@@ -382,6 +389,29 @@ def test_a_deep_copy_has_the_artifacts_and_the_variants(
     assert {each.entry.kernel for each in copied.token_ranges} == {DECODE}
     same(copied(*rows("dense")), router(*rows("dense")))
     assert len({each.arguments["packed_weight"] for each in gpu.launches}) == 2
+
+
+def test_an_accepted_status_is_kept_and_shown(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the constructor, ``from_state_dict`` and ``copy.deepcopy``."""
+    build_on_the_fake_gpu(monkeypatch)
+    monkeypatch.setattr(kernels, "status", lambda *_: "emulated")
+    with pytest.raises(ResolutionError, match="accept='emulated'"):
+        make_router()
+    router = make_router(accept="emulated")
+    copied = copy.deepcopy(router)
+    assert set(copied.evidence.values()) == {"emulated"}
+    assert copied.evidence == router.evidence
+    key = router.token_ranges[0].entry.key
+    assert f", emulated=['{key}'" in repr(router)
+    state = {f"layers.0.ffn.gate.{name}": tensor for name, tensor in router.state_dict().items()}
+    restored = Router.from_state_dict(router.config, state, 0, device="cpu", accept="emulated")
+    assert restored.evidence == router.evidence
+    monkeypatch.setattr(kernels, "status", lambda *_: "verified")
+    manifest = tmp_path / "artifacts" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes())  # so that the statuses are computed again
+    assert "emulated" not in repr(make_router())
 
 
 # --- words ---

@@ -38,6 +38,7 @@ from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.router import Router
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 from tests.runtime.routers import build_on_the_fake_gpu
 
@@ -60,7 +61,7 @@ def hidden(tokens: int, seed: int = 0) -> Tensor:
 def served(seed: int = 0, device: int = 0) -> CudaDense:
     """The CUDA path of a dense router, on CPU memory."""
     weights = Weights(CONFIG, torch.device("cpu"))
-    path = CudaDense(CONFIG, weights, kernels_on(device), {})
+    path = CudaDense(CONFIG, weights, kernels_on(device), Selection())
     weights.write(dict(zip(("weight", "bias"), weights_of(seed), strict=True)))
     return path
 
@@ -308,7 +309,7 @@ def in_forked_child(action: Callable[[], str]) -> str:
 
 def test_every_call_is_refused_in_a_forked_child(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = served()
-    lookup = CudaHash(HASH, zero_table(), kernels_on(0), {})
+    lookup = CudaHash(HASH, zero_table(), kernels_on(0), Selection())
     scores = torch.randn(3, 9)
 
     def select() -> Any:
@@ -464,7 +465,7 @@ def test_nothing_is_written_and_nothing_is_locked(gpu: Any, audit: Audit) -> Non
     before = sorted((path, path.stat().st_mtime_ns) for path in artifacts.rglob("*"))
     audit.changes.clear()
     path = served()
-    lookup = CudaHash(HASH, zero_table(), kernels_on(0), {})
+    lookup = CudaHash(HASH, zero_table(), kernels_on(0), Selection())
     for tokens in (1, 9, 40):
         path.route(hidden(tokens))
         path.route_with_logits(hidden(tokens))

@@ -78,6 +78,52 @@ def test_blackwell_today_takes_the_source_verified_portable_variant(build: Simpl
     assert forced.choice is native
 
 
+def test_emulated_serves_only_if_accepted_or_named(build: SimpleNamespace) -> None:
+    native = dense(build, target="sm_100a", variant="tcgen05")
+    found = decide(build, [native], "emulated", B200)
+    assert found.choice is None
+    with pytest.raises(ResolutionError) as caught:
+        found.require()
+    text = str(caught.value)
+    assert "[emulated]: emulated: its PTX passed with some instructions in software" in text
+    # Both roads, and the third, by name.
+    assert "run on this GPU: " in text
+    assert "verify --record" in text
+    assert "or accept what is emulated: Router(..., accept='emulated')" in text
+    assert "Router(..., variants={'dense_router_decode': 'tcgen05'})" in text
+    assert decide(build, [native], "emulated", B200, accept="emulated").choice is native
+    assert decide(build, [native], "emulated", B200, variant="tcgen05").choice is native
+    assert decide(build, [native], "unproven", B200, accept="emulated").choice is None
+    assert "accept=emulated" in str(decide(build, [native], "emulated", accept="emulated").request)
+
+
+def test_accepting_is_advised_only_where_it_helps(build: SimpleNamespace) -> None:
+    """Not for an unproven entry, nor for a row op, which no Router chooses."""
+    with pytest.raises(ResolutionError) as caught:
+        decide(build, [dense(build)], "unproven").require()
+    assert "accept" not in str(caught.value)
+    row_op = build.entry("topk_select", build.select(1024))
+    found = resolve(Request("topk_select"), H100, build.manifest([row_op]), lambda e: "emulated")
+    with pytest.raises(ResolutionError) as caught:
+        found.require()
+    assert "accept" not in str(caught.value)
+
+
+def test_of_accepted_and_better_evidence_the_verified_comes_first(build: SimpleNamespace) -> None:
+    native = dense(build, target="sm_100a", variant="tcgen05")
+    portable = dense(build, target="sm_100a")
+    for status, expected in (("verified", portable), ("source-verified", native)):
+        statuses = {native.key: "emulated", portable.key: status}
+        found = decide(
+            build,
+            [portable, native],
+            lambda e, statuses=statuses: statuses[e.key],
+            B200,
+            accept="emulated",
+        )
+        assert found.choice is expected  # of equals, the specialised variant
+
+
 def test_evidence_is_read_only_where_it_decides(build: SimpleNamespace) -> None:
     entries = [
         *(dense(build), dense(build, variant="second"), dense(build, target="sm_100a")),
@@ -302,6 +348,40 @@ def test_of_two_tags_the_faster_set_serves(build: SimpleNamespace) -> None:
         B200,
     )
     assert [each[2:] for each in token_ranges_of(found)] == [("decode", "portable")]
+
+
+def test_the_faster_set_serves_if_emulated_is_accepted(build: SimpleNamespace) -> None:
+    """Blackwell before any record from there: portable kernels are source-verified for every batch,
+    the tcgen05 pair was emulated. By default the portable ones serve, else the faster pair does.
+    """
+    few = phase(build, "decode", 64, target="sm_100a")
+    many = phase(build, "prefill", 2**22, target="sm_100a", latency=((1, 20.0), (1024, 60.0)))
+    own = {"target": "sm_100a", "variant": "tcgen05", "numerics": "bf16-tcgen05-k16-f32/x"}
+    decode = phase(build, "decode", 64, latency=((1, 3.0), (64, 5.0)), **own)
+    prefill = phase(build, "prefill", 2**22, **own)
+    entries = [few, many, decode, prefill]
+
+    def served(accept: str | None, native: str = "emulated") -> list[tuple[str, str]]:
+        requests = [dataclasses.replace(each, accept=accept) for each in REQUESTS]
+        found = dispatch(
+            requests,
+            B200,
+            build.manifest(entries),
+            lambda e: native if e in (decode, prefill) else "source-verified",
+        )
+        return [each[2:] for each in token_ranges_of(found)]
+
+    assert served(None) == [("decode", "portable"), ("prefill", "portable")]
+    assert served("emulated") == [("decode", "tcgen05"), ("prefill", "tcgen05")]
+    assert served("emulated", "unproven") == served(None)
+
+
+def test_a_dispatch_of_emulated_entries_names_both_roads(build: SimpleNamespace) -> None:
+    entries = [phase(build, name, target="sm_100a") for name in PHASES]
+    found = divide(build, entries, "emulated", B200)
+    with pytest.raises(ResolutionError, match=r"verify --record.*Router\(..., accept='emulated'\)"):
+        found.require()
+    assert "accept='emulated'" in found.next_step(brief=True)
 
 
 def test_entries_without_a_tag_do_not_mix(build: SimpleNamespace) -> None:

@@ -38,6 +38,7 @@ from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.router import Router, warmup_router_compilation
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 from router_runtime.routing.workspace import Workspaces, workspaces_of
 from tests.runtime import releases
@@ -71,7 +72,7 @@ def cpu_dense() -> Router:
 def cuda_dense(config: RouterConfig = CONFIG, **variants: str) -> tuple[CudaDense, Weights]:
     """The CUDA path of a router, on CPU memory."""
     weights = Weights(config, torch.device("cpu"))
-    path = CudaDense(config, weights, kernels_on(0), variants)
+    path = CudaDense(config, weights, kernels_on(0), Selection(variants))
     weights.write(named(*weights_of()))
     return path, weights
 
@@ -84,7 +85,7 @@ def cuda_hash() -> CudaHash:
     """The CUDA path of a hash router, on CPU memory."""
     weights = Weights(HASH, torch.device("cpu"))
     weights.write({"table": table_of()})
-    return CudaHash(HASH, weights, kernels_on(0), {})
+    return CudaHash(HASH, weights, kernels_on(0), Selection())
 
 
 def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -204,6 +205,13 @@ def test_tables_of_both_widths(dtype: torch.dtype) -> None:
     table.zero_()
     token_ids = torch.tensor([0, 7, -1, V, V - 1])
     same(router(token_ids), spec.hash_router(token_ids, table_of().int(), K))
+
+
+@pytest.mark.parametrize("accept", ["verified", "unproven", "Emulated", "", True, ["emulated"]])
+def test_a_status_that_cannot_be_accepted(accept: Any) -> None:
+    weight, bias = weights_of()
+    with pytest.raises(InputError, match=r"accept: expected None or one of \['emulated'\], found"):
+        Router(CONFIG, weight=weight, bias=bias, device="cpu", accept=accept)
 
 
 def test_unknown_variants_and_devices() -> None:
@@ -444,6 +452,20 @@ def test_unproven_kernels_need_their_name(gpu: Any, monkeypatch: pytest.MonkeyPa
         cuda_dense()
     path, weights = cuda_dense(dense_router_decode="portable")
     assert {each.entry.kernel for each in path.token_ranges} == {D}
+    expected = spec.dense_router(hidden(20), weights.weight, weights.bias, K, 1.5)
+    same(path.route(hidden(20)), expected)
+
+
+def test_emulated_kernels_need_to_be_accepted(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "status", lambda *_: "emulated")
+    with pytest.raises(ResolutionError, match=r"verify --record.*accept='emulated'"):
+        cuda_dense()
+    weights = Weights(CONFIG, torch.device("cpu"))
+    path = CudaDense(CONFIG, weights, kernels_on(0), Selection(accept="emulated"))
+    weights.write(named(*weights_of()))
+    assert {each.entry.kernel for each in path.token_ranges} == {D, P}
+    assert set(path.evidence) >= {each.entry.key for each in path.token_ranges}
+    assert set(path.evidence.values()) == {"emulated"}
     expected = spec.dense_router(hidden(20), weights.weight, weights.bias, K, 1.5)
     same(path.route(hidden(20)), expected)
 

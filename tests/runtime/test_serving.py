@@ -21,6 +21,7 @@ from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash
 from router_runtime.routing.router import Router
+from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 
 H, E, K, V = 128, 24, 4, 50
@@ -244,11 +245,11 @@ def test_a_count_outside_the_map_stays_inside_it() -> None:
 def paths(gpu: Any) -> dict[str, Any]:
     """The CUDA backends, on CPU memory."""
     weights = Weights(CONFIG, torch.device("cpu"), image_bias=True)
-    dense = CudaDense(CONFIG, weights, kernels_on(0), {})
+    dense = CudaDense(CONFIG, weights, kernels_on(0), Selection())
     weights.write({"weight": WEIGHT, "bias": BIAS, "image_bias": IMAGE_BIAS})
     table = Weights(HASH, torch.device("cpu"))
     table.write({"table": TABLE})
-    return {"dense": dense, "hash": CudaHash(HASH, table, kernels_on(0), {})}
+    return {"dense": dense, "hash": CudaHash(HASH, table, kernels_on(0), Selection())}
 
 
 MAP = ExpertMap(PHYSICAL.int(), COUNTS.int())

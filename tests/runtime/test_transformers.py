@@ -397,10 +397,11 @@ def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     from router_runtime.device.kernels import kernels_on
     from router_runtime.errors import ResolutionError
     from router_runtime.routing.cuda_dense import CudaDense
+    from router_runtime.routing.selection import Selection
     from router_runtime.routing.weights import Weights
 
     def router(config: Any, **_: Any) -> None:
-        CudaDense(config, Weights(config, torch.device("cpu")), kernels_on(0), {})
+        CudaDense(config, Weights(config, torch.device("cpu")), kernels_on(0), Selection())
 
     monkeypatch.setattr(integration, "Router", router)
     model = make_model(torch.bfloat16)
@@ -411,6 +412,22 @@ def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ResolutionError, match=r"mlp.gate: [\s\S]*--model-file"):
         install(model)
     assert uninstall(model) == []
+
+
+def test_what_the_caller_accepts_reaches_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    real = rt.Router
+
+    def router(config: Any, **options: Any) -> Any:
+        asked.append(options)
+        return real(config, **options)
+
+    monkeypatch.setattr(integration, "Router", router)
+    install(make_model(torch.bfloat16), accept="emulated")
+    assert len(asked) == LAYERS
+    assert {options["accept"] for options in asked} == {"emulated"}
+    with pytest.raises(InputError, match="accept: expected None or one of"):
+        install(make_model(torch.bfloat16), accept="anything")
 
 
 # --- torch.compile ---
