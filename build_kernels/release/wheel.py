@@ -116,6 +116,7 @@ def _pyproject(distribution: str, text: bytes) -> bytes:
         if not target.startswith(f"{PACKAGE}."):
             del scripts[script]
     build = document["tool"]["hatch"]["build"]
+    del build["hooks"]  # the artifacts are among the files already
     build["ignore-vcs"] = True  # cubins are ignored in a checkout
     build["targets"]["wheel"]["packages"] = [PACKAGE]
     build["targets"]["wheel"]["core-metadata-version"] = (

@@ -8,57 +8,150 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.builder.conftest import ROOT
+from router_runtime.format.manifest import loads
+from router_runtime.format.wheel import ARTIFACTS
+from tests.builder.conftest import ROOT, Project, Released, pip_install
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def _wheel(source: Path, folder: Path, umask: int) -> Path:
+@pytest.fixture
+def built(released: Released, tmp_path: Path) -> Project:
+    """A built checkout with evidence for sm_90a."""
+    return Project(Path(shutil.copytree(released.project.root, tmp_path / "checkout")))
+
+
+def _made(source: Path, folder: Path, kind: str = "wheel", umask: int = 0o022) -> Path:
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder],
         cwd=source,
         umask=umask,
         check=True,
         capture_output=True,
     )
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (made,) = folder.iterdir()
+    return made
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("build_kernels", "router_runtime"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def test_the_wheel_holds_both_packages_and_every_source(source: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(_wheel(source, tmp_path / "one", 0o022)) as wheel:
-        packed = set(wheel.namelist())
+def test_the_wheel_holds_both_packages_every_source_and_the_artifacts(
+    built: Project, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(_made(built.root, tmp_path / "one")) as wheel:
+        packed = {name: wheel.read(name) for name in wheel.namelist()}
     for name in ("build_kernels", "router_runtime"):
         files = {
-            p.relative_to(source).as_posix() for p in (source / name).rglob("*") if p.is_file()
+            path.relative_to(built.root).as_posix()
+            for path in (built.root / name).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
         }
         assert files
-        assert files <= packed
+        assert files <= packed.keys()
     assert not any(name.startswith("tests/") for name in packed)
+    found = {n.removeprefix(ARTIFACTS): d for n, d in packed.items() if n.startswith(ARTIFACTS)}
+    entries = loads((built.artifacts / "manifest.json").read_bytes()).entries
+    evidence = [f"evidence/{path.name}" for path in (built.artifacts / "evidence").iterdir()]
+    assert evidence
+    assert found == {
+        name: (built.artifacts / name).read_bytes()
+        for name in ("manifest.json", *(entry.file for entry in entries), *evidence)
+    }
 
 
-def test_the_wheel_is_the_same_bytes_again(source: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(source, tmp_path / "elsewhere")
+def test_the_wheel_is_the_same_bytes_again(built: Project, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built.root, tmp_path / "elsewhere"))
     os.utime(copy / "LICENSE", (0, 2_000_000_000))
-    first = _wheel(source, tmp_path / "one", 0o022)
-    second = _wheel(Path(copy), tmp_path / "two", 0o022)
+    first = _made(built.root, tmp_path / "one")
+    second = _made(copy, tmp_path / "two")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_source_archive_can_be_installed(built: Project, tmp_path: Path) -> None:
+    """It has the cubins, as what is made of a checkout has them."""
+    archive = _made(built.root, tmp_path / "archive", "sdist")
+    said = pip_install(archive, tmp_path / "site")
+    assert said.returncode == 0, said.stdout
+    assert _artifacts(tmp_path / "site", sys.executable) == tmp_path / "site" / ARTIFACTS
+
+
+def _artifacts(cwd: Path, python: str) -> Path:
+    """The artifacts that an installed runtime uses. Every cubin is read."""
+    script = (
+        "from router_runtime.device import artifact_store as a; folder = a.find_artifacts();"
+        "m = a.read_manifest(folder); [a.read_cubin(entry, folder) for entry in m.entries];"
+        "print(folder)"
+    )
+    found = subprocess.run(
+        [python, "-P", "-c", script],
+        cwd=cwd,
+        env={"PYTHONPATH": str(cwd)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return Path(found.stdout.strip())
+
+
+def test_installing_a_checkout_takes_its_cubins(built: Project, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    said = pip_install(built.root, site)
+    assert said.returncode == 0, said.stdout
+    assert _artifacts(site, sys.executable) == site / ARTIFACTS
+
+
+@pytest.mark.parametrize("case", ["unbuilt", "version", "altered", "missing", "evidence"])
+def test_a_checkout_without_whole_artifacts_is_not_installed(
+    built: Project, tmp_path: Path, case: str
+) -> None:
+    manifest, cubin = built.artifacts / "manifest.json", next(built.artifacts.glob("*.cubin"))
+    message = f"next: make -C {built.root} build-cubins, and run the command again"
+    if case == "unbuilt":
+        shutil.rmtree(built.artifacts)
+    elif case == "version":
+        manifest.write_text('{"format_version": 99}')
+    elif case == "altered":
+        cubin.write_bytes(cubin.read_bytes()[:-1])
+    elif case == "missing":
+        cubin.unlink()
+    else:
+        record = next((built.artifacts / "evidence").iterdir())
+        record.write_bytes(record.read_bytes()[:-10])
+        message = f"evidence {record}: expected a valid record"
+    said = pip_install(built.root, tmp_path / "site")
+    assert said.returncode == 1
+    assert message in said.stdout
+    assert "Traceback" not in said.stdout
+    assert not (tmp_path / "site" / "router_runtime").exists()
+
+
+def test_an_editable_installation_uses_the_checkouts_artifacts(
+    built: Project, tmp_path: Path
+) -> None:
+    """Those that are there when they are used: it can be made before the first build."""
+    venv.create(tmp_path / "venv")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    # The environment gets the build backend without being able to install it.
+    (site / "backend.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    artifacts = built.artifacts.rename(tmp_path / "away")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"),
+            *("--no-index", "--no-build-isolation", "--disable-pip-version-check"),
+            *("--editable", str(built.root)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    artifacts.rename(built.artifacts)
+    assert _artifacts(tmp_path, python) == built.artifacts
 
 
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
