@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -29,8 +29,9 @@ from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
-from router_runtime.format import cubin
+from router_runtime.format import cubin, system_errors
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
+from router_runtime.format.output import guarded_output
 from router_runtime.format.target import Target
 from router_runtime.version import __version__
 
@@ -44,11 +45,17 @@ _F = TypeVar("_F", bound=Callable[..., None])
 class _Group(click.Group):
     """A group of commands that prints the message of an error of ours and exits with 1."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with guarded_output():
+            return super().main(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except (BuildError, RouterRuntimeError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(system_errors.explained(error)) from error
 
 
 @click.group(cls=_Group)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError
+from router_runtime.format import system_errors
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps, loads
 
 #: The names of this project's cubins: pruning removes no other file.
@@ -136,10 +137,13 @@ def _prune(folder: Path, pattern: re.Pattern[str], keep: Mapping[str, bytes] | t
 
 
 def _unwritable(folder: Path, error: OSError) -> BuildError:
-    """The error for a disk that is full, read-only or gone."""
+    """The error for a disk that is full, read-only or gone, and for too few file descriptors."""
+    advice = system_errors.remedy(
+        error, "make room or mend the disk, or name another folder with --out"
+    )
     return BuildError(
-        f"expected to write in {folder}, found: {error}; what was published there before is as it "
-        "was; next: make room or mend the disk, or name another folder with --out"
+        f"expected to write in {folder}, found: {system_errors.found(error)}; what was published "
+        f"there before is as it was; next: {advice}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from build_kernels.catalog.models import ANY, MODELS, Model
 from build_kernels.errors import BuildError, unknown
+from router_runtime.format import system_errors
 
 _FIELDS: Mapping[str, type] = {
     "name": str,
@@ -32,7 +33,12 @@ def read_model(path: Path) -> Model:
     where = path.name
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise BuildError(
+            f"{where}: expected a readable TOML file, found: {system_errors.found(error)}; "
+            f"next: {system_errors.remedy(error, 'check the path')}"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BuildError(f"{where}: expected a readable TOML file, found: {error}") from error
     for found in document:
         if found not in _FIELDS:

@@ -24,7 +24,7 @@ class Build:
         """Return an entry's cubin. Raises BuildError if it is missing or altered."""
         try:
             data = self.read(entry.file)
-        except (OSError, KeyError) as error:
+        except (FileNotFoundError, KeyError) as error:
             raise BuildError(
                 f"expected the cubin {entry.file}, found none; next: make build-cubins"
             ) from error

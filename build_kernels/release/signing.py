@@ -7,13 +7,13 @@ without it.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from build_kernels.errors import BuildError
+from router_runtime.format import system_errors
 from router_runtime.trust import dsse
 
 if TYPE_CHECKING:
@@ -77,6 +77,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BuildError(
-            f"expected a private key in {path}, found {os.strerror(error.errno or 0)}; "
-            "next: name the PEM file with --key"
+            f"expected a private key in {path}, found {system_errors.found(error)}; "
+            f"next: {system_errors.remedy(error, 'name the PEM file with --key')}"
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from router_runtime.errors import InputError, explain
+from router_runtime.format import system_errors
 
 CONFIG_NAME = "config.json"
 
@@ -119,6 +120,10 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
+        found: object = error
+        remedy = "check the path"
+        if isinstance(error, OSError):
+            found, remedy = system_errors.found(error), system_errors.remedy(error, remedy)
         raise InputError(
-            explain(what, expected=f"readable JSON at {path}", found=error, remedy="check the path")
+            explain(what, expected=f"readable JSON at {path}", found=found, remedy=remedy)
         ) from error

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from router_runtime.checkpoint.configs import read_json
 from router_runtime.errors import InputError, explain, install_extra
+from router_runtime.format import system_errors
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -155,12 +156,18 @@ class _Files:
         try:
             return self._open(file, framework="pt", device="cpu")
         except Exception as error:  # the package raises its own type, and OSError
+            found, remedy = f"{type(error).__name__}: {error}", "download that file again"
+            try:
+                # It says "no such file" whatever kept it from opening one.
+                file.open("rb").close()
+            except OSError as cause:
+                found, remedy = system_errors.found(cause), system_errors.remedy(cause, remedy)
             raise InputError(
                 explain(
                     f"checkpoint file {file}",
                     expected="a whole safetensors file",
-                    found=f"{type(error).__name__}: {error}",
-                    remedy="download that file again",
+                    found=found,
+                    remedy=remedy,
                 )
             ) from error
 

@@ -7,17 +7,19 @@ bit of the outputs. The same findings give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from router_runtime.cli import screen
 from router_runtime.cli.report import Diagnosis
 from router_runtime.errors import RouterRuntimeError, explain
+from router_runtime.format import system_errors
 from router_runtime.format.codec import encode
 from router_runtime.verification.outcome import EntryOutcome, Outcome
 
@@ -30,24 +32,10 @@ def require_writable(path: Path) -> None:
 
     Called before the suite runs, so that no GPU time is spent on findings that are lost.
     """
-    problem: object = None
     if path.suffix != ".zip":
-        problem = path.name
-    else:
-        try:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            problem = error
-    if problem is not None:
-        raise RouterRuntimeError(
-            explain(
-                "bundle",
-                expected="the name of a .zip file in a folder that can be written",
-                found=problem,
-                remedy="name another one: --bundle FILE.zip",
-            )
-        )
+        raise _refusal(path.name)
+    with _writing(), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write(path: Path, report: Iterable[str], outcome: Outcome, diagnosis: Diagnosis) -> None:
@@ -62,11 +50,32 @@ def write(path: Path, report: Iterable[str], outcome: Outcome, diagnosis: Diagno
     """
     data = _zipped(_contents(report, outcome, diagnosis))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing():
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Turn an OSError of the block into RouterRuntimeError."""
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise _refusal(system_errors.found(error)) from error
+
+
+def _refusal(found: str) -> RouterRuntimeError:
+    return RouterRuntimeError(
+        explain(
+            "bundle",
+            expected="the name of a .zip file in a folder that can be written",
+            found=found,
+            remedy="name another one: --bundle FILE.zip",
+        )
+    )
 
 
 def _contents(report: Iterable[str], outcome: Outcome, diagnosis: Diagnosis) -> Mapping[str, bytes]:

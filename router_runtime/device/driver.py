@@ -16,7 +16,9 @@ from typing import Any
 
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.errors import DriverError, explain
+from router_runtime.format import system_errors
 from router_runtime.format.advice import DRIVER, USE_CPU, runtime
+from router_runtime.format.shadows import shadow
 
 _INSTALL_DRIVER = f"install an NVIDIA driver of {DRIVER}"
 
@@ -32,6 +34,8 @@ REMEDIES = {
     2: "free device memory, or lower the share of it that the process reserves; see: nvidia-smi",
     3: _SPAWN,  # what cuInit and all others say in a forked child
     4: "call nothing while the interpreter shuts down",
+    304: "raise what the operating system allows this process: see ulimit -n (open files), "
+    "ulimit -l (locked memory) and dmesg",
     # ECC, NVLink; illegal address, timeout, context destroyed, assertion; hardware stack,
     # instruction, alignment, address space, program counter, any other failure of a kernel; unknown
     **dict.fromkeys((214, 220, 700, 702, 709, 710, *range(714, 720), 999), _LOST),
@@ -44,19 +48,34 @@ _contexts: dict[int, Any] = {}
 
 
 def bindings() -> Any:
-    """``cuda.bindings.driver``. Raises DriverError if the package is absent."""
+    """``cuda.bindings.driver``. Raises DriverError if the package is absent, or if a file of the
+    user's hides it.
+    """
     try:
         from cuda.bindings import driver
-    except ImportError as error:
+    except Exception as error:  # a file that hides the package can raise anything
+        found, remedy = _why_no_bindings(error)
         raise DriverError(
             explain(
                 "driver bindings",
                 expected="the package cuda-bindings",
-                found=error,
-                remedy="run: pip install cuda-bindings",
+                found=found,
+                remedy=remedy,
             )
         ) from error
     return driver
+
+
+def _why_no_bindings(error: Exception) -> tuple[str, str]:
+    """What was found in place of the bindings, and what to do about it."""
+    hiding = shadow("cuda.bindings.driver", "cuda-bindings")
+    if hiding is not None:
+        found = f"{hiding}, which Python imports in its place"
+        return found, f"rename {hiding}, or start Python in another folder"
+    if isinstance(error, OSError):
+        install = "run: pip install --force-reinstall cuda-bindings"
+        return system_errors.found(error), system_errors.remedy(error, install)
+    return str(error), "run: pip install cuda-bindings"
 
 
 def check(result: tuple[Any, ...], call: str) -> Any:

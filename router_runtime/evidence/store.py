@@ -323,7 +323,10 @@ def _writing(folder: Path, artifacts: Path | None = None) -> Iterator[None]:
                 "evidence folder",
                 expected=f"a folder that can be written, {folder}",
                 found=system_errors.found(error),
-                remedy="name one of your own: "
-                f"{record_evidence(artifacts, '--evidence DIR')}, or {ENVIRONMENT_VARIABLE}",
+                remedy=system_errors.remedy(
+                    error,
+                    "name one of your own: "
+                    f"{record_evidence(artifacts, '--evidence DIR')}, or {ENVIRONMENT_VARIABLE}",
+                ),
             )
         ) from error

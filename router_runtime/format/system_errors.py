@@ -1,8 +1,7 @@
 """What the operating system refused, in words, and what to do about it.
 
-An error that has nothing to do with the file that was opened (no free file descriptor, a file
-system that is read-only or full) is told as what it is. The advice of the caller, such as to build
-the artifacts again, would not help.
+An error that has nothing to do with the file that was opened (too few file descriptors, a file
+system that is read-only or full) is told as what it is.
 """
 
 from __future__ import annotations
@@ -11,19 +10,14 @@ import errno
 import os
 import resource
 
+from router_runtime.errors import explain
+
 _WORDS = {
     errno.EMFILE: "too few file descriptors: this process has all {limit} open that it may have",
     errno.ENFILE: "too few file descriptors: all of this machine are in use",
     errno.EROFS: "a read-only file system",
-    errno.ENOSPC: "a full disk",
-    errno.EDQUOT: "a full disk: the quota of this user is used up",
-}
-
-_REMEDIES = {
-    errno.ENFILE: "end other programs, or as root raise: sysctl fs.file-max",
-    errno.EROFS: "name a folder on a file system that can be written",
-    errno.ENOSPC: "make room on that disk (run: df -h), or name a folder on another",
-    errno.EDQUOT: "make room on that disk, or name a folder on another",
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left for this user on the device",
 }
 
 
@@ -38,10 +32,22 @@ def found(error: OSError) -> str:
 
 
 def remedy(error: OSError, otherwise: str) -> str:
-    """Return what to do about an error: ``otherwise``, unless its cause is the machine's."""
+    """Return what to do about an error: ``otherwise``, unless file descriptors have run out."""
     if error.errno == errno.EMFILE:
         return _raise_the_limit()
-    return _REMEDIES.get(error.errno or 0, otherwise)
+    if error.errno == errno.ENFILE:
+        return "end other programs, or as root raise the limit: sysctl fs.file-max"
+    return otherwise
+
+
+def explained(error: OSError) -> str:
+    """Return the text of an error that no code which opens files has told about."""
+    return explain(
+        "operating system",
+        expected="a file that can be used",
+        found=found(error),
+        remedy=remedy(error, "mend that, or name another path, and run the command again"),
+    )
 
 
 def _raise_the_limit() -> str:

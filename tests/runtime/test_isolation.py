@@ -148,3 +148,52 @@ def test_an_extra_is_that_of_the_installed_distribution(monkeypatch: pytest.Monk
     found = {"router_runtime": ["dsv4-router-runtime-sm90a"]}
     monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: found)
     assert install_extra("x") == "run: pip install 'dsv4-router-runtime-sm90a[x]'"
+
+
+def hidden(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Ask for the bindings in a working directory whose files hide them."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code + "\nfrom router_runtime.device import driver\n"
+            "try: driver.bindings()\n"
+            "except driver.DriverError as error: print(error)",
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("content", ["x = 1", "raise SystemError('mine')", "def (:"])
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("cuda.py", "cuda.py"),
+        ("cuda/__init__.py", "cuda"),
+        ("cuda/bindings.py", "cuda/bindings.py"),
+        ("cuda/bindings/__init__.py", "cuda/bindings"),
+    ],
+)
+def test_a_file_that_hides_the_bindings_is_named(
+    tmp_path: Path, path: str, named: str, content: str
+) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(content)
+    # torch, which this package imports where it is installed, would be the first to fail.
+    done = hidden(tmp_path, "import sys; sys.modules['torch'] = None")
+    assert (
+        f"expected the package cuda-bindings, found {tmp_path / named}, which Python imports in "
+        f"its place; rename {tmp_path / named}, or start Python in another folder" in done.stdout
+    ), done.stderr
+
+
+def test_a_folder_that_hides_nothing(tmp_path: Path) -> None:
+    """Python looks for the parts of a package without ``__init__.py`` everywhere."""
+    (tmp_path / "cuda" / "notes").mkdir(parents=True)
+    done = hidden(tmp_path, "")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
