@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from build_kernels.catalog.models import Model
+from router_runtime.evidence.choice import microseconds
+from router_runtime.format.manifest import Entry
 from tests.bench.contenders import MM, family
 from tests.bench.host import OURS as HOST_OURS
 from tests.bench.host import PEER as HOST_PEER
@@ -50,6 +52,21 @@ class HostComparison:
     met: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A measured cell, and what the manifest states for the entry that served it: the figure by
+    which the runtime chose it. It was measured on another device, or is a prediction.
+    """
+
+    model: str
+    tokens: int
+    contender: str
+    entry: str
+    measured_us: float
+    stated_us: float
+    ratio: float
+
+
 def compare(cells: Iterable[Cell], peers: Peers) -> list[Comparison]:
     """Every cell of ours for which this run has a ``torch.mm`` and the peers have a figure."""
     cells = [cell for cell in cells if cell.mode == "pdl"]
@@ -86,6 +103,26 @@ def compare(cells: Iterable[Cell], peers: Peers) -> list[Comparison]:
     return found
 
 
+def against_stated(cells: Iterable[Cell], entries: Iterable[Entry]) -> list[Stated]:
+    """Every cell of ours with dependent launch whose entry has a figure for that many tokens."""
+    by_key = {entry.key: entry for entry in entries}
+    found = []
+    for cell in cells:
+        entry = by_key.get(cell.served_by or "")
+        if entry is None or cell.mode != "pdl" or cell.median_us is None or cell.error is not None:
+            continue
+        stated = microseconds(entry, cell.tokens)
+        if math.isfinite(stated):
+            ratio = cell.median_us / stated
+            found.append(
+                Stated(
+                    *(cell.model, cell.tokens, cell.contender, entry.key),
+                    *(cell.median_us, stated, ratio),
+                )
+            )
+    return found
+
+
 def compare_host(cells: Iterable[HostCell], bar: float) -> list[HostComparison]:
     cells = list(cells)
     peer = {(c.model, c.tokens): c.median_us for c in cells if c.contender == HOST_PEER}
@@ -105,9 +142,10 @@ def document(
     cells: Sequence[Cell],
     host: Sequence[HostCell],
     peers: Peers,
+    entries: Sequence[Entry],
 ) -> dict[str, Any]:
     """The whole result of a run, as JSON. ``facts``: device, software, artifacts,
-    method.
+    method. ``entries``: those that run on the device.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -115,6 +153,7 @@ def document(
         "peers": peers.source,
         "cells": [dataclasses.asdict(cell) for cell in cells],
         "comparisons": [dataclasses.asdict(found) for found in compare(cells, peers)],
+        "stated": [dataclasses.asdict(found) for found in against_stated(cells, entries)],
         "host": [dataclasses.asdict(cell) for cell in host],
         "host_comparisons": [
             dataclasses.asdict(found) for found in compare_host(host, peers.host_bar)
@@ -182,6 +221,27 @@ def comparison_table(comparisons: Sequence[Comparison], model: Model) -> list[st
             ]
         )
     return [f"{model.name}: against the best peer, scaled by this run's {MM}", *aligned(rows)]
+
+
+def stated_table(stated: Sequence[Stated]) -> list[str]:
+    if not stated:
+        return []
+    rows = [["entry", "tokens", "measured", "stated", "ratio"]]
+    for found in stated:
+        rows.append(
+            [
+                found.entry,
+                str(found.tokens),
+                _us(found.measured_us),
+                _us(found.stated_us),
+                f"{found.ratio:.3f}",
+            ]
+        )
+    return [
+        "against the figures in the manifest by which entries are chosen: of another device, or "
+        "predicted",
+        *aligned(rows),
+    ]
 
 
 def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:

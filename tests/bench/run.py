@@ -115,6 +115,7 @@ class Run:
         comparisons = report.compare(self._cells, self._peers)
         for model in options.models:
             self._say(report.comparison_table(comparisons, model))
+        self._say(report.stated_table(report.against_stated(self._cells, self._here)))
         host = report.compare_host(self._host, self._peers.host_bar)
         self._say(report.summary(comparisons, host))
         if options.alone and self._cells:
@@ -227,7 +228,7 @@ class Run:
         }
         started = [dataclasses.asdict(cell) for cell in self._startup]
         facts = {**self._facts, "method": method, "startup": started}
-        document = report.document(facts, self._cells, self._host, self._peers)
+        document = report.document(facts, self._cells, self._host, self._peers, self._here)
         path = options.out / "bench.json"
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

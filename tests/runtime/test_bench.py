@@ -426,6 +426,24 @@ def test_tables():
     )
 
 
+def test_cells_are_compared_with_what_the_manifest_states(build):
+    """At the next stated number of tokens; a batch in several launches has no figure."""
+    decode, other = build.small()[:2]
+    decode = dataclasses.replace(decode, latency=((1, 2.0), (64, 4.0)))
+    cells = [
+        cell(OURS, 3.0, tokens=8, served_by=decode.key),
+        cell(OURS, 3.5, tokens=8, served_by=decode.key, mode="plain"),
+        cell(OURS, None, tokens=64, served_by=decode.key, error="failed: x"),
+        cell(OURS, 9.0, tokens=128, served_by=f"{decode.key}, by parts"),
+        cell(OURS, 5.0, tokens=8, served_by=other.key),
+        cell(MM, 7.0, tokens=8),
+    ]
+    (found,) = report.against_stated(cells, [decode, dataclasses.replace(other, latency=())])
+    assert (found.tokens, found.entry, found.stated_us, found.ratio) == (8, decode.key, 4.0, 0.75)
+    assert report.stated_table([found])[-1].split() == [decode.key, "8", "3.00", "4.00", "0.750"]
+    assert report.stated_table([]) == []
+
+
 def test_problems_are_told_once():
     cells = [
         cell(MM, None, error="failed: x"),
@@ -801,7 +819,7 @@ def test_dry_run_writes_the_document(bench):
     result, document = dry(bench, "--tokens", "2", "--replays", "3")
     assert set(document) == {
         *("format_version", "device", "software", "artifacts", "method", "peers", "startup"),
-        *("cells", "comparisons", "host", "host_comparisons"),
+        *("cells", "comparisons", "stated", "host", "host_comparisons"),
     }
     assert document["format_version"] == report.FORMAT_VERSION
     assert document["device"]["name"] == "dry run on a CPU"
