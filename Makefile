@@ -70,7 +70,7 @@ sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every ke
 verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence
 	$(PYTHON_GPU) -m router_runtime verify --record
 
-.PHONY: emulation emulate
+.PHONY: emulation emulate record-emulation
 emulation: .venv/.emulation ## Make build/emulation: tcgen05 kernels for a Hopper GPU, in software
 	.venv/bin/python -m build_kernels emulate --out build/emulation --defects
 
@@ -78,6 +78,9 @@ emulation: .venv/.emulation ## Make build/emulation: tcgen05 kernels for a Hoppe
 emulate: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
 	$(PYTHON_GPU) -m tests.emulation build/emulation
 	$(PYTHON_GPU) -m tests.emulation build/emulation --defects
+
+record-emulation: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run it and record the kernels that pass as emulated
+	$(PYTHON_GPU) -m tests.emulation build/emulation --record
 
 kill-trials: .venv/.dev ## Kill builds and releases at random moments, 100 times each
 	.venv/bin/python -m tests.builder.kill_trials $(TRIALS)

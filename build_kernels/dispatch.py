@@ -14,6 +14,7 @@ from build_kernels import lock
 from build_kernels.catalog.models import MODELS
 from build_kernels.compile import toolchain
 from build_kernels.compile.job import Job
+from build_kernels.emulation.standing import is_of_another_model, marked
 from build_kernels.entries import planned as planned_entry
 from build_kernels.errors import BuildError
 from build_kernels.plan import plan
@@ -27,7 +28,7 @@ from router_runtime.evidence.choice import (
 )
 from router_runtime.evidence.ladder import serves, status_rank
 from router_runtime.evidence.status import status
-from router_runtime.evidence.store import EVIDENCE_NAME, load_evidence
+from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence
 from router_runtime.format.manifest import Entry, Manifest
 
 #: The routers whose batches several entries share: name -> kernels, and constants that they have.
@@ -49,9 +50,10 @@ class Row:
         tokens: The numbers of tokens in words, when batches are divided among all entries as if
             every one were verified.
         entry: The entry that serves the range then.
-        status: Its evidence: ``verified``, ``source-verified`` or ``unproven``.
+        status: Its evidence: ``verified``, ``source-verified``, ``emulated`` or ``unproven``.
         by_default: What serves the range today, when only entries with evidence are chosen: "yes"
             if it is ``entry``, else "no: " and the variants that serve, or "nothing".
+        stale_model: Whether the entry is ``emulated`` by another model than the checkout's.
 
     """
 
@@ -61,6 +63,7 @@ class Row:
     entry: Entry
     status: str
     by_default: str
+    stale_model: bool = False
 
     def cells(self) -> tuple[str, ...]:
         """Return the cells below ``HEAD``."""
@@ -82,6 +85,7 @@ def rows(target: str, artifacts: Path | None) -> list[Row]:
     """
     manifest = planned(plan(targets=[target]), artifacts)
     status_of = recorded_status(manifest, artifacts)
+    evidence = recorded(artifacts)
     found = []
     for model in MODELS:
         for router, (kernels, constants) in ROUTERS.items():
@@ -107,6 +111,7 @@ def rows(target: str, artifacts: Path | None) -> list[Row]:
                     each.entry,
                     status_of(each.entry),
                     _by_default(each, default.token_ranges),
+                    is_of_another_model(each.entry, evidence),
                 )
                 for each in accepted.token_ranges
             ]
@@ -126,20 +131,27 @@ def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
 
 def recorded_status(manifest: Manifest, artifacts: Path | None) -> Callable[[Entry], str]:
     """Return the status of each entry by the evidence in ``artifacts``; None: all are unproven."""
-    if artifacts is None:
-        return lambda entry: "unproven"
-    try:
-        evidence = load_evidence(artifacts / EVIDENCE_NAME)
-    except RouterRuntimeError as error:
-        raise BuildError(str(error)) from error
+    evidence = recorded(artifacts)
     found = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
     return lambda entry: found[entry.key]
+
+
+def recorded(artifacts: Path | None) -> Evidence:
+    """Return the evidence in ``artifacts``, none if it is None. Raises BuildError for a record that
+    is not valid.
+    """
+    if artifacts is None:
+        return Evidence()
+    try:
+        return load_evidence(artifacts / EVIDENCE_NAME)
+    except RouterRuntimeError as error:
+        raise BuildError(str(error)) from error
 
 
 def text(found: Sequence[Row]) -> str:
     """Return the rows as a table for a terminal, with the evidence."""
     lines: list[tuple[str, ...]] = [(*HEAD, "status", "by default")]
-    lines += [(*row.cells(), row.status, row.by_default) for row in found]
+    lines += [(*row.cells(), marked(row.status, row.stale_model), row.by_default) for row in found]
     return aligned(lines)
 
 

@@ -18,6 +18,11 @@ EMULATED = ("sm_100a", "sm_103a")
 _TARGET_LINE = re.compile(r"^\.target \w+", re.M)
 
 
+def without_target(ptx: str) -> str:
+    """Return PTX without its ``.target`` line: the rest may be the same for several targets."""
+    return _TARGET_LINE.sub("", ptx)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The PTX of one kernel, the same for all of its targets.
@@ -53,7 +58,7 @@ def sources(jobs: Sequence[Job], processes: int) -> list[Source]:
     pool.run(jobs, min(processes, len(jobs)), work)
     together: dict[tuple[object, str], list[Job]] = {}
     for job in sorted(jobs, key=lambda job: EMULATED.index(job.target)):
-        body = _TARGET_LINE.sub("", found[job.key])
+        body = without_target(found[job.key])
         together.setdefault((_name(job), body), []).append(job)
     return [Source(tuple(shared), found[shared[0].key]) for shared in together.values()]
 

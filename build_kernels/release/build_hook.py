@@ -63,5 +63,5 @@ def _names(folder: Path) -> Iterator[str]:
             )
         yield entry.file
     evidence = load_evidence(folder / EVIDENCE_NAME)
-    for record in notes.counting(manifest, evidence):
+    for record in notes.counting(manifest, evidence).of_both_kinds:
         yield f"{EVIDENCE_NAME}/{record.file_name}"

@@ -10,7 +10,7 @@ from build_kernels.compile import toolchain
 from build_kernels.compile.sources import PACKAGE as BUILDER
 from build_kernels.errors import BuildError
 from build_kernels.release import checkout, guide, notes, sbom, wheel
-from router_runtime.evidence import record as records
+from router_runtime.evidence import kinds
 from router_runtime.evidence.release_checks import sha256
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, dumps
@@ -75,8 +75,8 @@ def files(
     artifacts = {MANIFEST_NAME: text, marker.file_name: marker_dumps(marker)}
     for entry in manifest.entries:
         artifacts[entry.file] = (staging / "artifacts" / entry.file).read_bytes()
-    for record in shipped:
-        artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = records.dumps(record)
+    for record in shipped.of_both_kinds:
+        artifacts[f"{EVIDENCE_NAME}/{record.file_name}"] = kinds.dumps(record)
     bill = sbom.dumps(project, name, manifest)
     package = _stating(project.version, checkout.files(root, PACKAGE))
     made = wheel.make(
@@ -91,7 +91,7 @@ def files(
     found = {
         start + WHEEL_SUFFIX: made,
         start + SBOM_SUFFIX: bill,
-        start + NOTES_SUFFIX: notes.text(marker, manifest, Evidence(shipped), advice).encode(),
+        start + NOTES_SUFFIX: notes.text(marker, manifest, shipped, advice).encode(),
         MANIFEST_NAME: text,
     }
     found[SUMS_NAME] = sums_dumps({path: sha256(data) for path, data in found.items()})

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from build_kernels.emulation.standing import in_words
 from build_kernels.errors import BuildError, unknown
-from router_runtime.evidence.record import Record
+from router_runtime.evidence.ladder import STATUSES
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import Evidence
 from router_runtime.format.advice import record_evidence
@@ -18,12 +19,15 @@ from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.provenance import Marker
 
 
-def counting(manifest: Manifest, evidence: Evidence) -> tuple[Record, ...]:
-    """Return the records that give an entry of the manifest its status: those that are shipped."""
-    return tuple(
-        record
-        for record in evidence.records
-        if any(_counts(entry, manifest, record) for entry in manifest.entries)
+def counting(manifest: Manifest, evidence: Evidence) -> Evidence:
+    """Return the records that give an entry of the manifest a status: those that are shipped."""
+
+    def counts(alone: Evidence) -> bool:
+        return any(status(entry, manifest, alone) != "unproven" for entry in manifest.entries)
+
+    return Evidence(
+        tuple(record for record in evidence.records if counts(Evidence((record,)))),
+        tuple(each for each in evidence.emulations if counts(Evidence((), (each,)))),
     )
 
 
@@ -65,13 +69,16 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> 
         "",
         "Computed from the evidence in this release. `verified`: this digest passed the oracle "
         "suite on the named device. `source-verified`: a cubin of the same source and toolchain "
-        "did, on another target. `unproven`: neither; the runtime uses it only when it is named.",
+        "did, on another target. `emulated`: this entry's PTX did, on the named device, with the "
+        "instructions that the device lacks in software; the entry never ran on a device of its "
+        'target, and the runtime uses it only for `Router(..., accept="emulated")` or when it is '
+        "named. `unproven`: none of these; the runtime uses it only when it is named.",
         "",
-        "| target | verified | source-verified | unproven |",
-        "| --- | --- | --- | --- |",
+        f"| target | {' | '.join(STATUSES)} |",
+        f"| --- | {' | '.join('---' for _ in STATUSES)} |",
     ]
     for target in marker.targets:
-        counts = (sums[target, kind] for kind in ("verified", "source-verified", "unproven"))
+        counts = (sums[target, kind] for kind in STATUSES)
         lines.append(f"| {target} | " + " | ".join(map(str, counts)) + " |")
     lines += [
         "",
@@ -82,7 +89,7 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> 
         used = entry.resources
         cells = (
             entry.key,
-            statuses[entry.key],
+            in_words(entry, statuses[entry.key], evidence),
             ", ".join(_devices(entry, manifest, evidence)) or "-",
             used.registers,
             used.spill_stores + used.spill_loads,
@@ -106,20 +113,16 @@ def _unverified(entry: Entry, manifest: Manifest, evidence: Evidence) -> str | N
             f"{found}; the evidence of {', '.join(stale)} is of another suite; "
             f"run on such a GPU: {record_evidence()}"
         )
+    if found == "emulated":
+        return f"{found}; no device of its target has run {entry.sha256[:16]}"
     return f"{found}; no evidence for {entry.sha256[:16]}"
 
 
 def _devices(entry: Entry, manifest: Manifest, evidence: Evidence) -> Sequence[str]:
     """The devices whose records give the entry its status."""
     wanted = status(entry, manifest, evidence)
-    return sorted(
-        {
-            record.device
-            for record in evidence.records
-            if wanted != "unproven" and status(entry, manifest, Evidence((record,))) == wanted
-        }
-    )
-
-
-def _counts(entry: Entry, manifest: Manifest, record: Record) -> bool:
-    return status(entry, manifest, Evidence((record,))) != "unproven"
+    if wanted == "unproven":
+        return []
+    alone = [(record.device, Evidence((record,))) for record in evidence.records]
+    alone += [(each.device, Evidence((), (each,))) for each in evidence.emulations]
+    return sorted({device for device, one in alone if status(entry, manifest, one) == wanted})

@@ -25,6 +25,7 @@ from router_runtime.evidence.record import (
     validate_examined,
 )
 from router_runtime.format.codec import canonical_json, decode, parse_json
+from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
 
 EMULATION_FORMAT_VERSION = 1
@@ -73,6 +74,10 @@ class EmulationRecord(Examined):
     def file_name(self) -> str:
         """Return the name under which the record is stored."""
         return f"{self.stem}{SUFFIX}"
+
+    def concerns(self, entry: Entry) -> bool:
+        """Return whether the record is about this cubin."""
+        return self.sha256 == entry.sha256
 
 
 def dumps(record: EmulationRecord) -> bytes:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from router_runtime.errors import FormatError
-from router_runtime.evidence import record as records
+from router_runtime.evidence import kinds
 from router_runtime.evidence.store import EVIDENCE_NAME
 from router_runtime.format import cubin, wheel
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest
@@ -139,12 +139,10 @@ def wrong_contents(entries: Mapping[str, bytes], manifest: Manifest) -> Iterator
     for name, data in sorted(inside.items()):
         if name.startswith(f"{EVIDENCE_NAME}/"):
             try:
-                record = records.loads(data)
+                record = kinds.loads(name.removeprefix(f"{EVIDENCE_NAME}/"), data)
             except (FormatError, ValueError) as error:
                 yield f"{name}: {error}"
                 continue
-            if name != f"{EVIDENCE_NAME}/{record.file_name}":
-                yield f"{name}: expected the name {record.file_name}"
             if not any(record.concerns(entry) for entry in manifest.entries):
                 yield f"{name}: expected a record about a cubin of this release, found another's"
         elif name.endswith(".cubin"):

@@ -27,6 +27,7 @@ from router_runtime.errors import ArtifactError, FormatError, explain
 from router_runtime.evidence import emulation_record
 from router_runtime.evidence import record as verification_record
 from router_runtime.evidence.emulation_record import EmulationRecord
+from router_runtime.evidence.kinds import AnyRecord, dumps, is_emulation
 from router_runtime.evidence.record import Record
 from router_runtime.format import system_errors
 from router_runtime.format.advice import record_emulation, record_evidence
@@ -46,7 +47,7 @@ _RECORD_NAME = re.compile(r".+-[0-9a-f]{16}\..+\.json")
 #: Called with a file's path and the bytes that were read; raises if they may not be used.
 Admit = Callable[[Path, bytes], None]
 
-_AnyRecord = TypeVar("_AnyRecord", bound=Record | EmulationRecord)
+_Kind = TypeVar("_Kind", bound=AnyRecord)
 
 #: Nobody but the owner may write to a folder that is created, whatever the umask is.
 _FOLDER_MODE = 0o755
@@ -61,6 +62,11 @@ class Evidence:
 
     records: tuple[Record, ...] = ()
     emulations: tuple[EmulationRecord, ...] = ()
+
+    @property
+    def of_both_kinds(self) -> tuple[AnyRecord, ...]:
+        """Return every record."""
+        return (*self.records, *self.emulations)
 
     def of(self, prefix: str) -> Iterator[Record]:
         """Return the records of the cubins whose file names start with ``prefix``."""
@@ -84,8 +90,8 @@ class EvidenceFiles:
 
     def __init__(self, files: Iterable[tuple[Path, Admit | None]], artifacts: Path | None) -> None:
         listed = tuple(files)
-        others = [(path, admit) for path, admit in listed if not _is_emulation(path)]
-        emulations = [(path, admit) for path, admit in listed if _is_emulation(path)]
+        others = [(path, admit) for path, admit in listed if not is_emulation(path.name)]
+        emulations = [(path, admit) for path, admit in listed if is_emulation(path.name)]
         self._records: _Files[Record] = _Files(
             others, functools.partial(_read_record, artifacts=artifacts)
         )
@@ -115,19 +121,19 @@ class EvidenceFiles:
         return (record for record in about if record.sha256 == sha256)
 
 
-class _Files(Generic[_AnyRecord]):
+class _Files(Generic[_Kind]):
     """Files with records of one kind. ``read`` is called once for each, when it is needed."""
 
     def __init__(
         self,
         files: Sequence[tuple[Path, Admit | None]],
-        read: Callable[[Path, Admit | None], _AnyRecord],
+        read: Callable[[Path, Admit | None], _Kind],
     ) -> None:
         self._files = files
         self._read = read
-        self._known: dict[Path, _AnyRecord] = {}
+        self._known: dict[Path, _Kind] = {}
 
-    def named(self, wanted: Callable[[str], bool]) -> Iterator[_AnyRecord]:
+    def named(self, wanted: Callable[[str], bool]) -> Iterator[_Kind]:
         """Yield the records in files of these names."""
         for path, admit in self._files:
             if wanted(path.name):
@@ -220,10 +226,6 @@ def _listed(folder: Path, *, signed: bool = False) -> tuple[list[Path], list[Pat
     return [folder / name for name in records], [folder / name for name in strays]
 
 
-def _is_emulation(path: Path) -> bool:
-    return path.name.endswith(emulation_record.SUFFIX)
-
-
 def _read_record(path: Path, admit: Admit | None, artifacts: Path | None) -> Record:
     again = f"delete it and run on such a GPU: {record_evidence(artifacts)}"
     return _read(path, admit, verification_record.loads, again)
@@ -233,9 +235,7 @@ def _read_emulation(path: Path, admit: Admit | None) -> EmulationRecord:
     return _read(path, admit, emulation_record.loads, f"delete it, and {record_emulation()}")
 
 
-def _read(
-    path: Path, admit: Admit | None, loads: Callable[[bytes], _AnyRecord], again: str
-) -> _AnyRecord:
+def _read(path: Path, admit: Admit | None, loads: Callable[[bytes], _Kind], again: str) -> _Kind:
     """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
     try:
         # A record that is admitted by its signature may be writable by others.
@@ -274,17 +274,14 @@ def require_writable(folder: Path, artifacts: Path) -> None:
     load_evidence(folder, artifacts)
 
 
-def write_record(record: Record | EmulationRecord, folder: Path) -> Path:
+def write_record(record: AnyRecord, folder: Path) -> Path:
     """Write a record, and remove those of its kind of the same entry and device about another
     cubin.
 
     Returns the path. Raises ArtifactError if it cannot be written, or if another file in the folder
     is not a valid record.
     """
-    if isinstance(record, EmulationRecord):
-        data = emulation_record.dumps(record)
-    else:
-        data = verification_record.dumps(record)
+    data = dumps(record)
     path = folder / record.file_name
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with _writing(folder):
@@ -296,7 +293,7 @@ def write_record(record: Record | EmulationRecord, folder: Path) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     found = load_evidence(folder)
-    others: Sequence[Record | EmulationRecord] = found.records
+    others: Sequence[AnyRecord] = found.records
     if isinstance(record, EmulationRecord):
         others = found.emulations
     for other in others:

@@ -10,13 +10,11 @@ import torch
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import read_manifest
-from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.loader import load_entry
 from router_runtime.errors import DriverError, TrustError, explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
-from router_runtime.evidence.status import toolchain_sha256
 from router_runtime.format.advice import build_for_device, runtime
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
@@ -24,6 +22,7 @@ from router_runtime.trust import policy as trust
 from router_runtime.verification.examine import Run, examine
 from router_runtime.verification.kernel_run import KernelRun
 from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
+from router_runtime.verification.recording import case_record, examined, keep
 from router_runtime.verification.report import entry_row, table
 from router_runtime.verification.shared_trials import SharedTrials, sharing_key
 
@@ -96,7 +95,8 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> O
         echo(f"{row[-1]:4}  {entry.key}")
         path = None
         if record:
-            path = _record(entry, manifest, folder, (index, facts), problems, records, echo)
+            made = Record(**examined(entry, manifest, driver.device_name(index), facts, records))
+            path = keep(made, not problems, folder, echo)
         outcomes.append(EntryOutcome(entry.key, entry.sha256, tuple(problems), tuple(bits), path))
     echo("")
     for line in table(rows):
@@ -170,57 +170,5 @@ def _verify_entry(
             if known != verdict.bits_sha256:
                 problems.append(f"{case.name}: other bits than {sibling} with the same numerics")
         bits.append(CaseBits(case.name, case.seed, trial.inputs_sha256, verdict.bits_sha256))
-        found.append(
-            CaseRecord(
-                name=case.name,
-                seed=case.seed,
-                inputs_sha256=trial.inputs_sha256,
-                rows=verdict.rows,
-                clear=verdict.clear,
-                reordered=verdict.reordered,
-                ids_sha256=verdict.ids_sha256,
-                worst=verdict.worst,
-            )
-        )
+        found.append(case_record(trial, verdict))
     return problems, found, bits
-
-
-def _record(
-    entry: Entry,
-    manifest: Manifest,
-    folder: Path,
-    device: tuple[int, DeviceFacts],
-    problems: list[str],
-    found: list[CaseRecord],
-    echo: Echo,
-) -> Path | None:
-    """Write the evidence of an entry that passed, and return its path; remove that of one that
-    failed.
-    """
-    index, facts = device
-    record = Record(
-        entry=entry.key,
-        kernel=entry.kernel,
-        constants=entry.constants,
-        limits=entry.contract.limits,
-        target=entry.target,
-        file=entry.file,
-        sha256=entry.sha256,
-        source_sha256=entry.source_sha256,
-        toolchain_sha256=toolchain_sha256(manifest.toolchain),
-        suite_version=suite.SUITE_VERSION,
-        cases_sha256=cases_sha256(),
-        device=driver.device_name(index),
-        compute_capability=(facts.major, facts.minor),
-        driver=facts.driver,
-        torch=str(torch.__version__),
-        cases=tuple(found),
-    )
-    if not problems:
-        path = store.write_record(record, folder)
-        echo(f"      recorded {path.name}")
-        return path
-    if (old := folder / record.file_name).exists():
-        old.unlink()
-        echo(f"      removed {old.name}: it no longer holds")
-    return None

@@ -302,6 +302,55 @@ for entry in built.entries:
 """
 
 
+#: Run inside a project, after a build: records of emulation for the entries of sm_100a alone, the
+#: one of variant ``two`` by another model than the checkout's.
+EMULATION = """
+from pathlib import Path
+from build_kernels.emulation.identity import model_sha256
+from router_runtime.evidence import cases as suite
+from router_runtime.evidence.emulation_record import MODES, EmulationRecord
+from router_runtime.evidence.record import CaseRecord, cases_sha256
+from router_runtime.evidence.status import toolchain_sha256
+from router_runtime.evidence.store import write_record
+from router_runtime.format.manifest import loads
+
+folder = Path("artifacts/evidence")
+for path in folder.iterdir():
+    path.unlink()
+built = loads(Path("artifacts/manifest.json").read_bytes())
+for entry in built.entries:
+    if entry.target == "sm_100a":
+        record = EmulationRecord(
+            entry=entry.key,
+            kernel=entry.kernel,
+            constants=entry.constants,
+            limits=entry.contract.limits,
+            target=entry.target,
+            file=entry.file,
+            sha256=entry.sha256,
+            source_sha256=entry.source_sha256,
+            toolchain_sha256=toolchain_sha256(built.toolchain),
+            suite_version=suite.SUITE_VERSION,
+            cases_sha256=cases_sha256(),
+            device="Example GPU",
+            compute_capability=(9, 0),
+            driver=13000,
+            torch="2.13.0",
+            cases=tuple(
+                CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {})
+                for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+            ),
+            ptx_sha256="1" * 64,
+            model_sha256="2" * 64 if entry.variant == "two" else model_sha256(),
+            ptxas="13.5.37",
+            ran_target="sm_90a",
+            ran_sha256="3" * 64,
+            modes=MODES,
+        )
+        write_record(record, folder)
+"""
+
+
 @dataclass(frozen=True)
 class Released:
     """A committed project with evidence for sm_90a, and one signed release of it."""

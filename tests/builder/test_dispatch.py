@@ -8,10 +8,17 @@ from collections.abc import Callable
 import pytest
 
 from build_kernels import dispatch
+from build_kernels.emulation.identity import model_sha256
+from build_kernels.emulation.sources import EMULATED
 from build_kernels.errors import BuildError
+from build_kernels.plan import plan
+from router_runtime.evidence.store import Evidence
 from router_runtime.format.manifest import Entry
 from tests.builder.conftest import ROOT, Project, Released
+from tests.runtime.releases import emulation_of
 
+#: A target with kernels that are emulated.
+TARGET = EMULATED[0]
 README = ROOT / "build_kernels" / "kernels" / "README.md"
 
 
@@ -60,6 +67,38 @@ def test_an_entry_without_evidence_does_not_serve_by_default(
     }
 
 
+def test_an_emulated_entry_does_not_serve_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"portable": "source-verified", "tcgen05": "emulated"}
+    _statuses(monkeypatch, lambda entry: known.get(entry.variant, "unproven"))
+    rows = [row for row in dispatch.rows(TARGET, None) if row.entry.variant == "tcgen05"]
+    assert {row.status for row in rows} == {"emulated"}
+    assert "yes" not in {row.by_default for row in rows}
+    assert " emulated " in dispatch.text(rows)
+
+
+def test_an_emulation_by_another_model_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = dispatch.planned(plan(targets=[TARGET]), None).entries
+    evidence = Evidence(
+        (),
+        tuple(
+            emulation_of(entry, model_sha256=model_sha256() if "256" in entry.variant else "7" * 64)
+            for entry in entries
+            if "tcgen05" in entry.variant
+        ),
+    )
+    monkeypatch.setattr(dispatch, "recorded", lambda artifacts: evidence)
+    found = {
+        row.entry.variant: dispatch.text([row]).splitlines()[1]
+        for row in dispatch.rows(TARGET, None)
+        if "tcgen05" in row.entry.variant
+    }
+    assert found
+    for variant, line in found.items():
+        stale = "256" not in variant
+        assert ("emulated (stale: by another model)" in line) == stale
+        assert " emulated" in line
+
+
 def test_nothing_serves_by_default_without_evidence() -> None:
     found = dispatch.rows("sm_90a", None)
     assert {(row.status, row.by_default) for row in found} == {("unproven", "nothing")}
@@ -69,6 +108,7 @@ def test_statuses_are_those_of_the_evidence(released: Released) -> None:
     script = """
 from pathlib import Path
 from build_kernels import dispatch
+from build_kernels.emulation.identity import model_sha256
 from build_kernels.plan import plan
 
 folder = Path("artifacts")

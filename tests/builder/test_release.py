@@ -29,6 +29,7 @@ from router_runtime.format.wheel import read
 from router_runtime.trust import dsse
 from router_runtime.version import __version__
 from tests.builder.conftest import (
+    EMULATION,
     RELEASED_KEYS,
     ROOT,
     Project,
@@ -197,8 +198,8 @@ def test_the_bill_of_materials(released: Released) -> None:
 
 def test_the_notes_have_each_status(released: Released) -> None:
     lines = (released.folder / f"{released.stem}.notes.md").read_text().splitlines()
-    assert "| sm_90a | 2 | 0 | 0 |" in lines
-    assert "| sm_100a | 0 | 2 | 0 |" in lines
+    assert "| sm_90a | 2 | 0 | 0 | 0 |" in lines
+    assert "| sm_100a | 0 | 2 | 0 | 0 |" in lines
     manifest = loads((released.folder / "manifest.json").read_bytes())
     for entry in manifest.entries:
         status = "verified" if entry.target == "sm_90a" else "source-verified"
@@ -434,6 +435,41 @@ def _edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text, (path, old)
     path.write_text(text.replace(old, new))
+
+
+def test_an_emulated_release(committed: Project, tmp_path: Path) -> None:
+    """The notes and the statement show it, a receiver accepts it, and it is not verified."""
+    committed.build("--update-lock")
+    result = committed.python(EMULATION)
+    assert result.returncode == 0, result.stderr
+    committed.commit()
+    folder = committed.release("--out", tmp_path / "out")
+    assert [row.split(" | ")[:3] for row in _statuses(folder)] == [
+        ["| scale/any/sm_100a/one", "emulated", "Example GPU"],
+        ["| scale/any/sm_100a/two", "emulated (stale: by another model)", "Example GPU"],
+        ["| scale/any/sm_90a/one", "unproven", "-"],
+        ["| scale/any/sm_90a/two", "unproven", "-"],
+    ]
+    (notes,) = folder.glob("*.notes.md")
+    assert "| sm_90a | 0 | 0 | 0 | 2 |\n| sm_100a | 0 | 0 | 2 | 0 |" in notes.read_text()
+    assert 'Router(..., accept="emulated")' in notes.read_text()
+    (statement,) = folder.glob("*.provenance.json")
+    records = sorted(path.name for path in (committed.artifacts / "evidence").iterdir())
+    assert len(records) == 2
+    assert all(name.endswith(".example-gpu.emulated.json") for name in records)
+    assert all(f'"evidence/{name}"' in statement.read_text() for name in records)
+    assert {f"router_runtime/artifacts/evidence/{name}" for name in records} < (
+        _wheel(folder).keys()
+    )
+    checked = committed.run("verify-release", folder)
+    assert checked.returncode == 0, checked.stdout
+    said = _refused(
+        committed,
+        "expected every digest of sm_100a to be verified",
+        "--require-verified",
+        "sm_100a",
+    )
+    assert "scale/any/sm_100a/one: emulated; no device of its target has run " in said
 
 
 def test_evidence_survives_comments_docstrings_and_names_of_files(

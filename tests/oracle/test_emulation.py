@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,11 @@ import torch
 
 from build_kernels.emulation.interface import COUNTS, ERRORS, FOUND_BY_HOST, MODES
 from router_runtime import spec
+from router_runtime.device.artifact_store import read_manifest
+from router_runtime.device.facts import DeviceFacts
+from router_runtime.errors import ArtifactError
+from router_runtime.evidence.status import status
+from router_runtime.evidence.store import load_evidence
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import (
     Entry,
@@ -24,9 +31,11 @@ from router_runtime.format.manifest import (
     artifact_name,
     dumps,
 )
-from tests.emulation import defects, launches, suite
+from tests.emulation import __main__ as command
+from tests.emulation import defects, launches, recording, suite
 from tests.emulation.launches import differences
 from tests.emulation.library import Report
+from tests.emulation.recording import Recorder
 
 AXIS = GridAxis("constant")
 
@@ -121,8 +130,8 @@ def machine(
 
 
 def run(state: SimpleNamespace, *modes: str) -> int:
-    record: suite.Record = {EMULATED.key: {"of": []}}
-    work = suite.Suite(state.folder, record, state.lines.append)
+    emulated: suite.Record = {EMULATED.key: {"of": []}}
+    work = suite.Suite(state.folder, emulated, state.lines.append)
     state.totals = work.totals
     return work.run(lambda each: True, suite.modes(modes))
 
@@ -157,6 +166,186 @@ def test_a_lost_context_ends_the_run_with_the_next_step(machine: SimpleNamespace
     machine.broken = "launch"
     with pytest.raises(SystemExit, match=r"illegal instruction.*--only"):
         run(machine, "eager")
+
+
+def test_without_a_sibling_the_suite_alone_decides(machine: SimpleNamespace) -> None:
+    manifest = Manifest("0" * 64, Toolchain({}, {}), (EMULATED,))
+    (machine.folder / "manifest.json").write_bytes(dumps(manifest))
+    assert run(machine, "eager") == 0
+    assert "token counts 0" in machine.lines[0]
+    machine.broken = "one bit"
+    assert run(machine, "eager") == 1
+
+
+# --- records ---
+
+MODEL = "7" * 64
+TARGETS = ("sm_100a", "sm_103a")
+
+
+def original(target: str, sha256: str) -> Entry:
+    """What EMULATED is the PTX of, for one of two targets that share it."""
+    file = artifact_name("dense_router_decode", "small", target, "tcgen05", sha256)
+    return dataclasses.replace(EMULATED, target=target, variant="tcgen05", sha256=sha256, file=file)
+
+
+ORIGINALS = tuple(original(target, digit * 64) for target, digit in zip(TARGETS, "bc", strict=True))
+
+
+@pytest.fixture
+def recorded(
+    machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SimpleNamespace:
+    """The machine as an H200, with the cubins that are emulated in an artifacts folder."""
+    machine.artifacts = tmp_path / "artifacts"
+    machine.artifacts.mkdir()
+    manifest = Manifest("0" * 64, Toolchain({"nvrtc": "13.5"}, {}), ORIGINALS)
+    (machine.artifacts / "manifest.json").write_bytes(dumps(manifest))
+    machine.document = {
+        "model_sha256": MODEL,
+        "ptxas": "13.5.37",
+        "entries": {
+            EMULATED.key: {
+                "of": [{"entry": each.key, "sha256": each.sha256} for each in ORIGINALS],
+                "ptx_sha256": "9" * 64,
+            }
+        },
+    }
+    gpu = SimpleNamespace(
+        device_name=lambda index: "NVIDIA H200",
+        device_facts=lambda index: DeviceFacts(9, 0, 13000, 132, 227 * 1024),
+        initialise=lambda: None,
+    )
+    monkeypatch.setattr(recording, "driver", gpu)
+    monkeypatch.setattr(command, "driver", gpu)
+    monkeypatch.setattr(recording, "model_sha256", lambda: MODEL)
+    return machine
+
+
+def record(state: SimpleNamespace, *modes: str) -> int:
+    """Run the suite with a recorder, as ``--record`` does."""
+    work = suite.Suite(state.folder, state.document["entries"], state.lines.append)
+    folder = state.artifacts / "evidence"
+    recorder = Recorder(state.document, state.artifacts, folder, state.lines.append)
+    recorder.check(entry.key for entry in work.entries(lambda each: True))
+    return work.run(lambda each: True, suite.modes(modes), recorder.finished)
+
+
+def statuses(state: SimpleNamespace) -> list[str]:
+    manifest = read_manifest(state.artifacts)
+    evidence = load_evidence(state.artifacts / "evidence")
+    return [status(entry, manifest, evidence) for entry in manifest.entries]
+
+
+def test_one_run_gives_a_record_for_every_cubin_of_its_ptx(recorded: SimpleNamespace) -> None:
+    assert record(recorded) == 0
+    found = load_evidence(recorded.artifacts / "evidence")
+    assert found.records == ()
+    assert [each.entry for each in found.emulations] == [each.key for each in ORIGINALS]
+    for each, entry in zip(found.emulations, ORIGINALS, strict=True):
+        assert each.current
+        assert (each.sha256, each.target) == (entry.sha256, entry.target)
+        assert (each.ran_target, each.ran_sha256) == ("sm_90a", EMULATED.sha256)
+        assert (each.ptx_sha256, each.model_sha256, each.ptxas) == ("9" * 64, MODEL, "13.5.37")
+        assert each.modes == tuple(MODES)
+        assert (each.device, each.compute_capability) == ("NVIDIA H200", (9, 0))
+        assert all(case.rows for case in each.cases)
+    assert statuses(recorded) == ["emulated", "emulated"]
+    assert sum("recorded dense_router_decode" in line for line in recorded.lines) == 2
+
+
+def test_by_the_command(recorded: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = recorded.folder
+    (folder / "emulation.json").write_text(json.dumps(recorded.document))
+    own = folder / "own"
+    arguments = ["--artifacts", str(recorded.artifacts), "--evidence", str(own), "--record"]
+    monkeypatch.setattr(sys, "argv", ["tests.emulation", str(folder), *arguments])
+    assert command.main() == 0
+    assert len(load_evidence(own).emulations) == 2
+    for more in (["--mode", "eager"], ["--defects"]):
+        monkeypatch.setattr(sys, "argv", ["tests.emulation", str(folder), *arguments, *more])
+        with pytest.raises(SystemExit, match="2"):
+            command.main()
+    monkeypatch.setattr(sys, "argv", ["tests.emulation", str(folder), *arguments[:2]])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+
+
+def test_what_fails_gets_no_record_and_loses_the_one_it_had(recorded: SimpleNamespace) -> None:
+    assert record(recorded) == 0
+    recorded.lines.clear()
+    recorded.library.errors = {"lane": "2 (a load of another warp's lanes)"}
+    assert record(recorded) == len(MODES)
+    assert statuses(recorded) == ["unproven", "unproven"]
+    text = "\n".join(recorded.lines)
+    assert "not recorded: failed in eager, late, deep, slowed" in text
+    assert text.count("it no longer holds") == 2
+
+
+def test_other_bits_than_the_sibling_give_no_record(recorded: SimpleNamespace) -> None:
+    recorded.broken = "one bit"
+    assert record(recorded) == len(MODES)
+    assert statuses(recorded) == ["unproven", "unproven"]
+
+
+def test_a_run_in_some_modes_records_nothing_and_removes_nothing(
+    recorded: SimpleNamespace,
+) -> None:
+    assert record(recorded, "eager", "deep") == 0
+    assert "      not recorded: did not run in late, slowed" in recorded.lines
+    assert statuses(recorded) == ["unproven", "unproven"]
+    assert record(recorded) == 0
+    assert record(recorded, "eager") == 0
+    assert statuses(recorded) == ["emulated", "emulated"]
+
+
+def test_an_entry_that_ends_the_run_loses_its_record(recorded: SimpleNamespace) -> None:
+    assert record(recorded) == 0
+    recorded.broken = "launch"
+    with pytest.raises(SystemExit, match="CUDA context is lost"):
+        record(recorded)
+    assert statuses(recorded) == ["unproven", "unproven"]
+    assert "      not recorded: failed in eager; did not run in late, deep, slowed" in (
+        recorded.lines
+    )
+
+
+@pytest.mark.parametrize("found", ["another cubin", "no entry"])
+def test_a_cubin_that_the_artifacts_do_not_have_is_refused(
+    recorded: SimpleNamespace, found: str
+) -> None:
+    """Before anything runs, with the commands that make both from the same sources."""
+    other = original("sm_103a", "d" * 64)
+    entries = (ORIGINALS[0], other) if found == "another cubin" else ORIGINALS[:1]
+    manifest = Manifest("0" * 64, Toolchain({"nvrtc": "13.5"}, {}), entries)
+    (recorded.artifacts / "manifest.json").write_bytes(dumps(manifest))
+    message = r"sm_103a/tcgen05 in .*the cubin cccc.*build-cubins, then run: make emulation"
+    with pytest.raises(ArtifactError, match=message):
+        record(recorded)
+    assert recorded.library.started == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_sha256": "8" * 64}, {"model_sha256": None}, {"ptxas": None}]
+)
+def test_an_emulation_by_other_sources_is_refused(
+    recorded: SimpleNamespace, change: dict[str, str | None]
+) -> None:
+    document = recorded.document | change
+    recorded.document = {name: value for name, value in document.items() if value is not None}
+    with pytest.raises(ArtifactError, match=f"of model {MODEL[:16]}.*run: make emulation"):
+        record(recorded)
+    assert recorded.library.started == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(recorded: SimpleNamespace) -> None:
+    (recorded.artifacts / "evidence").write_text("no folder")
+    with pytest.raises(ArtifactError, match="a folder that can be written"):
+        record(recorded)
+    assert recorded.library.started == []
+
+
+# --- modes, differences ---
 
 
 def test_an_unknown_mode_is_refused() -> None:
