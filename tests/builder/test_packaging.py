@@ -154,9 +154,15 @@ def test_an_editable_installation_uses_the_checkouts_artifacts(
     assert _artifacts(tmp_path, python) == built.artifacts
 
 
-@pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
-def test_console_scripts_name_modules_that_exist(script: str) -> None:
-    module, _, name = PROJECT["scripts"][script].partition(":")
+@pytest.mark.parametrize(
+    "target",
+    [
+        *PROJECT["scripts"].values(),
+        *(target for group in PROJECT["entry-points"].values() for target in group.values()),
+    ],
+)
+def test_scripts_and_plug_ins_name_functions_that_exist(target: str) -> None:
+    module, _, name = target.partition(":")
     text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     assert f"def {name}(" in text
 

@@ -110,7 +110,9 @@ def test_what_the_wheel_holds(released: Released) -> None:
     assert entries.keys() == expected
     assert tuple(entry.key for entry in manifest.entries) == RELEASED_KEYS
     assert entries[f"{metadata}/entry_points.txt"].decode().split() == [
-        *("[console_scripts]", "router-runtime", "=", "router_runtime.cli.main:main")
+        *("[console_scripts]", "router-runtime", "=", "router_runtime.cli.main:main"),
+        *("[vllm.general_plugins]", "dsv4_router", "="),
+        "router_runtime.integrations.vllm.plugin:register",
     ]
     assert b"Tag: py3-none-any\n" in entries[f"{metadata}/WHEEL"]
     assert b"\nName: dsv4-router-runtime\n" in entries[f"{metadata}/METADATA"]
