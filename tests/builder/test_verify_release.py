@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.evidence import emulation_record
 from router_runtime.evidence import record as records
+from router_runtime.evidence.emulation_record import EmulationRecord
 from router_runtime.evidence.release import description, verify
 from router_runtime.evidence.release_checks import sha256
 from router_runtime.format import wheel
@@ -488,6 +490,32 @@ def _foreign_evidence(entries: Entries) -> None:
     entries[f"{INSIDE}evidence/{foreign.file_name}"] = records.dumps(foreign)
 
 
+def _emulation(entries: Entries, sha256: str | None = None) -> EmulationRecord:
+    """A record of emulation of an entry for sm_100a, of another suite than this process has; with
+    ``sha256``, of another cubin of its sources.
+    """
+    manifest = loads(entries[f"{INSIDE}manifest.json"])
+    entry = next(each for each in manifest.entries if each.target == "sm_100a")
+    record = records.loads(entries[_first(entries, "gpu.json")])
+    shared = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    del shared["format_version"]
+    shared |= {"entry": entry.key, "target": entry.target, "sha256": sha256 or entry.sha256}
+    shared["file"] = entry.file.replace(entry.sha256[:16], (sha256 or entry.sha256)[:16])
+    shared |= {"ptxas": "13.5.37", "ran_target": "sm_90a", "modes": emulation_record.MODES}
+    shared |= dict.fromkeys(("ptx_sha256", "model_sha256", "ran_sha256"), "3" * 64)
+    return EmulationRecord(**shared)
+
+
+def _foreign_emulation(entries: Entries) -> None:
+    foreign = _emulation(entries, "1" * 64)
+    entries[f"{INSIDE}evidence/{foreign.file_name}"] = emulation_record.dumps(foreign)
+
+
+def _emulation_under_the_other_name(entries: Entries) -> None:
+    record = _emulation(entries)
+    entries[f"{INSIDE}evidence/{record.stem}.json"] = emulation_record.dumps(record)
+
+
 def _evidence_renamed(entries: Entries) -> None:
     names = [name for name in sorted(entries) if "/evidence/" in name]
     entries[names[0]], entries[names[1]] = entries[names[1]], entries[names[0]]
@@ -509,6 +537,8 @@ def _evidence_renamed(entries: Entries) -> None:
         (_replaced("gpu.json", b'"rows"', b'"rowz"'), r"evidence/.*: .*expected exactly the keys"),
         (_replaced("gpu.json", b'"seed": ', b'"seed": true, "x": '), r"evidence/.*: .*expected"),
         (_foreign_evidence, r"evidence/.*: expected a record about a cubin of this release"),
+        (_foreign_emulation, r"emulated.json: expected a record about a cubin of this release"),
+        (_emulation_under_the_other_name, r"evidence/.*: expected evidence of format version 2"),
         (_evidence_renamed, "expected the name"),
         (
             _replaced("METADATA", b"\nVersion: 0.1.0", b"\nVersion: 0.2.0"),

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from router_runtime.errors import ArtifactError, FormatError
 from router_runtime.evidence import cases as suite
+from router_runtime.evidence import kinds, store
 from router_runtime.evidence import record as records
 from router_runtime.evidence import status as statuses
-from router_runtime.evidence import store
+from router_runtime.evidence.emulation_record import MODES, EmulationRecord
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain
 from router_runtime.verification import inputs
@@ -32,7 +33,7 @@ LIMITS = {"row_length": (1, 64), "top_k": (1, 4)}
 TOOLCHAIN = Toolchain({"nvrtc": "13.5"}, {"cuda": ("--std=c++20",)})
 
 
-def mismatches(record: records.Record, cases) -> list[str]:
+def mismatches(record: records.Examined, cases) -> list[str]:
     """What recomputing these cases on this machine finds wrong with a record."""
     recorded = {case.name: case for case in record.cases}
     wrong = []
@@ -70,12 +71,11 @@ def committed() -> list[Path]:
     ids=lambda path: path.stem if path else "none",
 )
 def test_committed_evidence_recomputes(path):
-    record = records.loads(path.read_bytes())
-    assert path.name == record.file_name
+    record = kinds.loads(path.name, path.read_bytes())
     if not record.current:
         pytest.skip(
-            "stale: recorded with another oracle suite, so it proves nothing; "
-            "run on a GPU: router-runtime verify --record"
+            "stale: recorded with another oracle suite, so it proves nothing; run on a GPU: "
+            "router-runtime verify --record, for emulations: make record-emulation"
         )
     cases = suite.cases(record.kernel, record.constants, record.limits)
     sample = random.Random(record.sha256).sample(cases, min(SAMPLE, len(cases)))
@@ -160,8 +160,25 @@ def status(entry, *records, toolchain=TOOLCHAIN):
     return statuses.status(entry, manifest, store.Evidence(tuple(records)))
 
 
-def test_a_record_recomputes(record):
-    assert mismatches(record, suite.cases("topk_select", {}, LIMITS)) == []
+def emulated(record):
+    """The record as one of emulation: as if sm_100a's cubin had not run, and its PTX had."""
+    shared = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    del shared["format_version"]
+    shared |= {"target": "sm_100a", "modes": MODES, "ptxas": "13.5.37", "ran_target": "sm_90a"}
+    shared |= dict.fromkeys(("ptx_sha256", "model_sha256", "ran_sha256"), "12" * 32)
+    for name in ("entry", "file"):
+        shared[name] = shared[name].replace("sm_90a", "sm_100a")
+    return EmulationRecord(**shared)
+
+
+@pytest.mark.parametrize("kind", [lambda record: record, emulated])
+def test_a_record_recomputes(record, kind):
+    found = kind(record)
+    assert kinds.loads(found.file_name, kinds.dumps(found)) == found
+    cases = suite.cases("topk_select", {}, LIMITS)
+    assert mismatches(found, cases) == []
+    wrong = dataclasses.replace(found.cases[0], ids_sha256="0" * 64)
+    assert mismatches(dataclasses.replace(found, cases=(wrong, *found.cases[1:])), cases)
 
 
 def test_round_trip_is_canonical(record, tmp_path):

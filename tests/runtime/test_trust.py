@@ -345,6 +345,14 @@ def test_files_that_are_not_signed(
     assert not [call for call in fake.calls if call.startswith(f"cuFuncLoad {kernel}")]
 
 
+def test_records_of_emulation_must_be_signed_too(release: Release, build: SimpleNamespace) -> None:
+    entry = build.small("sm_100a")[0]
+    store.write_record(releases.emulation_of(entry), release.folder / "evidence")
+    require(release)
+    with pytest.raises(TrustError, match=r"signature over .*\.emulated\.json"):
+        list(store.read_evidence(release.folder).emulations_of(entry.sha256))
+
+
 def test_an_older_signed_manifest_with_newer_cubins(
     release: Release, fake: Any, build: SimpleNamespace
 ) -> None:
