@@ -23,10 +23,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router_runtime.integrations.vllm import plugin
+from router_runtime.device import kernels
+from router_runtime.integrations.vllm import plugin, served
 from router_runtime.integrations.vllm.engine import load_engine
 from router_runtime.integrations.vllm.report import LOG, share_handlers
-from router_runtime.routing.router import ROUTERS
+from router_runtime.routing.router import ROUTERS, Router
 from tests import fake_vllm
 from tests.fake_vllm import FusedTopKBiasRouter, GateLinear, forward_pass
 from tests.runtime.routers import build_on_the_fake_gpu
@@ -441,6 +442,32 @@ def test_weights_that_are_refused(pair: Pair, caplog: pytest.LogCaptureFixture) 
     assert torch.equal(found, expected)
     assert "weight: expected finite values" in caplog.text
     assert untouched(with_us)
+
+
+def test_emulated_kernels_serve_if_a_variable_accepts_them(
+    gpu: Any,
+    engine: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build_on_the_fake_gpu(monkeypatch)
+    monkeypatch.setattr(kernels, "status", lambda *_: "emulated")
+    load_plugin()
+    refused = make_layer(engine)
+    refused(states(3))
+    assert "accept='emulated'" in caplog.text
+    assert untouched(refused)
+    monkeypatch.setenv(served.ACCEPT_VARIABLE, "emulated")
+    made: list[Router] = []
+
+    def router(*arguments: Any, **options: Any) -> Router:
+        made.append(Router(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(served, "Router", router)
+    make_layer(engine)(states(3))
+    assert len(made) == 1
+    assert set(made[0].evidence.values()) == {"emulated"}
 
 
 def test_experts_that_route_by_themselves(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:

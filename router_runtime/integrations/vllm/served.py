@@ -21,6 +21,7 @@ and for anything but bf16 rows, gate and router are the engine's own.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,9 @@ from router_runtime.ops.functions import activation_topk
 from router_runtime.routing.call import Inputs
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import Router
+
+#: Names a status that may serve beside those that do by default: ``accept`` of the Routers.
+ACCEPT_VARIABLE = "DSV4_ROUTER_ACCEPT"
 
 #: The attribute of logits that holds what was routed by them.
 _ROUTED = "_dsv4_routed"
@@ -238,7 +242,8 @@ class ServedLayer:
         self._images = "image_bias" in tensors
         self.needs_token_ids = self._hash or self._images
         try:
-            router = Router(self._config(tensors), **tensors, device=x.device)
+            accept = os.environ.get(ACCEPT_VARIABLE) or None
+            router = Router(self._config(tensors), **tensors, device=x.device, accept=accept)
             if not self._hash:
                 # Loads its kernel, or is refused, here and not in a graph capture.
                 no_rows = x.new_empty((0, router.config.num_experts), dtype=torch.float32)
