@@ -105,7 +105,11 @@ def make(
 def compile_all(
     jobs: Sequence[Job], reuse: Reuse, processes: int, progress: Progress
 ) -> tuple[list[Compiled], list[str]]:
-    """Return every job that has a cubin, and the errors of the others."""
+    """Return every job that has a cubin, and the errors of the others. Raises BuildError if any is
+    to be compiled and the toolchain's files are not those that were installed.
+    """
+    if any(reuse.cubin(job) is None for job in jobs):
+        toolchain.check_files()
     made: list[Compiled] = []
     failures: list[str] = []
     finished = threading.Lock()

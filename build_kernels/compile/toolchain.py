@@ -1,18 +1,21 @@
 """The locked toolchain: what it is, where it is, and the check that no other one is installed.
 
 ``toolchain.lock`` names every package that can affect a byte of a cubin, with hashes that pip
-checked when it installed them. A build starts with ``check``; so does every worker process.
+checked when it installed them. A build starts with ``check``; so does every worker process. It
+compares versions. A build that compiles anything also compares every file (``check_files``).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+from build_kernels.compile import installed
 from build_kernels.compile.languages import LANGUAGES
+from build_kernels.compile.sources import PACKAGE
 from build_kernels.errors import BuildError
 from router_runtime.format.manifest import Toolchain
 
@@ -24,6 +27,8 @@ EMULATION_LOCK = Path(__file__).parents[1] / "emulation.lock"
 
 _PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;]+)(\s*;[^\\]*)?(?:\s*\\)?")
 _HASH = re.compile(r"\s+--hash=sha256:([0-9a-f]{64})(?:\s*\\)?")
+#: An error lists at most so many files.
+_MOST = 5
 _REMEDY = "next: make clean-venv && make build-cubins"
 _RELEASE_REMEDY = "next: make release, which installs it"
 _EMULATION_REMEDY = "next: make emulation, which installs them"
@@ -52,12 +57,12 @@ def check() -> Toolchain:
     """
     recorded = of_lock()
     expected = recorded.packages
-    installed = _installed()
-    wrong = _differences(expected, installed)
+    found = _installed()
+    wrong = _differences(expected, found)
     # A second set of CuTe DSL libraries would be preferred over, or mixed with, the locked ones.
     wrong += [
         f"  {name}: expected none, found {version}"
-        for name, version in sorted(installed.items())
+        for name, version in sorted(found.items())
         if name.startswith("nvidia-cutlass-dsl") and name not in expected
     ]
     if wrong:
@@ -69,9 +74,24 @@ def check() -> Toolchain:
     return recorded
 
 
+def check_files() -> None:
+    """Raise BuildError if a file of the toolchain is not the one that pip installed, or if one in
+    the folder of ``build_kernels`` hides a package from the worker processes, which look there
+    first. ``installed.py`` says what that cannot find.
+    """
+    packages = locked(LOCK.read_text(encoding="ascii"))
+    if hidden := installed.hiding(packages, PACKAGE.parent):
+        raise BuildError(
+            "expected the workers to import the toolchain's packages, found in their place:\n  "
+            + "\n  ".join(hidden)
+            + "\nnext: rename it or move it away"
+        )
+    _refuse_altered(packages, "toolchain", "build-cubins")
+
+
 def check_release() -> None:
     """Raise BuildError if what makes a release is not exactly what ``release.lock`` names."""
-    _check_tools(RELEASE_LOCK, "release tools", _RELEASE_REMEDY)
+    _check_tools(RELEASE_LOCK, "release tools", _RELEASE_REMEDY, "release")
 
 
 def check_emulation() -> Mapping[str, str]:
@@ -79,25 +99,40 @@ def check_emulation() -> Mapping[str, str]:
 
     Raises BuildError if what is installed is not exactly what ``emulation.lock`` names.
     """
-    return _check_tools(EMULATION_LOCK, "tools for emulation", _EMULATION_REMEDY)
+    return _check_tools(EMULATION_LOCK, "tools for emulation", _EMULATION_REMEDY, "emulation")
 
 
-def _check_tools(lock: Path, what: str, remedy: str) -> Mapping[str, str]:
+def _check_tools(lock: Path, what: str, remedy: str, make: str) -> Mapping[str, str]:
+    """Return the locked packages with their versions. Raises BuildError, with ``remedy`` if the
+    versions differ; ``make`` is the target that installs them into a new environment.
+    """
     text = lock.read_text(encoding="ascii")
-    installed = _installed()
+    found = _installed()
     # A package with a marker is not needed everywhere; where it is installed, it is that version.
     expected = {
         match[1]: match[2]
         for match, _ in _requirements(text, lock.name)
-        if match[3] is None or match[1] in installed
+        if match[3] is None or match[1] in found
     }
-    if wrong := _differences(expected, installed):
+    if wrong := _differences(expected, found):
         raise BuildError(
             f"the installed {what} are not those of {lock.name}:\n"
             + "\n".join(wrong)
             + f"\n{remedy}"
         )
+    _refuse_altered(expected, what, make)
     return expected
+
+
+def _refuse_altered(packages: Iterable[str], what: str, make: str) -> None:
+    """Raise BuildError if a file of these packages is not the one that pip installed."""
+    if wrong := installed.altered(packages):
+        more = f"\n  and {len(wrong) - _MOST} others" if len(wrong) > _MOST else ""
+        raise BuildError(
+            f"the files of the installed {what} are not those that pip installed:\n  "
+            + "\n  ".join(wrong[:_MOST])
+            + f"{more}\nnext: make clean-venv && make {make}"
+        )
 
 
 def ptxas() -> Path:

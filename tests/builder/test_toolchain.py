@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from build_kernels.compile import cutedsl, nvrtc, toolchain
+from build_kernels.compile import cutedsl, installed, nvrtc, toolchain
 from build_kernels.errors import BuildError
 from tests.builder.conftest import ROOT, Project
 
@@ -25,19 +28,19 @@ def test_the_installed_toolchain_is_the_locked_one() -> None:
 def test_another_version_is_refused(
     name: str, found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = dict(toolchain._installed())
-    expected = installed.pop(name)
+    versions = dict(toolchain._installed())
+    expected = versions.pop(name)
     if found is not None:
-        installed[name] = found
-    monkeypatch.setattr(toolchain, "_installed", lambda: installed)
+        versions[name] = found
+    monkeypatch.setattr(toolchain, "_installed", lambda: versions)
     message = rf"{name}: expected {expected}, found {found or 'none'}\nnext: make clean-venv"
     with pytest.raises(BuildError, match=message):
         toolchain.check()
 
 
 def test_a_second_set_of_dsl_libraries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {**toolchain._installed(), "nvidia-cutlass-dsl-libs-cu12": "4.8.1"}
-    monkeypatch.setattr(toolchain, "_installed", lambda: installed)
+    versions = {**toolchain._installed(), "nvidia-cutlass-dsl-libs-cu12": "4.8.1"}
+    monkeypatch.setattr(toolchain, "_installed", lambda: versions)
     with pytest.raises(BuildError, match=r"libs-cu12: expected none, found 4\.8\.1"):
         toolchain.check()
 
@@ -96,3 +99,103 @@ def test_tools_lie_in_the_environment() -> None:
     folders = [toolchain.nvdisasm().parent, *toolchain.include_directories()]
     assert all(Path(toolchain.__file__).parents[1] != folder for folder in folders)
     assert all("site-packages" in folder.parts for folder in folders)
+
+
+# --- installed files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed package with a RECORD, as pip leaves it."""
+    site = tmp_path / "site"
+    facts = site / "demo-1.0.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n")
+    (site / "demo").mkdir()
+    lines = []
+    for name, text in {"demo/__init__.py": "", "demo/a, b.py": "x = 1\n"}.items():
+        (site / name).write_text(text)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=")
+        lines.append(f'"{name}",sha256={digest.decode()},{len(text)}\n')
+    lines += ["demo/__pycache__/a.cpython-311.pyc,,\n", "demo-1.0.dist-info/RECORD,,\n"]
+    (facts / "RECORD").write_text("".join(lines))
+    monkeypatch.syspath_prepend(str(site))
+    return site
+
+
+def test_installed_files_are_compared_with_their_record(package: Path) -> None:
+    assert installed.altered(["demo"]) == []
+    path = package / "demo" / "a, b.py"
+    path.write_text("x = 2\n")
+    assert installed.altered(["demo"]) == [
+        f"demo: expected {path} as it was installed, found it altered"
+    ]
+    path.unlink()
+    assert installed.altered(["demo"]) == [f"demo: expected {path}, found none"]
+    (package / "demo-1.0.dist-info" / "RECORD").unlink()
+    assert installed.altered(["demo"]) == ["demo: expected a RECORD of its files, found none"]
+
+
+def test_every_file_of_the_toolchain_is_compared() -> None:
+    """The compilers, what they load and the headers; and all of them are as pip installed them."""
+    packages = toolchain.locked(toolchain.LOCK.read_text())
+    compared = {
+        file.path for package in packages for file in installed._files(package) if file.digest
+    }
+    headers = [folder / "cuda_runtime.h" for folder in toolchain.include_directories()[:1]]
+    assert {toolchain.nvdisasm(), *headers} <= compared
+    for library in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.5", "_cutlass_ir.cu13.cpython"):
+        assert any(path.name.startswith(library) for path in compared), library
+    toolchain.check_files()
+
+
+ALTERED = """
+from build_kernels.compile import installed
+from build_kernels.cli import main
+
+installed.altered = lambda packages: [f"{{name}}: altered" for name in packages]
+main({arguments!r})
+"""
+
+
+def test_a_build_with_altered_files_publishes_nothing(fresh: Project) -> None:
+    result = fresh.python(ALTERED.format(arguments=["build"]))
+    assert result.returncode == 1
+    assert "the installed toolchain are not those that pip installed:\n  click: altered\n" in (
+        result.stderr
+    )
+    assert re.search(
+        r"\n  and \d+ others\nnext: make clean-venv && make build-cubins$", result.stderr.strip()
+    )
+    assert not fresh.artifacts.exists()
+
+
+def test_a_build_that_compiles_nothing_compares_no_file(project: Project) -> None:
+    """It takes a second, and nothing of them is used."""
+    assert project.python(ALTERED.format(arguments=["build"])).returncode == 0
+
+
+@pytest.mark.parametrize("check", [toolchain.check_release, toolchain.check_emulation])
+def test_other_tools_with_altered_files_are_refused(
+    check: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check()
+    monkeypatch.setattr(installed, "altered", lambda packages: sorted(packages)[:1])
+    with pytest.raises(BuildError, match=r"make clean-venv && make (release|emulation)$"):
+        check()
+
+
+@pytest.mark.parametrize("name", ["cuda.py", "cutlass/__init__.py", "numpy.py"])
+def test_a_file_that_hides_a_package_of_the_toolchain_is_named(fresh: Project, name: str) -> None:
+    """The workers look into the checkout first, where the builder is."""
+    (fresh.root / name).parent.mkdir(exist_ok=True)
+    (fresh.root / name).write_text("")
+    result = fresh.run("build")
+    assert result.returncode == 1
+    assert f"found in their place:\n  {fresh.root / name}\nnext: rename it" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_a_folder_that_hides_nothing_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "cuda").mkdir()
+    assert installed.hiding(["cuda-bindings"], tmp_path) == []
