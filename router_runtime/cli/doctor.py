@@ -16,6 +16,9 @@ from router_runtime.evidence.ladder import ACCEPTABLE
 from router_runtime.format.codec import encode
 from router_runtime.format.target import BUILDABLE
 
+#: Said first, because a driver in disorder may take long to answer, or never do.
+_ASKING = "asking the NVIDIA driver for its version and GPUs: cuInit, no context, no memory"
+
 
 @click.command()
 @artifacts_option
@@ -42,7 +45,11 @@ def doctor(
     missing or altered, or if a GPU is present and something is not served on it; with --why, if
     nothing serves the request. The keys of --json are those of the dataclasses in
     router_runtime/cli: Diagnosis in report.py, Explanation in why.py.
+
+    It asks the NVIDIA driver for its version and for names and attributes of the GPUs (cuInit), and
+    says so on standard error before it does. It makes no context and uses no memory of a GPU.
     """
+    click.echo(_ASKING, err=True)
     if request is not None:
         explanation = _explain(request, artifacts, target, accept)
         _print(explanation, why.lines(explanation), as_json)

@@ -37,7 +37,9 @@ def verify(
 ) -> None:
     """Run the oracle suite on this machine's GPU against every cubin that loads on it.
 
-    With --record it ends with what serves on this GPU from now on.
+    It initialises CUDA, and says so before it does: it makes a context on the current GPU, takes
+    memory there and launches kernels. With --record it ends with what serves on this GPU from now
+    on.
     """
     for name, value in (("evidence", evidence), ("bundle", bundle)):
         if value is not None and not record:

@@ -51,6 +51,7 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> O
     folder = store.own_folder(own) or artifacts / store.EVIDENCE_NAME
     if record:
         _require_own_folder(folder, artifacts)
+    echo("initialising CUDA: a context, memory and kernel launches on the current GPU")
     driver.initialise(needs_gpu=True)
     if not torch.cuda.is_available():
         raise DriverError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -177,7 +178,7 @@ def test_doctor_with_emulated_kernels(folder: Path) -> None:
     assert note in words(accepted)
     assert "serve only a Router that accepts" not in words(accepted)
     found = json.loads(
-        run(folder, "doctor", "--target", "sm_100a", "--accept", "emulated", "--json").output
+        run(folder, "doctor", "--target", "sm_100a", "--accept", "emulated", "--json").stdout
     )
     assert found["accept"] == "emulated"
     assert found["evidence"]["statuses"]["emulated"] == 1
@@ -200,7 +201,7 @@ def test_why_with_emulated_kernels(folder: Path) -> None:
     assert accepted.exit_code == 0, accepted.output
     assert "dense_router_prefill/small/9, accept='emulated', on a device" in words(accepted)
     assert "dense_router_prefill/small/sm_100a/portable [emulated]: chosen" in words(accepted)
-    found = json.loads(run(folder, *question, "--accept", "emulated", "--json").output)
+    found = json.loads(run(folder, *question, "--accept", "emulated", "--json").stdout)
     assert found["accept"] == "emulated"
 
 
@@ -362,7 +363,7 @@ def test_the_report_on_what_was_built_fits_a_screen(fake: Any, gpu: bool) -> Non
 def test_json_has_everything_of_the_screen(folder: Path) -> None:
     """These keys are part of the interface: other programs read them."""
     done = run(folder, "doctor", "--json")
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert found["schema"] == SCHEMA == 2
     assert list(found) == [
         *("schema", "usable", "software", "artifacts", "evidence", "accept", "devices"),
@@ -390,7 +391,7 @@ def test_json_has_everything_of_the_screen(folder: Path) -> None:
 
 
 def test_json_problems(tmp_path: Path, fake: Any) -> None:
-    found = json.loads(run(tmp_path, "doctor", "--json").output)
+    found = json.loads(run(tmp_path, "doctor", "--json").stdout)
     assert found["usable"] is False
     assert found["artifacts"] is None
     (problem,) = found["problems"]
@@ -456,7 +457,7 @@ def test_why_nothing_serves(folder: Path) -> None:
 @pytest.mark.usefixtures("verified")
 def test_why_as_json_and_for_a_target(folder: Path) -> None:
     done = run(folder, "doctor", "--why", "dense_router/small", "--json", "--target", "sm_100a")
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert list(found) == ["schema", "request", "accept", "answers"]
     (answer,) = found["answers"]
     assert list(answer) == [
@@ -620,4 +621,48 @@ def test_verify_without_a_driver(folder: Path, fake: Any) -> None:
     fake.init = RuntimeError("no libcuda")
     done = run(folder, "verify")
     assert done.exit_code == 1
-    assert done.output.startswith("Error: NVIDIA driver: expected libcuda")
+    assert done.stderr.startswith("Error: NVIDIA driver: expected libcuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("doctor",), "asking the NVIDIA driver for its version and GPUs: cuInit, no context"),
+        (("doctor", "--json"), "asking the NVIDIA driver"),
+        (("doctor", "--why", "dense_router/small"), "asking the NVIDIA driver"),
+        (("verify",), "initialising CUDA: a context, memory and kernel launches"),
+    ],
+)
+def test_the_driver_is_announced_before_it_is_touched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    """A driver in disorder may never answer."""
+    events: list[str] = []
+    genuine = driver.bindings
+
+    def bindings() -> Any:
+        events.append("the driver")
+        return genuine()
+
+    def echo(text: str, **_: Any) -> None:
+        events.append(text)
+
+    monkeypatch.setattr(driver, "bindings", bindings)
+    monkeypatch.setattr(click, "echo", echo)
+    run(folder, *arguments)
+    before = events[: events.index("the driver")]
+    assert any(text.startswith(said) for text in before)
+
+
+def test_the_announcement_does_not_mix_with_the_report(folder: Path) -> None:
+    done = run(folder, "doctor", "--json")
+    assert done.stderr.startswith("asking the NVIDIA driver")
+    assert done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("doctor", "--help"), ("--version",)])
+def test_help_does_not_touch_the_driver(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(driver, "bindings", lambda: pytest.fail("the driver"))
+    assert CliRunner().invoke(main, arguments).exit_code == 0

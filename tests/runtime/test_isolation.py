@@ -123,6 +123,40 @@ print(sorted(n for n in ours if n.startswith("cuda.") and set(n.split(".")) & ex
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_the_cpu_never_touches_the_driver() -> None:
+    """Neither importing nor CPU Routers do, in eager and in compiled code; a CUDA one does."""
+    done = run(
+        """
+import router_runtime as r
+from router_runtime.device import driver
+
+touched = []
+
+def touch():
+    touched.append(1)
+    raise driver.DriverError("touched")
+
+driver.bindings = touch
+import torch
+config = r.RouterConfig(64, 16, 4, 1.5)
+weight, bias = torch.randn(16, 64).bfloat16(), torch.zeros(16)
+router = r.Router(config, weight=weight, bias=bias, device="cpu")
+x = torch.randn(3, 64).bfloat16()
+router(x)
+router.warmup()
+r.dense_router(x, r.register_router(router), 16, 4)
+r.topk_select(torch.randn(3, 9), 4)
+torch.compile(router, backend="eager")(x)
+print(touched)
+try:
+    driver.initialise()
+except driver.DriverError as error:
+    print(error)
+""",
+    )
+    assert done.stdout.split() == ["[]", "touched"], done.stderr
+
+
 def test_missing_bindings_are_named() -> None:
     done = run(
         "from router_runtime.device import driver\n"
