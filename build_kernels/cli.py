@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from build_kernels import dispatch, lock, publish
+from build_kernels import dispatch, evidence, lock, publish, show
 from build_kernels.build import build
 from build_kernels.catalog.model_file import read_model
-from build_kernels.catalog.models import ANY, MODELS
-from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.emulation.emulate import emulate
 from build_kernels.errors import BuildError, unknown
-from build_kernels.plan import plan
+from build_kernels.outdated import DIFFERS, differences_from_lock, outdated
+from build_kernels.plan import Selection, plan
+from build_kernels.progress import Screen
 from build_kernels.release import compare_text, signing
 from build_kernels.release.builds import open_build
 from build_kernels.release.compare import difference
 from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
+from build_kernels.release.requirements import check_verified_names
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
+from router_runtime.evidence.store import EVIDENCE_NAME
 from router_runtime.format import cubin, system_errors
-from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest
+from router_runtime.format.codec import encode
+from router_runtime.format.manifest import MANIFEST_NAME
 from router_runtime.format.output import guarded_output
-from router_runtime.format.target import Target
 from router_runtime.version import __version__
 
 _ROOT = PACKAGE.parent
@@ -58,7 +62,7 @@ class _Group(click.Group):
             raise click.ClickException(system_errors.explained(error)) from error
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """Compile the DeepSeek-V4 router kernels to cubins. Needs no GPU and no CUDA toolkit."""
@@ -74,19 +78,44 @@ def _jobs_option(command: _F) -> _F:
     )(command)
 
 
+def _model_file_option(help_text: str) -> Callable[[_F], _F]:
+    return click.option(
+        "--model-file",
+        "model_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help=help_text,
+    )
+
+
+_quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
+)
+_keep_going_option = click.option(
+    "--keep-going", "-k", is_flag=True, help="After an error, compile the other kernels too."
+)
+
+
+def _screen(quiet: bool, as_json: bool = False) -> Screen:
+    """Where the progress of a build is shown; a result in JSON is alone on standard output."""
+    return Screen(None if quiet else sys.stderr if as_json else sys.stdout)
+
+
+def _json(document: object) -> None:
+    click.echo(json.dumps(document, indent=1))
+
+
 @main.command("build")
 @click.option("--target", "targets", multiple=True, help="Only this target; repeatable.")
 @click.option("--model", "models", multiple=True, help="Only this model; repeatable.")
 @click.option("--kernel", "kernels", multiple=True, help="Only this kernel; repeatable.")
-@click.option(
-    "--model-file",
-    "model_files",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Only a model of your own, as TOML; repeatable.",
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to build into.")
+@_model_file_option("Only a model of your own, as TOML; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to build into, or to add to.")
 @click.option("--update-lock", is_flag=True, help="Record the digests in artifacts.lock.")
+@_keep_going_option
+@_quiet_option
+@_json_option
 @_jobs_option
 def build_command(
     targets: tuple[str, ...],
@@ -95,48 +124,81 @@ def build_command(
     model_files: tuple[Path, ...],
     out: Path | None,
     update_lock: bool,
+    keep_going: bool,
+    quiet: bool,
+    as_json: bool,
     jobs: int,
 ) -> None:
-    """Build every kernel for every model and target, or a selection into a folder of its own."""
-    partial = bool(targets or models or kernels or model_files)
+    """Build every kernel for every model and target, or a selection into a folder of its own.
+
+    A folder that holds a build of the same sources keeps its other entries. Without --keep-going,
+    the first error ends the build.
+    """
+    selection = Selection(targets, models, kernels, tuple(map(read_model, model_files)))
+    selection.check()
     folder = out or ARTIFACTS
-    if folder is None or (partial and _same(folder, ARTIFACTS)):
+    own = folder is not None and _same(folder, ARTIFACTS)
+    if folder is None or (own and selection.partial):
         raise BuildError(
             "expected --out for a build that is not the full one, found none: "
             "artifacts/ always holds the full plan; next: add --out DIR"
         )
-    if update_lock and (partial or ARTIFACTS is None):
+    if update_lock and (selection.partial or ARTIFACTS is None):
         raise BuildError(
             "expected --update-lock with a full build in a checkout, found a selection or an "
             "installed package; next: make lock-cubins"
         )
-    work = plan(
-        targets=targets,
-        models=models,
-        kernels=kernels,
-        extra_models=[read_model(path) for path in model_files],
-    )
     started = time.monotonic()
-    # A folder of its own starts with the cubins that artifacts/ already has.
-    manifest = build(work, folder, jobs, click.echo, reuse=[ARTIFACTS] if ARTIFACTS else [])
-    click.echo(_table(manifest.entries))
-    click.echo(
-        f"{len(manifest.entries)} cubins, {sum(entry.size for entry in manifest.entries)} bytes, "
-        f"{time.monotonic() - started:.1f} s, in {folder}"
-    )
+    with _screen(quiet, as_json) as screen:
+        manifest = build(
+            selection.jobs(),
+            folder,
+            jobs,
+            screen.step,
+            # A folder of its own starts with the cubins that artifacts/ already has.
+            reuse=[ARTIFACTS] if ARTIFACTS else [],
+            beside=None if own else selection,
+            evidence=None if own or ARTIFACTS is None else ARTIFACTS / EVIDENCE_NAME,
+            keep_going=keep_going,
+        )
     if update_lock and ARTIFACTS is not None:
         lock.write(ARTIFACTS / lock.LOCK_NAME, lock.of(manifest))
+    path = None if ARTIFACTS is None else ARTIFACTS / lock.LOCK_NAME
+    differing = [] if path is None else differences_from_lock(manifest, path, own)
+    statuses, known = evidence.summary(folder, manifest)
+    if as_json:
+        entries = show.built(manifest.entries, statuses)
+        _json({"folder": str(folder), "entries": entries, "differs_from_lock": differing})
+    elif not quiet:
+        if not screen.changing:
+            click.echo(show.table(manifest.entries))
+        if differing:
+            click.echo("differs from artifacts.lock:\n  " + "\n  ".join(differing))
+            click.echo("next: if the change is meant, make lock-cubins, and commit the lock")
+        click.echo(f"evidence: {known}")
+        click.echo(
+            f"{len(manifest.entries)} cubins, {sum(entry.size for entry in manifest.entries)} "
+            f"bytes, {time.monotonic() - started:.1f} s, in {folder}"
+        )
 
 
 @main.command("check")
+@_keep_going_option
+@_quiet_option
 @_jobs_option
-def check_command(jobs: int) -> None:
+def check_command(keep_going: bool, quiet: bool, jobs: int) -> None:
     """Rebuild everything from nothing and compare it with artifacts/artifacts.lock."""
     if ARTIFACTS is None:
-        raise BuildError("expected a checkout with artifacts/artifacts.lock, found a package")
+        raise BuildError(
+            "expected a checkout with artifacts/artifacts.lock, found an installed package; "
+            "next: git clone the repository and run the command there"
+        )
     recorded = lock.read(ARTIFACTS / lock.LOCK_NAME)
-    with tempfile.TemporaryDirectory(prefix="build-kernels-check-") as folder:
-        manifest = build(plan(), Path(folder), jobs, click.echo)
+    with (
+        tempfile.TemporaryDirectory(prefix="build-kernels-check-") as folder,
+        _screen(quiet) as screen,
+    ):
+        manifest = build(plan(), Path(folder), jobs, screen.step, keep_going=keep_going)
     found = lock.differences(recorded, lock.of(manifest))
     if found:
         raise BuildError(
@@ -144,36 +206,43 @@ def check_command(jobs: int) -> None:
             + "\n  ".join(found)
             + "\nnext: if the change is meant, make lock-cubins, and commit the lock"
         )
-    click.echo(f"{len(manifest.entries)} cubins are what artifacts.lock records")
+    if not quiet:
+        click.echo(f"{len(manifest.entries)} cubins are what artifacts.lock records")
 
 
 @main.command("list")
 @click.option("--dispatch", "target", help="Show which entry serves which batch on this target.")
 @click.option("--markdown", is_flag=True, help="With --dispatch: as kernels/README.md has it.")
-def list_command(target: str | None, markdown: bool) -> None:
-    """Show models, targets, and every entry of the full plan."""
+@_json_option
+def list_command(target: str | None, markdown: bool, as_json: bool) -> None:
+    """Show models, targets, and every entry of the full plan, and which artifacts are outdated."""
     if target is not None:
         found = dispatch.rows(target, ARTIFACTS)
-        click.echo(dispatch.markdown(found) if markdown else dispatch.text(found))
+        if as_json:
+            _json([row.data() for row in found])
+        else:
+            click.echo(dispatch.markdown(found) if markdown else dispatch.text(found))
         return
     if markdown:
         raise BuildError(
             "expected --markdown with --dispatch TARGET, found it alone; "
             "next: .venv/bin/python -m build_kernels list --dispatch sm_90a --markdown"
         )
-    click.echo("models")
-    for model in MODELS:
+    manifest = publish.current(ARTIFACTS) if ARTIFACTS else None
+    built = set() if manifest is None else {entry.key for entry in manifest.entries}
+    differing = {} if manifest is None else outdated(manifest)
+    states = {key: show.BUILT if key in built else show.NOT_BUILT for key in _planned()}
+    states |= differing
+    if as_json:
+        _json(show.catalog_data(states))
+        return
+    click.echo(show.catalog_text(states))
+    if manifest is not None and (differing or built != states.keys()):
+        missing = len(states.keys() - built)
         click.echo(
-            f"  {model.name}: hidden {model.hidden}, experts {model.experts}, top_k {model.top_k}, "
-            f"scale {model.scale}, hash layers {model.hash_layers}, vocab {model.vocab}"
+            f"{DIFFERS}: {len(differing)} of {len(built)} entries, and {missing} are not built; "
+            "next: make build-cubins"
         )
-    click.echo("targets")
-    for target in TARGETS:
-        default = target in DEFAULT_TARGETS
-        click.echo(f"  {target}" + ("" if default else " (only on request)"))
-    click.echo("entries")
-    for job in plan():
-        click.echo(f"  {job.key}")
 
 
 @main.command("inspect")
@@ -182,33 +251,47 @@ def list_command(target: str | None, markdown: bool) -> None:
 @click.option(
     "--artifacts", type=click.Path(path_type=Path), help="Folder to read instead of artifacts/."
 )
-def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
+@_json_option
+def inspect_command(entry: str, sass: bool, artifacts: Path | None, as_json: bool) -> None:
     """Show what one built ENTRY, such as topk_select/any/sm_90a/row1024, is and uses."""
     folder = artifacts or ARTIFACTS
     manifest = publish.current(folder) if folder else None
+    known = _planned() if manifest is None else [item.key for item in manifest.entries]
+    if entry not in known:
+        raise unknown("entry", entry, known, "next: .venv/bin/python -m build_kernels list")
     if folder is None or manifest is None:
         raise BuildError(
             f"expected a {MANIFEST_NAME} of this version in {folder}, found none; "
             "next: make build-cubins, or --artifacts DIR"
         )
-    entries = {item.key: item for item in manifest.entries}
-    if entry not in entries:
-        raise unknown("entry", entry, entries, "next: .venv/bin/python -m build_kernels list")
-    chosen = entries[entry]
+    (chosen,) = (item for item in manifest.entries if item.key == entry)
     data = publish.bytes_with_digest(folder, chosen.file, chosen.sha256)
     if data is None:
         raise BuildError(
             f"{chosen.file}: expected the cubin that the manifest names, found it altered or "
             "missing; next: make build-cubins"
         )
-    facts = cubin.read(data, chosen.file)
+    tool = cubin.read(data, chosen.file).tool
     listing = instructions.sass(data, toolchain.nvdisasm())
-    click.echo(_facts(chosen, manifest, facts.tool))
+    census = instructions.census(listing)
+    differs = outdated(manifest, [chosen]).get(entry)
+    if as_json:
+        document = {"entry": encode(chosen), "assembler": tool, "instructions": census}
+        document |= {"differs": differs} | ({"sass": listing} if sass else {})
+        _json(document)
+        return
+    if differs is not None:
+        click.echo(f"{DIFFERS}: {differs}; next: build again")
+    click.echo(show.facts(chosen, manifest, tool))
     click.echo("instructions")
-    for instruction, count in instructions.census(listing).items():
+    for instruction, count in census.items():
         click.echo(f"  {count:6} {instruction}")
     if sass:
         click.echo(listing)
+
+
+def _planned() -> list[str]:
+    return [job.key for job in plan()]
 
 
 @main.command("release")
@@ -226,6 +309,8 @@ def inspect_command(entry: str, sass: bool, artifacts: Path | None) -> None:
     help="Refuse if a digest of this target is not verified; repeatable.",
 )
 @click.option("--allow-dirty", is_flag=True, help="Release what no commit names; it is recorded.")
+@_quiet_option
+@_json_option
 @_jobs_option
 def release_command(
     out: Path,
@@ -233,9 +318,14 @@ def release_command(
     key: Path | None,
     verified: tuple[str, ...],
     allow_dirty: bool,
+    quiet: bool,
+    as_json: bool,
     jobs: int,
 ) -> None:
     """Build everything from nothing and make one wheel of the runtime with its cubins inside."""
+    selection = Selection(targets)
+    selection.check()
+    check_verified_names(verified, selection)
     # The release tools are installed for this command and the next only.
     toolchain.check_release()
     root = _checkout()
@@ -245,20 +335,28 @@ def release_command(
             key, root, lambda: str(click.prompt(f"Password of {key}", hide_input=True))
         )
         sign = functools.partial(signing.sign, key=private_key)
-        click.echo(f"signing with the key {signing.fingerprint(private_key)}")
+        if not quiet:
+            click.echo(f"signing with the key {signing.fingerprint(private_key)}", err=as_json)
     started = time.monotonic()
-    result = release(
-        root,
-        out,
-        targets=targets,
-        verified=verified,
-        sign=sign,
-        allow_dirty=allow_dirty,
-        processes=jobs,
-        progress=click.echo,
-    )
-    for path in sorted(result.folder.iterdir()):
-        click.echo(f"{path.stat().st_size:10} {path.name}")
+    with _screen(quiet, as_json) as screen:
+        result = release(
+            root,
+            out,
+            selection=selection,
+            verified=verified,
+            sign=sign,
+            allow_dirty=allow_dirty,
+            processes=jobs,
+            progress=screen.step,
+        )
+    sizes = {path.name: path.stat().st_size for path in sorted(result.folder.iterdir())}
+    if as_json:
+        done = {"made": result.made, "signed": result.signed}
+        _json({"folder": str(result.folder), **done, "files": sizes})
+    if as_json or quiet:
+        return
+    for name, size in sizes.items():
+        click.echo(f"{size:10} {name}")
     click.echo(
         f"{'made' if result.made else 'the same bytes were there already'}, "
         f"{'signed' if result.signed else 'UNSIGNED (no --key)'}, "
@@ -331,65 +429,6 @@ def _checkout() -> Path:
             "run the command there"
         )
     return _ROOT
-
-
-def _facts(entry: Entry, manifest: Manifest, tool: str) -> str:
-    contract, used = entry.contract, entry.resources
-    grid = ", ".join(
-        str(axis.value)
-        if axis.form == "constant"
-        else f"{axis.form}({axis.argument} / {axis.divisor}) * {axis.value}"
-        for axis in contract.grid
-    )
-    rows = {
-        "entry": entry.key,
-        "file": f"{entry.file}, {entry.size} bytes",
-        "sha256": entry.sha256,
-        "source": entry.source_sha256,
-        "commit's source": manifest.source_sha256,
-        "assembler": tool,
-        "symbol": entry.symbol,
-        "numerics": entry.numerics or "none",
-        "constants": ", ".join(f"{name}={value}" for name, value in entry.constants.items()),
-        "grid": grid,
-        "block": contract.block,
-        "cluster": contract.cluster,
-        "dependent launch": "yes" if contract.programmatic_dependent_launch else "no",
-        "limits": ", ".join(f"{k} {low}..{high}" for k, (low, high) in contract.limits.items()),
-        "microseconds": ", ".join(f"{tokens}: {found:g}" for tokens, found in entry.latency)
-        or "not measured",
-        "registers": used.registers,
-        "spills": f"{used.spill_stores} B stored, {used.spill_loads} B loaded",
-        "local memory": f"{used.local_memory} B a thread",
-        "shared memory": f"{used.static_shared_memory} B static, "
-        f"{contract.dynamic_shared_memory} B dynamic",
-    }
-    lines = [f"{name + ':':18}{value}" for name, value in rows.items()]
-    lines.append("parameters")
-    for parameter, (offset, size) in zip(
-        contract.parameters, contract.parameter_layout(Target.parse(entry.target)), strict=True
-    ):
-        lines.append(f"  {offset:4} {size:4} {parameter.type:10} {parameter.name}")
-    return "\n".join(lines)
-
-
-def _table(entries: Sequence[Entry]) -> str:
-    head = ("kernel", "model", "target", "variant", "regs", "spills", "shared", "bytes", "digest")
-    lines = [
-        (
-            entry.kernel,
-            entry.model or ANY,
-            entry.target,
-            entry.variant,
-            str(entry.resources.registers),
-            str(entry.resources.spill_stores + entry.resources.spill_loads),
-            str(entry.resources.static_shared_memory + entry.contract.dynamic_shared_memory),
-            str(entry.size),
-            entry.sha256[:16],
-        )
-        for entry in entries
-    ]
-    return dispatch.aligned([head, *lines], right=range(4, 8))
 
 
 def _same(folder: Path, other: Path | None) -> bool:

@@ -50,7 +50,10 @@ class Sources:
                 program = self._python.digest(_module(kernel))
             contract = self._python.digest(f"build_kernels.kernels.{kernel}.contract")
         except ValueError as error:
-            raise BuildError(f"kernel {kernel}: {error}") from error
+            # Paths in messages start at the project's root.
+            text = str(error).replace(f"{self._package.parent}/", "")
+            remedy = "" if "; next: " in text else "; next: correct it"
+            raise BuildError(f"kernel {kernel}: {text}{remedy}") from error
         return digest([program, contract, f"{language} {LANGUAGES[language].recipe}"])
 
     def exact(self, kernel: str, language: Language) -> str:

@@ -71,6 +71,11 @@ class Row:
         name = f"{self.entry.kernel}/{self.entry.variant}"
         return self.model, self.router, self.tokens, name, form, mma
 
+    def data(self) -> dict[str, str]:
+        """Return the row as data: the cells by their heads, and the evidence."""
+        cells = dict(zip((head.lower() for head in HEAD), self.cells(), strict=True))
+        return {**cells, "status": self.status, "by_default": self.by_default}
+
 
 def rows(target: str, artifacts: Path | None) -> list[Row]:
     """Return what serves each batch of each model of the catalog on a target.

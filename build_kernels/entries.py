@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 
 from build_kernels.compile.contract_check import check_contract
 from build_kernels.compile.instructions import Census, serialised, spills
 from build_kernels.compile.job import Job
+from build_kernels.contracts import declared
 from build_kernels.errors import BuildError
 from router_runtime.errors import FormatError
 from router_runtime.format import cubin
-from router_runtime.format.contract import Contract
 from router_runtime.format.cubin import Cubin
 from router_runtime.format.manifest import Entry, Resources, artifact_name
 
@@ -82,22 +81,6 @@ def planned(job: Job, sha256: str) -> Entry:
         resources=Resources(0, 0, 0, 0, 0),
         latency=job.latency,
     )
-
-
-def declared(job: Job) -> tuple[Contract, str | None]:
-    """Return the contract and the numerics tag that the kernel declares for the job's constants."""
-    module = importlib.import_module(f"build_kernels.kernels.{job.kernel}.contract")
-    try:
-        contract = module.contract(job.constants)
-        tag = module.numerics(job.constants) if hasattr(module, "numerics") else None
-    except (ValueError, KeyError, ArithmeticError) as error:
-        raise BuildError(
-            f"{job.key}: expected a contract for these constants, found {error!r}; "
-            f"next: see build_kernels/kernels/{job.kernel}/contract.py for what it serves"
-        ) from error
-    if not isinstance(contract, Contract):
-        raise BuildError(f"{job.key}: expected a Contract, found {contract!r}")
-    return contract, tag
 
 
 def resources(facts: Cubin, counts: Census) -> Resources:

@@ -7,16 +7,16 @@ same sources have the same (``digests.py`` says what counts).
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
-from build_kernels import digests
+from build_kernels import contracts, digests
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latencies
 from build_kernels.catalog.models import MODELS, Model
+from build_kernels.catalog.rules import check_catalog, check_distinct
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.compile.job import Job
 from build_kernels.compile.languages import LANGUAGES
@@ -24,18 +24,14 @@ from build_kernels.compile.sources import PACKAGE
 from build_kernels.digests import Sources
 from build_kernels.errors import BuildError, unknown
 from build_kernels.kernels.common.numerics import CONSTANTS
+from router_runtime.format.manifest import Entry
 
 
-def plan(
-    *,
-    targets: Collection[str] = (),
-    models: Collection[str] = (),
-    kernels: Collection[str] = (),
-    extra_models: Collection[Model] = (),
-) -> list[Job]:
-    """Return the jobs of a build in the order of their keys.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a build is narrowed to.
 
-    Args:
+    Attributes:
         targets: Only these. Empty: the default targets.
         models: Only these models of the catalog, and all ``extra_models``. If this is empty: only
             ``extra_models``; if those are empty too, every model of the catalog. Kernels that serve
@@ -43,40 +39,74 @@ def plan(
         kernels: Only these. Empty: all.
         extra_models: Models that are not in the catalog.
 
-    Raises:
-        BuildError: An unknown name, a kernel without its files, or a model that a kernel cannot
-            be compiled for.
-
     """
-    known_models = {model.name: model for model in (*MODELS, *extra_models)}
-    known_kernels = {kernel.name: kernel for kernel in catalog.KERNELS}
-    for found in targets:
-        if found not in TARGETS:
-            raise unknown("target", found, TARGETS, "next: .venv/bin/python -m build_kernels list")
-    for found in models:
-        if found not in known_models:
-            raise unknown(
-                "model",
-                found,
-                known_models,
-                "next: .venv/bin/python -m build_kernels list, or --model-file",
-            )
-    for found in kernels:
-        if found not in known_kernels:
-            raise unknown(
-                "kernel", found, known_kernels, "next: .venv/bin/python -m build_kernels list"
-            )
-    wanted = {*models, *(model.name for model in extra_models)}
-    jobs: list[Job] = []
-    sources = Sources(PACKAGE)
-    for kernel in catalog.KERNELS:
-        if kernels and kernel.name not in kernels:
-            continue
-        chosen: list[Model | None] = [None]
-        if kernel.per_model:
-            chosen = [m for name, m in known_models.items() if not wanted or name in wanted]
-        jobs += _jobs(kernel, chosen, tuple(targets) or DEFAULT_TARGETS, sources)
-    return sorted(jobs, key=lambda job: job.key)
+
+    targets: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    extra_models: tuple[Model, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Return whether this is anything but the full plan."""
+        return self != Selection()
+
+    def check(self) -> None:
+        """Raise BuildError for a name that is not known, a model file's name that another model
+        has, and a row of the catalog that breaks a rule.
+        """
+        check_catalog()
+        _known("target", self.targets, TARGETS)
+        known_models = [*(model.name for model in MODELS), *(m.name for m in self.extra_models)]
+        check_distinct("models", known_models, "give each model file another name")
+        _known("model", self.models, known_models, ", or --model-file")
+        _known("kernel", self.kernels, [kernel.name for kernel in catalog.KERNELS])
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs of this build in the order of their keys.
+
+        Raises BuildError as ``check`` does, and for a kernel without its files or a model that a
+        kernel cannot be compiled for.
+        """
+        self.check()
+        sources = Sources(PACKAGE)
+        jobs: list[Job] = []
+        for kernel in catalog.KERNELS:
+            if not self.kernels or kernel.name in self.kernels:
+                models = self._models() if kernel.per_model else [None]
+                jobs += _jobs(kernel, models, self.targets or DEFAULT_TARGETS, sources)
+        return sorted(jobs, key=lambda job: job.key)
+
+    def covers(self, entry: Entry) -> bool:
+        """Return whether a build of this selection replaces the entry, or removes it."""
+        return (
+            (not self.kernels or entry.kernel in self.kernels)
+            and entry.target in (self.targets or DEFAULT_TARGETS)
+            and (entry.model is None or entry.model in {model.name for model in self._models()})
+        )
+
+    def _models(self) -> list[Model]:
+        wanted = {*self.models, *(model.name for model in self.extra_models)}
+        known = (*MODELS, *self.extra_models)
+        return [model for model in known if not wanted or model.name in wanted]
+
+
+def _known(what: str, found: Iterable[str], known: Collection[str], other: str = "") -> None:
+    for name in found:
+        if name not in known:
+            remedy = f"next: .venv/bin/python -m build_kernels list{other}"
+            raise unknown(what, name, known, remedy)
+
+
+def plan(
+    *,
+    targets: Iterable[str] = (),
+    models: Iterable[str] = (),
+    kernels: Iterable[str] = (),
+    extra_models: Iterable[Model] = (),
+) -> list[Job]:
+    """Return the jobs of a selection, see ``Selection``."""
+    return Selection(tuple(targets), tuple(models), tuple(kernels), tuple(extra_models)).jobs()
 
 
 def tree_digest() -> str:
@@ -154,20 +184,8 @@ def _constants(
     """
     merged: dict[str, int | float | str] = dict(CONSTANTS) if kernel.scores else {}
     merged |= variant.constants_of(model)
-    contract = _contract(kernel)
-    if hasattr(contract, "derive"):
-        try:
-            derived = contract.derive(merged)
-        except ValueError as error:
-            where = f"kernel {kernel.name}" + (f", model {model.name}" if model else "")
-            raise BuildError(
-                f"{where}: {error}; next: --kernel to build the others, or another model"
-            ) from error
-        if derived is None:
-            return None
-        merged = {**derived, **merged}
-    return dict(sorted(merged.items()))
-
-
-def _contract(kernel: Kernel) -> Any:
-    return importlib.import_module(f"build_kernels.kernels.{kernel.name}.contract")
+    where = f"kernel {kernel.name}" + (f", model {model.name}" if model else "")
+    derived = contracts.derived(kernel.name, where, merged)
+    if derived is None:
+        return None
+    return dict(sorted({**derived, **merged}.items()))

@@ -59,6 +59,21 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_ours(name: str) -> bool:
+    """Return whether a build makes files of this name, its manifest aside."""
+    return bool(_OURS.fullmatch(name) or _TEMPORARY.fullmatch(name))
+
+
+def probe(folder: Path) -> None:
+    """Raise BuildError if no file can be written into the folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+            file.flush()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def current(folder: Path) -> Manifest | None:
     """Return the manifest in the folder, None if there is none that this version can read."""
     try:

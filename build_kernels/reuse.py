@@ -8,7 +8,7 @@ everything is compiled again, with the same result.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from build_kernels import publish
@@ -47,12 +47,20 @@ class Reuse:
 
     def cubin(self, job: Job) -> bytes | None:
         """Return the bytes of the job's cubin, None if no folder has them with their digest."""
+        for folder, entry in self._of(job):
+            data = publish.bytes_with_digest(folder, entry.file, entry.sha256)
+            if data is not None:
+                return data
+        return None
+
+    def digest(self, job: Job) -> str | None:
+        """Return the digest of the job's cubin, None if no folder has built it."""
+        return next((entry.sha256 for _, entry in self._of(job)), None)
+
+    def _of(self, job: Job) -> Iterator[tuple[Path, Entry]]:
         for folder, entry in self._found.get(job.inputs_sha256, ()):
             if (entry.kernel, entry.target) == (job.kernel, job.target):
-                data = publish.bytes_with_digest(folder, entry.file, entry.sha256)
-                if data is not None:
-                    return data
-        return None
+                yield folder, entry
 
 
 def inputs_text(jobs: Iterable[tuple[Job, Entry]]) -> bytes:

@@ -99,9 +99,10 @@ class Worker:
             self._process = None
 
 
-def run(jobs: Sequence[Job], size: int, work: Callable[[Job, Worker], None]) -> None:
+def run(jobs: Sequence[Job], size: int, work: Callable[[Job, Worker], bool]) -> None:
     """Call ``work`` once for each job, in ``size`` threads with one worker each.
 
+    Once ``work`` has returned False, no other job begins; those that have begun end.
     However this ends, the processes end first, so that no thread waits for an answer or starts on
     another job.
     """
@@ -111,7 +112,8 @@ def run(jobs: Sequence[Job], size: int, work: Callable[[Job, Worker], None]) -> 
 
     def drive(worker: Worker) -> None:
         while job := queue.take(worker.kind):
-            work(job, worker)
+            if not work(job, worker):
+                queue.clear()
 
     try:
         for future in [executor.submit(drive, worker) for worker in workers]:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from build_kernels.compile import cutedsl, nvrtc, toolchain
 from build_kernels.compile.languages import LANGUAGES, Language
 from build_kernels.compile.sources import KERNELS, headers
 from build_kernels.errors import BuildError
+from build_kernels.source_error import explained
 from router_runtime.format.contract import Constants
 
 
@@ -53,8 +53,9 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
         result = _TASKS[request["task"]](**request["arguments"])
     except BuildError as error:
         return {"error": str(error)}
-    except Exception:
-        return {"error": f"the compiler failed:\n{traceback.format_exc().strip()}"}
+    except Exception as error:
+        found = explained(error)
+        return {"error": found.text, "trace": found.trace}
     return {"result": base64.b64encode(result).decode("ascii")}
 
 

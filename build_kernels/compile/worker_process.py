@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from build_kernels.compile.environment import isolated
 from build_kernels.compile.job import Job
 from build_kernels.compile.sources import PACKAGE
-from build_kernels.errors import BuildError
+from build_kernels.errors import JobError
 from router_runtime.format.contract import Constants
 
 
@@ -55,7 +55,7 @@ class WorkerProcess:
             raise
 
     def compile(self, job: Job) -> bytes:
-        """Return the cubin of a job. Raises BuildError with what the compiler printed."""
+        """Return the cubin of a job. Raises JobError with what the compiler printed."""
         return self._result("cubin", job.key, _arguments(job))
 
     def ptx(self, job: Job) -> str:
@@ -90,7 +90,7 @@ class WorkerProcess:
         return self._result("library", name, arguments).decode("ascii")
 
     def _result(self, task: str, what: str, arguments: Mapping[str, object]) -> bytes:
-        """Return the worker's answer to a request. Raises BuildError, beginning with ``what``."""
+        """Return the worker's answer to a request. Raises JobError, with ``what`` as its key."""
         request = {"task": task, "arguments": arguments}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -103,13 +103,14 @@ class WorkerProcess:
         if not line:
             status = self._process.wait()
             self._printed.seek(0)
-            raise BuildError(
-                f"{what}: expected an answer from the compiler, found that its process ended "
-                f"with status {status}:\n{self._printed.read().decode(errors='replace').strip()}"
+            raise JobError(
+                what,
+                "expected an answer from the compiler, found that its process ended "
+                f"with status {status}:\n{self._printed.read().decode(errors='replace').strip()}",
             )
         answer = json.loads(line)
         if "error" in answer:
-            raise BuildError(f"{what}: {answer['error']}")
+            raise JobError(what, answer["error"], answer.get("trace", ""))
         return base64.b64decode(answer["result"])
 
     def close(self) -> None:

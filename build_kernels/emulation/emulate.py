@@ -26,12 +26,11 @@ from build_kernels.emulation.sources import Source, emulated_jobs, sources, with
 from build_kernels.emulation.translate import TARGET, Translation, translate
 from build_kernels.entries import resources
 from build_kernels.errors import BuildError
-from build_kernels.reuse import Reuse
+from build_kernels.out_folder import EMULATION_NAME, require_ours
+from build_kernels.reuse import INPUTS_NAME, Reuse
 from router_runtime.format import cubin
 from router_runtime.format.manifest import Entry, Manifest, artifact_name
 
-#: What each emulated entry was made from, beside the manifest.
-RECORD_NAME = "emulation.json"
 #: The package with ptxas.
 _ASSEMBLER = "nvidia-cuda-nvcc"
 #: The folder of the kernels with defects, inside the other.
@@ -61,6 +60,8 @@ def emulate(
 
     """
     tools, tool = toolchain.check(), toolchain.check_emulation()
+    for folder in (out, out / DEFECTS_FOLDER):
+        require_ours(folder, INPUTS_NAME)
     jobs = emulated_jobs()
     dense = sorted({job.kernel for job in jobs})
     hopper = plan.plan(targets=[TARGET], kernels=dense)
@@ -195,7 +196,7 @@ def _publish(
             {entry.file: data for entry, data in pairs},
             {},
         )
-        publish.write_file(folder / RECORD_NAME, text)
+        publish.write_file(folder / EMULATION_NAME, text)
 
 
 def _sha256(data: bytes) -> str:

@@ -50,10 +50,11 @@ def sources(jobs: Sequence[Job], processes: int) -> list[Source]:
     found: dict[str, str] = {}
     lock = threading.Lock()
 
-    def work(job: Job, worker: pool.Worker) -> None:
+    def work(job: Job, worker: pool.Worker) -> bool:
         ptx = worker.ptx(job)
         with lock:
             found[job.key] = ptx
+        return True
 
     pool.run(jobs, min(processes, len(jobs)), work)
     together: dict[tuple[object, str], list[Job]] = {}

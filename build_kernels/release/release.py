@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from build_kernels import lock, publish
+from build_kernels import lock, out_folder, publish
 from build_kernels.build import Progress, build
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
 from build_kernels.errors import BuildError
-from build_kernels.plan import plan
-from build_kernels.release import checkout, contents, notes
+from build_kernels.plan import Selection
+from build_kernels.release import checkout, contents, notes, requirements
 from build_kernels.release.release_folder import Result, put
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence
@@ -30,7 +30,7 @@ def release(
     root: Path,
     out: Path,
     *,
-    targets: Sequence[str],
+    selection: Selection,
     verified: Sequence[str],
     sign: Callable[[bytes], bytes] | None,
     allow_dirty: bool,
@@ -42,12 +42,12 @@ def release(
     Args:
         root: The checkout.
         out: The folder below which the release is put.
-        targets: Only these. Empty: the default targets.
+        selection: What the release has the entries of.
         verified: Targets of which every digest must be verified.
         sign: Returns the envelope of a statement. None: the release is unsigned.
         allow_dirty: Whether the checkout may differ from its commit.
         processes: The most worker processes at a time.
-        progress: Called with one line for each cubin.
+        progress: Called for each cubin.
 
     Raises:
         BuildError: Something failed or is not allowed; nothing was put below ``out``.
@@ -61,16 +61,24 @@ def release(
             + "\n  ".join(source.changes)
             + "\nnext: commit or remove them, or --allow-dirty for a release to try out"
         )
-    jobs = plan(targets=targets)
-    chosen = [t for t in TARGETS if t in (targets or DEFAULT_TARGETS)]
+    jobs = selection.jobs()
+    chosen = [t for t in TARGETS if t in (selection.targets or DEFAULT_TARGETS)]
+    if not source.changes:
+        requirements.check_lock(root / "artifacts", jobs)
+    evidence = _evidence(root / "artifacts" / EVIDENCE_NAME)
+    requirements.check_verified(
+        root / "artifacts", jobs, verified, evidence, clean=not source.changes
+    )
     with publish.locked(out):
         _clear(out)
+        # A release folder has the cubins three times while it is made: as files, in the backend's
+        # wheel, and in the release's.
+        out_folder.require_room(out, jobs * 3)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, suffix=_UNFINISHED, dir=out))
         try:
             manifest = build(jobs, staging / "artifacts", processes, progress)
             if not source.changes:
                 compare_with_lock(root, manifest)
-            evidence = _evidence(root / "artifacts" / EVIDENCE_NAME)
             for target in verified:
                 notes.require_verified(target, manifest, evidence)
             files = contents.files(root, source, chosen, manifest, evidence, staging)
@@ -98,13 +106,9 @@ def compare_with_lock(root: Path, manifest: Manifest) -> None:
     built = lock.of(manifest)
     # The lock has the full plan. A target that is built only on request has no line in it.
     targets = {entry.target for entry in manifest.entries}.intersection(DEFAULT_TARGETS)
-    found = lock.differences(_of_targets(recorded, targets), _of_targets(built, targets))
-    if found:
-        raise BuildError(
-            "expected the build that artifacts.lock records, found:\n  "
-            + "\n  ".join(found)
-            + "\nnext: make lock-cubins, and commit the lock"
-        )
+    requirements.refuse_differences(
+        lock.differences(_of_targets(recorded, targets), _of_targets(built, targets))
+    )
 
 
 def _of_targets(whole: lock.Lock, targets: Collection[str]) -> lock.Lock:

@@ -71,7 +71,9 @@ class PythonSources:
         try:
             tree = ast.parse(path.read_bytes())
         except SyntaxError as error:
-            raise ValueError(f"{path}: expected Python, found {error}") from error
+            raise ValueError(
+                f"{path}:{error.lineno}: expected Python, found {error.msg}"
+            ) from error
         reached = {module}
 
         def resolve(source: str, name: str | None) -> _Origin | None:

@@ -131,6 +131,18 @@ KEYS = (
 )
 
 
+#: A model file.
+MODEL = """
+name = "pruned"
+hidden = 4096
+experts = 144
+top_k = 6
+scale = 1.5
+hash_layers = 3
+vocab = 129280
+"""
+
+
 @dataclass(frozen=True)
 class Project:
     """A checkout of the small project and the ways to run its builder."""

@@ -20,10 +20,10 @@ import pytest
 from build_kernels import build, entries, publish
 from build_kernels.compile import pool
 from build_kernels.compile.job import Job
-from build_kernels.errors import BuildError
+from build_kernels.errors import BuildError, JobError
 from build_kernels.reuse import Reuse
 from router_runtime.format.manifest import Manifest, loads
-from tests.builder.conftest import KEYS, ROOT, Project, snapshot
+from tests.builder.conftest import KEYS, MODEL, ROOT, Project, snapshot
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -65,19 +65,20 @@ def test_code_that_cannot_be_read_is_named_beside_other_failures(
     jobs = [SimpleNamespace(key=key) for key in ("one", "two")]
     facts = SimpleNamespace(target="sm_90a")
     compiled = [build.Compiled(job, b"", facts) for job in jobs]
-    monkeypatch.setattr(build, "compile_all", lambda *_: (compiled, ["three: no such constant"]))
+    failed = JobError("three", "no such constant")
+    monkeypatch.setattr(build, "compile_all", lambda *_: (compiled, [failed]))
 
     def broken(*_: object) -> None:
         raise BuildError("expected nvdisasm to read the cubin, found: nothing")
 
     monkeypatch.setattr(build.instructions, "censuses", broken)
     with pytest.raises(BuildError) as failure:
-        build.make([*jobs, *jobs], Reuse((tmp_path,), None), 1, print)
+        build.make([*jobs, *jobs], Reuse((tmp_path,), None), 1, print, keep_going=True)
     said = str(failure.value)
-    assert "one: expected nvdisasm" in said
-    assert "two: expected nvdisasm" in said
-    assert "three: no such constant" in said
-    assert "3 of 4 failed; nothing was published" in said
+    assert "expected nvdisasm to read the cubin, found: nothing\n  in one and 1 other\n" in said
+    assert "no such constant\n  in three\n" in said
+    assert "3 of 4 failed, 1 were not tried" in said
+    assert "nothing was published" in said
 
 
 def test_wgmma_that_cannot_overlap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +201,9 @@ def test_a_failing_kernel_leaves_the_previous_build(project: Project) -> None:
     before = snapshot(project.artifacts)
     project.kernel_file("scale/scale.cu").write_text("this is no C++\n")
     project.kernel_file("shift/shift.py").write_text("import nothing_of_this_name\n")
-    result = project.run("build")
+    result = project.run("build", "--keep-going")
     assert result.returncode == 1
-    assert "scale.cu(1): error" in result.stdout
+    assert "build_kernels/kernels/scale/scale.cu:1: error" in result.stdout
     assert "No module named 'nothing_of_this_name'" in result.stdout
     assert "6 of 6 failed; nothing was published" in result.stdout
     assert snapshot(project.artifacts) == before
@@ -354,12 +355,18 @@ def test_one_build_at_a_time_in_a_folder(project: Project, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "selection",
-    [("--target", "sm_90a"), ("--model", "dsv4-pro"), ("--kernel", "scale"), ("--model-file", "m")],
+    [
+        ("--target", "sm_90a"),
+        ("--model", "dsv4-pro"),
+        ("--kernel", "scale"),
+        ("--model-file", "mine.toml"),
+    ],
 )
 def test_a_partial_build_needs_a_folder_of_its_own(
     project: Project, selection: tuple[str, str]
 ) -> None:
     before = snapshot(project.artifacts)
+    (project.root / "mine.toml").write_text(MODEL)
     for out in ((), ("--out", "artifacts"), ("--out", project.artifacts)):
         result = project.run("build", *selection, *out)
         assert result.returncode == 1

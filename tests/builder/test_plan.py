@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels import digests, plan, publish
+from build_kernels import contracts, digests, plan, publish
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.model_file import read_model
@@ -17,17 +17,7 @@ from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
 from router_runtime.format.manifest import loads
-from tests.builder.conftest import FILES, Project
-
-MODEL = """
-name = "pruned"
-hidden = 4096
-experts = 144
-top_k = 6
-scale = 1.5
-hash_layers = 3
-vocab = 129280
-"""
+from tests.builder.conftest import FILES, MODEL, Project
 
 
 @pytest.fixture
@@ -60,7 +50,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(catalog, "KERNELS", rows)
     monkeypatch.setattr(plan, "PACKAGE", tmp_path)
-    monkeypatch.setattr(plan, "_contract", lambda kernel: object())
+    monkeypatch.setattr(contracts, "module", lambda kernel: object())
     return tmp_path
 
 
@@ -195,7 +185,7 @@ def test_a_contract_derives_what_nobody_stated(
                 raise ValueError("expected something smaller")
             return {"TILE": 5, "GROUPS": 6}
 
-    monkeypatch.setattr(plan, "_contract", lambda kernel: Contract)
+    monkeypatch.setattr(contracts, "module", lambda kernel: Contract)
     jobs = {job.key: job for job in plan.plan(models=("dsv4-flash",))}
     constants = jobs["shift/dsv4-flash/sm_90a/b"].constants
     assert (constants["TILE"], constants["GROUPS"]) == (1, 6)
@@ -213,7 +203,7 @@ def test_a_contract_may_have_no_form_for_a_model(
         def derive(constants: dict[str, int]) -> dict[str, int] | None:
             return None if "TILE" in constants and constants["HIDDEN"] == 7168 else {}
 
-    monkeypatch.setattr(plan, "_contract", lambda kernel: Contract)
+    monkeypatch.setattr(contracts, "module", lambda kernel: Contract)
     keys = [job.key for job in plan.plan(targets=("sm_90a",), kernels=("shift",))]
     assert "shift/dsv4-pro/sm_90a/a" in keys
     assert "shift/dsv4-pro/sm_90a/b" not in keys
@@ -338,7 +328,7 @@ def test_a_kernel_without_a_plan_leaves_the_others(kernels: Path) -> None:
     (kernels / "kernels" / "shift" / "shift.py").write_text("this is no Python\n")
     assert plan.plan(kernels=("scale",))
     assert plan.tree_digest() != tree
-    with pytest.raises(BuildError, match=r"kernel shift: .*shift\.py: expected Python, found"):
+    with pytest.raises(BuildError, match=r"kernel shift: .*shift\.py:1: expected Python, found"):
         plan.plan()
 
 
