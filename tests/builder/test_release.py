@@ -386,7 +386,18 @@ def test_a_commit_whose_lock_says_otherwise_is_refused(committed: Project) -> No
     )
     committed.commit()
     said = _refused(committed, "expected the build that artifacts.lock records")
-    assert "changed  scale/any/sm_90a/one" in said
+    assert "changed  source: " in said
+    assert "  compiled  " not in said  # the sources alone show it
+    committed.git("checkout", "--quiet", "HEAD~1", "build_kernels")
+    path = committed.artifacts / "artifacts.lock"
+    lines = path.read_text().splitlines(keepends=True)
+    (line,) = (line for line in lines if line.startswith("scale/any/sm_90a/one "))
+    digest = line.split()[1]
+    path.write_text("".join(lines).replace(digest, digest[::-1]))
+    committed.commit()
+    said = _refused(committed, "expected the build that artifacts.lock records")
+    assert "  compiled  " in said
+    assert "changed  scale/any/sm_90a/one: " in said
 
 
 def test_an_entry_that_the_lock_has_and_the_build_lacks_is_refused(committed: Project) -> None:
@@ -414,6 +425,7 @@ def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> Non
         )
         assert "found 2 of 2 that are not" in said
         assert "scale/any/sm_100a/one: source-verified; no evidence for " in said
+        assert "  compiled  " not in said  # artifacts.lock has the digests
     elif case in ("stale", "cases"):
         suite = committed.root / "router_runtime" / "evidence" / "cases.py"
         if case == "stale":
@@ -423,8 +435,11 @@ def test_required_evidence(committed: Project, tmp_path: Path, case: str) -> Non
         committed.commit()
         said = _refused(committed, "expected every digest of sm_90a", *arguments, "sm_90a")
         assert "unproven; the evidence of Example GPU is of another suite" in said
+        assert "  compiled  " not in said
     else:
-        _refused(committed, "unknown target in this release 'sm_103a'", *arguments, "sm_103a")
+        said = _refused(committed, "in this release (sm_90a, sm_100a)", *arguments, "sm_100f")
+        assert "found sm_100f; next: --target sm_90a --target sm_100a --target sm_100f" in said
+        _refused(committed, "unknown target 'sm_103a': did you mean", *arguments, "sm_103a")
 
 
 def _statuses(folder: Path) -> list[str]:
@@ -817,3 +832,18 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     assert result.returncode == 1
     assert f"expected to write in {out}" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_evidence_that_a_changed_checkout_lacks_is_missed_as_early_as_it_is_known(
+    committed: Project, built: bool
+) -> None:
+    """What artifacts/ has a cubin of the same inputs for is known; the rest is compiled first."""
+    committed.kernel_file("common/factor.cuh").write_text(
+        "__device__ inline float factor() { return FACTOR + 1.0f; }\n"
+    )
+    if built:
+        committed.build()
+    arguments = ("--allow-dirty", "--target", "sm_90a", "--require-verified", "sm_90a")
+    said = _refused(committed, "expected every digest of sm_90a to be verified", *arguments)
+    assert ("  compiled  " in said) == (not built)
