@@ -72,7 +72,7 @@ def _kernel(**change: object) -> Kernel:
         ),
         ([_kernel(variants=(Variant("a", {"N": float("inf")}),))], "constant N: expected a finite"),
         ([_kernel(variants=(Variant("a", {"N": "a b"}),))], "constant N: expected a finite"),
-        ([_kernel(variants=(Variant("a", {}, {"any": {"N": None}}),))], "constant N: expected a"),
+        ([_kernel(variants=(Variant("a", {}, {"any": {"N": None}}),))], "constant N: expected a"),  # type: ignore[dict-item]
     ],
 )
 def test_a_wrong_kernel_is_refused(

@@ -8,6 +8,8 @@ import re
 import tokenize
 from pathlib import Path
 
+import pytest
+
 from build_kernels.cli import main
 from tests.pages import PAGES, ROOT, code, every_page, wrong_commands
 
@@ -97,3 +99,12 @@ def test_files_that_comments_name_exist() -> None:
         if name not in names and not name.startswith("NAME.")
     }
     assert found == set()
+
+
+@pytest.mark.parametrize("package", ["build_kernels", "router_runtime"])
+def test_contributing_lists_every_room_once(package: str) -> None:
+    parts = (ROOT / "CONTRIBUTING.md").read_text().split("\n\n")
+    (table,) = (part for part in parts if part.startswith(f"| `{package}/` | "))
+    listed = re.findall(r"`(\w+)/`", "".join(re.findall(r"^\|[^|]*\|", table, re.MULTILINE)[2:]))
+    rooms = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert sorted(listed) == sorted(rooms)
