@@ -9,7 +9,7 @@ from build_kernels import publish
 from build_kernels.errors import BuildError
 from build_kernels.release.notes import counting
 from router_runtime.errors import RouterRuntimeError
-from router_runtime.evidence.record import dumps
+from router_runtime.evidence.kinds import dumps
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence
 from router_runtime.format.manifest import Manifest
@@ -27,7 +27,7 @@ def read_records(folder: Path | None) -> Evidence:
 
 def write_records(out: Path, manifest: Manifest, evidence: Evidence) -> None:
     """Write the records that give an entry of a build its status into the build's folder."""
-    records = counting(manifest, evidence)
+    records = counting(manifest, evidence).of_both_kinds
     if records:
         (out / EVIDENCE_NAME).mkdir(mode=0o755, exist_ok=True)
     for record in records:

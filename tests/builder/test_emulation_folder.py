@@ -21,6 +21,7 @@ from build_kernels.emulation import standing
 from build_kernels.emulation.identity import model_sha256
 from build_kernels.emulation.sources import EMULATED, emulated_jobs, sources, without_target
 from build_kernels.errors import BuildError
+from build_kernels.out_folder import EMULATION_NAME
 from router_runtime.evidence.store import Evidence
 from router_runtime.format.manifest import loads
 from tests.builder.conftest import ROOT
@@ -43,7 +44,7 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 def test_the_folder_says_what_a_record_needs(one_kernel: list[Job], tmp_path: Path) -> None:
     reuse = [ROOT / "artifacts"] if (ROOT / "artifacts" / "manifest.json").exists() else []
     manifest = emulation.emulate(tmp_path, 2, lambda line: None, reuse=reuse)
-    document = json.loads((tmp_path / emulation.RECORD_NAME).read_text())
+    document = json.loads((tmp_path / EMULATION_NAME).read_text())
     locked = toolchain.locked((ROOT / "build_kernels" / "emulation.lock").read_text())
     assert document["ptxas"] == locked["nvidia-cuda-nvcc"]
     assert document["model_sha256"] == model_sha256()
