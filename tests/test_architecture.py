@@ -22,7 +22,8 @@ PACKAGES = ("router_runtime", "build_kernels")
 #: The rooms of the runtime from the highest to the lowest: each imports only those after it.
 ROOMS = (
     *("", "__main__", "cli", "integrations", "ops", "verification", "routing", "device"),
-    *("evidence", "trust", "checkpoint", "format", "spec", "errors", "version"),
+    *("evidence", "trust", "checkpoint", "format", "spec"),
+    *("arguments", "errors", "version"),
 )
 
 #: What the builder imports of the runtime: none of it needs torch.

@@ -85,7 +85,7 @@ def _first(values: Mapping[str, Any], *names: str) -> Any:
 
 def _is_hash_layer(values: Mapping[str, Any], layer: int) -> bool:
     layers = _first(values, "num_hidden_layers")
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
+    if not 0 <= layer < layers:
         raise _unfit("layer", f"an integer from 0 to {layers - 1}", layer)
     if layer < (values.get("first_k_dense_replace") or 0):
         raise _unfit(

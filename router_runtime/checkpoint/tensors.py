@@ -69,7 +69,7 @@ class _InMemory:
         self._tensors = tensors
 
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return [name for name in self._tensors if isinstance(name, str)]
 
     def shape(self, name: str) -> list[int]:
         return list(self.read(name).shape)

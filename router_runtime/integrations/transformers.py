@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from router_runtime.arguments import checks_arguments
 from router_runtime.errors import InputError, RouterRuntimeError, explain, install_extra
 from router_runtime.ops.functions import activation_topk
 from router_runtime.ops.schemas import NAMESPACE
@@ -40,13 +41,14 @@ from router_runtime.routing.checks import (
 )
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import Router, unregister_router
+from router_runtime.routing.versions import State, count_optimizer_steps, state_of
 
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 _AGAIN = "call install(model) again"
 
 
-#: Where a module's weight and bias are, and how often torch has seen each change in place.
-_State = tuple[tuple[int, int], ...]
+#: What a module's weight and bias were like when they were installed.
+_State = tuple[State, ...]
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ _gates: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary(
 _by_address: weakref.WeakValueDictionary[int, _Gate] = weakref.WeakValueDictionary()
 
 
+@checks_arguments
 def install(
     model: nn.Module,
     *,
@@ -119,6 +122,7 @@ def install(
     return list(found)
 
 
+@checks_arguments
 def uninstall(model: nn.Module, *, force: bool = False) -> list[str]:
     """Restore the ``forward`` of the routers of ``model`` and free the memory of ours.
 
@@ -186,6 +190,9 @@ def _gate_for(
     _check_module(module, weight, bias)
     if hashed:
         _check_table(module.tid2eid, module.num_experts)
+    count_optimizer_steps(weight)
+    if bias is not None:
+        count_optimizer_steps(bias)
     scale = module.routed_scaling_factor
     known = _gates.get(module) if _installed(module) else None
     state = _state(weight, bias)
@@ -199,13 +206,15 @@ def _gate_for(
     config = RouterConfig(module.hidden_dim, module.num_experts, module.top_k, scale)
     fp32 = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is None else bias.float()
     router = None if known is None else known.router
+    # Detached, because the op sees changes of the module's own weight and bias before the Router.
+    given = weight.detach()
     if router is not None and (router.config, router.device) == (config, weight.device):
         # In place: graphs that were captured see the new values too.
-        router.update_weights(weight=weight, bias=fp32)
+        router.update_weights(weight=given, bias=fp32)
     else:
         router = Router(
             config,
-            weight=weight,
+            weight=given,
             bias=fp32,  # of no effect in a hash gate, whose experts are not chosen by score
             device=weight.device,
             artifacts=artifacts,
@@ -265,11 +274,7 @@ def _check_table(table: Tensor, experts: int) -> None:
 
 
 def _state(weight: Tensor, bias: Tensor | None) -> _State:
-    return tuple(
-        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-        for tensor in (weight, bias)
-        if tensor is not None
-    )
+    return tuple(state_of(tensor) for tensor in (weight, bias) if tensor is not None)
 
 
 # --- what the modules do ---

@@ -13,11 +13,18 @@ together first if they are not adjacent.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
+from router_runtime.arguments import explain_failure, explains_arguments
+
 # Registers the ops.
 from router_runtime.ops import registration as registration
+from router_runtime.routing.checks import wrong_value
 
 _dense_router = torch.ops.dsv4.dense_router.default
 _dense_router_logits = torch.ops.dsv4.dense_router_logits.default
@@ -28,7 +35,36 @@ _topk_select = torch.ops.dsv4.topk_select.default
 _activation_topk = torch.ops.dsv4.activation_topk.default
 _activation_topk_replay = torch.ops.dsv4.activation_topk_replay.default
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _calls(op: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function so that a call without keyword arguments goes straight to ``op``, which
+    takes the same ones, and an argument of the wrong kind ends in our InputError.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+            try:
+                return function(*arguments, **keywords) if keywords else op(*arguments)
+            except Exception as error:
+                explain_failure(error, function, arguments, keywords)
+                raise
+
+        return call
+
+    return decorate
+
+
+def _refuse_other_than_bool(renormalize: object) -> None:
+    """Raise InputError: torch would take None for False, which gives other weights."""
+    if not isinstance(renormalize, bool):
+        raise wrong_value("renormalize", "True or False", renormalize)
+
+
+@_calls(_dense_router)
 def dense_router(
     hidden_states: Tensor,
     router_id: int,
@@ -80,6 +116,7 @@ def dense_router(
     )
 
 
+@_calls(_dense_router_logits)
 def dense_router_logits(
     hidden_states: Tensor,
     router_id: int,
@@ -115,6 +152,7 @@ def dense_router_logits(
     )
 
 
+@_calls(_dense_router_replay)
 def dense_router_replay(
     hidden_states: Tensor,
     given_ids: Tensor,
@@ -163,6 +201,7 @@ def dense_router_replay(
     )
 
 
+@_calls(_hash_router)
 def hash_router(
     token_ids: Tensor,
     router_id: int,
@@ -204,6 +243,7 @@ def hash_router(
     )
 
 
+@_calls(_hash_gate)
 def hash_gate(
     hidden_states: Tensor,
     token_ids: Tensor,
@@ -256,6 +296,7 @@ def hash_gate(
     )
 
 
+@_calls(_topk_select)
 def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, in descending order (the ranking of step 5, of any fp32 rows).
 
@@ -280,6 +321,7 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _topk_select(scores, k)  # type: ignore[no-any-return]
 
 
+@explains_arguments
 def activation_topk(
     logits: Tensor,
     bias: Tensor,
@@ -329,6 +371,7 @@ def activation_topk(
         ResolutionError: no kernel serves these sizes on this device.
 
     """
+    _refuse_other_than_bool(renormalize)
     if (
         sentinel == -1
         and ids_dtype is None
@@ -350,6 +393,7 @@ def activation_topk(
     )
 
 
+@explains_arguments
 def activation_topk_replay(
     logits: Tensor,
     given_ids: Tensor,
@@ -382,6 +426,7 @@ def activation_topk_replay(
         The errors of ``activation_topk``.
 
     """
+    _refuse_other_than_bool(renormalize)
     if sentinel == -1 and ids_dtype is None and is_padding is num_valid_tokens is None:
         return _activation_topk_replay(logits, given_ids, scale, renormalize)  # type: ignore[no-any-return]
     return _activation_topk_replay(  # type: ignore[no-any-return]

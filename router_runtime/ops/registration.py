@@ -8,7 +8,8 @@ compiled with it serves every router (a plain int would compile again for each).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from router_runtime.errors import InputError, explain
 from router_runtime.ops.schemas import NAMESPACE, ROUTING_OPS, TOPK_SELECT, topk_select_fake
+from router_runtime.ops.transforms import KEY, transformed
 from router_runtime.routing import row_ops
 from router_runtime.routing.backend import DenseBackend
 from router_runtime.routing.call import Call, Results
+from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.router import ROUTERS, Router
 
 KEYS = ("CPU", "CUDA")
@@ -84,6 +87,8 @@ def _dense_router_replay(find: _Find) -> tuple[_Serve, _Plain | None]:
     def serve(
         states: Tensor, given_ids: Tensor, key: Any, num_experts: int, top_k: int, call: Call
     ) -> Results:
+        if given_ids is None:  # torch passes it on
+            raise wrong_value("given_ids", "a torch.Tensor", None)
         call.given_ids = given_ids
         return _agreeing(find(key), "dense", num_experts, top_k).serve(states, call)
 
@@ -136,16 +141,30 @@ _OF_ROWS: dict[str, dict[str, tuple[_Serve, _Plain | None]]] = {
 }
 
 
-def _forms(serve: _Serve, plain: _Plain | None, logits: bool) -> dict[str, Callable[..., Any]]:
-    """The implementation of each form of an op."""
+def _refuse_none(names: Iterable[str], arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Raise InputError for None in the place of a tensor, which torch passes on to an op."""
+    for name, value in {**dict(zip(names, arguments, strict=True)), **inputs}.items():
+        if value is None:
+            raise wrong_value(name, "a torch.Tensor", None)
+
+
+def _forms(
+    serve: _Serve, plain: _Plain | None, logits: bool, names: Sequence[str]
+) -> dict[str, Callable[..., Any]]:
+    """The implementation of each form of an op. ``names`` are those of its positional arguments."""
 
     # The dispatcher leaves out what has its default.
     def default(*arguments: Any, **inputs: Any) -> tuple[Tensor, ...]:
-        if not inputs and plain is not None:
-            return plain(*arguments)
-        return serve(*arguments, call=Call.taking(inputs, logits=logits), **inputs).given()
+        try:
+            if not inputs and plain is not None:
+                return plain(*arguments)
+            return serve(*arguments, call=Call.taking(inputs, logits=logits), **inputs).given()
+        except AttributeError:
+            _refuse_none(names, arguments, inputs)
+            raise
 
     def mapped(*arguments: Any, **inputs: Any) -> tuple[Tensor, ...]:
+        _refuse_none(names, arguments, inputs)
         call = Call.taking(inputs, logits=logits, mapped=True)
         return serve(*arguments, call=call, **inputs).given()
 
@@ -157,6 +176,7 @@ def _forms(serve: _Serve, plain: _Plain | None, logits: bool) -> dict[str, Calla
         logical_ids_out: Tensor | None = None,
         **inputs: Any,
     ) -> None:
+        _refuse_none(names, arguments, {"weights_out": weights_out, "ids_out": ids_out, **inputs})
         outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
         serve(*arguments, call=Call.taking(inputs, outputs=outputs), **inputs)
 
@@ -178,6 +198,9 @@ def _register(
     for key, implementation in implementations.items():
         _library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.dsv4, packet), overload or "default")
+    _library.impl(name, transformed(op), KEY)  # type: ignore[no-untyped-call]
 
 
 def _register_all() -> None:
@@ -189,7 +212,8 @@ def _register_all() -> None:
                 made = (
                     _OF_ROUTERS[op.name](_FIND[end]) if op.takes_router else _OF_ROWS[op.name][key]
                 )
-                by_key[key] = _forms(*made, op.logits)[form]
+                names = list(inspect.signature(op.shape).parameters)
+                by_key[key] = _forms(*made, op.logits, names)[form]
             _register(op.overload(form, end), schema, by_key, fakes[form])
     _register(
         "topk_select",

@@ -269,9 +269,8 @@ def check_expert_map(
     """
     integers = (torch.int32, torch.int64)
     for name, tensor in (("expert_map", expert_map), ("replica_counts", replica_counts)):
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            found = "a meta tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise wrong_value(name, "a torch.Tensor with values", found)
+        if tensor.is_meta:
+            raise wrong_value(name, "a torch.Tensor with values", "a meta tensor")
     if expert_map.dtype not in integers or expert_map.dim() != 2 or len(expert_map) != experts:
         expected = f"torch.int32 or torch.int64 [{experts}, replicas]"
         raise wrong_tensor("expert_map", expected, expert_map)

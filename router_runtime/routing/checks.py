@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from router_runtime.errors import InputError, explain
 
@@ -18,6 +19,20 @@ MAX_ROW_LENGTH = 65536
 
 #: The dense kernels read rows in 16-byte pieces.
 _ALIGNMENT = 16
+
+
+class NoMemory(InputError):
+    """A tensor that has no memory of its own, as inside of a transformation of ``torch.func``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            explain(
+                name,
+                expected="a tensor with values in memory",
+                found="one that stands for a tensor while torch traces a function",
+                remedy="call the router or its op with the tensor itself",
+            )
+        )
 
 
 def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) -> int:
@@ -36,7 +51,7 @@ def check_activations(tensor: Tensor, hidden_size: int, device: torch.device) ->
             f"torch.bfloat16 [tokens, {hidden_size}] on {device}",
             tensor,
         )
-    if tensor.requires_grad:
+    if tensor.requires_grad or forward_ad._current_level >= 0:
         refuse_grad("hidden_states", tensor)
     return shape[0]
 
@@ -95,8 +110,8 @@ def check_scale(name: str, value: object) -> None:
 
 
 def refuse_grad(name: str, tensor: Tensor) -> None:
-    """Raise InputError for a tensor that requires grad in grad mode: no op has a backward, and to
-    cut the autograd graph silently would be wrong.
+    """Raise InputError for a tensor that requires grad in grad mode, or that has a tangent of
+    forward-mode differentiation: no op has a derivative, and a silent zero would be wrong.
     """
     if tensor.requires_grad and torch.is_grad_enabled():
         raise InputError(
@@ -105,6 +120,18 @@ def refuse_grad(name: str, tensor: Tensor) -> None:
                 expected="a tensor that needs no gradient",
                 found="requires_grad=True in grad mode",
                 remedy="call under torch.no_grad() or torch.inference_mode(), or detach it",
+            )
+        )
+    # Looked up only inside of forward-mode differentiation, because it takes long.
+    if forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise InputError(
+            explain(
+                name,
+                expected="a tensor without a tangent",
+                found="one of forward-mode differentiation, such as torch.func.jvp",
+                remedy="call it outside of what is differentiated, or detach it",
             )
         )
 
@@ -116,6 +143,8 @@ def readable_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     bytes, else a contiguous copy.
     """
     address = tensor.data_ptr()
+    if not address:
+        raise NoMemory("hidden_states")
     row_stride, stride = tensor.stride()
     if stride == 1 and not (address | row_stride * 2) % _ALIGNMENT:
         return tensor, address, row_stride
@@ -123,9 +152,12 @@ def readable_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     return copy, copy.data_ptr(), copy.shape[1]
 
 
-def wrong_tensor(name: str, expected: str, tensor: Tensor) -> InputError:
+def wrong_tensor(name: str, expected: str, tensor: object) -> InputError:
     """The error for a tensor of the wrong kind."""
-    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    if isinstance(tensor, Tensor):
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    else:  # such as a NumPy array, which has a dtype and a shape too
+        found = f"{type(tensor).__module__}.{type(tensor).__name__}"
     return InputError(
         explain(name, expected=expected, found=found, remedy="convert, reshape or move it")
     )

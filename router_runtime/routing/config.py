@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from router_runtime.arguments import checks_arguments, explains_construction
 from router_runtime.checkpoint.configs import config_fields
 from router_runtime.evidence.choice import DENSE
 from router_runtime.routing.checks import (
@@ -24,6 +25,7 @@ HASH_GATE = "hash_gate"
 KERNELS = {"dense": DENSE, "hash": (HASH_ROUTER,), "hash_gate": (HASH_GATE,)}
 
 
+@explains_construction
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     """What a router computes.
@@ -72,6 +74,7 @@ class RouterConfig:
         check_scale("routed_scaling_factor", self.routed_scaling_factor)
 
     @classmethod
+    @checks_arguments
     def from_hf(cls, config: Any, *, layer: int | None = None) -> RouterConfig:
         """The configuration of the router of one layer of a DeepSeek-V4 model.
 

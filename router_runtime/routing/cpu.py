@@ -45,7 +45,7 @@ class CpuDense(_CpuBackend):
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
         """The results of a call with serving inputs."""
-        config, weights = self._config, self._weights
+        config, weights = self._config, self._weights.current()
         tokens = check_activations(tensor, config.hidden_size, CPU.device)
         call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
         results = call.results(CPU, tokens, config.top_k, config.num_experts)
@@ -80,7 +80,7 @@ class CpuHash(_CpuBackend):
         call.check(tokens, config.top_k, CPU.device, image_bias=False)
         results = call.results(CPU, tokens, config.top_k, config.num_experts)
         padding = call.padding(torch.arange(tokens))
-        table = self._weights.table
+        table = self._weights.current().table
         result = spec.hash_router(tensor, table, config.top_k, spec.NO_EXPERT, padding)
         return call.store(results, *result, config.sentinel, expert_map)
 
@@ -98,7 +98,7 @@ class CpuHashGate(_CpuBackend):
 
     def serve(self, hidden_states: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
         """The results of a call with serving inputs."""
-        config, weights = self._config, self._weights
+        config, weights = self._config, self._weights.current()
         tokens = check_activations(hidden_states, config.hidden_size, CPU.device)
         token_ids = typing.cast(Tensor, call.token_ids)
         check_token_ids(token_ids, CPU.device, tokens)

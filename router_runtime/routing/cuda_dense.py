@@ -130,6 +130,7 @@ class CudaDense:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
         self._images = weights.image_bias is not None
+        self._weights = weights
         self.placement = Placement(weights.weight.device)
         requests = [
             selection.request(
@@ -168,7 +169,7 @@ class CudaDense:
         """The weights and the ids for bf16 hidden states ``[tokens, hidden_size]``."""
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.route(tensor)
         weights, ids = placement.outputs(tokens, self._top_k)
@@ -180,7 +181,7 @@ class CudaDense:
         """The results of a call with serving inputs."""
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(tensor, call, expert_map)
         call.check(tokens, self._top_k, placement.device, self._images)
@@ -200,7 +201,7 @@ class CudaDense:
         self._logits_dispatch.require()
         placement = self.placement
         tokens = check_activations(tensor, self._hidden_size, placement.device)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.route_with_logits(tensor)
         weights, ids = placement.outputs(tokens, self._top_k)
@@ -219,6 +220,9 @@ class CudaDense:
         logits: Tensor | None,
         served: tuple[int, ...] | None = None,
     ) -> None:
+        own = self._weights
+        if own.key._version != own.version:
+            own.follow()
         place = bisect.bisect_left(plan.highs, tokens)
         if place == len(plan.highs):
             for rows in plan.parts(tokens):

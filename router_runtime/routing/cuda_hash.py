@@ -15,6 +15,7 @@ from router_runtime.device.launch import LoadedKernel
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
 from router_runtime.routing.checks import (
+    NoMemory,
     check_activations,
     check_token_ids,
     readable_rows,
@@ -39,7 +40,7 @@ class CudaHash:
         selection: Selection,
     ) -> None:
         self._top_k, self._experts = config.top_k, config.num_experts
-        table = weights.table
+        self._weights, table = weights, weights.table
         self.placement = Placement(table.device)
         kernel = kernels.load(selection.request(HASH_ROUTER, {}, {"top_k": config.top_k}))
         self.evidence: Mapping[str, str] = {kernel.entry.key: kernels.status(kernel.entry)}
@@ -60,12 +61,15 @@ class CudaHash:
         """The weights and the ids for token ids ``[tokens]``."""
         placement = self.placement
         tokens = check_token_ids(tensor, placement.device)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.route(tensor)
         weights, ids = placement.outputs(tokens, self._top_k)
         if tokens == 0:
             return weights, ids
+        own = self._weights
+        if own.key._version != own.version:
+            own.follow()
         words = tensor.contiguous()
         narrow, wide = _both_widths(words)
         launch = self._launch.plain
@@ -76,12 +80,13 @@ class CudaHash:
         """The results of a call with serving inputs."""
         placement = self.placement
         tokens = check_token_ids(tensor, placement.device)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(tensor, call, expert_map)
         call.check(tokens, self._top_k, placement.device, image_bias=False)
         results = call.results(placement, tokens, self._top_k, self._experts)
         if tokens:
+            self._weights.current()
             words = tensor.contiguous()
             narrow, wide = _both_widths(words)
             given = narrow, wide, results.weights.data_ptr(), narrow_ids(results.ids), tokens
@@ -105,7 +110,7 @@ class CudaHashGate:
         selection: Selection,
     ) -> None:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
-        self._top_k = config.top_k
+        self._top_k, self._weights = config.top_k, weights
         self.placement = Placement(weights.table.device)
         shape = {"HIDDEN": self._hidden_size, "EXPERTS": self._experts, "TOP_K": self._top_k}
         constants = shape | {"IMAGES": 0}
@@ -155,12 +160,15 @@ class CudaHashGate:
         placement = self.placement
         tokens = check_activations(hidden_states, self._hidden_size, placement.device)
         check_token_ids(token_ids, placement.device, tokens)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.route(hidden_states, token_ids)
         weights, ids = placement.outputs(tokens, self._top_k)
         if tokens == 0:
             return weights, ids
+        own = self._weights
+        if own.key._version != own.version:
+            own.follow()
         # Both names keep a copy alive until the launch, if there is one.
         hidden_states, address, row_stride = readable_rows(hidden_states)
         words = token_ids.contiguous()
@@ -181,13 +189,14 @@ class CudaHashGate:
         tokens = check_activations(hidden_states, self._hidden_size, placement.device)
         token_ids = typing.cast(Tensor, call.token_ids)
         check_token_ids(token_ids, placement.device, tokens)
-        if placement.elsewhere():
+        if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(hidden_states, call, expert_map)
         call.check(tokens, self._top_k, placement.device, self._images is not None)
         results = call.results(placement, tokens, self._top_k, self._experts)
         if tokens == 0:
             return results
+        self._weights.current()
         launch = self._launches[bisect.bisect_left(self._highs, tokens)]
         if call.image_mask is not None and self._images is not None:
             launch = self._images
@@ -205,4 +214,6 @@ class CudaHashGate:
 def _both_widths(words: Tensor) -> tuple[int, int]:
     """The address of int32 or int64 token ids as (of int32, of int64): the other one is null."""
     address = words.data_ptr()
+    if not address:
+        raise NoMemory("token_ids")
     return (0, address) if words.dtype is torch.int64 else (address, 0)

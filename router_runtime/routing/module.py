@@ -11,15 +11,34 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from router_runtime.arguments import checks_arguments, explain_failure
 from router_runtime.checkpoint.tensors import TENSORS
 from router_runtime.errors import InputError, explain
 from router_runtime.routing.call import ExpertMap, check_expert_map
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
-from router_runtime.routing.placement import refuse_capture
+from router_runtime.routing.placement import quiet
 from router_runtime.routing.weights import NAMES, Weights, checked_values
+
+
+class _Buffers(dict[str, Tensor | None]):
+    """The buffers of a gate. Its weights are told of a tensor that torch puts in another's place
+    past ``nn.Module``, as ``torch.func.functional_call`` does for the time of a call: refused here,
+    it would leave the rest of a model with tensors that are not its own.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __setitem__(self, name: str, tensor: Tensor | None) -> None:
+        super().__setitem__(name, tensor)
+        # While torch.compile traces, an op is called with the tensor, and refuses it.
+        if name in NAMES and not is_compiling():
+            self._weights.replaced(name, tensor)
 
 
 class GateModule(nn.Module):
@@ -46,6 +65,7 @@ class GateModule(nn.Module):
         self.device = device
         self.expert_map: ExpertMap | None = None
         self.weights = Weights(config, device, image_bias)
+        self._buffers = _Buffers(self.weights)
         for name in NAMES:
             self.register_buffer(name, self.weights.tensors.get(name))
 
@@ -65,10 +85,16 @@ class GateModule(nn.Module):
             or self._compiled_call_impl is not None
         ):
             return super().__call__(*arguments, **inputs)  # type: ignore[no-any-return]
-        return self.forward(*arguments, **inputs)  # type: ignore[no-any-return]
+        try:
+            return self.forward(*arguments, **inputs)  # type: ignore[no-any-return]
+        except TypeError as error:
+            if "forward" not in vars(self):
+                explain_failure(error, type(self).forward, (self, *arguments), inputs)
+            raise
 
     # --- values in place ---
 
+    @checks_arguments
     def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
         """Give every logical expert its physical ids.
 
@@ -89,13 +115,14 @@ class GateModule(nn.Module):
             self.update_expert_map(expert_map, replica_counts)
             return
         checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
-        self._refuse_capture("set_expert_map")
-        stored = ExpertMap(
-            *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
-        )
-        self._write(lambda: _copy_map(stored, checked))
+        with quiet(self.device, "set_expert_map"):
+            stored = ExpertMap(
+                *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
+            )
+            _copy_map(stored, checked)
         self.expert_map = stored
 
+    @checks_arguments
     def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
         """Replace the expert map in place: captured graphs stay valid and use the new one.
 
@@ -108,9 +135,10 @@ class GateModule(nn.Module):
         checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
         if checked[0].shape != stored.physical.shape:
             raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
-        self._refuse_capture("update_expert_map")
-        self._write(lambda: _copy_map(stored, checked))
+        with quiet(self.device, "update_expert_map"):
+            _copy_map(stored, checked)
 
+    @checks_arguments
     def update_weights(
         self,
         *,
@@ -147,23 +175,15 @@ class GateModule(nn.Module):
             raise wrong_value("update_weights", "a weight, a bias or both", "neither")
         if image_bias is not None and self.image_bias is None:
             raise wrong_value("image_bias", "a router built with one", "one without")
-        self._update("update_weights", checked_values(self.config, tensors))
+        self._update("update_weights", checked_values(self.config, tensors), tensors)
 
-    def _update(self, what: str, checked: Mapping[str, Tensor]) -> None:
-        self._refuse_capture(what)
-        self._write(lambda: self.weights.write(checked))
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write buffers that kernels of any stream may be reading."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        write()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _refuse_capture(self, what: str) -> None:
-        if self.device.type == "cuda":
-            refuse_capture(what)
+    def _update(
+        self, what: str, checked: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    ) -> None:
+        """Write checked values, of which ``given`` are the tensors that the caller has."""
+        with quiet(self.device, what):
+            self.weights.write(checked)
+        self.weights.watch(given)
 
     # --- what nn.Module's methods do ---
 
@@ -246,6 +266,11 @@ class GateModule(nn.Module):
                 "convert the other modules one by one, or the model before Routers are put into "
                 "it: a Router routes in these dtypes only"
             )
+        elif after.device.type not in ("cpu", "cuda"):
+            remedy = (
+                "leave Routers where they are, and convert the other modules one by one: a Router "
+                "has its values on 'cpu' or a CUDA device only"
+            )
         elif after.device != tensor.device:
             remedy = "build it anew there: Router(router.config, **router.state_dict(), device=...)"
         else:
@@ -307,7 +332,7 @@ class GateModule(nn.Module):
                     errors.append(f"{prefix}{error}")
         error_msgs += errors
         if checked and not errors:
-            self._update("load_state_dict", checked)
+            self._update("load_state_dict", checked, {name: given[name] for name in checked})
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and shallow copies: a router holds loaded kernels and addresses."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ class Placement:
     Attributes:
         device: the device.
         captured: if set, called once, by the next launch that a CUDA graph captures.
+        several: whether there are other GPUs, of which one may be current.
 
     """
 
     __slots__ = (
-        *("__weakref__", "_index", "_new_floats", "_new_integers", "_several", "captured"),
-        "device",
+        *("__weakref__", "_index", "_new_floats", "_new_integers", "captured", "device"),
+        "several",
     )
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.captured: Callable[[], None] | None = None
         self._index = device.index or 0
-        self._several = device.type == "cuda" and torch.cuda.device_count() > 1
+        self.several = device.type == "cuda" and torch.cuda.device_count() > 1
         # ``new_empty`` of an existing tensor takes half the time of ``torch.empty`` with keywords.
         self._new_floats = torch.empty(0, dtype=torch.float32, device=device).new_empty
         self._new_integers = torch.empty(0, dtype=torch.int32, device=device).new_empty
@@ -60,7 +61,7 @@ class Placement:
 
     def refuse_calls(self) -> None:
         """Make every later call end in the error of a forked child."""
-        self._several = False
+        self.several = False
         self._new_floats = self._new_integers = _refused_after_fork  # type: ignore[assignment]
 
     def stream(self) -> int:
@@ -75,8 +76,10 @@ class Placement:
         return torch._C._cuda_getCurrentRawStream(self._index)
 
     def elsewhere(self) -> bool:
-        """True if another device is current, and a launch on its default stream would go there."""
-        return self._several and torch.cuda.current_device() != self._index
+        """Whether another device is current, and a launch on its default stream would go there; to
+        be asked where there are ``several``.
+        """
+        return torch.cuda.current_device() != self._index
 
     def current(self) -> contextlib.AbstractContextManager[None]:
         """Make the device current for a block."""
@@ -124,6 +127,20 @@ def refuse_capture(what: str) -> None:
                 remedy="do it before the capture",
             )
         )
+
+
+@contextlib.contextmanager
+def quiet(device: torch.device, what: str) -> Iterator[None]:
+    """A block that writes what kernels of any stream may be reading: the host waits for the device
+    before it and after it. Raises InputError, starting with ``what``, during a graph capture.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    refuse_capture(what)
+    torch.cuda.synchronize(device)
+    yield
+    torch.cuda.synchronize(device)
 
 
 def resolved_device(device: torch.device | str | int) -> torch.device:

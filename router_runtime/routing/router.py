@@ -15,14 +15,16 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
+from router_runtime.arguments import checks_arguments, explain_failure, explains_arguments
 from router_runtime.checkpoint.tensors import TENSORS, gate_tensors
-from router_runtime.errors import InputError, explain
+from router_runtime.errors import InputError, RouterRuntimeError, explain
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import DenseBackend, make_backend
 from router_runtime.routing.call import Call, Inputs, Results
-from router_runtime.routing.checks import wrong_token_ids, wrong_value
+from router_runtime.routing.checks import NoMemory, wrong_token_ids, wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.module import GateModule
 from router_runtime.routing.placement import kernels_for, resolved_device
@@ -70,6 +72,7 @@ class Router(GateModule):
 
     """
 
+    @explains_arguments
     def __init__(
         self,
         config: RouterConfig,
@@ -117,6 +120,8 @@ class Router(GateModule):
                 msg="A Router is built from values and addresses, outside of what is compiled. "
                 "Next: build it before the compiled function is called."
             )
+        if not isinstance(artifacts, str | os.PathLike | None):
+            raise wrong_value("artifacts", "the path of a folder, or None", artifacts)
         resolved = resolved_device(device)
         selection = Selection(dict(variants or {}), accept)
         given = {"weight": weight, "bias": bias, "image_bias": image_bias, "table": table}
@@ -130,12 +135,14 @@ class Router(GateModule):
         self.backend = make_backend(config, self.weights, kernels, selection)
         # Only now: the kernels' contracts say in which orders the weight is stored.
         self.weights.write(values)
+        self.weights.watch(tensors)
         if resolved.type == "cuda":
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(resolved)
         ROUTERS.adopt(self, self._key())
 
     @classmethod
+    @checks_arguments
     def from_state_dict(
         cls,
         config: RouterConfig,
@@ -200,13 +207,24 @@ class Router(GateModule):
         if is_compiling():
             rows = self._rows(tensor, token_ids)
             return self._traced("", "by_buffer", rows, inputs)  # type: ignore[no-any-return]
-        if token_ids is None and not inputs:
-            return self.backend.route(tensor)
-        rows = self._rows(tensor, token_ids)
-        if inputs:
-            return self.serve(tensor, Call(**inputs, token_ids=token_ids))[:2]
-        return self.backend.route(*rows)
+        try:
+            if token_ids is None and not inputs:
+                return self.backend.route(tensor)
+            rows = self._rows(tensor, token_ids)
+            if peek_interpreter_stack() is not None:
+                return self._traced("", "by_buffer", rows, inputs)  # type: ignore[no-any-return]
+            if inputs:
+                return self.serve(tensor, Call(**inputs, token_ids=token_ids))[:2]
+            return self.backend.route(*rows)
+        except Exception as error:
+            ours = isinstance(error, RouterRuntimeError) and not isinstance(error, NoMemory)
+            if not ours and _through_an_op():
+                rows = self._rows(tensor, token_ids)
+                return self._traced("", "by_buffer", rows, inputs)  # type: ignore[no-any-return]
+            explain_failure(error, Router.forward, (self, tensor, token_ids), inputs)
+            raise
 
+    @explains_arguments
     def forward_with_logits(
         self, tensor: Tensor, **inputs: Unpack[Inputs]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,13 +234,14 @@ class Router(GateModule):
         padding tokens are computed too. Weights and ids are those of ``forward``, bit for bit.
         """
         self._require_dense("forward_with_logits")
-        if is_compiling():
+        if _through_an_op():
             return self._traced("_logits", "by_buffer", (tensor,), inputs)  # type: ignore[no-any-return]
         if inputs:
             weights, ids, logits, _ = self.serve(tensor, Call(**inputs, logits=True))
             return weights, ids, typing.cast(Tensor, logits)
         return typing.cast(DenseBackend, self.backend).route_with_logits(tensor)
 
+    @explains_arguments
     def forward_mapped(
         self, tensor: Tensor, token_ids: Tensor | None = None, **inputs: Unpack[Inputs]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,12 +251,13 @@ class Router(GateModule):
         Raises InputError for a router without an expert map; see ``set_expert_map``.
         """
         rows = self._rows(tensor, token_ids)
-        if is_compiling():
+        if _through_an_op():
             return self._traced("", "mapped_by_buffer", rows, inputs)  # type: ignore[no-any-return]
         call = Call(**inputs, token_ids=token_ids, mapped=True)
         weights, ids, _, logical = self.serve(tensor, call)
         return weights, ids, typing.cast(Tensor, logical)
 
+    @explains_arguments
     def replay(
         self, tensor: Tensor, given_ids: Tensor, **inputs: Unpack[Inputs]
     ) -> tuple[Tensor, Tensor]:
@@ -248,10 +268,13 @@ class Router(GateModule):
         num_experts) becomes the sentinel, with weight 0, and is left out of the sum.
         """
         self._require_dense("replay")
-        if is_compiling():
+        if given_ids is None:
+            raise wrong_value("given_ids of replay", "a torch.Tensor", None)
+        if _through_an_op():
             return self._traced("_replay", "by_buffer", (tensor, given_ids), inputs)  # type: ignore[no-any-return]
         return self.serve(tensor, Call(**inputs, given_ids=given_ids))[:2]
 
+    @explains_arguments
     def forward_out(
         self,
         tensor: Tensor,
@@ -281,7 +304,7 @@ class Router(GateModule):
             self._require_dense("forward_out with logits_out or given_ids")
         rows = self._rows(tensor, token_ids)
         outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
-        if is_compiling():
+        if _through_an_op():
             what = ""
             if given_ids is not None:
                 what, rows = "_replay", (tensor, given_ids)
@@ -298,6 +321,7 @@ class Router(GateModule):
         call = Call(**inputs, given_ids=given_ids, token_ids=token_ids, outputs=outputs)
         self.serve(tensor, call)
 
+    @explains_arguments
     def serve(self, tensor: Tensor, call: Call) -> Results:
         """A call as the custom ops make it: everything but the rows is in ``call``."""
         if call.mapped and self.expert_map is None:
@@ -465,7 +489,16 @@ class Router(GateModule):
         for name, tensor in self._buffers.items():
             if name not in NAMES:
                 copied._buffers[name] = copy.deepcopy(tensor, memo)
+        sources = self.weights.sources()
+        copied.weights.watch({name: copy.deepcopy(sources[name], memo) for name in sources})
         return copied
+
+
+def _through_an_op() -> bool:
+    """Whether a call is recorded by torch.compile or torch.export, or made inside a transformation
+    of torch.func, whose tensors have no memory: then it has to be a call of a custom op.
+    """
+    return is_compiling() or peek_interpreter_stack() is not None
 
 
 def _check_tensors(config: RouterConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -483,6 +516,7 @@ def _check_tensors(config: RouterConfig, tensors: Mapping[str, Tensor]) -> None:
 ROUTERS: Registry[Router] = Registry()
 
 
+@checks_arguments
 def register_router(router: Router) -> int:
     """Make ``router`` known to the custom ops that take an id, and return its id.
 
@@ -490,16 +524,16 @@ def register_router(router: Router) -> int:
     Registering a router again while it is registered returns the same id. Raises InputError for
     what is no Router.
     """
-    if not isinstance(router, Router):
-        raise wrong_value("router", "a Router", type(router).__name__)
     return ROUTERS.register(router)
 
 
+@checks_arguments
 def get_router(router_id: int) -> Router:
     """The registered router of that id. Raises InputError if there is none."""
     return ROUTERS.get(router_id)
 
 
+@checks_arguments
 def unregister_router(router_id: int, *, force: bool = False) -> None:
     """Forget the router of that id. Its memory comes back once the caller drops it too.
 
@@ -517,6 +551,7 @@ def unregister_router(router_id: int, *, force: bool = False) -> None:
     ROUTERS.unregister(router_id, force=force)
 
 
+@checks_arguments
 def warmup_router_compilation(router: Router) -> None:
     """Make ``router`` ready for serving and for graph capture: ``router.warmup()``.
 

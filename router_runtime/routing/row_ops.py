@@ -25,6 +25,7 @@ from router_runtime.routing.checks import (
     check_logits,
     check_scale,
     check_scores,
+    refuse_grad,
     wrong_tensor,
     wrong_value,
 )
@@ -110,7 +111,7 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         device,
     )
     placement = kernel.placement
-    if placement.elsewhere():
+    if placement.several and placement.elsewhere():
         with placement.current():
             return topk_select_cuda(scores, k)
     count, columns = scores.shape
@@ -144,7 +145,7 @@ def activation_topk_cuda(
     """``activation_topk`` of CUDA tensors without serving inputs: one launch."""
     kernel = _activation_kernel(logits, bias, k, scale)
     placement = kernel.placement
-    if placement.elsewhere():
+    if placement.several and placement.elsewhere():
         with placement.current():
             return activation_topk_cuda(logits, bias, k, scale, renormalize)
     tokens, experts = logits.shape
@@ -182,7 +183,7 @@ def serve_activation_cpu(
 ) -> Results:
     """``activation_topk`` of CPU tensors. ``rules`` are the keywords of ``_check_rules``."""
     check_activate(logits, bias, k, scale)
-    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, call.mapped, **rules)
     tokens, experts = logits.shape
     call.check(tokens, k, CPU.device, image_bias is not None)
     results = call.results(CPU, tokens, k, experts)
@@ -212,10 +213,10 @@ def serve_activation_cuda(
     """``activation_topk`` of CUDA tensors. ``rules`` are the keywords of ``_check_rules``."""
     kernel = _activation_kernel(logits, bias, k, scale)
     placement = kernel.placement
-    if placement.elsewhere():
+    if placement.several and placement.elsewhere():
         with placement.current():
             return serve_activation_cuda(logits, bias, k, scale, renormalize, call=call, **rules)
-    image_bias, sentinel, expert_map = _check_rules(logits, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, call.mapped, **rules)
     tokens, experts = logits.shape
     call.check(tokens, k, logits.device, image_bias is not None)
     results = call.results(placement, tokens, k, experts)
@@ -269,13 +270,15 @@ def _replayed(
 
 def _check_rules(
     logits: Tensor,
+    mapped: bool,
     image_bias: Tensor | None = None,
     sentinel: int = -1,
     expert_map: Tensor | None = None,
     replica_counts: Tensor | None = None,
 ) -> tuple[Tensor | None, int, ExpertMap | None]:
     """The bias for image tokens, the sentinel and the expert map of a call, which a Router would
-    own. Raises InputError for one that does not fit ``logits``.
+    own. Raises InputError for one that does not fit ``logits``, or for none where the call is
+    ``mapped``.
 
     The values of an expert map are not checked: that would wait for the device. A count outside
     [1, replicas] counts as the nearest in it. An entry is returned as it is, also a negative one,
@@ -291,10 +294,11 @@ def _check_rules(
             or image_bias.device != device
         ):
             raise wrong_tensor("image_bias", expected, image_bias)
+        refuse_grad("image_bias", image_bias)
         image_bias = image_bias.contiguous()
     if expert_map is None or replica_counts is None:
-        if expert_map is not None or replica_counts is not None:
-            raise wrong_value("expert_map", "expert_map and replica_counts together", "one of them")
+        if mapped or expert_map is not None or replica_counts is not None:
+            raise wrong_value("expert_map", "expert_map and replica_counts", "not both of them")
         return image_bias, sentinel, None
     for name, tensor, shape in (
         ("expert_map", expert_map, (experts, expert_map.shape[-1])),

@@ -31,9 +31,12 @@ class Selection:
         that cannot be accepted.
         """
         known = KERNELS[mode]
-        unknown = sorted(set(self.variants) - set(known))
+        unknown = [name for name in self.variants if name not in known]
         if unknown:
             raise wrong_value("variants", f"kernels of a {mode} router, {list(known)}", unknown)
+        for kernel, variant in self.variants.items():
+            if not isinstance(variant, str):
+                raise wrong_value(f"variants[{kernel!r}]", "the name of a variant", variant)
         if self.accept is not None and self.accept not in ACCEPTABLE:
             expected = f"None or one of {list(ACCEPTABLE)}"
             raise wrong_value("accept", expected, self.accept)

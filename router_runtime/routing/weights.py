@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from router_runtime.checkpoint.tensors import TENSORS
+from router_runtime.errors import InputError, explain
 from router_runtime.format.contract import Repack
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.placement import quiet
+from router_runtime.routing.versions import Source
 
 #: What a gate's tensors can be: the names of the Router's arguments and buffers.
 NAMES = ("weight", "bias", "image_bias", "table")
@@ -22,6 +26,18 @@ class Weights:
     """The tensors of a gate on its device, at addresses that never change.
 
     ``packed`` returns the buffer of a kernel's Repack recipe; equal recipes share one buffer.
+
+    Before a launch a back end compares ``key._version`` with ``version``, and calls ``follow``
+    where they differ: that costs a call nothing but the comparison.
+
+    Attributes:
+        device: where the tensors are.
+        tensors: the tensors, by name.
+        key: the tensor that kernels cannot read as somebody left it: the weight of a dense gate, of
+            which they read packed copies; else the table, whose entries they use as addresses.
+        version: torch's count of writes to ``key`` when all was last up to date; -1 if ``follow``
+            has more to look at.
+
     """
 
     def __init__(
@@ -51,6 +67,14 @@ class Weights:
                 if name in wanted
             }
         self._packed: list[tuple[Repack, Tensor]] = []
+        self.device = device
+        self._config = config
+        self._key_name = "weight" if config.mode == "dense" else "table"
+        self.key = self.tensors[self._key_name]
+        self._sources: dict[str, Source] = {}
+        self._replaced: set[str] = set()
+        self._lock = threading.RLock()
+        self._written = self.version = self.key._version
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +123,91 @@ class Weights:
         if "weight" in values:
             for recipe, buffer in self._packed:
                 repack(recipe, self.weight, buffer)
+        self._written = self.key._version
+        self._settle()
+
+    # --- changes that do not come through ``write`` ---
+
+    def watch(self, given: Mapping[str, Tensor]) -> None:
+        """Follow the tensors, by name, that values were copied from if they are those of a module:
+        if one of them is an ``nn.Parameter``. Those of that name before are forgotten.
+        """
+        of_module = any(isinstance(tensor, nn.Parameter) for tensor in given.values())
+        for name, tensor in given.items():
+            self._sources.pop(name, None)
+            if of_module:
+                self._sources[name] = Source(tensor)
+        self._settle()
+
+    def sources(self) -> dict[str, Tensor]:
+        """The tensors of a module that are followed and alive, by name."""
+        found = {name: source.tensor() for name, source in self._sources.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def replaced(self, name: str, tensor: Tensor | None) -> None:
+        """Take note that ``tensor`` is in the place of the buffer of that name, for a while."""
+        if _is_at_the_place_of(tensor, self.tensors.get(name)):
+            self._replaced.discard(name)
+        else:
+            self._replaced.add(name)
+        self._settle()
+
+    def current(self) -> Weights:
+        """These tensors, once ``follow`` has seen every change."""
+        if self.key._version != self.version:
+            self.follow()
+        return self
+
+    def follow(self) -> None:
+        """Bring what kernels read up to date with writes to ``key``, and with the tensors of the
+        module that the values were copied from.
+
+        Raises InputError for values that are refused, for other tensors in the places of the
+        buffers, and where there is something to be done while a graph is being captured.
+        """
+        if self._replaced:
+            raise InputError(
+                explain(
+                    f"{', '.join(sorted(self._replaced))} of a Router",
+                    expected="its own tensors, of which kernels read copies",
+                    found="others in their place, such as torch.func.functional_call puts there",
+                    remedy="call router.update_weights(...) with them, or build a Router from them",
+                )
+            )
+        with self._lock:
+            changed = {
+                name: tensor
+                for name, tensor in self.sources().items()
+                if self._sources[name].changed()
+            }
+            given = dict(changed)
+            if self.key._version != self._written:
+                given.setdefault(self._key_name, self.key)
+            if given:
+                values = self._checked(given, changed)
+                with quiet(self.device, f"a call after a change of {', '.join(given)}"):
+                    self.write(values)
+                self._sources |= {name: Source(tensor) for name, tensor in changed.items()}
+            elif len(self.sources()) < len(self._sources):
+                self._sources = {name: self._sources[name] for name in self.sources()}
+                self._settle()
+
+    def _checked(
+        self, given: Mapping[str, Tensor], of_module: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """``checked_values``, with an error that says whose values are refused."""
+        try:
+            return checked_values(self._config, given)
+        except InputError as error:
+            if not of_module:
+                raise
+            raise InputError(
+                f"the module that this Router was built from has changed: {error}; or call "
+                f"router.update_weights(...) to go on with other values"
+            ) from error
+
+    def _settle(self) -> None:
+        self.version = -1 if self._sources or self._replaced else self._written
 
 
 def checked_values(config: RouterConfig, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,6 +271,18 @@ def _checked_table(table: Tensor, config: RouterConfig) -> Tensor:
 def _refuse_meta(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise wrong_value(name, "a tensor with values", "a meta tensor")
+
+
+def _is_at_the_place_of(tensor: Tensor | None, own: Tensor | None) -> bool:
+    """Whether ``tensor`` is ``own`` or another view of the same values."""
+    if tensor is None or own is None or tensor is own:
+        return tensor is own
+    try:
+        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) == (
+            *(own.data_ptr(), own.shape, own.stride(), own.dtype),
+        )
+    except RuntimeError:  # a tensor without memory, as inside the transformations of torch.func
+        return False
 
 
 def packed_shape(recipe: Repack, rows: int, columns: int) -> tuple[int, ...]:

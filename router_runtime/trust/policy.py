@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from router_runtime.arguments import checks_arguments
 from router_runtime.errors import DISTRIBUTION, ArtifactError, FormatError, TrustError, explain
 from router_runtime.format.advice import runtime
 from router_runtime.format.files import read_file
@@ -87,6 +88,7 @@ process = Process()
 _lock = threading.RLock()
 
 
+@checks_arguments
 def require_signature(
     public_key: bytes | str | os.PathLike[str],
     envelope: str | os.PathLike[str],
@@ -108,6 +110,7 @@ def require_signature(
             cubin eligible; it can never add a cubin.
 
     Raises:
+        InputError: An argument is of the wrong kind.
         TrustError: The package ``cryptography`` is absent, a file cannot be read, the signature is
             not by this key, the release is of another package or version, or a policy with another
             key, release or ``local_evidence`` is in force. If no policy is in force then, the

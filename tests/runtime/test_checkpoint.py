@@ -149,7 +149,7 @@ def test_a_model_with_a_vision_tower() -> None:
         ({"first_k_dense_replace": 4}, 3, "layer 3: expected a layer with a router"),
         ({}, LAYERS, "layer: expected an integer from 0 to 5, found 6"),
         ({}, -1, "layer: expected an integer"),
-        ({}, True, "layer: expected an integer"),
+        ({}, True, "layer of RouterConfig.from_hf: expected int or None, found bool True"),
         ({"num_experts_per_tok": 40}, 3, "top_k: expected an integer from 1 to 16"),
     ],
 )

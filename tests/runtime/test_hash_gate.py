@@ -278,3 +278,23 @@ def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: 
         (launch,) = gpu.launches[-1:]
         assert launch.block == (32 * each.entry.constants["WARPS"], 1, 1)
         assert launch.arguments["vocab"] == 11
+
+
+@pytest.mark.parametrize("place", ["cpu", "gpu"])
+def test_writes_into_the_table_are_checked(gate: Any, place: str) -> None:
+    """Its entries become addresses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "gpu":
+            build_on_the_fake_gpu(patch)
+        router = Router(CONFIG, weight=WEIGHT, table=TABLE, device="cpu")
+    padding = torch.zeros(7, dtype=torch.bool)
+    for inputs in ({}, {"is_padding": padding}):
+        same(router(hidden(7), token_ids(7), **inputs), expected(7))
+        router.table[4, 0] = E
+        with pytest.raises(InputError, match=r"table: expected entries from 0 to 23, .*\[4, 0\]"):
+            router(hidden(7), token_ids(7), **inputs)
+        router.table.copy_(TABLE)
+        router.weight.neg_()
+        same(router(hidden(7), token_ids(7), **inputs), expected(7, -WEIGHT))
+        router.weight.neg_()
+    assert bool(gate.launches) == (place == "gpu")
