@@ -3,11 +3,16 @@
 Importing this package registers the custom ops ``torch.ops.dsv4.*`` wherever torch is installed. It
 touches neither the driver nor the artifacts. Without torch only ``__version__`` and the errors are
 here, which is what the builder needs.
+
+What the runtime does is logged under the logger ``router_runtime``: at INFO, once for each Router,
+which kernels serve it and by which evidence; at DEBUG what was read, decided and loaded. Nothing is
+written unless the program configures logging.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from router_runtime.errors import (
     ArtifactError,
@@ -29,6 +34,8 @@ __all__ = [
     "TrustError",
     "require_signature",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if importlib.util.find_spec("torch") is not None:
     from router_runtime.ops.functions import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from router_runtime.device.loader import load_entry
 from router_runtime.device.resolve import Request, Resolution, resolve, status_if_fitting
 from router_runtime.errors import TrustError, explain
 from router_runtime.evidence.status import status
-from router_runtime.evidence.store import files, read_evidence
+from router_runtime.evidence.store import files, folders, read_evidence
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
 from router_runtime.trust import policy as trust
+
+_log = logging.getLogger(__name__)
 
 
 class Kernels:
@@ -31,6 +34,16 @@ class Kernels:
         self.manifest = read_manifest(folder)
         self._evidence = read_evidence(folder)
         self._status: dict[str, str] = {}
+        _log.debug(
+            "artifacts %s: %d entries, for cuda:%d, %s; evidence of %s; signature policy: %s",
+            *(folder, len(self.manifest.entries), device, self.facts),
+            *(", ".join(map(str, self.evidence_folders)), self._policy),
+        )
+
+    @property
+    def evidence_folders(self) -> tuple[Path, ...]:
+        """The folders from which evidence was read."""
+        return folders(self.folder)
 
     def status(self, entry: Entry) -> str:
         """The status of ``entry`` by the shipped and the user's own evidence. Computed once."""
@@ -42,12 +55,17 @@ class Kernels:
     def resolve(self, request: Request) -> Resolution:
         """Return which entry serves ``request`` on this device, and why the others do not."""
         status_of = self._status_for([request])
-        return resolve(request, self.facts, self.manifest, status_of, self.folder)
+        found = resolve(request, self.facts, self.manifest, status_of, self.folder)
+        _log_decision(found)
+        return found
 
     def dispatch(self, requests: Sequence[Request]) -> Dispatch:
         """Return which entries serve which batch sizes of ``requests``, which compute the same."""
         status_of = self._status_for(requests)
-        return dispatch(requests, self.facts, self.manifest, status_of, self.folder)
+        found = dispatch(requests, self.facts, self.manifest, status_of, self.folder)
+        for resolution in found.resolutions:
+            _log_decision(resolution)
+        return found
 
     def _status_for(self, requests: Sequence[Request]) -> Callable[[Entry], str]:
         return status_if_fitting(requests, self.facts, self.status)
@@ -71,6 +89,11 @@ class Kernels:
                 )
             )
         return load_entry(entry, self.manifest, self.folder, self.device)
+
+
+def _log_decision(resolution: Resolution) -> None:
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s:\n%s", resolution.request, resolution.trace())
 
 
 _lock = threading.Lock()

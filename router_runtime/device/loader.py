@@ -7,6 +7,7 @@ attributes are set, and the code is moved to the device. Nothing is left for a g
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from router_runtime.trust import policy as trust
 
 #: Dynamic shared memory that needs no opt-in.
 _DEFAULT_SHARED_MEMORY = 48 * 1024
+
+_log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _loaded: dict[tuple[int, str, str], LoadedKernel] = {}
@@ -86,6 +89,7 @@ def _load(entry: Entry, artifacts: Path, device: int) -> LoadedKernel:
         except BaseException:
             api.cuLibraryUnload(library)
             raise
+    _log.debug("loaded %s, sha256 %s, on cuda:%d", entry.key, entry.sha256, device)
     # The library stays loaded for the life of the process: captured graphs may hold its functions.
     return LoadedKernel(entry, function, device, facts.sms)
 

@@ -204,7 +204,11 @@ def _gate_for(
         _warm_up(weight, module.num_experts, module.top_k, scale)
         return _Gate(None, state, before)
     config = RouterConfig(module.hidden_dim, module.num_experts, module.top_k, scale)
-    fp32 = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is None else bias.float()
+    fp32 = (
+        torch.zeros_like(weight[:, 0], dtype=torch.float32)
+        if bias is None
+        else bias.detach().float()
+    )
     router = None if known is None else known.router
     # Detached, because the op sees changes of the module's own weight and bias before the Router.
     given = weight.detach()

@@ -8,6 +8,7 @@ need is loaded, so that a call does nothing but allocate its two outputs and lau
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import typing
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from torch.compiler import is_compiling
 
 from router_runtime.arguments import checks_arguments, explain_failure, explains_arguments
 from router_runtime.checkpoint.tensors import TENSORS, gate_tensors
+from router_runtime.device.kernels import Kernels
 from router_runtime.errors import InputError, RouterRuntimeError, explain
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import DenseBackend, make_backend
@@ -31,6 +33,8 @@ from router_runtime.routing.placement import kernels_for, resolved_device
 from router_runtime.routing.registry import Registry
 from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import NAMES, checked_values
+
+_log = logging.getLogger(__name__)
 
 
 class Router(GateModule):
@@ -140,6 +144,7 @@ class Router(GateModule):
             # As in update_weights: kernels may read these before their dependency wait.
             torch.cuda.synchronize(resolved)
         ROUTERS.adopt(self, self._key())
+        self._log_what_serves(kernels)
 
     @classmethod
     @checks_arguments
@@ -396,6 +401,26 @@ class Router(GateModule):
         self.backend.watch_captures(captured)
 
     # --- what serves a batch, and warming it up ---
+
+    def _log_what_serves(self, kernels: Kernels | None) -> None:
+        """Log which kernels serve this router and by which evidence, once."""
+        if not _log.isEnabledFor(logging.INFO):
+            return
+        if kernels is None:
+            _log.info("%s: computed on the CPU by plain torch, without kernels", self)
+            return
+        tokens: dict[str, str] = {}
+        for each in self.token_ranges:
+            before = f"{tokens[each.entry.key]} and " if each.entry.key in tokens else ""
+            tokens[each.entry.key] = f"{before}{each.low} to {each.high} tokens"
+        named = self._selection.variants
+        lines = [
+            f"{key} ({status}{', named by the caller' if key.partition('/')[0] in named else ''})"
+            f" for {tokens.get(key, 'other calls' if tokens else 'any number of tokens')}"
+            for key, status in self.evidence.items()
+        ]
+        folders = ", ".join(map(str, kernels.evidence_folders))
+        _log.info("%s: %s; evidence of %s", self, "; ".join(lines), folders)
 
     @property
     def token_ranges(self) -> tuple[TokenRange, ...]:

@@ -6,6 +6,7 @@ with any row length and inside a graph capture, loads nothing.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -31,6 +32,8 @@ from router_runtime.routing.checks import (
 )
 from router_runtime.routing.placement import CPU, Placement, refuse_capture
 
+_log = logging.getLogger(__name__)
+
 
 class _RowKernel:
     """Every variant of a row kernel that may serve on one device, chosen by row length and k."""
@@ -49,6 +52,10 @@ class _RowKernel:
             for candidate in resolution.candidates
             if candidate.accepted
         }
+        used = ", ".join(
+            f"{each.entry.key} ({each.status})" for each in resolution.candidates if each.accepted
+        )
+        _log.info("%s on %s: %s; evidence of %s", name, device, used, self._kernels.folder)
         self._chosen: dict[tuple[int, int], ServingLaunch] = {}
         self.placement = Placement(device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.placement import quiet
 from router_runtime.routing.versions import Source
+
+_log = logging.getLogger(__name__)
 
 #: What a gate's tensors can be: the names of the Router's arguments and buffers.
 NAMES = ("weight", "bias", "image_bias", "table")
@@ -187,6 +190,7 @@ class Weights:
                 values = self._checked(given, changed)
                 with quiet(self.device, f"a call after a change of {', '.join(given)}"):
                     self.write(values)
+                _log.debug("followed a change of %s on %s", ", ".join(given), self.device)
                 self._sources |= {name: Source(tensor) for name, tensor in changed.items()}
             elif len(self.sources()) < len(self._sources):
                 self._sources = {name: self._sources[name] for name in self.sources()}

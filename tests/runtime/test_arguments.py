@@ -37,6 +37,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bool": (None, 1, "yes", [True]),
     "int | None": (1.5, True, *OTHERS),
     "int | str": (None, 1.5, True, [1], {}),
+    "str | None": (3, 1.5, [], {}, object()),
     "Literal['dense', 'hash', 'hash_gate']": (None, "Dense", 3, ["dense"], {}),
     "torch.device | str | int": (None, 1.5, "x", [0], {}),
     "RouterConfig": (None, {"hidden_size": H}, 3, "x"),
