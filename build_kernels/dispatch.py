@@ -135,9 +135,11 @@ def planned(jobs: Sequence[Job], artifacts: Path | None) -> Manifest:
 
 
 def recorded_status(manifest: Manifest, artifacts: Path | None) -> Callable[[Entry], str]:
-    """Return the status of each entry by the evidence in ``artifacts``; None: all are unproven."""
+    """Return the status of each entry on the device of its target where it is best, by the evidence
+    in ``artifacts``; None: all are unproven.
+    """
     evidence = recorded(artifacts)
-    found = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
+    found = {entry.key: status(entry, manifest, evidence, None) for entry in manifest.entries}
     return lambda entry: found[entry.key]
 
 

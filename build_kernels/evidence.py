@@ -43,7 +43,7 @@ def summary(folder: Path, manifest: Manifest) -> tuple[dict[str, str], str]:
     except BuildError as error:
         return {}, str(error)
     found: dict[str, str] = {
-        entry.key: status(entry, manifest, evidence) for entry in manifest.entries
+        entry.key: status(entry, manifest, evidence, None) for entry in manifest.entries
     }
     counts = Counter(found.values())
     names = dict.fromkeys(("verified", "source-verified", *sorted(counts), "unproven"))

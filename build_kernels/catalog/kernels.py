@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from build_kernels.catalog.models import ANY, Model
+from build_kernels.catalog.targets import BLACKWELL, HOPPER
 from build_kernels.compile.languages import Language
 from router_runtime.format.contract import Constants
 
@@ -83,9 +84,6 @@ def _table(
         }
     return found
 
-
-_HOPPER = ("sm_90a",)
-_BLACKWELL = ("sm_100a", "sm_103a")
 
 # fmt: off
 
@@ -238,7 +236,7 @@ KERNELS = (
                 _SPLIT_K,
                 "tcgen05",
                 constants=_form("split_k", "tcgen05"),
-                targets=_BLACKWELL,
+                targets=BLACKWELL,
             ),
         ),
     ),
@@ -249,20 +247,20 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_SPLIT_K, "wgmma_128", constants=_form("split_k", "wgmma"), targets=_HOPPER),
-            *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=_HOPPER),
-            *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=_HOPPER),
+            *_variants(_SPLIT_K, "wgmma_128", constants=_form("split_k", "wgmma"), targets=HOPPER),
+            *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=HOPPER),
+            *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=HOPPER),
             *_variants(
                 _SPLIT_K,
                 "tcgen05_256",
                 constants=_form("split_k", "tcgen05"),
-                targets=_BLACKWELL,
+                targets=BLACKWELL,
             ),
             *_variants(
                 _TILE,
                 "tcgen05",
                 constants=_form("tile", "tcgen05"),
-                targets=_BLACKWELL,
+                targets=BLACKWELL,
             ),
         ),
     ),

@@ -65,7 +65,7 @@ def censuses(cubins: Sequence[bytes], target: str, nvdisasm: Path) -> list[dict[
 
 @dataclass(frozen=True, slots=True)
 class TensorCore:
-    """How many tcgen05 instructions a kernel has (sm_100a, sm_103a).
+    """How many tcgen05 instructions a kernel has.
 
     Attributes:
         allocations: Of tensor-memory columns: one that tries, and one more where it waits.

@@ -1,4 +1,4 @@
-"""A folder of cubins for sm_90a in which the tcgen05 kernels of sm_100a and sm_103a can be run.
+"""A folder of cubins for sm_90a in which the tcgen05 kernels of sm_100f can be run.
 
 Beside the emulated entries it holds the project's own dense entries for sm_90a, whose bits they are
 compared with. The manifest is an ordinary one. ``emulation.json`` says what each emulated entry was

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from build_kernels import plan
+from build_kernels.catalog.targets import BLACKWELL, DEFAULT_TARGETS
 from build_kernels.compile import pool
 from build_kernels.compile.job import Job
 from build_kernels.emulation.translate import TARGET
 
-#: The targets whose kernels are emulated.
-EMULATED = ("sm_100a", "sm_103a")
+#: The targets whose kernels are emulated. The others with tcgen05 have the same PTX.
+EMULATED = tuple(target for target in DEFAULT_TARGETS if target in BLACKWELL)
 
 _TARGET_LINE = re.compile(r"^\.target \w+", re.M)
 
@@ -28,7 +29,7 @@ class Source:
     """The PTX of one kernel, the same for all of its targets.
 
     Attributes:
-        jobs: Of the targets that share it, in the order of ``EMULATED``.
+        jobs: Of the targets that share it, in the catalog's order.
         ptx: For the first of them.
 
     """
@@ -58,7 +59,7 @@ def sources(jobs: Sequence[Job], processes: int) -> list[Source]:
 
     pool.run(jobs, min(processes, len(jobs)), work)
     together: dict[tuple[object, str], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: EMULATED.index(job.target)):
+    for job in sorted(jobs, key=lambda job: BLACKWELL.index(job.target)):
         body = without_target(found[job.key])
         together.setdefault((_name(job), body), []).append(job)
     return [Source(tuple(shared), found[shared[0].key]) for shared in together.values()]

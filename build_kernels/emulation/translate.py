@@ -1,4 +1,4 @@
-"""PTX for sm_100a or sm_103a -> PTX for sm_90a with every tcgen05 instruction in software.
+"""PTX for a target of the family 10.x -> PTX for sm_90a with every tcgen05 instruction in software.
 
 Each tcgen05 instruction becomes a call of a function of the model. Beside that:
 
@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from build_kernels.catalog.targets import BLACKWELL
 from build_kernels.emulation import instructions
 from build_kernels.emulation.instructions import OWN_BARRIER, address, call, guarded, refused
 from build_kernels.emulation.statements import Statement, edited, entry, operand_list
@@ -70,7 +71,7 @@ def translate(ptx: str, model: str) -> Translation:
     """Return a kernel's module for sm_90a.
 
     Args:
-        ptx: The kernel's own, for sm_100a or sm_103a: one entry function.
+        ptx: The kernel's own, for a target with tcgen05: one entry function.
         model: The model's PTX, for sm_90a.
 
     Raises:
@@ -82,9 +83,9 @@ def translate(ptx: str, model: str) -> Translation:
     work.run()
     versions = [_HEADER.search(text) for text in (ptx, model)]
     target = _TARGET.search(ptx)
-    if None in versions or target is None or target[1] not in ("sm_100a", "sm_103a"):
+    if None in versions or target is None or target[1] not in BLACKWELL:
         raise BuildError(
-            "expected PTX with a version and the target sm_100a or sm_103a, found "
+            f"expected PTX with a version and a target of {', '.join(BLACKWELL)}, found "
             f"{target[1] if target else 'neither'}"
         )
     newest = max((match[1] for match in versions if match), key=_version)

@@ -1,7 +1,8 @@
 """What evidence says about a release: the check before it and the notes beside it.
 
-An entry's status is computed from the records by the runtime's own function. The notes are the only
-place where it is written down, and no program reads them.
+An entry's status is computed from the records by the runtime's own function: the status on the
+device of its target where it is best. The notes are the only place where it is written down, and no
+program reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from build_kernels.emulation.standing import in_words
 from build_kernels.errors import BuildError, unknown
-from router_runtime.evidence.ladder import STATUSES
+from router_runtime.evidence.ladder import STATUSES, Status
 from router_runtime.evidence.status import status
 from router_runtime.evidence.store import Evidence
 from router_runtime.format.advice import record_evidence
@@ -23,7 +24,7 @@ def counting(manifest: Manifest, evidence: Evidence) -> Evidence:
     """Return the records that give an entry of the manifest a status: those that are shipped."""
 
     def counts(alone: Evidence) -> bool:
-        return any(status(entry, manifest, alone) != "unproven" for entry in manifest.entries)
+        return any(_status(entry, manifest, alone) != "unproven" for entry in manifest.entries)
 
     return Evidence(
         tuple(record for record in evidence.records if counts(Evidence((record,)))),
@@ -32,7 +33,9 @@ def counting(manifest: Manifest, evidence: Evidence) -> Evidence:
 
 
 def require_verified(target: str, manifest: Manifest, evidence: Evidence) -> None:
-    """Raise BuildError naming every entry of a target that no current record verifies."""
+    """Raise BuildError naming every entry of a target that no current record verifies: for a family
+    target, a record of one of its members is enough.
+    """
     entries = [entry for entry in manifest.entries if entry.target == target]
     if not entries:
         targets = {entry.target for entry in manifest.entries}
@@ -52,7 +55,7 @@ def require_verified(target: str, manifest: Manifest, evidence: Evidence) -> Non
 
 def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> str:
     """Return the release notes, in Markdown. ``guide``: the part for those who install it."""
-    statuses = {entry.key: status(entry, manifest, evidence) for entry in manifest.entries}
+    statuses = {entry.key: _status(entry, manifest, evidence) for entry in manifest.entries}
     sums = Counter((entry.target, statuses[entry.key]) for entry in manifest.entries)
     tree = "" if marker.clean else ", **with uncommitted changes: it cannot be rebuilt**"
     lines = [
@@ -72,7 +75,9 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> 
         "did, on another target. `emulated`: this entry's PTX did, on the named device, with the "
         "instructions that the device lacks in software; the entry never ran on a device of its "
         'target, and the runtime uses it only for `Router(..., accept="emulated")` or when it is '
-        "named. `unproven`: none of these; the runtime uses it only when it is named.",
+        "named. `unproven`: none of these; the runtime uses it only when it is named. The digest "
+        "of a family target such as sm_100f is `verified` on devices with the compute capability "
+        "of a named one, and `source-verified` on the other members of the family.",
         "",
         f"| target | {' | '.join(STATUSES)} |",
         f"| --- | {' | '.join('---' for _ in STATUSES)} |",
@@ -104,7 +109,7 @@ def text(marker: Marker, manifest: Manifest, evidence: Evidence, guide: str) -> 
 
 
 def _unverified(entry: Entry, manifest: Manifest, evidence: Evidence) -> str | None:
-    found = status(entry, manifest, evidence)
+    found = _status(entry, manifest, evidence)
     if found == "verified":
         return None
     stale = [record.device for record in evidence.records if record.matches(entry)]
@@ -119,10 +124,28 @@ def _unverified(entry: Entry, manifest: Manifest, evidence: Evidence) -> str | N
 
 
 def _devices(entry: Entry, manifest: Manifest, evidence: Evidence) -> Sequence[str]:
-    """The devices whose records give the entry its status."""
-    wanted = status(entry, manifest, evidence)
+    """The devices whose records give the entry its status, with their compute capability."""
+    wanted = _status(entry, manifest, evidence)
     if wanted == "unproven":
         return []
-    alone = [(record.device, Evidence((record,))) for record in evidence.records]
-    alone += [(each.device, Evidence((), (each,))) for each in evidence.emulations]
-    return sorted({device for device, one in alone if status(entry, manifest, one) == wanted})
+    alone = [
+        *(
+            (record.device, record.compute_capability, Evidence((record,)))
+            for record in evidence.records
+        ),
+        *(
+            (each.device, each.compute_capability, Evidence((), (each,)))
+            for each in evidence.emulations
+        ),
+    ]
+    return sorted(
+        {
+            f"{device} ({major}.{minor})"
+            for device, (major, minor), one in alone
+            if _status(entry, manifest, one) == wanted
+        }
+    )
+
+
+def _status(entry: Entry, manifest: Manifest, evidence: Evidence) -> Status:
+    return status(entry, manifest, evidence, None)

@@ -16,7 +16,6 @@ from router_runtime.device.resolve import Request, Resolution, next_step, resolv
 from router_runtime.evidence.choice import DENSE
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
-from router_runtime.format.target import Target
 
 #: What the two dense kernels are called together.
 DENSE_ROUTER = "dense_router"
@@ -76,11 +75,11 @@ class RowOpDecision:
     next: str | None
 
 
-def imagined_device(target: Target) -> DeviceFacts:
-    """A device that a target was made for, with the oldest driver that serves."""
+def imagined_device(major: int, minor: int) -> DeviceFacts:
+    """A device of a compute capability, with the oldest driver that serves."""
     return DeviceFacts(
-        target.major,
-        target.minor,
+        major,
+        minor,
         MINIMUM_DRIVER,
         1,
         _SHARED_MEMORY_PER_BLOCK,

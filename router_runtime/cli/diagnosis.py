@@ -76,8 +76,16 @@ class Contents:
     evidence: Evidence
 
     def status(self, entry: Entry) -> str:
-        """The evidence status of ``entry``."""
-        return status(entry, self.manifest, self.evidence)
+        """The evidence status of ``entry`` on the device of its target where it is best."""
+        return status(entry, self.manifest, self.evidence, None)
+
+    def status_on(self, capability: tuple[int, int]) -> Callable[[Entry], str]:
+        """The evidence status of entries on devices of a compute capability."""
+
+        def status_of(entry: Entry) -> str:
+            return status(entry, self.manifest, self.evidence, capability)
+
+        return status_of
 
 
 def diagnose(
@@ -86,7 +94,8 @@ def diagnose(
     """The report for an artifacts folder (see ``find_artifacts``) on this machine's GPUs.
 
     Without a GPU, or with ``target``, the decisions are those for devices that are not here: one
-    for each target of the manifest, or one for ``target``. ``accept`` is that of the Routers.
+    for each compute capability that a target of the manifest, or ``target``, is made for.
+    ``accept`` is that of the Routers.
     """
     problems: list[Problem] = []
     software, present = _machine(problems)
@@ -96,11 +105,12 @@ def diagnose(
     found = _artifacts(contents, problems)
     statuses = {entry.key: contents.status(entry) for entry in contents.manifest.entries}
     devices = tuple(
-        _device(place, contents, lambda entry: statuses[entry.key], accept)
+        _device(place, contents, contents.status_on(place.facts.capability), accept)
         for place in places(contents.manifest, present, target)
     )
     _judge_devices(devices, problems)
     _judge_statuses(devices, contents, statuses, accept, problems)
+    _judge_relatives(devices, contents, statuses, problems)
     evidence = _evidence(contents, statuses, problems)
     usable = not any(problem.severity == "error" for problem in problems)
     return Diagnosis(SCHEMA, usable, software, found, evidence, accept, devices, tuple(problems))
@@ -125,14 +135,18 @@ def present_places() -> tuple[Place, ...]:
 
 
 def places(manifest: Manifest, present: tuple[Place, ...], target: str | None) -> tuple[Place, ...]:
-    """The devices to decide for: those present, else one for each target; or one for ``target``."""
+    """The devices to decide for: those present, else one for each compute capability that a target
+    of the manifest is made for; or one for each that ``target`` is made for.
+    """
     if present and target is None:
         return present
     targets = [target] if target else sorted({entry.target for entry in manifest.entries})
-    return tuple(
-        Place(f"a device for {each}", (), each, imagined_device(Target.parse(each)))
-        for each in targets
-    )
+    found: dict[tuple[int, int], Place] = {}
+    for each in targets:
+        for capability in Target.parse(each).capabilities:
+            place = Place(f"a device for {each}", (), each, imagined_device(*capability))
+            found.setdefault(capability, place)
+    return tuple(found.values())
 
 
 def _machine(problems: list[Problem]) -> tuple[Software, tuple[Place, ...]]:
@@ -227,7 +241,7 @@ def _device(
         place.name,
         place.indices,
         place.target,
-        (facts.major, facts.minor),
+        facts.capability,
         facts.sms,
         facts.shared_memory_per_block_optin,
         router_decisions(manifest, facts, status_of, contents.folder, accept),
@@ -290,6 +304,36 @@ def _judge_statuses(
                 advice,
             )
         )
+
+
+def _judge_relatives(
+    devices: tuple[Device, ...],
+    contents: Contents,
+    statuses: Mapping[str, str],
+    problems: list[Problem],
+) -> None:
+    """Which entries another member of their target's family has verified, and a GPU that is here
+    has not.
+    """
+    for device in devices:
+        status_here = contents.status_on(device.compute_capability)
+        waiting = sum(
+            statuses[entry.key] == "verified"
+            and Target.parse(entry.target).runs_on(*device.compute_capability)
+            and status_here(entry) != "verified"
+            for entry in contents.manifest.entries
+        )
+        if device.indices and waiting:
+            major, minor = device.compute_capability
+            problems.append(
+                Problem(
+                    "note",
+                    f"{waiting} kernels are verified on another compute capability of their "
+                    f"target's family, and source-verified on {_where(device.indices)}, which has "
+                    f"{major}.{minor}",
+                    _record_evidence(contents.folder),
+                )
+            )
 
 
 def _evidence(

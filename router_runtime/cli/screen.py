@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,11 +45,11 @@ def lines(found: Diagnosis) -> Iterator[str]:
         yield _labelled("evidence", f"{counts}; {evidence.stale_records} stale records")
     if found.accept is not None:
         yield _labelled("decisions", f"for Router(..., accept={found.accept!r})")
-    brief = len(found.devices) > 1 and not any(device.indices for device in found.devices)
+    here = any(device.indices for device in found.devices)
+    brief = not here and len({device.target for device in found.devices}) > 1
     if brief:
         yield "no GPU here: decisions for a device of each target (one in full: --target TARGET)"
-    for device in found.devices:
-        yield from _device(device, brief)
+    yield from _devices(found.devices, brief)
     yield "problems" if found.problems else "no problems"
     for problem in found.problems:
         yield from _problem(problem)
@@ -60,20 +61,32 @@ def serving(found: Diagnosis) -> Iterator[str]:
     """
     yield ""
     yield "what serves by default now:"
-    for device in found.devices:
-        yield from _device(device, brief=False)
+    yield from _devices(found.devices, brief=False)
     for problem in found.problems:
         if problem.severity == "error":
             yield from _problem(problem)
 
 
-def _device(device: Device, brief: bool) -> Iterator[str]:
+def _devices(devices: Iterable[Device], brief: bool) -> Iterator[str]:
+    """Every device, and what serves there once for all that follow each other and do not differ:
+    the members of a family, as a rule.
+    """
+    for _, group in itertools.groupby(devices, lambda each: (each.routers, each.row_ops)):
+        alike = tuple(group)
+        yield from map(_head, alike)
+        yield from _served(alike[0], brief)
+
+
+def _head(device: Device) -> str:
     where = ", ".join(f"cuda:{index}" for index in device.indices)
     major, minor = device.compute_capability
     facts = f"compute capability {major}.{minor}"
     if device.indices:
         facts += f", {device.multiprocessors} multiprocessors"
-    yield f"{f'{where} ' if where else ''}{device.name} ({facts})"
+    return f"{f'{where} ' if where else ''}{device.name} ({facts})"
+
+
+def _served(device: Device, brief: bool) -> Iterator[str]:
     rows = _brief_rows(device.routers) if brief else _range_rows(device.routers)
     yield from _table(list(rows))
     if device.row_ops:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -148,10 +149,14 @@ def explain_request(question: Question, contents: Contents, places: Iterable[Pla
 
 
 def lines(found: Explanation) -> Iterator[str]:
-    """The explanation as text: the choice, then every entry with its reasons."""
+    """The explanation as text: the choice, then every entry with its reasons. Devices that follow
+    each other and have the same answer have it once.
+    """
     accepting = "" if found.accept is None else f", accept={found.accept!r},"
-    for answer in found.answers:
-        yield f"{found.request}{accepting} on {_device(answer)}"
+    for _, group in itertools.groupby(found.answers, _without_device):
+        alike = tuple(group)
+        answer = alike[0]
+        yield from (f"{found.request}{accepting} on {_device(member)}" for member in alike)
         for entry, (low, high) in zip(answer.chosen, answer.ranges, strict=False):
             yield f"  {low} to {high} tokens: {entry}"
         if not answer.ranges:
@@ -170,19 +175,18 @@ def lines(found: Explanation) -> Iterator[str]:
 
 def _answer(question: Question, contents: Contents, place: Place) -> Answer:
     manifest, facts = contents.manifest, place.facts
+    status_of = contents.status_on(facts.capability)
     chosen: tuple[str, ...]
     advice: Callable[[], str]
     if not question.divided:
-        resolution = resolve(
-            question.requests[0], facts, manifest, contents.status, contents.folder
-        )
+        resolution = resolve(question.requests[0], facts, manifest, status_of, contents.folder)
         choice = resolution.choice
         chosen = () if choice is None else (choice.key,)
         ranges: tuple[tuple[int, int], ...] = ()
         resolutions: tuple[Resolution, ...] = (resolution,)
         advice = functools.partial(next_step, resolution)
     else:
-        found = dispatch(question.requests, facts, manifest, contents.status, contents.folder)
+        found = dispatch(question.requests, facts, manifest, status_of, contents.folder)
         served = [each for each in found.token_ranges if _serves(each.low, each.high, question)]
         if found.token_ranges and not served:
             served = [found.token_ranges[-1]]  # a larger batch is split into launches of this range
@@ -193,7 +197,7 @@ def _answer(question: Question, contents: Contents, place: Place) -> Answer:
     weighed = [candidate for each in resolutions for candidate in each.candidates]
     shown = [each for each in weighed if _belongs(each.entry, question.requests[0], facts)]
     return Answer(
-        device=place.name,
+        device=place.name if place.indices else f"{place.name} ({facts.major}.{facts.minor})",
         indices=place.indices,
         chosen=chosen,
         ranges=ranges,
@@ -224,6 +228,10 @@ def _verdict(candidate: Candidate, chosen: tuple[str, ...], tokens: int | None) 
         candidate.reasons,
         microseconds(entry, tokens) if known and tokens is not None else None,
     )
+
+
+def _without_device(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, device="", indices=())
 
 
 def _device(answer: Answer) -> str:

@@ -21,6 +21,11 @@ class DeviceFacts:
     shared_memory_per_block_optin: int
     present: bool = True
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Return the compute capability: major, minor."""
+        return self.major, self.minor
+
     def __str__(self) -> str:
         return (
             f"compute capability {self.major}.{self.minor}, driver for CUDA "

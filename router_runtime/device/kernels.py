@@ -46,10 +46,13 @@ class Kernels:
         return folders(self.folder)
 
     def status(self, entry: Entry) -> str:
-        """The status of ``entry`` by the shipped and the user's own evidence. Computed once."""
+        """The status of ``entry`` on devices like this one, by the shipped and the user's own
+        evidence. Computed once.
+        """
         known = self._status.get(entry.key)
         if known is None:
-            known = self._status[entry.key] = status(entry, self.manifest, self._evidence)
+            known = status(entry, self.manifest, self._evidence, self.facts.capability)
+            self._status[entry.key] = known
         return known
 
     def resolve(self, request: Request) -> Resolution:

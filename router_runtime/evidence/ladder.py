@@ -5,9 +5,10 @@ from __future__ import annotations
 import typing
 from typing import Literal
 
-#: - ``verified``: a record names the digest of this very cubin.
-#: - ``source-verified``: a record is about a cubin for another target, of the same sources and the
-#:   same toolchain.
+#: - ``verified``: a record of a device with the same compute capability names the digest of this
+#:   very cubin.
+#: - ``source-verified``: a record of another member of the family does, or a record is about a
+#:   cubin for another target, of the same sources and the same toolchain.
 #: - ``emulated``: a record of emulation names the digest of this very cubin.
 #: - ``unproven``: none of these.
 Status = Literal["verified", "source-verified", "emulated", "unproven"]

@@ -129,7 +129,7 @@ def steps(model: str, folder: Path, capability: tuple[int, int]) -> dict[str, fl
         nonlocal reading
         if entry.key not in known:
             start = time.perf_counter()
-            known[entry.key] = evidence.status(entry, manifest, found)
+            known[entry.key] = evidence.status(entry, manifest, found, capability)
             reading += (time.perf_counter() - start) * 1e3
         return known[entry.key]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from build_kernels import dispatch
+from build_kernels.catalog.targets import TARGETS
 from build_kernels.emulation.identity import model_sha256
 from build_kernels.emulation.sources import EMULATED
 from build_kernels.errors import BuildError
@@ -55,12 +56,12 @@ def test_an_entry_without_evidence_does_not_serve_by_default(
     proven = {"portable": "source-verified"}
     _statuses(monkeypatch, lambda entry: proven.get(entry.variant, "unproven"))
     pieces = ("unproven", "no: portable in pieces of 64")
-    assert _by_default("sm_100a", "dsv4-pro") == {
+    assert _by_default("sm_100f", "dsv4-pro") == {
         "1 to 64": ("unproven", "no: portable"),
         "65 to 256": pieces,
         "257 and more": pieces,
     }
-    assert _by_default("sm_100a", "dsv4-pro", "hash_gate") == {
+    assert _by_default("sm_100f", "dsv4-pro", "hash_gate") == {
         "1 to 128": ("source-verified", "yes"),
         "129 to 512": ("unproven", "no: portable"),
         "513 and more": ("unproven", "no: portable"),
@@ -163,7 +164,7 @@ def test_the_command(fresh: Project) -> None:
     assert result.stdout.splitlines()[0] == "| model | router | tokens | entry | form | MMA |"
 
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_103a"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_page_shows_the_table(target: str) -> None:
     blocks = re.findall(
         r"<!-- dispatch ([^>]*) -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from build_kernels.catalog.targets import BLACKWELL
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.emulation import interface
 from build_kernels.emulation.assembly import assemble, model
@@ -34,7 +35,7 @@ def kernels() -> list[Source]:
     return sources(emulated_jobs(), 2)
 
 
-def module(body: str, target: str = "sm_100a") -> str:
+def module(body: str, target: str = "sm_100f") -> str:
     """A module with an entry function that has this body."""
     return (
         f".version 9.0\n.target {target}\n.address_size 64\n\n"
@@ -222,6 +223,17 @@ def test_every_kernel_is_translated_and_assembled(kernels: list[Source], library
         list(executor.map(one, kernels))
 
 
+def test_every_target_of_the_family_has_the_same_ptx() -> None:
+    """So what is emulated for one of them holds for the kernel of each."""
+    jobs = [
+        job
+        for job in emulated_jobs(BLACKWELL)
+        if (job.kernel, job.model, job.variant) == ("dense_router_decode", "dsv4-flash", "tcgen05")
+    ]
+    (source,) = sources(jobs, 2)
+    assert [job.target for job in source.jobs] == list(BLACKWELL)
+
+
 def test_the_same_source_gives_the_same_bytes(kernels: list[Source]) -> None:
     source = min(kernels, key=lambda source: len(source.ptx))
     made = {
@@ -232,7 +244,7 @@ def test_the_same_source_gives_the_same_bytes(kernels: list[Source]) -> None:
 
 
 def test_keeping_the_ptx_changes_no_byte_of_the_cubin() -> None:
-    job = emulated_jobs(["sm_100a"])[0]
+    job = emulated_jobs()[0]
     first, second = WorkerProcess(job.target), WorkerProcess(job.target)
     try:
         alone = first.compile(job)

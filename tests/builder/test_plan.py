@@ -13,6 +13,7 @@ from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import Model
+from build_kernels.catalog.targets import BLACKWELL
 from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
@@ -57,10 +58,18 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_full_plan(kernels: Path) -> None:
     keys = [job.key for job in plan.plan()]
     assert keys == sorted(keys)
-    assert len(keys) == len(set(keys)) == 3 + 2 * 3 * 3
-    assert "scale/any/sm_103a/one" in keys
+    assert len(keys) == len(set(keys)) == 2 + 2 * 3 * 2
+    assert "scale/any/sm_100f/one" in keys
     assert "shift/dsv41-flash/sm_90a/b" in keys
-    assert not any("sm_100f" in key for key in keys)
+    assert {key.split("/")[2] for key in keys} == {"sm_90a", "sm_100f"}
+
+
+def test_one_target_serves_the_family_by_default(kernels: Path) -> None:
+    """Those for one of its members are built on request."""
+    by_default = {job.target for job in plan.plan()}
+    for target in BLACKWELL:
+        assert {job.target for job in plan.plan(targets=[target])} == {target}
+        assert (target in by_default) == (target == "sm_100f")
 
 
 def test_selections_narrow_the_plan(kernels: Path) -> None:
@@ -116,10 +125,10 @@ def test_a_variant_may_exist_on_some_targets_only(
     variants = (Variant("a"), Variant("b", targets=("sm_90a",)))
     monkeypatch.setattr(catalog, "KERNELS", (Kernel("scale", "cuda", False, False, variants),))
     assert [job.key for job in plan.plan()] == [
-        *("scale/any/sm_100a/a", "scale/any/sm_103a/a", "scale/any/sm_90a/a"),
+        *("scale/any/sm_100f/a", "scale/any/sm_90a/a"),
         "scale/any/sm_90a/b",
     ]
-    assert [job.key for job in plan.plan(targets=("sm_100f",))] == ["scale/any/sm_100f/a"]
+    assert [job.key for job in plan.plan(targets=("sm_103a",))] == ["scale/any/sm_103a/a"]
 
 
 LATENCY = """
@@ -140,10 +149,8 @@ def test_measured_latencies_reach_their_jobs_and_no_digest(kernels: Path) -> Non
     (kernels / "catalog" / "latency.toml").write_text(LATENCY)
     jobs = {job.key: job for job in plan.plan()}
     assert {key: job.latency for key, job in jobs.items() if "dsv4-pro" in key} == {
-        "shift/dsv4-pro/sm_100a/a": (),
-        "shift/dsv4-pro/sm_100a/b": ((1, 4.5), (64, 5.5)),
-        "shift/dsv4-pro/sm_103a/a": (),
-        "shift/dsv4-pro/sm_103a/b": ((1, 4.5), (64, 5.5)),
+        "shift/dsv4-pro/sm_100f/a": (),
+        "shift/dsv4-pro/sm_100f/b": ((1, 4.5), (64, 5.5)),
         "shift/dsv4-pro/sm_90a/a": ((1, 1.5), (64, 2.0)),
         "shift/dsv4-pro/sm_90a/b": ((1, 4.5), (64, 5.5)),
     }

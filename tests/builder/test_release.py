@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -22,7 +23,9 @@ from build_kernels import publish
 from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.errors import BuildError
-from build_kernels.release import changelog, contents, wheel
+from build_kernels.release import changelog, contents, notes, wheel
+from router_runtime.evidence.record import cases_sha256
+from router_runtime.evidence.store import Evidence, load_evidence
 from router_runtime.format.manifest import Manifest, loads
 from router_runtime.format.provenance import marker_loads, statement_loads
 from router_runtime.format.wheel import read
@@ -206,7 +209,11 @@ def test_the_notes_have_each_status(released: Released) -> None:
     for entry in manifest.entries:
         status = "verified" if entry.target == "sm_90a" else "source-verified"
         (line,) = (line for line in lines if line.startswith(f"| {entry.key} |"))
-        assert line.split(" | ")[1:4] == [status, "Example GPU", str(entry.resources.registers)]
+        assert line.split(" | ")[1:4] == [
+            status,
+            "Example GPU (9.0)",
+            str(entry.resources.registers),
+        ]
         assert f"`{entry.sha256[:16]}`" in line
 
 
@@ -234,6 +241,34 @@ def test_a_changelogs_sections() -> None:
     for wrong in ("", "## 1.3.0\n\n## 1.2.0\n- B.\n"):
         with pytest.raises(BuildError, match=r"expected a section '## 1\.3\.0' or '## Unrel"):
             changelog.section(wrong, "1.3.0")
+
+
+def test_the_notes_say_which_member_of_a_family_recorded(released: Released) -> None:
+    """A record of one member makes the digest verified; the column names the member."""
+    manifest = loads((released.folder / "manifest.json").read_bytes())
+    entry = dataclasses.replace(manifest.entries[0], target="sm_100f")
+    entries = _wheel(released.folder)
+    marker = marker_loads(entries[f"router_runtime/artifacts/{released.stem}.release.json"])
+    evidence = load_evidence(released.project.artifacts / "evidence")
+    record = dataclasses.replace(
+        evidence.records[0],
+        target="sm_100f",
+        constants=entry.constants,
+        sha256=entry.sha256,
+        device="Example B300",
+        compute_capability=(10, 3),
+        cases_sha256=cases_sha256(),
+    )
+    manifest = dataclasses.replace(manifest, entries=(entry,))
+    marker = dataclasses.replace(marker, targets=("sm_100f",))
+    lines = notes.text(marker, manifest, Evidence((record,)), "").splitlines()
+    assert "| sm_100f | 1 | 0 | 0 | 0 |" in lines
+    (line,) = (line for line in lines if line.startswith(f"| {entry.key} |"))
+    assert line.split(" | ")[1:3] == ["verified", "Example B300 (10.3)"]
+    notes.require_verified("sm_100f", manifest, Evidence((record,)))
+    stale = dataclasses.replace(record, cases_sha256="7" * 64)
+    with pytest.raises(BuildError, match="unproven; the evidence of Example B300 is of another"):
+        notes.require_verified("sm_100f", manifest, Evidence((stale,)))
 
 
 def test_the_same_bytes_in_another_folder_and_another_environment(
@@ -462,8 +497,8 @@ def test_an_emulated_release(committed: Project, tmp_path: Path) -> None:
     committed.commit()
     folder = committed.release("--out", tmp_path / "out")
     assert [row.split(" | ")[:3] for row in _statuses(folder)] == [
-        ["| scale/any/sm_100a/one", "emulated", "Example GPU"],
-        ["| scale/any/sm_100a/two", "emulated (stale: by another model)", "Example GPU"],
+        ["| scale/any/sm_100a/one", "emulated", "Example GPU (9.0)"],
+        ["| scale/any/sm_100a/two", "emulated (stale: by another model)", "Example GPU (9.0)"],
         ["| scale/any/sm_90a/one", "unproven", "-"],
         ["| scale/any/sm_90a/two", "unproven", "-"],
     ]

@@ -21,7 +21,7 @@ _MOVES = ("mov.", "add.", "sub.", "selp.", "mad.lo.", "mapa.")
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Source]:
-    return sources(emulated_jobs(["sm_100a"]), 2)
+    return sources(emulated_jobs(), 2)
 
 
 def addresses(code: Code) -> frozenset[str]:

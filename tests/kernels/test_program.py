@@ -47,7 +47,7 @@ def test_an_unknown_pair_is_refused(
         function(constants)
 
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100f"])
 def test_the_symbol_is_form_and_mma_alone(target: str) -> None:
     """One process compiles all: no symbol or counter of one entry may change another."""
     jobs = plan.plan(targets=[target], kernels=[kernel.name for kernel in DENSE])

@@ -63,7 +63,7 @@ def entry(variant: str) -> Entry:
     )
 
 
-EMULATED, SIBLING = entry("tcgen05.sm_100a"), entry("portable")
+EMULATED, SIBLING = entry("tcgen05.sm_100f"), entry("portable")
 
 
 class FakeLibrary:
@@ -234,7 +234,7 @@ def record(state: SimpleNamespace, *modes: str) -> int:
 def statuses(state: SimpleNamespace) -> list[str]:
     manifest = read_manifest(state.artifacts)
     evidence = load_evidence(state.artifacts / "evidence")
-    return [status(entry, manifest, evidence) for entry in manifest.entries]
+    return [status(entry, manifest, evidence, None) for entry in manifest.entries]
 
 
 def test_one_run_gives_a_record_for_every_cubin_of_its_ptx(recorded: SimpleNamespace) -> None:

@@ -65,7 +65,7 @@ def status_of(entry: Entry, *found: records.Record | EmulationRecord) -> str:
         tuple(each for each in found if isinstance(each, records.Record)),
         tuple(each for each in found if isinstance(each, EmulationRecord)),
     )
-    return status(entry, Manifest("ef" * 32, TOOLCHAIN, (entry,)), evidence)
+    return status(entry, Manifest("ef" * 32, TOOLCHAIN, (entry,)), evidence, (10, 0))
 
 
 def test_the_best_that_holds_is_the_status() -> None:
@@ -153,7 +153,7 @@ def test_an_emulation_is_read_when_it_decides(tmp_path: Path) -> None:
         "rubbish"
     )
     manifest = Manifest("ef" * 32, TOOLCHAIN, ())
-    assert status(ENTRY, manifest, store.read_evidence(tmp_path)) == "emulated"
+    assert status(ENTRY, manifest, store.read_evidence(tmp_path), None) == "emulated"
     with pytest.raises(ArtifactError, match="expected a valid record"):
         assert store.read_evidence(tmp_path).emulations
 

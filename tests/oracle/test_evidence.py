@@ -155,9 +155,9 @@ def entry_of(record, **changes):
     return dataclasses.replace(entry, **changes)
 
 
-def status(entry, *records, toolchain=TOOLCHAIN):
+def status(entry, *records, toolchain=TOOLCHAIN, capability=(9, 0)):
     manifest = Manifest("ef" * 32, toolchain, (entry,))
-    return statuses.status(entry, manifest, store.Evidence(tuple(records)))
+    return statuses.status(entry, manifest, store.Evidence(tuple(records)), capability)
 
 
 def emulated(record):
@@ -208,6 +208,57 @@ def test_status(record):
     assert status(other_target, record, toolchain=newer) == "unproven"
     # Bytes are what a device runs: evidence for them holds with any compiler.
     assert status(entry, record, toolchain=newer) == "verified"
+
+
+def on_device(record, device, capability):
+    """The record of a cubin for sm_100f, made on a member of its family."""
+    file = record.file.replace("sm_90a", "sm_100f")
+    entry = record.entry.replace("sm_90a", "sm_100f")
+    return dataclasses.replace(
+        record,
+        target="sm_100f",
+        file=file,
+        entry=entry,
+        device=device,
+        compute_capability=capability,
+    )
+
+
+def test_a_family_is_verified_member_by_member(record, tmp_path):
+    """The same bytes: verified where they ran, source-verified on the other members."""
+    b200, b300 = on_device(record, "B200", (10, 0)), on_device(record, "B300", (10, 3))
+    entry = entry_of(b200, target="sm_100f", file=b200.file)
+
+    def on_each(*found, **settings):
+        return [
+            status(entry, *found, capability=capability, **settings)
+            for capability in ((10, 0), (10, 3), (10, 7), None)
+        ]
+
+    assert on_each() == ["unproven"] * 4
+    assert on_each(b200) == ["verified", "source-verified", "source-verified", "verified"]
+    assert on_each(b300) == ["source-verified", "verified", "source-verified", "verified"]
+    assert on_each(b200, b300) == ["verified", "verified", "source-verified", "verified"]
+    newer = dataclasses.replace(TOOLCHAIN, packages={"nvrtc": "13.6"})
+    assert on_each(b300, toolchain=newer)[0] == "source-verified"
+    assert on_each(dataclasses.replace(b200, suite_version=9999)) == ["unproven"] * 4
+    # Each device has a file of its own.
+    for each in (b200, b300):
+        store.write_record(each, tmp_path)
+    assert {each.device for each in store.load_evidence(tmp_path).records} == {"B200", "B300"}
+
+
+def test_a_record_for_one_member_proves_the_source_of_the_family(record):
+    """And the reverse: a set for sm_100a and one for sm_100f are made of the same sources."""
+    family = entry_of(record, sha256="99" * 32, target="sm_100f")
+    exact = dataclasses.replace(
+        on_device(record, "B200", (10, 0)),
+        target="sm_100a",
+        entry=record.entry.replace("sm_90a", "sm_100a"),
+        file=record.file.replace("sm_90a", "sm_100a"),
+    )
+    for capability in ((10, 0), (10, 3)):
+        assert status(family, exact, capability=capability) == "source-verified"
 
 
 def test_evidence_over_other_limits_does_not_verify(record):
@@ -429,7 +480,7 @@ def test_a_record_is_read_when_it_decides(record, tmp_path):
     other.write_text("rubbish")
     found = store.read_evidence(tmp_path)
     manifest = Manifest("ef" * 32, TOOLCHAIN, ())
-    assert statuses.status(entry_of(record), manifest, found) == "verified"
+    assert statuses.status(entry_of(record), manifest, found, (9, 0)) == "verified"
     with pytest.raises(ArtifactError, match="expected a valid record"):
         assert found.records
     other.unlink()
@@ -442,7 +493,7 @@ def test_the_same_bytes_under_another_name_are_verified(record, tmp_path):
     file = record.file.replace("-any-", "-mine-")
     mine = entry_of(record, model="mine", file=file)
     manifest = Manifest("ef" * 32, TOOLCHAIN, (mine,))
-    assert statuses.status(mine, manifest, store.read_evidence(tmp_path)) == "verified"
+    assert statuses.status(mine, manifest, store.read_evidence(tmp_path), (9, 0)) == "verified"
 
 
 def test_own_evidence_is_as_strict(record, tmp_path, own):
@@ -477,7 +528,7 @@ def any_record(draw):
     """A record of another suite: of this one only the records with all of its cases are valid."""
     kernel, model, variant = (draw(NAMES.filter(lambda n: n[0].isalpha())) for _ in range(3))
     target, capability = draw(
-        st.sampled_from([("sm_90a", (9, 0)), ("sm_100f", (10, 3)), ("sm_103a", (10, 3))])
+        st.sampled_from([("sm_90a", (9, 0)), ("sm_100f", (10, 7)), ("sm_103a", (10, 3))])
     )
     sha256 = draw(DIGESTS)
     return records.Record(

@@ -154,7 +154,7 @@ def test_recorded_evidence_verifies(folder, machine):
     found = store.load_evidence(folder / "evidence")
     assert len(found.records) == 3
     manifest = Manifest("0" * 64, Toolchain({}, {}), ENTRIES)
-    assert [status(each, manifest, found) for each in ENTRIES] == [
+    assert [status(each, manifest, found, (9, 0)) for each in ENTRIES] == [
         *("verified", "verified", "verified"),
         "source-verified",  # the same source as the one for sm_90a
     ]

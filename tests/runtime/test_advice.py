@@ -54,7 +54,7 @@ def test_building_names_a_target_of_the_makefile_from_any_folder(
 
 
 @pytest.mark.parametrize(
-    ("capability", "target"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 7), "sm_100f")]
+    ("capability", "target"), [((9, 0), "sm_90a"), ((10, 0), "sm_100f"), ((10, 7), "sm_100f")]
 )
 def test_a_device_that_can_be_built_for(
     capability: tuple[int, int], target: str, monkeypatch: pytest.MonkeyPatch

@@ -323,7 +323,7 @@ _ORDER = tuple(reversed(STATUSES))
 def standings(folder: Path) -> list[int]:
     manifest = artifacts.read_manifest(folder)
     found = store.read_evidence(folder)
-    return [_ORDER.index(status(entry, manifest, found)) for entry in manifest.entries]
+    return [_ORDER.index(status(entry, manifest, found, None)) for entry in manifest.entries]
 
 
 def test_a_flipped_bit_in_evidence_proves_nothing_more(folder: Path, fake: Any) -> None:

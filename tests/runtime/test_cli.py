@@ -108,6 +108,86 @@ def test_doctor_without_a_gpu(folder: Path, fake: Any, monkeypatch: pytest.Monke
     assert "1 to 8 tokens dense_router_decode portable source-verified" in words(done)
 
 
+@pytest.fixture
+def family(build: SimpleNamespace, fake: Any, tmp_path: Path) -> Path:
+    """Artifacts for sm_100f."""
+    fake.entries = build.small("sm_100f")
+    path: Path = build.artifacts(tmp_path / "family", fake.entries)
+    return path
+
+
+def recorded_on_b200(_entry: Any, _manifest: Any, _evidence: Any, capability: Any) -> str:
+    """The status of every entry when 10.0 has recorded it, and no other member of the family."""
+    return "verified" if capability in (None, (10, 0)) else "source-verified"
+
+
+HEADS = [f"a device for sm_100f (compute capability 10.{minor})" for minor in (0, 3, 7)]
+
+
+@pytest.mark.usefixtures("verified")
+@pytest.mark.parametrize("arguments", [(), ("--target", "sm_100f")])
+def test_members_of_a_family_that_do_not_differ_are_shown_together(
+    family: Path, fake: Any, arguments: tuple[str, ...]
+) -> None:
+    fake.init = RuntimeError("no libcuda")
+    done = run(family, "doctor", *arguments)
+    assert "\n".join(HEADS) in done.output
+    assert words(done).count("1 to 8 tokens dense_router_decode portable verified") == 1
+    found = json.loads(run(family, "doctor", "--json", *arguments).output)
+    assert [each["compute_capability"] for each in found["devices"]] == [[10, 0], [10, 3], [10, 7]]
+
+
+def test_members_of_a_family_have_the_status_of_their_own_records(
+    family: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis, "status", recorded_on_b200)
+    text = run(family, "doctor", "--target", "sm_100f").output
+    assert "7 verified, 0 source-verified, 0 emulated, 0 unproven" in text
+    first, _, others = text.partition("\n".join(HEADS[1:]))
+    assert HEADS[0] in first
+    assert re.search("1 to 8 tokens +dense_router_decode +portable +verified", first)
+    assert re.search("1 to 8 tokens +dense_router_decode +portable +source-verified", others)
+    why_text = run(family, "doctor", "--target", "sm_100f", "--why", "dense_router/small/1").output
+    parts = re.split(r"^dense_router/small/1 on a device for sm_100f ", why_text, flags=re.M)
+    assert [part.splitlines()[0] for part in parts[1:]] == ["(10.0)", "(10.3)", "(10.7)"]
+    assert "[verified]: chosen" in parts[1]
+    assert parts[2] == "(10.3)\n"
+    assert "[source-verified]: chosen" in parts[3]
+
+
+@pytest.mark.parametrize("minor", [0, 3])
+def test_doctor_says_what_only_another_member_of_the_family_has_verified(
+    family: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, minor: int
+) -> None:
+    monkeypatch.setattr(diagnosis, "status", recorded_on_b200)
+    fake.capability = (10, minor)
+    done = run(family, "doctor")
+    assert done.exit_code == 0, done.output
+    note = (
+        "note: 7 kernels are verified on another compute capability of their target's family, and "
+        f"source-verified on cuda:0, which has 10.{minor} "
+        f"next: run: {advice.record_evidence(family)}"
+    )
+    assert (note in words(done)) == (minor == 3)
+
+
+@pytest.mark.usefixtures("verified")
+def test_devices_that_two_targets_name_are_shown_once(
+    build: SimpleNamespace, fake: Any, tmp_path: Path
+) -> None:
+    fake.entries = [*build.small("sm_100f"), *build.small("sm_100a")]
+    fake.init = RuntimeError("no libcuda")
+    done = run(build.artifacts(tmp_path / "both", fake.entries), "doctor", "--json")
+    devices = json.loads(done.output)["devices"]
+    assert [(each["target"], each["compute_capability"]) for each in devices] == [
+        ("sm_100a", [10, 0]),
+        ("sm_100f", [10, 3]),
+        ("sm_100f", [10, 7]),
+    ]
+    chosen = [each["routers"][0]["ranges"][0]["entry"].split("/")[2] for each in devices]
+    assert chosen == ["sm_100a", "sm_100f", "sm_100f"]
+
+
 @pytest.mark.usefixtures("verified")
 def test_a_target_can_be_shown_in_place_of_the_gpu(folder: Path) -> None:
     done = run(folder, "doctor", "--target", "sm_100a")

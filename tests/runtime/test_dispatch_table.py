@@ -8,6 +8,7 @@ import pytest
 
 from build_kernels import dispatch as table
 from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.targets import TARGETS
 from build_kernels.plan import plan
 from router_runtime.device.dispatch import dispatch
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
@@ -25,7 +26,7 @@ def _portable(entry: Entry) -> str:
 
 
 @pytest.mark.parametrize("status_of", [_verified, _portable])
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_103a"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_table_is_what_the_runtime_does(
     target: str, status_of: Callable[[Entry], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

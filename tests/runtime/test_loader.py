@@ -85,7 +85,7 @@ def test_small_kernel_needs_no_opt_in(load: Any, fake: Any, build: SimpleNamespa
 
 def test_foreign_target(load: Any, fake: Any, dense: Any) -> None:
     fake.capability = (10, 0)
-    with pytest.raises(ArtifactError, match=r"found target sm_90a.*--target sm_100a"):
+    with pytest.raises(ArtifactError, match=r"found target sm_90a.*--target sm_100f"):
         load(dense)
     assert "cuLibraryLoadData" not in fake.calls
 

@@ -213,6 +213,12 @@ def test_a_constant_of_another_type_is_refused(build: SimpleNamespace, value: An
         loads(json.dumps(document).encode())
 
 
+@pytest.mark.parametrize("text", ["sm_90b", "sm_9", "SM_90a", "sm_120f", "sm_103f"])
+def test_a_target_or_a_family_that_is_not_known_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match=f"expected a target such as .*, found '{text}'"):
+        Target.parse(text)
+
+
 def test_a_format_error_is_an_error_of_the_runtime() -> None:
     with pytest.raises(RouterRuntimeError):
         Target.parse("sm_90b")

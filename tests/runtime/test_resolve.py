@@ -56,6 +56,33 @@ def test_exact_target_is_preferred_to_family(build: SimpleNamespace) -> None:
     assert decide(build, [family, exact], "verified", B200).choice is exact
 
 
+@pytest.mark.parametrize(
+    ("statuses", "capability", "target"),
+    [
+        # Where both load, better evidence decides, then the more specific target.
+        ({"sm_100f": "verified", "sm_100a": "verified"}, (10, 0), "sm_100a"),
+        ({"sm_100f": "source-verified", "sm_100a": "source-verified"}, (10, 0), "sm_100a"),
+        ({"sm_100f": "verified", "sm_100a": "source-verified"}, (10, 0), "sm_100f"),
+        ({"sm_100f": "source-verified", "sm_100a": "verified"}, (10, 0), "sm_100a"),
+        ({"sm_100f": "source-verified", "sm_100a": "unproven"}, (10, 0), "sm_100f"),
+        # The others of the family load one of them.
+        ({"sm_100f": "source-verified", "sm_100a": "verified"}, (10, 3), "sm_100f"),
+        ({"sm_100f": "source-verified", "sm_100a": "verified"}, (10, 7), "sm_100f"),
+    ],
+)
+def test_of_a_family_set_and_an_exact_set_one_serves_every_batch(
+    build: SimpleNamespace, statuses: dict[str, str], capability: tuple[int, int], target: str
+) -> None:
+    entries = [
+        phase(build, name, high, target=each)
+        for each in statuses
+        for name, high in (("decode", 64), ("prefill", 4096))
+    ]
+    device = dataclasses.replace(H100, major=capability[0], minor=capability[1])
+    ranges = divide(build, entries, lambda entry: statuses[entry.target], device).require()
+    assert [each.entry.target for each in ranges] == [target, target]
+
+
 def test_unproven_is_never_chosen_unless_named(build: SimpleNamespace) -> None:
     entry = dense(build)
     found = decide(build, [entry], "unproven")
@@ -198,7 +225,7 @@ def test_unsupported_compute_capability_names_no_build_command(build: SimpleName
 
 def test_supported_compute_capability_names_the_build_command(build: SimpleNamespace) -> None:
     other = dataclasses.replace(H100, major=10, minor=3)
-    with pytest.raises(ResolutionError, match=r"build --target sm_103a .*device='cpu'"):
+    with pytest.raises(ResolutionError, match=r"build --target sm_100f .*device='cpu'"):
         decide(build, [dense(build)], "verified", other).require()
 
 
@@ -411,7 +438,9 @@ def test_a_missing_parameter_is_a_reason(build: SimpleNamespace) -> None:
     ("target", "capability", "runs"),
     [
         *[("sm_90a", (9, 0), True), ("sm_90a", (10, 0), False), ("sm_100a", (10, 0), True)],
-        *[("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True), ("sm_100f", (12, 0), False)],
+        *[("sm_100a", (10, 3), False), ("sm_103a", (10, 7), False), ("sm_107a", (10, 7), True)],
+        *[("sm_100f", (10, minor), minor in (0, 3, 7)) for minor in range(10)],
+        *[("sm_100f", (11, 0), False), ("sm_100f", (12, 0), False)],
     ],
 )
 def test_targets(
