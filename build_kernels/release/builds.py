@@ -79,4 +79,6 @@ def _manifest(data: bytes, where: object) -> Manifest:
     try:
         return loads(data)
     except FormatError as error:
-        raise BuildError(f"{where}: {error}") from error
+        raise BuildError(
+            f"{where}: {error}; next: make build-cubins, or fetch the release again"
+        ) from error

@@ -47,6 +47,7 @@ from router_runtime.format.advice import (
     record_evidence,
     runtime,
 )
+from router_runtime.format.files import exists
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -420,7 +421,7 @@ def _record_evidence(artifacts: Path) -> str:
     """The command that records evidence where this process can write it and read it again."""
     own = own_folder()
     folder = own or artifacts / EVIDENCE_NAME
-    present = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    present = next(each for each in (folder, *folder.resolve().parents) if exists(each))
     if os.access(present, os.W_OK) and (own or trust.policy() is None):
         return f"run: {record_evidence(artifacts)}"
     reason = "is read-only" if trust.policy() is None or own else "must hold signed files only"

@@ -10,6 +10,6 @@ from router_runtime.format.advice import ARTIFACTS_VARIABLE
 
 artifacts_option = click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
     help=f"The artifacts folder. Default: ${ARTIFACTS_VARIABLE}, then the installed one.",
 )

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from router_runtime.errors import RouterRuntimeError
+from router_runtime.errors import RouterRuntimeError, explain
 from router_runtime.evidence.release import description, verify
+from router_runtime.format.advice import archive
 
 
 @click.command("verify-release")
@@ -24,6 +25,16 @@ def verify_release(files: tuple[Path, ...], key: Path | None) -> None:
     is run. To build the release again from its commit and compare every byte, use the builder in a
     checkout: build-kernels verify-release FILES --rebuild
     """
+    zipped = archive()
+    if zipped is not None:
+        raise click.ClickException(
+            explain(
+                "verify-release",
+                expected="to run from a folder, where the files of the suite can be read",
+                found=f"the zip file {zipped}",
+                remedy=f"run: pip install {zipped}, and take the file off the path (PYTHONPATH)",
+            )
+        )
     try:
         found = verify(files, key)
     except RouterRuntimeError as error:

@@ -8,21 +8,25 @@ none is in force, a folder or a file that others may write is refused (``format/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from router_runtime.errors import ArtifactError, explain
+from router_runtime.errors import ArtifactError, FormatError, explain
 from router_runtime.format import provenance
 from router_runtime.format.advice import (
     ARTIFACTS_VARIABLE,
     REINSTALL,
     artifacts_places,
     build_artifacts,
+    restore,
+    unpack,
 )
-from router_runtime.format.files import list_folder, read_file
+from router_runtime.format.files import exists, list_folder, read_file
 from router_runtime.format.manifest import MANIFEST_NAME, Entry, Manifest, loads
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
@@ -52,20 +56,23 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
     named = explicit if explicit is not None else os.environ.get(ARTIFACTS_VARIABLE)
     if named:
         folder = Path(named)
-        if (folder / MANIFEST_NAME).is_file():
+        if exists(folder / MANIFEST_NAME):
             return folder
         source = "the argument" if explicit is not None else ARTIFACTS_VARIABLE
+        zipped = zipfile.is_zipfile(folder)
         raise ArtifactError(
             explain(
                 f"artifacts folder named by {source}",
                 expected=f"{MANIFEST_NAME} in {folder}",
-                found="none",
-                remedy=f"{build_artifacts()}, or name the folder that holds it",
+                found="a zip file" if zipped else "none",
+                remedy=unpack(folder)
+                if zipped
+                else f"{build_artifacts()}, or name the folder that holds it",
             )
         )
     tried = artifacts_places()
     for folder in tried:
-        if (folder / MANIFEST_NAME).is_file():
+        if exists(folder / MANIFEST_NAME):
             return folder
     raise ArtifactError(
         explain(
@@ -81,7 +88,7 @@ def list_artifacts(folder: Path) -> list[str]:
     """Return the names in an artifacts folder. Raises ArtifactError if others may write to it and
     no signature is required.
     """
-    return list_folder(folder, "artifacts folder", build_artifacts(), signed=trust.in_force())
+    return list_folder(folder, "artifacts folder", restore(folder), signed=trust.in_force())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -93,13 +100,23 @@ def read_manifest(folder: Path) -> Manifest:
     names = list_artifacts(folder)
     path = folder / MANIFEST_NAME
     signed = trust.in_force()
-    data = read_file(path, _MAX_MANIFEST, "manifest", build_artifacts(), signed=signed)
+    data = read_file(path, _MAX_MANIFEST, "manifest", restore(folder), signed=signed)
     sha256 = hashlib.sha256(data).hexdigest()
     trust.admit(MANIFEST_NAME, sha256, path)
-    manifest = loads(data)
+    with _told(path):
+        manifest = loads(data)
     markers = [folder / name for name in names if name.endswith(provenance.MARKER_SUFFIX)]
     _check_marker(markers, manifest, sha256)
     return manifest
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Add to a FormatError of the block which file it is about, and what to do."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}; {restore(path.parent)}") from error
 
 
 def _check_marker(paths: Sequence[Path], manifest: Manifest, sha256: str) -> None:
@@ -117,9 +134,10 @@ def _check_marker(paths: Sequence[Path], manifest: Manifest, sha256: str) -> Non
         )
     (path,) = paths
     signed = trust.in_force()
-    data = read_file(path, _MAX_MARKER, "release marker", build_artifacts(), signed=signed)
+    data = read_file(path, _MAX_MARKER, "release marker", restore(path.parent), signed=signed)
     trust.admit(path.name, hashlib.sha256(data).hexdigest(), path)
-    marker = provenance.marker_loads(data)
+    with _told(path):
+        marker = provenance.marker_loads(data)
     expected = (path.name, __version__, sha256)
     found = (marker.file_name, marker.version, marker.manifest_sha256)
     foreign = sorted({entry.target for entry in manifest.entries} - set(marker.targets))
@@ -150,7 +168,7 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
     """
     path = folder / entry.file
     what = f"cubin of {entry.key}"
-    data = read_file(path, entry.size, what, build_artifacts(), signed=trust.in_force())
+    data = read_file(path, entry.size, what, restore(folder), signed=trust.in_force())
     if len(data) != entry.size:
         found = f"{len(data)} bytes (truncated)"
         raise ArtifactError(
@@ -158,7 +176,7 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
                 what,
                 expected=f"{entry.size} bytes in {path}",
                 found=found,
-                remedy=build_artifacts(),
+                remedy=restore(folder),
             )
         )
     digest = hashlib.sha256(data).hexdigest()
@@ -168,15 +186,15 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
                 what,
                 expected=f"sha256 {entry.sha256} of {path}",
                 found=f"{digest} (altered)",
-                remedy=build_artifacts(),
+                remedy=restore(folder),
             )
         )
     trust.admit(entry.file, digest, path)
-    _check_machine_code(data, entry, what)
+    _check_machine_code(data, entry, what, restore(folder))
     return data
 
 
-def _check_machine_code(data: bytes, entry: Entry, what: str) -> None:
+def _check_machine_code(data: bytes, entry: Entry, what: str, remedy: str) -> None:
     """Refuse what is not an executable ELF for the entry's compute capability. The header is
     the same for ``a`` and ``f``: the builder checks that, and a driver refuses what does not fit.
     """
@@ -195,6 +213,6 @@ def _check_machine_code(data: bytes, entry: Entry, what: str) -> None:
             what,
             expected=f"machine code for {entry.target}, an executable CUDA ELF",
             found=found,
-            remedy=build_artifacts(),
+            remedy=remedy,
         )
     )

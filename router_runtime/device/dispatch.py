@@ -52,7 +52,7 @@ class Dispatch:
     def next_step(self, *, brief: bool = False) -> str:
         """What to do if there are no token ranges. ``brief`` as for ``resolve.next_step``."""
         if any(found.accepted for each in self.resolutions for found in each.candidates):
-            return f"build every variant: {build_artifacts()}"
+            return f"for entries that serve every batch, {build_artifacts()}"
         known = [each for each in self.resolutions if each.candidates]
         return next_step((known or self.resolutions)[0], brief=brief)
 

@@ -240,7 +240,7 @@ def next_step(resolution: Resolution, *, brief: bool = False) -> str:
         _reasons(c.entry, "verified", bare, device) for c in here
     ):
         names = list(request.parameters)
-        return f"rebuild the artifacts for kernels with {names}: {build_artifacts()}"
+        return f"for kernels with {names}, {build_artifacts()}"
     if any(not _reasons(c.entry, "verified", relaxed, device) for c in here):
         if request.variant is not None:
             names = sorted({candidate.entry.variant for candidate in here})

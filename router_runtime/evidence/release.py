@@ -8,14 +8,15 @@ needs the package ``cryptography``.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from router_runtime.errors import ArtifactError, FormatError, TrustError
+from router_runtime.errors import ArtifactError, FormatError, TrustError, explain
 from router_runtime.evidence.release_checks import wrong_contents, wrong_digests, wrong_names
-from router_runtime.format import wheel
+from router_runtime.format import system_errors, wheel
 from router_runtime.format.manifest import MANIFEST_NAME, Manifest, loads
 from router_runtime.format.provenance import (
     BESIDE,
@@ -93,7 +94,18 @@ def verify(paths: Sequence[Path], key: Path | None) -> Release:
     Raises ArtifactError or FormatError with everything that is wrong. With ``key``, a PEM file, an
     envelope signed by it must be among the files; TrustError is raised if it is not.
     """
-    files = _read(paths)
+    try:
+        files = _read(paths)
+    except OSError as error:
+        where = Path(os.fsdecode(error.filename)) if error.filename else paths[0]
+        raise ArtifactError(
+            explain(
+                "release",
+                expected="files that can be read",
+                found=system_errors.found(error),
+                remedy=system_errors.reading_remedy(error, where, "name files that can be read"),
+            )
+        ) from error
     start = _stem(files)
     data, signed_by = _statement(files, start, key)
     try:

@@ -30,8 +30,13 @@ from router_runtime.evidence.emulation_record import EmulationRecord
 from router_runtime.evidence.kinds import AnyRecord, dumps, is_emulation
 from router_runtime.evidence.record import Record
 from router_runtime.format import system_errors
-from router_runtime.format.advice import record_emulation, record_evidence
-from router_runtime.format.files import list_folder, read_file
+from router_runtime.format.advice import (
+    artifacts_places,
+    build_artifacts,
+    record_emulation,
+    record_evidence,
+)
+from router_runtime.format.files import exists, list_folder, read_file
 from router_runtime.format.manifest import digest_in_name
 from router_runtime.trust import policy as trust
 
@@ -181,7 +186,7 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
         (path, admit) for path in _listed(shipped, signed=trust.in_force())[0]
     ]
     for folder in own:
-        if not folder.is_dir():
+        if not exists(folder):
             raise ArtifactError(
                 explain(
                     f"evidence folder named by {ENVIRONMENT_VARIABLE}",
@@ -218,9 +223,9 @@ def files(artifacts: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _listed(folder: Path, *, signed: bool = False) -> tuple[list[Path], list[Path]]:
-    if not folder.is_dir():
+    if not exists(folder):
         return [], []
-    names = list_folder(folder, "evidence folder", f"run: chmod u+rx {folder}", signed=signed)
+    names = list_folder(folder, "evidence folder", "name a folder", signed=signed)
     records = [name for name in names if _RECORD_NAME.fullmatch(name)]
     strays = [name for name in names if not _RECORD_NAME.fullmatch(name)]
     return [folder / name for name in records], [folder / name for name in strays]
@@ -236,7 +241,12 @@ def _read_emulation(path: Path, admit: Admit | None) -> EmulationRecord:
 
 
 def _read(path: Path, admit: Admit | None, loads: Callable[[bytes], _Kind], again: str) -> _Kind:
-    """The record in a file. ``admit`` is called with its path and bytes before they are parsed."""
+    """The record in a file. ``admit`` is called with its path and bytes before they are parsed.
+
+    ``again`` is how a record of the user's is made again; those of a wheel come with it.
+    """
+    if path.parent.resolve() == artifacts_places()[0] / EVIDENCE_NAME:
+        again = build_artifacts()
     try:
         # A record that is admitted by its signature may be writable by others.
         signed = admit is not None and trust.in_force()

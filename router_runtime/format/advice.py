@@ -30,6 +30,12 @@ def checkout() -> Path | None:
     return root if (root / "Makefile").is_file() and (root / "build_kernels").is_dir() else None
 
 
+def archive() -> Path | None:
+    """The zip file that this package is imported from; None if it lies in a folder."""
+    place = Path(__file__).resolve().parents[2]
+    return place if place.is_file() else None
+
+
 def artifacts_places() -> tuple[Path, Path]:
     """Return where the artifacts are if no folder is named: in an installed package, else in a
     checkout.
@@ -85,10 +91,38 @@ def record_emulation() -> str:
 
 def build_artifacts() -> str:
     """How to get artifacts that belong to this runtime: by building them, or by installing them."""
+    zipped = archive()
+    if zipped is not None:
+        return (
+            f"this package is imported from the zip file {zipped}, and cubins need a folder: run: "
+            f"pip install {zipped}, and take the file off the path (PYTHONPATH)"
+        )
     root = checkout()
     if root is None:
         return f"install a release wheel of this runtime again: {REINSTALL}"
     return f"run: make {'' if root == Path.cwd() else f'-C {root} '}build-cubins"
+
+
+def restore(folder: Path) -> str:
+    """How to make an artifacts folder whole again. One that the user has named is the user's."""
+    if folder.resolve() in artifacts_places():
+        return build_artifacts()
+    root = checkout()
+    if root is None:
+        return f"copy {folder} again from where it was built"
+    where = "" if root == Path.cwd() else f"cd {root} && "
+    return (
+        f"run: {where}.venv/bin/python -m build_kernels build --out {folder.resolve()}, with the "
+        "options that it was built with"
+    )
+
+
+def unpack(file: Path) -> str:
+    """What to do with a wheel that was named in place of an artifacts folder."""
+    return (
+        f"cubins need a folder: install the wheel (pip install {file}) and name none, or unpack "
+        f"it (python -m zipfile --extract {file} DIR) and name DIR/router_runtime/artifacts"
+    )
 
 
 def build_for_device(major: int, minor: int) -> str:

@@ -28,7 +28,8 @@ def read_file(path: Path, limit: int, what: str, remedy: str, *, signed: bool = 
     ``signed``: the caller checks a signature over the bytes, so it does not matter who may write
     the file.
     """
-    with _opened(path, _FLAGS | os.O_NOFOLLOW, what, remedy) as descriptor:
+    whole = None if signed else path.parent
+    with _opened(path, _FLAGS | os.O_NOFOLLOW, what, remedy, whole) as descriptor:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("not a plain file")
         if not signed:
@@ -47,17 +48,33 @@ def read_file(path: Path, limit: int, what: str, remedy: str, *, signed: bool = 
     return data
 
 
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder of this name. True also if this user may not look:
+    opening it then fails with what to do about that.
+    """
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def list_folder(folder: Path, what: str, remedy: str, *, signed: bool = False) -> list[str]:
     """The names in a folder, sorted. Raises ArtifactError as ``read_file`` does."""
-    with _opened(folder, _FLAGS | os.O_DIRECTORY, what, remedy) as descriptor:
+    with _opened(folder, _FLAGS | os.O_DIRECTORY, what, remedy, folder) as descriptor:
         if not signed:
             require_private(descriptor, what, folder, folder)
         return sorted(os.listdir(descriptor))
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
-    """Open a file or a folder for the block. An OSError of the block ends as ArtifactError too."""
+def _opened(path: Path, flags: int, what: str, remedy: str, whole: Path | None) -> Iterator[int]:
+    """Open a file or a folder for the block. An OSError of the block ends as ArtifactError too.
+
+    ``whole``: the folder that is of no use before all of it can be read.
+    """
     try:
         descriptor = os.open(path, flags)
         try:
@@ -83,6 +100,6 @@ def _opened(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
                 what,
                 expected=f"a readable {path}",
                 found=system_errors.found(error),
-                remedy=system_errors.remedy(error, remedy),
+                remedy=system_errors.reading_remedy(error, path, remedy, whole=whole),
             )
         ) from error

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
-from router_runtime.format.advice import build_artifacts
 from router_runtime.format.codec import canonical_json, decode, parse_json
 from router_runtime.format.contract import Constants, Contract, validate_contract
 from router_runtime.format.target import Target
@@ -137,21 +136,12 @@ def dumps(manifest: Manifest) -> bytes:
 def loads(data: bytes) -> Manifest:
     """Parse manifest bytes. Raises FormatError naming the JSON path, the expected and the
     found."""
-    try:
-        document = parse_json(data, "a manifest")
-    except FormatError as error:
-        raise FormatError(f"{error}; {build_artifacts()}") from error
+    document = parse_json(data, "a manifest")
     if not isinstance(document, dict):
-        raise FormatError(
-            f"expected a JSON object, found {type(document).__name__}; {build_artifacts()}"
-        )
+        raise FormatError(f"expected a JSON object, found {type(document).__name__}")
     found = document.get("format_version")
     if found != FORMAT_VERSION or isinstance(found, bool):
-        raise FormatError(
-            f"expected manifest format version {FORMAT_VERSION}, found {found!r}; "
-            "use the router_runtime that was released with these artifacts, "
-            f"or {build_artifacts()}"
-        )
+        raise FormatError(f"expected manifest format version {FORMAT_VERSION}, found {found!r}")
     manifest: Manifest = decode(Manifest, document, "manifest")
     validate(manifest)
     return manifest

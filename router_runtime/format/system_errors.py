@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shlex
+from pathlib import Path
 
 from router_runtime.errors import explain
 
@@ -48,6 +50,35 @@ def explained(error: OSError) -> str:
         found=found(error),
         remedy=remedy(error, "mend that, or name another path, and run the command again"),
     )
+
+
+def reading_remedy(error: OSError, path: Path, otherwise: str, *, whole: Path | None = None) -> str:
+    """Return what to do about an error of reading a file or listing a folder.
+
+    Args:
+        error: What was raised.
+        path: The file or folder.
+        otherwise: As for ``remedy``.
+        whole: The folder whose files are all to be readable. None: ``path`` alone is.
+
+    """
+    if error.errno != errno.EACCES:
+        return remedy(error, otherwise)
+    absolute = path.absolute()
+    folders = (folder for folder in reversed(absolute.parents) if not os.access(folder, os.X_OK))
+    closed = next(folders, absolute)
+    wanted = absolute if whole is None else whole.absolute()
+    if closed in (absolute, wanted):
+        return _chmod(wanted, "rX", "" if whole is None else "-R ")
+    return _chmod(closed, "x", "")
+
+
+def _chmod(path: Path, rights: str, option: str) -> str:
+    """The command that gives this user rights to a file or folder."""
+    where = shlex.quote(str(path))
+    if path.stat().st_uid == os.geteuid():
+        return f"run: chmod {option}u+{rights} {where}"
+    return f"run: sudo chmod {option}a+{rights} {where}, or name a copy that you may read"
 
 
 def _raise_the_limit() -> str:

@@ -161,7 +161,7 @@ def public_key_file(path: str | os.PathLike[str]) -> Ed25519PublicKey:
                 "public key",
                 expected=f"a readable {where}",
                 found=system_errors.found(error),
-                remedy=system_errors.remedy(error, remedy),
+                remedy=system_errors.reading_remedy(error, Path(where), remedy),
             )
         ) from error
     return read_public_key(pem, f"public key {where}")

@@ -414,6 +414,16 @@ def released(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Releas
     return Released(project, commit, folder, key, public)
 
 
+@pytest.fixture(scope="session")
+def site(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the release is installed, and nothing of this checkout."""
+    folder = tmp_path_factory.mktemp("installed") / "site"
+    (wheel,) = released.folder.glob("*.whl")
+    said = pip_install(wheel, folder)
+    assert said.returncode == 0, said.stdout
+    return folder
+
+
 @pytest.fixture
 def committed(released: Released, tmp_path: Path) -> Project:
     """A clone of the committed project, unbuilt."""
@@ -446,6 +456,20 @@ def pip_install(source: Path, site: Path, *options: str) -> subprocess.Completed
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def run_installed(
+    site: Path, *arguments: str | Path, env: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
+    """Run Python where a folder (or a zip file) of packages is all that it has of this project."""
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        env={"PYTHONPATH": str(site), **env},
+        cwd=site.parent,
+        capture_output=True,
         text=True,
         check=False,
     )

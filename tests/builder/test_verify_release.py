@@ -32,7 +32,7 @@ from router_runtime.format.provenance import (
     statement_loads,
     sums_dumps,
 )
-from tests.builder.conftest import Project, Released, pip_install, write_keys
+from tests.builder.conftest import Project, Released, run_installed, write_keys
 
 #: The files beside a wheel start with the name of its folder and end with one of these.
 WHEEL, PLAIN, ENVELOPE = "-py3-none-any.whl", ".provenance.json", ".dsse.json"
@@ -116,35 +116,15 @@ def test_the_command(released: Released) -> None:
     assert "expected --repository with --rebuild" in alone.stdout
 
 
-@pytest.fixture(scope="module")
-def site(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the release is installed, and nothing of this checkout."""
-    folder = tmp_path_factory.mktemp("installed") / "site"
-    pip_install(_file(released.folder, WHEEL), folder)
-    return folder
-
-
-def _installed(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the runtime in a folder of packages."""
-    return subprocess.run(
-        [sys.executable, "-P", *arguments],
-        env={"PYTHONPATH": str(site)},
-        cwd=site.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_runtime_checks_a_release_without_the_builder(released: Released, site: Path) -> None:
     command = ("-m", "router_runtime", "verify-release")
     for files in ([released.folder], [_file(released.folder, WHEEL)]):
-        said = _installed(site, *command, *files, "--key", released.public)
+        said = run_installed(site, *command, *files, "--key", released.public)
         assert said.returncode == 0, said.stderr
         assert f"of commit {released.commit}, clean: 4 cubins for sm_90a, sm_100a" in said.stdout
         assert f"signed by the key {_fingerprint(released.public)}" in said.stdout
     assert "not checked, for it was not given: SHA256SUMS" in said.stdout
-    assert _installed(site, "-c", "import build_kernels").returncode == 1
+    assert run_installed(site, "-c", "import build_kernels").returncode == 1
 
 
 def test_the_runtime_refuses_what_was_tampered_with(
@@ -152,7 +132,7 @@ def test_the_runtime_refuses_what_was_tampered_with(
 ) -> None:
     _change(folder, _alter(".cubin"))
     command = ("-m", "router_runtime", "verify-release", folder, "--key", released.public)
-    said = _installed(site, *command)
+    said = run_installed(site, *command)
     assert said.returncode == 1
     assert ".cubin: expected sha256" in said.stderr
     assert "do not install it, fetch it again" in said.stderr
@@ -183,7 +163,7 @@ def test_a_key_has_one_fingerprint(
         f"require_signature({str(released.public)!r}, {str(_file(folder, ENVELOPE))!r})\n"
         "print(policy())"
     )
-    policy = _installed(site, "-c", script)
+    policy = run_installed(site, "-c", script)
     assert policy.stdout.endswith(f"by the key {expected}\n")
 
 
@@ -393,11 +373,11 @@ def test_pip_replaces_a_release_by_one_of_another_commit(
 
 def test_every_tool_tells_the_same_version(released: Released, site: Path) -> None:
     told = [
-        _installed(site, "-m", "router_runtime", "--version").stdout.split()[1],
-        json.loads(_installed(site, "-m", "router_runtime", "doctor", "--json").stdout)["software"][
-            "router_runtime"
-        ],
-        _installed(
+        run_installed(site, "-m", "router_runtime", "--version").stdout.split()[1],
+        json.loads(run_installed(site, "-m", "router_runtime", "doctor", "--json").stdout)[
+            "software"
+        ]["router_runtime"],
+        run_installed(
             site, "-c", "import importlib.metadata as m; print(m.version('dsv4-router-runtime'))"
         ).stdout.strip(),
         statement_loads(_file(released.folder, PLAIN).read_bytes()).version,

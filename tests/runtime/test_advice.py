@@ -53,6 +53,27 @@ def test_building_names_a_target_of_the_makefile_from_any_folder(
     assert advice.build_artifacts() == f"run: make -C {ROOT} build-cubins"
 
 
+def test_a_folder_that_was_named_is_made_whole_where_it_was_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert advice.restore(ROOT / "artifacts") == "run: make build-cubins"
+    command = f"run: .venv/bin/python -m build_kernels build --out {tmp_path}, with the options"
+    assert advice.restore(tmp_path).startswith(command)
+    monkeypatch.setattr(advice, "checkout", lambda: None)
+    assert advice.restore(tmp_path) == f"copy {tmp_path} again from where it was built"
+
+
+def test_a_package_in_a_zip_file_is_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.whl"
+    file.touch()
+    monkeypatch.setattr(advice, "__file__", str(file / "router_runtime/format/advice.py"))
+    assert advice.archive() == file
+    assert f"cubins need a folder: run: pip install {file}" in advice.build_artifacts()
+
+
 @pytest.mark.parametrize(
     ("capability", "target"), [((9, 0), "sm_90a"), ((10, 0), "sm_100f"), ((10, 7), "sm_100f")]
 )

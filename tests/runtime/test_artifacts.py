@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +20,7 @@ import pytest
 from router_runtime.device import artifact_store as artifacts
 from router_runtime.errors import ArtifactError, FormatError
 from router_runtime.format import advice
+from router_runtime.format import files as format_files
 from router_runtime.format.manifest import MANIFEST_NAME, dumps, loads
 
 
@@ -29,7 +38,7 @@ def test_intact_cubin_is_returned(build: SimpleNamespace, folder: Path) -> None:
 def test_missing_cubin(build: SimpleNamespace, folder: Path) -> None:
     entry = build.small()[0]
     (folder / entry.file).unlink()
-    with pytest.raises(ArtifactError, match=r"expected .*, found no such file; run: make build"):
+    with pytest.raises(ArtifactError, match=r"expected .*, found no such file; run: .*build --out"):
         artifacts.read_cubin(entry, folder)
 
 
@@ -97,7 +106,7 @@ def test_newer_version(folder: Path) -> None:
 
 def test_unreadable_manifest(folder: Path) -> None:
     (folder / MANIFEST_NAME).unlink()
-    with pytest.raises(ArtifactError, match="make build-cubins"):
+    with pytest.raises(ArtifactError, match=f"build_kernels build --out {folder}, with the opt"):
         artifacts.read_manifest(folder)
 
 
@@ -116,6 +125,68 @@ def test_named_folder_is_used_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(tmp_path))
     with pytest.raises(ArtifactError, match=f"named by {advice.ARTIFACTS_VARIABLE}"):
         artifacts.find_artifacts()
+
+
+def test_a_wheel_named_as_the_artifacts_folder(tmp_path: Path) -> None:
+    """The commands that the error names give a folder that is accepted."""
+    file = tmp_path / "a.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"router_runtime/artifacts/{MANIFEST_NAME}", "{}")
+    with pytest.raises(ArtifactError, match=r"a zip file; cubins need a folder") as caught:
+        artifacts.find_artifacts(file)
+    found = re.search(
+        r"python (-m zipfile --extract .*?) DIR\) and name DIR/(\S+)", str(caught.value)
+    )
+    assert found is not None
+    subprocess.run([sys.executable, *found[1].split(), tmp_path / "dir"], check=True)
+    assert artifacts.find_artifacts(tmp_path / "dir" / found[2]).is_dir()
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_files_that_this_user_may_not_read(
+    build: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch, mine: bool
+) -> None:
+    entry = build.small()[0]
+    chmod = "run: chmod -R u+rX" if mine else "run: sudo chmod -R a+rX"
+    _refuse(monkeypatch, mine, [folder / MANIFEST_NAME, folder / entry.file])
+    with pytest.raises(ArtifactError, match=rf"Permission denied.*; {re.escape(chmod)} {folder}"):
+        artifacts.read_manifest(folder)
+    with pytest.raises(ArtifactError, match=rf"Permission denied.*; {re.escape(chmod)} {folder}"):
+        artifacts.read_cubin(entry, folder)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_folder_that_this_user_may_not_enter(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mine: bool
+) -> None:
+    """Only that folder is to be opened, and no other file in it."""
+    chmod = "run: chmod u+x" if mine else "run: sudo chmod a+x"
+    _refuse(monkeypatch, mine, [], folder.parent)
+    assert artifacts.find_artifacts(folder) == folder
+    with pytest.raises(ArtifactError, match=rf"; {re.escape(chmod)} {folder.parent}(,|$)"):
+        artifacts.read_manifest(folder)
+
+
+def _refuse(
+    monkeypatch: pytest.MonkeyPatch, mine: bool, files: Sequence[Path], closed: Path | None = None
+) -> None:
+    """Let the system refuse to open these files, and whatever is inside a closed folder, as it does
+    for every user but root. ``mine``: whether this user owns them.
+    """
+
+    def refusing(call: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
+        found = Path(path) if isinstance(path, str | Path) else Path()
+        if found in files or closed in found.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return call(path, *rest, **options)
+
+    owner = os.geteuid()
+    if closed is not None:
+        monkeypatch.setattr(os, "stat", functools.partial(refusing, os.stat))
+    monkeypatch.setattr(os, "open", functools.partial(refusing, os.open))
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != closed)
+    monkeypatch.setattr(os, "geteuid", lambda: owner if mine else owner + 1)
+    monkeypatch.setattr(format_files, "require_private", lambda *_: None)
 
 
 def test_default_places(

@@ -428,7 +428,7 @@ def test_a_missing_parameter_is_a_reason(build: SimpleNamespace) -> None:
     entry = dense(build, contract=build.dense(128, 24, logits=False))
     found = decide(build, [entry], "verified", parameters=("logits_out",))
     with pytest.raises(
-        ResolutionError, match=r"has no parameter logits_out\nrebuild .* make build-cubins"
+        ResolutionError, match=r"has no parameter logits_out\nfor kernels with .* make build-cubins"
     ):
         found.require()
     assert decide(build, [dense(build)], "verified", parameters=("logits_out",)).choice
