@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,92 @@ def test_make_targets_exist(page: Path) -> None:
 @every_page
 def test_commands_of_the_builder_exist(page: Path) -> None:
     assert wrong_commands(page, "build-kernels", main) == []
+
+
+# --- environment variables -----------------------------------------------------------------------
+
+#: Set by the builder for its own worker processes.
+INTERNAL = {"CUTE_DSL_ARCH"}
+
+
+def variables_read(trees: Iterable[ast.Module]) -> set[str]:
+    """The names that modules look up in the environment, as text or as a constant of a module."""
+    trees = list(trees)
+    constants: dict[str, str] = {}
+    for tree in trees:
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                for name in node.targets:
+                    if isinstance(name, ast.Name):
+                        constants[name.id] = str(node.value.value)
+    return {
+        _text(key, constants) for tree in trees for node in ast.walk(tree) for key in _keys(node)
+    }
+
+
+def _keys(node: ast.AST) -> Iterator[ast.expr]:
+    """The expression of the name that a node looks up in the environment, if it does."""
+    if isinstance(node, ast.Subscript) and _is_environment(node.value):
+        yield node.slice
+    elif isinstance(node, ast.Compare) and any(map(_is_environment, node.comparators)):
+        yield node.left
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        called, owner = node.func.attr, node.func.value
+        if called == "getenv" or (
+            called in ("get", "pop", "setdefault") and _is_environment(owner)
+        ):
+            yield node.args[0]
+
+
+def _is_environment(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "environ"
+
+
+def _text(key: ast.expr, constants: dict[str, str]) -> str:
+    if isinstance(key, ast.Constant):
+        return str(key.value)
+    name = key.attr if isinstance(key, ast.Attribute) else getattr(key, "id", "")
+    return constants[name]  # a name that is computed cannot be listed in a page
+
+
+def variables_of_make(text: str) -> set[str]:
+    """The variables that a Makefile uses and takes from the environment."""
+    defined = set(re.findall(r"^([A-Z_]+) =", text, re.MULTILINE))
+    return (
+        set(re.findall(r"\$\(([A-Z_]+)\)", text))
+        - defined
+        - {"MAKE", "MAKECMDGOALS", "MAKEFILE_LIST"}
+    )
+
+
+def test_the_readme_names_every_environment_variable_in_one_place() -> None:
+    trees = [
+        ast.parse(path.read_text())
+        for package in ("router_runtime", "build_kernels")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    section = (ROOT / "README.md").read_text().partition("\n## Environment variables\n")[2]
+    rows = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    read = variables_read(trees) - INTERNAL
+    assert {"ROUTER_RUNTIME_ARTIFACTS", "ROUTER_RUNTIME_EVIDENCE"} < read
+    assert named == read | variables_of_make((ROOT / "Makefile").read_text())
+
+
+def test_variables_are_found() -> None:
+    """However they are read."""
+    module = """
+import os
+NAME = "A"
+os.environ.get(NAME)
+os.environ["B"]
+os.getenv("C")
+"D" in os.environ
+os.environ.pop(module.NAME, None)
+{**os.environ}
+"""
+    assert variables_read([ast.parse(module)]) == {"A", "B", "C", "D"}
+    assert variables_of_make("X = 1\nall:\n\t$(X) $(Y) $(MAKE)\n") == {"Y"}
 
 
 # --- docstrings and comments ---------------------------------------------------------------------
