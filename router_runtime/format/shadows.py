@@ -1,4 +1,4 @@
-"""Files that Python imports in place of a package that is installed, such as a user's ``cuda.py``.
+"""Files that Python imports in place of an installed package, such as a user's own module ``cuda``.
 
 Python looks into the working directory first, so a file of the user's hides a package of its name.
 """
