@@ -82,6 +82,23 @@ emulate: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Mak
 record-emulation: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run it and record the kernels that pass as emulated
 	$(PYTHON_GPU) -m tests.emulation build/emulation --record
 
+# Kernels, a compiler, a simulator and a verifier of other projects. Nothing of theirs is part of this
+# repository, and no test needs it.
+CONFORMANCE = build/conformance
+THEIRS = PYTHONPATH=$(CONFORMANCE)/packages TRITON_CACHE_DIR=$(CONFORMANCE)/triton .venv/bin/python -m
+
+.PHONY: conformance emulate-conformance
+conformance: $(CONFORMANCE)/.packages ## Make build/conformance: other projects' tcgen05 kernels for a Hopper GPU
+	$(THEIRS) tests.emulation.conformance.make $(CONFORMANCE)
+
+emulate-conformance: conformance $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
+	$(PYTHON_GPU) -m tests.emulation.conformance $(CONFORMANCE)
+
+$(CONFORMANCE)/.packages: tests/conformance.lock .venv/.emulation
+	rm -rf $(CONFORMANCE)/packages
+	.venv/bin/python $(LOCKED) --target $(CONFORMANCE)/packages -r $<
+	@touch $@
+
 kill-trials: .venv/.dev ## Kill builds and releases at random moments, 100 times each
 	.venv/bin/python -m tests.builder.kill_trials $(TRIALS)
 
@@ -160,6 +177,7 @@ lock: ## Resolve the *.in files again into the *.lock files
 	$(LOCK_COMMAND) -c build_kernels/toolchain.lock -c build_kernels/release.lock \
 	    tests/runtime.in -o tests/runtime.lock
 	$(LOCK_COMMAND) tests/oldest.in -o tests/oldest.lock
+	$(LOCK_COMMAND) --no-deps tests/conformance.in -o tests/conformance.lock
 
 clean: ## Remove what was built
 	rm -rf build dist artifacts/manifest.json artifacts/inputs.json artifacts/*.cubin

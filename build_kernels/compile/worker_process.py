@@ -70,7 +70,7 @@ class WorkerProcess:
         constants: Constants,
         architecture: str,
     ) -> str:
-        """Return the PTX of a CUDA C++ source that has no kernel but functions for others.
+        """Return the PTX of a CUDA C++ source that is none of a kernel of ours.
 
         Args:
             name: Of the source, for messages.

@@ -15,8 +15,9 @@ from build_kernels.errors import BuildError
 
 Kind = Literal["label", "instruction", "directive", "open", "close"]
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_ENTRY = re.compile(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)", re.M)
+#: Comments, and the places of instructions in a source, which end with their line.
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*\.loc\b[^\n]*", re.S | re.M)
+_ENTRY = re.compile(r"^\s*(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)", re.M)
 _LABEL = re.compile(r"([%\w$]+)\s*:(?!:)")
 _INSTRUCTION = re.compile(r"(?:@(!?[%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _REGISTER = re.compile(r"[%A-Za-z_$][\w$]*")

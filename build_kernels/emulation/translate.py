@@ -10,6 +10,7 @@ Each tcgen05 instruction becomes a call of a function of the model. Beside that:
 - A load of tensor memory happens as late as the PTX ISA allows: at ``tcgen05.wait::ld``, or before
   the first instruction that uses one of its registers. Until then they hold NaN.
 - ``setmaxnreg`` is left out: the functions have registers of their own.
+- An access of 256 bits becomes two of 128 bits.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _ORDER = frozenset(
         "tcgen05.wait::st.sync.aligned",
     }
 )
+_ALLOCATE = "tcgen05.alloc.cta_group::1.sync.aligned"
 _WAIT_LOAD = "tcgen05.wait::ld.sync.aligned"
 _COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster"
 _COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -155,7 +157,7 @@ class _Work:
 
     def _load(self, statement: Statement) -> str:
         found = instructions.transfer(statement)
-        if statement.guard is not None:
+        if found.load and statement.guard is not None:
             raise refused(statement, "a guard")
         code, at = address(found.address, statement)
         if not found.load:
@@ -181,6 +183,8 @@ class _Work:
             self._insert(statement, call("tc_delay"))
         elif _TEST.fullmatch(name):
             self._wait(index, statement)
+        elif (split := instructions.halves(statement)) is not None:
+            self._exchange(statement, split, statement.guard)
         elif _BLOCKING.fullmatch(name):
             self._insert(statement, call("tc_settle"))
 
@@ -204,7 +208,7 @@ class _Work:
         if name == _WAIT_LOAD:
             self._make(self._pending, statement.start)
             return "", None
-        if name == "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32":
+        if name in (f"{_ALLOCATE}.shared::cta.b32", f"{_ALLOCATE}.b32"):
             return instructions.allocate(statement), guard
         if name == "tcgen05.dealloc.cta_group::1.sync.aligned.b32":
             return instructions.deallocate(statement), guard
@@ -214,7 +218,7 @@ class _Work:
         if name in (f"{_COMMIT}.b64", f"{_COMMIT}{_MULTICAST}.b64"):
             return instructions.commit(statement, leader), None if leader else guard
         if name.startswith(("tcgen05.ld.", "tcgen05.st.")):
-            return self._load(statement), None
+            return self._load(statement), guard
         raise refused(statement, "an instruction that has no function")
 
     def _elected(self, index: int, statement: Statement) -> bool:
@@ -224,7 +228,7 @@ class _Work:
         if statement.guard is None or statement.guard.startswith("!"):
             return False
         for before in reversed(self.statements[:index]):
-            if before.scope != statement.scope:
+            if before.scope != statement.scope or before.kind == "label":
                 return False
             if before.name == "elect.sync":
                 chosen, members = before.operands
@@ -240,7 +244,8 @@ class _Work:
             _TRY_WAIT.fullmatch(statement.name) is not None
             and statement.guard is None
             and before.kind == "label"
-            and (after.name, after.guard) == ("bra", f"!{done}")
+            and after.name in ("bra", "bra.uni")
+            and after.guard == f"!{done}"
             and after.operands == (before.name,)
         )
         code, at = address(barrier, statement)

@@ -111,14 +111,19 @@ def test_a_module_has_one_entry_function(text: str) -> None:
         "tcgen05.mma.cta_group::2.kind::f16 [%r0], %rd0, %rd1, %r1, %p0;",
         "tcgen05.mma.cta_group::1.kind::tf32 [%r0], %rd0, %rd1, %r1, %p0;",
         "tcgen05.mma.cta_group::1.kind::f16 [%r0], [%r1], %rd1, %r1, %p0;",
-        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, {%r1, %r1, %r1, %r1}, %p0;",
-        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, 1;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, {%r1, %r1}, %p0;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, %r1, %p0;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %rd0, %rd1, %r1, 2;",
         "tcgen05.ld.sync.aligned.16x64b.x2.b32 {%r0, %r1}, [%r2];",
         "tcgen05.ld.sync.aligned.16x256b.x2.b32 {%r0, %r1}, [%r2];",
+        "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r0}, [%r2], 32, 32;",
         "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {%r0}, [%r2];",
         "@%p0 tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r0}, [%r2];",
         "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%r0];",
         "tcgen05.fence::unheard_of;",
+        "ld.global.v8.b32 {%r0, %r1, %r2, %r3, %r4, %r5, %r6, %r7}, [%rd0], %rd1;",
+        "ld.global.v8.b32 {%r0, %r1, %r2, %r3}, [%rd0];",
+        "st.global.v4.b64 [variable+%r1], {%rd0, %rd1, %rd2, %rd3};",
     ],
 )
 def test_an_instruction_that_has_no_function_is_refused_by_name(
@@ -193,6 +198,100 @@ def test_a_guard_stays_and_an_elected_thread_brings_its_warp(library: str) -> No
     alone = translate(module(f"{head}@!%p1 {mma}\nret;"), library).ptx
     assert re.search(r"@%p1 bra (\$L__emulation_\d+);(.|\n)*call tc_mma(.|\n)*\1:", alone)
     assert "mov.b32 e_flags, 0;" in alone
+
+
+REGISTERS = ".reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .f64 %fd<9>; .reg .pred %p<3>;\n"
+
+
+def kernel_of(body: str, library: str) -> str:
+    """The translated code of a kernel."""
+    text = translate(module(f"{REGISTERS}{body}\nret;"), library).ptx
+    return text[text.index(".entry kernel") :]
+
+
+def test_what_other_compilers_write_is_assembled(library: str) -> None:
+    mma = "tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd0, %rd1, %r2"
+    body = f"""
+        tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 64;
+        @%p0 tcgen05.st.sync.aligned.16x32bx2.x2.b32 [%r1], 48, {{%r2, %r3}};
+        {mma}, {{%r3, %r4, 0, %r5}}, 1;
+        @%p1 {mma}, 0;
+        tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r2}}, [%r1], 0x20;
+        {WAIT}
+        {{ L: mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r1], 0; @!%p0 bra.uni L; }}
+        @%p1 ld.global.nc.v8.b32 {{%r0, %r1, %r2, %r3, %r4, %r5, %r6, %r7}}, [%rd1+64];
+        ld.global.L1::no_allocate.L2::evict_last.v4.b64 {{%rd1, %rd2, %rd3, %rd4}}, [%rd1];
+        st.global.v4.f64 [%rd1+-32], {{%fd2, %fd3, %fd4, %fd5}};
+        ret;"""
+    assert assemble(translate(module(REGISTERS + body), library).ptx, "kernel")
+
+
+def test_a_label_parts_an_instruction_from_the_election_before_it(library: str) -> None:
+    mma = "@%p0 tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd0, %rd1, %r2, %p1;"
+    election = "elect.sync _|%p0, -1;"
+    assert "selp.b32 e_flags, 6, 4, %p0;" in kernel_of(f"{election}\n{mma}", library)
+    text = kernel_of(f"{election}\n$L: {mma}\n@%p2 bra $L;", library)
+    assert "e_flags, 6, 4" not in text
+
+
+def test_a_mask_of_lanes_and_a_constant_reach_the_model(library: str) -> None:
+    mma = "tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd0, %rd1, %r2"
+    text = kernel_of(f"{mma}, {{%r3, %r4, 0, %r5}}, 1;", library)
+    for word in ("%r3", "%r4", "0", "%r5"):
+        assert f"or.b32 e_more, e_more, {word};" in text
+    assert "selp.b32 e_more, 16, 0, e_some;" in text
+    assert "mov.b32 e_more, 1; or.b32 e_flags, e_flags, e_more;" in text
+    assert "mov.b32 e_more, 0; or.b32 e_flags, e_flags, e_more;" in kernel_of(f"{mma}, 0;", library)
+
+
+def test_an_allocation_may_leave_out_the_state_space(library: str) -> None:
+    text = kernel_of("tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 64;", library)
+    assert "tc_alloc" in text
+
+
+def test_a_store_keeps_its_guard(library: str) -> None:
+    text = kernel_of("@%p0 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r1], {%r2};", library)
+    assert re.search(r"@!%p0 bra (\$L__emulation_\d+);(.|\n)*call (.|\n)*tc_row(.|\n)*\1:", text)
+
+
+def test_the_two_parts_of_a_transfer_lie_apart(library: str) -> None:
+    text = kernel_of("tcgen05.st.sync.aligned.16x32bx2.x2.b32 [%r1], 48, {%r2, %r3};", library)
+    # A store of form 3, 48 columns from one part to the other, 2 columns each.
+    assert f"[e_in1], {3 | 8 | 48 << 4};" in text
+    assert "st.param.b32 [e_in2], 2;" in text
+    load = "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r2}, [%r1], 0x20;"
+    assert f"[e_in1], {3 | 32 << 4};" in kernel_of(f"{load}\n{WAIT}", library)
+
+
+@pytest.mark.parametrize("branch", ["bra", "bra.uni"])
+def test_both_branches_of_a_loop_that_waits_are_known(branch: str, library: str) -> None:
+    test = "mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r1], 0;"
+    text = kernel_of(f"{{\nL: {test}\n@!%p0 {branch} L;\n}}", library)
+    assert calls(text) == ["tc_enter", "tc_wait", "tc_settle"]
+
+
+def test_an_access_of_256_bits_becomes_two(library: str) -> None:
+    registers = [f"%r{i}" for i in range(8)]
+    text = kernel_of(f"@%p1 ld.global.nc.v8.b32 {{{', '.join(registers)}}}, [%rd1+64];", library)
+    assert "add.s64 e_place, %rd1, 64;" in text
+    assert "ld.global.nc.v4.b32 {%r0, %r1, %r2, %r3}, [e_place+0];" in text
+    assert "ld.global.nc.v4.b32 {%r4, %r5, %r6, %r7}, [e_place+16];" in text
+    assert "@!%p1 bra" in text
+    # The address is kept where a load overwrites its register.
+    load = "ld.global.L1::no_allocate.L2::evict_last.v4.b64 {%rd1, %rd2, %rd3, %rd4}, [%rd1];"
+    text = kernel_of(load, library)
+    assert "ld.global.L1::no_allocate.v2.b64 {%rd1, %rd2}, [e_place+0];" in text
+    assert "ld.global.L1::no_allocate.v2.b64 {%rd3, %rd4}, [e_place+16];" in text
+    text = kernel_of("st.global.v4.f64 [%rd1], {%fd2, %fd3, %fd4, %fd5};", library)
+    assert "st.global.v2.f64 [e_place+16], {%fd4, %fd5};" in text
+    narrow = "ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%rd1];"
+    assert narrow in kernel_of(narrow, library)
+
+
+def test_places_in_a_source_are_no_statements() -> None:
+    body = "\t.loc\t1 5 0\n$L:\n\t.loc\t1 6 9\n\t.loc\t1 7 1\n\tmov.b32 %r1, 0;\n\tret;"
+    text = module(body).replace(".visible", ".weak")
+    assert [s.name for s in entry(text).statements] == ["$L", "mov.b32", "ret"]
 
 
 # --- the kernels ---

@@ -8,8 +8,9 @@ typedef unsigned long long u64;
 // Settings: mode bits, milliseconds until a wait has failed, CTAs of a cluster.
 enum Setting { MODE, LIMIT_MS, CLUSTER, SETTINGS };
 // What a caller says about an MMA or a commit. WARP: all threads of the warp call, and the one with
-// LEADER means it; without WARP, the calling thread alone.
-enum Flag { ACCUMULATE = 1, LEADER = 2, WARP = 4, COMMIT = 8 };
+// LEADER means it; without WARP, the calling thread alone. MASKED: some lanes of the accumulator are
+// not to be written, which is not modelled.
+enum Flag { ACCUMULATE = 1, LEADER = 2, WARP = 4, COMMIT = 8, MASKED = 16 };
 enum State : u32 { FREE, BUSY, READY };
 
 constexpr u32 LANES = 128, COLUMNS = 512, UNIT = 32, ALL = 0xffffffffu;

@@ -1,6 +1,7 @@
 // One MMA or several: descriptors, operands, and the products on mma.sync or in one thread.
 #pragma once
 
+#include "exact.cuh"
 #include "machine.cuh"
 #include "tensor_memory.cuh"
 
@@ -47,13 +48,6 @@ static __device__ u32 pair_at(u64 descriptor, u32 row, u32 k, bool mn_major) {
                  : "memory");
     return value;
 }
-static __device__ float number(u32 bits, bool bf16) {
-    if (bf16) return __uint_as_float(bits << 16);
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)bits));
-    return value;
-}
-
 struct Shape {
     u32 m, n;
     bool bf16, a_mn, b_mn;
@@ -72,7 +66,7 @@ static __device__ bool well_formed(const Step& s) {
     bool good = (i >> 4 & 3) == 1 && a_type < 2 && a_type == b_type && !(i & 0xe080604fu);
     good = good && (of.m == 128 ? of.n % 16 == 0 && of.n >= 16 && of.n <= 256
                                 : of.m == 64 && of.n % 8 == 0 && of.n >= 8 && of.n <= 256);
-    if (!good) return fail(ERROR_INSTRUCTION, i), false;
+    if (!good || s.flags & MASKED) return fail(ERROR_INSTRUCTION, i, s.flags), false;
     for (const u64 d : {s.a, s.b}) {
         // Version 1; no base offset, no fixed bits; a swizzle that is modelled; reserved bits are
         // zero.
@@ -160,19 +154,18 @@ static __device__ __noinline__ void multiply(u64 own_a, u64 own_b, u32 own_flags
     __syncwarp();
 }
 
-// The same for one step and one thread, in another order of rounding.
+// The same for one step and one thread.
 static __device__ __noinline__ void multiply_alone(const Step& s) {
     const Shape of = shape(s.instruction);
     if (mode(MODE_SLOW)) delay();
     for (u32 row = 0; row < of.m; ++row) {
         for (u32 column = 0; column < of.n; ++column) {
             float* at = sum_at(s.d, row, column, of.m);
-            float sum = s.flags & ACCUMULATE ? __ldcg(at) : 0;
-            for (u32 k = 0; k < 16; ++k) {
-                sum = __fmaf_rn(number(half_at(s.a, row, k, of.a_mn), of.bf16),
-                                number(half_at(s.b, column, k, of.b_mn), of.bf16), sum);
+            u32 a[STEP], b[STEP];
+            for (u32 k = 0; k < STEP; ++k) {
+                a[k] = half_at(s.a, row, k, of.a_mn), b[k] = half_at(s.b, column, k, of.b_mn);
             }
-            __stcg(at, sum);
+            __stcg(at, exact_sum(s.flags & ACCUMULATE ? __ldcg(at) : 0, a, b, of.bf16));
         }
     }
     __threadfence();

@@ -72,20 +72,26 @@ extern "C" __device__ __noinline__ void tc_dealloc(u32 base, u32 columns) {
     __syncwarp();
 }
 
-// The address of a thread's first register. `form` 0: 16x256b, 1: 32x32b, 2: 16x128b; 8 more: a
-// store. `columns`: of the whole instruction.
+// The address of a thread's first register. `form` 0: 16x256b, 1: 32x32b, 2: 16x128b, 3: 16x32bx2; 8
+// more: a store; 16 times the columns between the two parts of 16x32bx2. `columns`: of the whole
+// instruction, or of a part.
 extern "C" __device__ __noinline__ u64 tc_row(u32 address, u32 form, u32 columns) {
     const u32 first = address >> 16, own = thread() / 32 % 4 * 32;
-    const bool wide = (form & 7) == 1;
+    const bool wide = (form & 7) == 1, parts = (form & 7) == 3;
+    const u32 between = form >> 4;
     u32 column = address & 0xffff;
     if (mode(MODE_SLOW) && lane() == 0) delay();
     __syncwarp();
     if (lane() == 0) {
         count(form & 8 ? COUNT_STORES : COUNT_LOADS);
         if (first != own && (wide || first != own + 16)) fail(ERROR_LANE, first, own);
-        if (!owned(column, columns)) fail(ERROR_UNALLOCATED, address, columns);
+        if (!owned(column, columns) || !owned(column + between, columns))
+            fail(ERROR_UNALLOCATED, address, columns, between);
     }
-    const u32 row = own + (wide ? lane() : (first & 16) + lane() / 4);
-    column += wide ? 0 : lane() % 4 * ((form & 7) == 0 ? 2 : 1);
+    const u32 row = own + (wide ? lane() : (first & 16) + (parts ? lane() % 16 : lane() / 4));
+    if (parts)
+        column += lane() / 16 * between;
+    else if (!wide)
+        column += lane() % 4 * ((form & 7) == 0 ? 2 : 1);
     return (u64)&tc_memory[(multiprocessor() * LANES + row) * COLUMNS + column % COLUMNS];
 }

@@ -1,0 +1,1 @@
+"""Kernels of other projects, which validate the emulation's model: they are known to be right."""
