@@ -8,12 +8,13 @@ import pytest
 
 from build_kernels import plan
 from build_kernels.catalog.targets import BLACKWELL, TARGETS
-from build_kernels.compile import elf, instructions, toolchain
+from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.job import Job
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.entries import identify, inspect
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
 from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
+from router_runtime.format import elf
 
 STEPS = K_BLOCK // MMA_K
 JOBS = {job.key: job for job in plan.plan(targets=TARGETS) if job.constants.get("MMA") == "tcgen05"}

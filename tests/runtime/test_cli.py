@@ -133,7 +133,7 @@ def test_members_of_a_family_that_do_not_differ_are_shown_together(
     done = run(family, "doctor", *arguments)
     assert "\n".join(HEADS) in done.output
     assert words(done).count("1 to 8 tokens dense_router_decode portable verified") == 1
-    found = json.loads(run(family, "doctor", "--json", *arguments).output)
+    found = json.loads(run(family, "doctor", "--json", *arguments).stdout)
     assert [each["compute_capability"] for each in found["devices"]] == [[10, 0], [10, 3], [10, 7]]
 
 
@@ -178,7 +178,7 @@ def test_devices_that_two_targets_name_are_shown_once(
     fake.entries = [*build.small("sm_100f"), *build.small("sm_100a")]
     fake.init = RuntimeError("no libcuda")
     done = run(build.artifacts(tmp_path / "both", fake.entries), "doctor", "--json")
-    devices = json.loads(done.output)["devices"]
+    devices = json.loads(done.stdout)["devices"]
     assert [(each["target"], each["compute_capability"]) for each in devices] == [
         ("sm_100a", [10, 0]),
         ("sm_100f", [10, 3]),
