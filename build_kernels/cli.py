@@ -30,6 +30,7 @@ from build_kernels.release.compare import difference
 from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
 from build_kernels.release.requirements import check_verified_names
+from build_kernels.standings import standings
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
 from router_runtime.evidence.store import EVIDENCE_NAME
@@ -215,7 +216,9 @@ def check_command(keep_going: bool, quiet: bool, jobs: int) -> None:
 @click.option("--markdown", is_flag=True, help="With --dispatch: as kernels/README.md has it.")
 @_json_option
 def list_command(target: str | None, markdown: bool, as_json: bool) -> None:
-    """Show models, targets, and every entry of the full plan, and which artifacts are outdated."""
+    """Show models, targets, every entry of the full plan with its status, and which artifacts are
+    outdated.
+    """
     if target is not None:
         found = dispatch.rows(target, ARTIFACTS)
         if as_json:
@@ -231,12 +234,13 @@ def list_command(target: str | None, markdown: bool, as_json: bool) -> None:
     manifest = publish.current(ARTIFACTS) if ARTIFACTS else None
     built = set() if manifest is None else {entry.key for entry in manifest.entries}
     differing = {} if manifest is None else outdated(manifest)
-    states = {key: show.BUILT if key in built else show.NOT_BUILT for key in _planned()}
+    known = standings(plan(), ARTIFACTS)
+    states = {key: show.BUILT if key in built else show.NOT_BUILT for key in known}
     states |= differing
     if as_json:
-        _json(show.catalog_data(states))
+        _json(show.catalog_data(states, known))
         return
-    click.echo(show.catalog_text(states))
+    click.echo(show.catalog_text(states, known))
     if manifest is not None and (differing or built != states.keys()):
         missing = len(states.keys() - built)
         click.echo(

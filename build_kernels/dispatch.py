@@ -16,9 +16,8 @@ from build_kernels.compile import toolchain
 from build_kernels.compile.job import Job
 from build_kernels.emulation.standing import is_of_another_model, marked
 from build_kernels.entries import planned as planned_entry
-from build_kernels.errors import BuildError
+from build_kernels.evidence import read_records
 from build_kernels.plan import plan
-from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.choice import (
     DENSE,
     Option,
@@ -28,7 +27,7 @@ from router_runtime.evidence.choice import (
 )
 from router_runtime.evidence.ladder import serves, status_rank
 from router_runtime.evidence.status import status
-from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence
+from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
 from router_runtime.format.manifest import Entry, Manifest
 
 #: The routers whose batches several entries share: name -> kernels, and constants that they have.
@@ -71,10 +70,11 @@ class Row:
         name = f"{self.entry.kernel}/{self.entry.variant}"
         return self.model, self.router, self.tokens, name, form, mma
 
-    def data(self) -> dict[str, str]:
+    def data(self) -> dict[str, object]:
         """Return the row as data: the cells by their heads, and the evidence."""
         cells = dict(zip((head.lower() for head in HEAD), self.cells(), strict=True))
-        return {**cells, "status": self.status, "by_default": self.by_default}
+        evidence = {"status": self.status, "stale_model": self.stale_model}
+        return {**cells, **evidence, "by_default": self.by_default}
 
 
 def rows(target: str, artifacts: Path | None) -> list[Row]:
@@ -147,12 +147,7 @@ def recorded(artifacts: Path | None) -> Evidence:
     """Return the evidence in ``artifacts``, none if it is None. Raises BuildError for a record that
     is not valid.
     """
-    if artifacts is None:
-        return Evidence()
-    try:
-        return load_evidence(artifacts / EVIDENCE_NAME)
-    except RouterRuntimeError as error:
-        raise BuildError(str(error)) from error
+    return read_records(None if artifacts is None else artifacts / EVIDENCE_NAME)
 
 
 def text(found: Sequence[Row]) -> str:

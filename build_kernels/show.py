@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from build_kernels import dispatch
 from build_kernels.catalog.models import ANY, MODELS
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
+from build_kernels.standings import Standing
 from router_runtime.format.codec import encode
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
@@ -89,20 +90,28 @@ def built(entries: Iterable[Entry], statuses: Mapping[str, str]) -> list[dict[st
     ]
 
 
-def catalog_data(artifacts: Mapping[str, str]) -> dict[str, object]:
+def catalog_data(
+    artifacts: Mapping[str, str], evidence: Mapping[str, Standing]
+) -> dict[str, object]:
     """Return the models, the targets and the entries of the full plan as data.
 
-    ``artifacts``: the key of each entry -> how the built artifacts relate to it.
+    Args:
+        artifacts: The key of each entry -> how the built artifacts relate to it.
+        evidence: The key of each entry -> its standing.
+
     """
     return {
         "models": encode(MODELS),
         "targets": [{"name": each, "default": each in DEFAULT_TARGETS} for each in TARGETS],
-        "entries": [{"key": key, "artifacts": state} for key, state in artifacts.items()],
+        "entries": [
+            {"key": key, "artifacts": state, **encode(evidence[key])}
+            for key, state in artifacts.items()
+        ],
     }
 
 
-def catalog_text(artifacts: Mapping[str, str]) -> str:
-    """Return the same as text; of entries that are built as the sources say, the key alone."""
+def catalog_text(artifacts: Mapping[str, str], evidence: Mapping[str, Standing]) -> str:
+    """Return the same as text; of entries that are built as the sources say, key and status."""
     lines = ["models"]
     lines += [
         f"  {model.name}: hidden {model.hidden}, experts {model.experts}, top_k {model.top_k}, "
@@ -115,11 +124,11 @@ def catalog_text(artifacts: Mapping[str, str]) -> str:
         for target in TARGETS
     ]
     lines.append("entries")
-    lines += [
-        f"  {key}" + ("" if state in (BUILT, NOT_BUILT) else f"  ({state})")
+    rows = [
+        (f"  {key}", str(evidence[key]), "" if state in (BUILT, NOT_BUILT) else f"({state})")
         for key, state in artifacts.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, dispatch.aligned(rows)])
 
 
 #: How built artifacts relate to an entry of the plan, where they do not differ from it.

@@ -25,8 +25,9 @@ def test_the_version_is_the_runtimes(fresh: Project) -> None:
 def test_list(fresh: Project) -> None:
     result = fresh.run("list")
     assert result.returncode == 0
+    rows = [line.split() for line in result.stdout.splitlines()]
     for key in KEYS:
-        assert f"  {key}\n" in result.stdout
+        assert [key, "unproven"] in rows
     assert "dsv4-flash: hidden 4096, experts 256, top_k 6, scale 1.5" in result.stdout
     assert "sm_100f (only on request)" in result.stdout
 
@@ -187,7 +188,8 @@ def test_results_as_json(project: Project) -> None:
 
     document, _ = _json(project, "list")
     assert isinstance(document, dict)
-    assert document["entries"] == [{"key": key, "artifacts": "built"} for key in KEYS]
+    state = {"artifacts": "built", "status": "unproven", "stale_model": False}
+    assert document["entries"] == [{"key": key, **state} for key in KEYS]
     assert document["models"][0]["name"] == "dsv4-flash"
     assert {"name": "sm_100f", "default": False} in document["targets"]
     rows, _ = _json(project, "list", "--dispatch", "sm_90a")

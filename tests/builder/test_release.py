@@ -502,6 +502,14 @@ def test_an_emulated_release(committed: Project, tmp_path: Path) -> None:
         ["| scale/any/sm_90a/one", "unproven", "-"],
         ["| scale/any/sm_90a/two", "unproven", "-"],
     ]
+    listed = [" ".join(line.split()) for line in committed.run("list").stdout.splitlines()]
+    assert "scale/any/sm_100a/one emulated" in listed
+    assert "scale/any/sm_100a/two emulated (stale: by another model)" in listed
+    assert "scale/any/sm_90a/one unproven" in listed
+    data = json.loads(committed.run("list", "--json").stdout)["entries"]
+    assert [(each["status"], each["stale_model"]) for each in data] == [
+        *(("emulated", False), ("emulated", True), ("unproven", False), ("unproven", False))
+    ]
     (notes,) = folder.glob("*.notes.md")
     assert "| sm_90a | 0 | 0 | 0 | 2 |\n| sm_100a | 0 | 0 | 2 | 0 |" in notes.read_text()
     assert 'Router(..., accept="emulated")' in notes.read_text()
