@@ -43,7 +43,8 @@ def doctor(
 
     Without a GPU the decisions are those for a device of each target. Exits with 1 if artifacts are
     missing or altered, or if a GPU is present and something is not served on it; with --why, if
-    nothing serves the request. The keys of --json are those of the dataclasses in
+    nothing serves the request; with 74 if the report cannot be written, with 141 if its reader has
+    ended. The keys of --json are those of the dataclasses in
     router_runtime/cli: Diagnosis in report.py, Explanation in why.py.
 
     It asks the NVIDIA driver for its version and for names and attributes of the GPUs (cuInit), and
