@@ -68,7 +68,7 @@ def test_evidence_can_be_made_for_the_command(folder, monkeypatch, capsys):
     def verified(copy, record, echo):
         examined.append((copy, record))
         assert len(list(copy.glob("*.cubin"))) == len(read_manifest(copy).entries)
-        return right
+        return SimpleNamespace(passed=right)
 
     monkeypatch.setattr(verify, "run", verified)
     arguments = ["--device", "cpu", "--artifacts", str(folder), "--verify"]

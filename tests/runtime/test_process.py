@@ -516,6 +516,7 @@ def test_an_unprivileged_user_with_nothing_to_write_to(gpu: Any) -> None:
 
 
 SERVE = f"""
+import grp, resource, shlex  # of the standard library, as the package imports them
 import torch
 import cuda.bindings.driver
 
