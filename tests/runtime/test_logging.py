@@ -70,6 +70,18 @@ def test_info_says_what_the_caller_named(
     assert "(unproven, named by the caller) for 1 to " in logged(caplog, logging.INFO)[0]
 
 
+def test_info_says_what_serves_as_emulated(
+    gpu: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_on_the_fake_gpu(monkeypatch)
+    monkeypatch.setattr(kernels, "status", lambda *_: "emulated")
+    caplog.set_level(logging.INFO, logger="router_runtime")
+    router = make_router(accept="emulated")
+    (line,) = logged(caplog, logging.INFO)
+    for each in router.token_ranges:
+        assert f"{each.entry.key} (emulated) for {each.low} to " in line
+
+
 def test_info_of_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="router_runtime")
     make_router()
