@@ -119,39 +119,50 @@ format: .venv/.dev ## Rewrite the sources in the one style
 # A changed lock makes a new environment, so that nothing of the old one stays behind.
 .venv/.toolchain: build_kernels/toolchain.lock
 	$(call new-environment,.venv)
+	$(call announce,the compilers,.venv,0.8 GB on disk; one to three minutes)
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv/.release: build_kernels/release.lock .venv/.toolchain
+	$(call announce,the release tools,.venv,seconds)
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv/.emulation: build_kernels/emulation.lock .venv/.toolchain
+	$(call announce,the assembler,.venv,seconds)
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv/.dev: tests/dev.lock .venv/.release .venv/.emulation
+	$(call announce,what the tests need,.venv,under a minute)
 	.venv/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv-test/.locked: tests/runtime.lock
 	$(call new-environment,.venv-test)
+	$(call announce,what the tests need,.venv-test,under a minute)
 	.venv-test/bin/python $(LOCKED) -r $<
 	@touch $@
 
 # A step of its own, without hashes: which build of torch suits depends on the machine.
 .venv-test/.torch: tests/torch-newest.txt .venv-test/.locked
+	$(call announce,torch and the CUDA libraries of it,.venv-test,6 GB on disk; several minutes)
 	.venv-test/bin/python $(INSTALL) -r $<
 	@touch $@
 
 .venv-oldest/.locked: tests/oldest.lock
 	$(call new-environment,.venv-oldest)
+	$(call announce,what the tests need,.venv-oldest,under a minute)
 	.venv-oldest/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv-oldest/.torch: tests/torch-oldest.txt .venv-oldest/.locked
+	$(call announce,the oldest torch and the CUDA libraries of it,.venv-oldest,7 GB on disk; several minutes)
 	.venv-oldest/bin/python $(INSTALL) -r $<
 	@touch $@
+
+# pip is quiet, and some of its steps are long: what it installs, where to, and how long that takes.
+announce = @echo "installing $(1) into $(2) ($(3))"
 
 define new-environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -162,6 +173,11 @@ endef
 
 LOCK_COMMAND = build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --upgrade --custom-compile-command "make lock"
+
+# With .venv/bin on the PATH, a checkout has the command build-kernels in every folder.
+.venv/bin/build-kernels: .venv/.toolchain
+	printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" -m build_kernels "$$@"\n' '$(CURDIR)' '$(CURDIR)/.venv/bin/python' > $@
+	chmod +x $@
 
 lock: ## Resolve the *.in files again into the *.lock files
 	$(PYTHON) -m venv build/lock

@@ -17,6 +17,7 @@ import click
 from build_kernels import dispatch, evidence, lock, publish, show
 from build_kernels.build import build
 from build_kernels.catalog.model_file import read_model
+from build_kernels.catalog.models import MODELS
 from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.emulation.emulate import emulate
@@ -303,6 +304,7 @@ def _planned() -> list[str]:
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to add the release to."
 )
 @click.option("--target", "targets", multiple=True, help="Only this target; repeatable.")
+@_model_file_option("Add a model of your own, as TOML; repeatable.")
 @click.option(
     "--key", type=click.Path(path_type=Path), help="ed25519 private key, PEM, to sign with."
 )
@@ -319,6 +321,7 @@ def _planned() -> list[str]:
 def release_command(
     out: Path,
     targets: tuple[str, ...],
+    model_files: tuple[Path, ...],
     key: Path | None,
     verified: tuple[str, ...],
     allow_dirty: bool,
@@ -327,7 +330,9 @@ def release_command(
     jobs: int,
 ) -> None:
     """Build everything from nothing and make one wheel of the runtime with its cubins inside."""
-    selection = Selection(targets)
+    own = tuple(map(read_model, model_files))
+    catalog = tuple(model.name for model in MODELS) if own else ()
+    selection = Selection(targets, models=catalog, extra_models=own)
     selection.check()
     check_verified_names(verified, selection)
     # The release tools are installed for this command and the next only.

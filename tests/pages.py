@@ -38,8 +38,10 @@ def code(page: Path) -> Iterator[str]:
 def wrong_commands(page: Path, name: str, group: click.Group) -> list[str]:
     """What a page says of the command ``name`` that ``group`` lacks: commands and options."""
     wrong = []
+    module = f"python -m {name.replace('-', '_')}"
     for text in code(page):
-        for command, rest in re.findall(rf"\b{name} ([a-z-]+)([^#|(,]*)", text):
+        typed = text.replace(module, name)
+        for command, rest in re.findall(rf"\b{name} ([a-z-]+)([^#|(,]*)", typed):
             options = {
                 option
                 for parameter in getattr(group.commands.get(command), "params", ())

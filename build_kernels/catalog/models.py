@@ -5,6 +5,7 @@ To add a model, add a row to ``MODELS``, or pass ``--model-file`` and touch no c
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 #: In place of a model's name: every model that has no row of its own.
@@ -26,6 +27,14 @@ class Model:
     scale: float
     hash_layers: int
     vocab: int
+
+    def shape(self) -> dict[str, int | float]:
+        """Return everything but the name, as a model file has it."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "name"
+        }
 
     def constants(self) -> dict[str, int | float | str]:
         """Return the compile-time constants of a kernel that is compiled for this model."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from build_kernels.catalog.models import Model
 from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.compile.sources import PACKAGE as BUILDER
@@ -42,6 +44,7 @@ def files(
     root: Path,
     source: checkout.Source,
     targets: Sequence[str],
+    models: Sequence[Model],
     manifest: Manifest,
     evidence: Evidence,
     staging: Path,
@@ -52,15 +55,17 @@ def files(
         root: The checkout.
         source: Its commit and changes.
         targets: Those of the release.
+        models: Those from model files.
         manifest: Of the cubins in ``staging/artifacts``.
         evidence: Of which the records about these cubins are shipped.
         staging: A folder that the build backend may work in.
 
     """
     pyproject = (root / "pyproject.toml").read_bytes()
-    version = f"{__version__}+{local_version(source.commit, source.changes_sha256)}"
+    shapes = {model.name: model.shape() for model in sorted(models, key=lambda each: each.name)}
+    version = f"{__version__}+{local_version(source.commit, source.changes_sha256, shapes)}"
     project = wheel.project(pyproject, version)
-    name = distribution(project.name, targets)
+    name = distribution(project.name, targets, list(shapes))
     start = stem(name, project.version)
     text = dumps(manifest)
     marker = Marker(
@@ -108,6 +113,7 @@ def files(
         },
         packages=_packages(),
         subjects={path: sha256(data) for path, data in {**artifacts, **found}.items()},
+        models=shapes,
     )
     found[start + STATEMENT_SUFFIX] = statement_dumps(statement)
     return found
@@ -125,11 +131,17 @@ def _stating(version: str, package: Mapping[str, bytes]) -> dict[str, bytes]:
     return {**package, _VERSION: text.replace(before, after)}
 
 
-def distribution(name: str, targets: Sequence[str]) -> str:
-    """Return the wheel's name for these targets: the plain one for the default targets."""
-    if tuple(targets) == DEFAULT_TARGETS:
-        return name
-    return "-".join((name, *(target.replace("_", "") for target in targets)))
+def distribution(name: str, targets: Sequence[str], models: Sequence[str] = ()) -> str:
+    """Return the wheel's name for these targets and models from model files: the plain one for the
+    default targets and no such model.
+    """
+    parts = [name]
+    if tuple(targets) != DEFAULT_TARGETS:
+        parts += [target.replace("_", "") for target in targets]
+    for model in models:
+        # Names of distributions have one separator.
+        parts += ["with", re.sub(r"[-_.]+", "-", model).strip("-").lower() or "model"]
+    return "-".join(parts)
 
 
 def _packages() -> dict[str, Package]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from build_kernels.errors import BuildError
 from build_kernels.release import builds, checkout, compare, compare_text
 from router_runtime.evidence.release import Release, verify
 from router_runtime.evidence.release_checks import sha256
-from router_runtime.format.provenance import ENVELOPE_SUFFIX
+from router_runtime.format.provenance import ENVELOPE_SUFFIX, Statement
 from router_runtime.format.wheel import FETCH_AGAIN
 
 #: Runs the builder of a clone, not the one that is running.
@@ -35,11 +36,13 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
     with tempfile.TemporaryDirectory(prefix="build-kernels-rebuild-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         checkout.clone(repository, statement.commit, source)
-        targets = [word for target in statement.targets for word in ("--target", target)]
+        options = [word for target in statement.targets for word in ("--target", target)]
+        for path in _model_files(statement, Path(folder)):
+            options += ["--model-file", str(path)]
         result = subprocess.run(
             [
                 *(sys.executable, "-P", "-s", "-c", _RUN, str(source)),
-                *("release", "--out", str(out), "--jobs", str(processes), *targets),
+                *("release", "--out", str(out), "--jobs", str(processes), *options),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -61,6 +64,15 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
             + "\n  ".join(wrong)
             + f"\nnext: {FETCH_AGAIN}"
         )
+
+
+def _model_files(statement: Statement, folder: Path) -> Iterator[Path]:
+    """Write a model file for each model that the statement describes."""
+    for number, (name, shape) in enumerate(sorted(statement.models.items())):
+        path = folder / f"model{number}.toml"
+        lines = [f"name = {json.dumps(name)}", *(f"{key} = {shape[key]!r}" for key in shape)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        yield path
 
 
 def _differences(found: Release, again: Release) -> Iterator[str]:

@@ -6,6 +6,7 @@ as one folder.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -62,9 +63,10 @@ def release(
             + "\nnext: commit or remove them, or --allow-dirty for a release to try out"
         )
     jobs = selection.jobs()
+    own = {model.name for model in selection.extra_models}
     chosen = [t for t in TARGETS if t in (selection.targets or DEFAULT_TARGETS)]
     if not source.changes:
-        requirements.check_lock(root / "artifacts", jobs)
+        requirements.check_lock(root / "artifacts", [job for job in jobs if job.model not in own])
     evidence = _evidence(root / "artifacts" / EVIDENCE_NAME)
     requirements.check_verified(
         root / "artifacts", jobs, verified, evidence, clean=not source.changes
@@ -78,10 +80,12 @@ def release(
         try:
             manifest = build(jobs, staging / "artifacts", processes, progress)
             if not source.changes:
-                compare_with_lock(root, manifest)
+                compare_with_lock(root, manifest, own)
             for target in verified:
                 notes.require_verified(target, manifest, evidence)
-            files = contents.files(root, source, chosen, manifest, evidence, staging)
+            files = contents.files(
+                root, source, chosen, selection.extra_models, manifest, evidence, staging
+            )
             if checkout.source(root) != source:
                 raise BuildError(
                     "expected the checkout to stay as it was during the release, found it "
@@ -100,10 +104,13 @@ def _evidence(folder: Path) -> Evidence:
         raise BuildError(f"{text}; next: {advice}") from error
 
 
-def compare_with_lock(root: Path, manifest: Manifest) -> None:
-    """Raise BuildError if a build is not the one that the commit's artifacts.lock records."""
+def compare_with_lock(root: Path, manifest: Manifest, own: Collection[str]) -> None:
+    """Raise BuildError if a build is not the one that the commit's artifacts.lock records. It has
+    nothing of the models ``own``, which the commit does not have.
+    """
     recorded = lock.read(root / "artifacts" / lock.LOCK_NAME)
-    built = lock.of(manifest)
+    entries = tuple(entry for entry in manifest.entries if entry.model not in own)
+    built = lock.of(dataclasses.replace(manifest, entries=entries))
     # The lock has the full plan. A target that is built only on request has no line in it.
     targets = {entry.target for entry in manifest.entries}.intersection(DEFAULT_TARGETS)
     requirements.refuse_differences(

@@ -68,9 +68,15 @@ def wrong_names(
         yield f"the wheel's name: expected {expected}, found {start}"
     local = local_version(statement.commit)
     ending = statement.version.partition("+")[2]
-    if not (ending == local if statement.clean else ending.startswith(f"{local}.dirty")):
-        changed = "" if statement.clean else ".dirty and a digest of its changes"
-        yield f"the version: expected it to end with +{local}{changed}, found {statement.version}"
+    models = local_version(statement.commit, models=statement.models).removeprefix(local)
+    if statement.clean:
+        right, changed = ending == f"{local}{models}", ""
+    else:
+        right = ending.startswith(f"{local}.dirty") and ending.endswith(models)
+        changed = ".dirty and a digest of its changes"
+    if not right:
+        wanted = f"+{local}{changed}{models}"
+        yield f"the version: expected it to end with {wanted}, found {statement.version}"
     metadata = entries.get(f"{expected}.dist-info/METADATA", b"")
     headers = email.parser.BytesHeaderParser().parsebytes(metadata)
     name, version = headers.get("Name"), headers.get("Version")

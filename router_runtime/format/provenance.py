@@ -8,9 +8,11 @@ write each, and any other bytes are refused. Plain standard-library Python, no c
 
 from __future__ import annotations
 
+import hashlib
 import re
+import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from router_runtime.errors import FormatError
@@ -80,7 +82,8 @@ class Statement:
 
     ``subjects``: name -> SHA-256 of every file: those beside the wheel by file name, those of its
     artifacts folder by their path inside it. ``changes``: what differed from ``commit``, empty if
-    the tree was clean. ``locks``: path -> SHA-256 of each lock file.
+    the tree was clean. ``locks``: path -> SHA-256 of each lock file. ``models``: name -> shape of
+    each model that the commit does not have, from a model file.
     """
 
     distribution: str
@@ -92,6 +95,7 @@ class Statement:
     locks: Mapping[str, str]
     packages: Mapping[str, Package]
     subjects: Mapping[str, str]
+    models: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
@@ -104,14 +108,22 @@ def stem(distribution: str, version: str) -> str:
     return f"{distribution.replace('-', '_')}-{version}"
 
 
-def local_version(commit: str, changes_sha256: str | None = None) -> str:
-    """What follows the ``+`` of a release's version: its commit, and a digest of the changes to it.
+def local_version(
+    commit: str,
+    changes_sha256: str | None = None,
+    models: Mapping[str, Mapping[str, int | float]] = types.MappingProxyType({}),
+) -> str:
+    """What follows the ``+`` of a release's version: its commit, and digests of the changes to it
+    and of the shapes of models that it does not have.
 
     pip takes other contents for another version because of it (a local version of PEP 440). The
     digests follow letters: a part of digits alone would be read as a number.
     """
-    start = f"g{commit[:12]}"
-    return start if changes_sha256 is None else f"{start}.dirty{changes_sha256[:12]}"
+    parts = [f"g{commit[:12]}"]
+    parts += [] if changes_sha256 is None else [f"dirty{changes_sha256[:12]}"]
+    if models:
+        parts.append(f"models{hashlib.sha256(canonical_json(models)).hexdigest()[:12]}")
+    return ".".join(parts)
 
 
 def sums_dumps(digests: Mapping[str, str]) -> bytes:
@@ -163,6 +175,13 @@ def statement_dumps(statement: Statement) -> bytes:
         }
         for name, package in sorted(statement.packages.items())
     ]
+    parameters: dict[str, Any] = {
+        "distribution": statement.distribution,
+        "version": statement.version,
+        "targets": list(statement.targets),
+    }
+    if statement.models:
+        parameters["models"] = encode(statement.models)
     return canonical_json(
         {
             "_type": STATEMENT_TYPE,
@@ -174,11 +193,7 @@ def statement_dumps(statement: Statement) -> bytes:
             "predicate": {
                 "buildDefinition": {
                     "buildType": BUILD_TYPE,
-                    "externalParameters": {
-                        "distribution": statement.distribution,
-                        "version": statement.version,
-                        "targets": list(statement.targets),
-                    },
+                    "externalParameters": parameters,
                     "internalParameters": {"flags": encode(statement.flags)},
                     "resolvedDependencies": [source, *locks, *packages],
                 },
@@ -231,7 +246,17 @@ def _statement(document: Any) -> Statement:
         locks={item["name"]: item["digest"]["sha256"] for item in others if "uri" not in item},
         packages=packages,
         subjects={item["name"]: item["digest"]["sha256"] for item in document["subject"]},
+        models={
+            str(name): {str(key): _number(value) for key, value in shape.items()}
+            for name, shape in parameters.get("models", {}).items()
+        },
     )
+
+
+def _number(value: Any) -> int | float:
+    if type(value) is int or type(value) is float:
+        return value
+    raise ValueError(f"the number {value!r}")
 
 
 def _check(distribution: str, version: str, commit: str, targets: tuple[str, ...]) -> None:

@@ -222,3 +222,52 @@ def test_the_workflows_call_what_exists(name: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for command in re.findall(r"-m build_kernels ([a-z-]+)", text):
         assert f'@main.command("{command}")' in (ROOT / "build_kernels" / "cli.py").read_text()
+
+
+def test_each_step_that_installs_says_before_what_and_how_long() -> None:
+    rules = re.split(r"\n(?=\S)", (ROOT / "Makefile").read_text())
+    installing = [rule for rule in rules if re.search(r"\$\((LOCKED|INSTALL)\) -r", rule)]
+    assert len(installing) >= 8
+    for rule in installing:
+        announced, _, rest = rule.partition("$(call announce,")
+        assert rest, rule
+        assert "-r $<" not in announced
+
+
+def test_an_announcement(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "build_kernels").mkdir()
+    (tmp_path / "build_kernels" / "toolchain.lock").touch()
+    said = _make(tmp_path, "--dry-run", ".venv/.toolchain").stdout
+    assert 'echo "installing the compilers into .venv (0.8 GB on disk; ' in said
+    assert said.index("installing the compilers") < said.index("-m pip install")
+
+
+def test_a_checkout_can_have_the_command_and_its_completion(fresh: Project, tmp_path: Path) -> None:
+    root = fresh.root.rename(tmp_path / "A path with spaces")
+    shutil.copy(ROOT / "Makefile", root)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / ".toolchain").touch()
+    # A link to the interpreter would be another environment, without the packages of this one.
+    python = root / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    assert _make(root, ".venv/bin/build-kernels").returncode == 0
+
+    def said(**changes: str) -> str:
+        path = f"{root / '.venv' / 'bin'}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["build-kernels", *changes.pop("arguments", "").split()],
+            cwd=tmp_path,
+            env={"PATH": path, **changes},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert said(arguments="--version").startswith("build-kernels ")
+    readme = (ROOT / "README.md").read_text()
+    assert 'eval "$(_BUILD_KERNELS_COMPLETE=bash_source build-kernels)"' in readme
+    assert "complete " in said(_BUILD_KERNELS_COMPLETE="bash_source")
+    words = {"COMP_WORDS": "build-kernels bui", "COMP_CWORD": "1"}
+    assert said(_BUILD_KERNELS_COMPLETE="bash_complete", **words) == "plain,build\n"

@@ -33,6 +33,7 @@ from router_runtime.trust import dsse
 from router_runtime.version import __version__
 from tests.builder.conftest import (
     EMULATION,
+    MODEL,
     RELEASED_KEYS,
     ROOT,
     Project,
@@ -890,3 +891,47 @@ def test_evidence_that_a_changed_checkout_lacks_is_missed_as_early_as_it_is_know
     arguments = ("--allow-dirty", "--target", "sm_90a", "--require-verified", "sm_90a")
     said = _refused(committed, "expected every digest of sm_90a to be verified", *arguments)
     assert ("  compiled  " in said) == (not built)
+
+
+def test_a_release_can_have_a_model_of_ones_own(committed: Project, tmp_path: Path) -> None:
+    """It has everything that the commit has, and the model: named in the wheel's name, its shape in
+    the version and in the statement, from which it is rebuilt.
+    """
+    committed.append(
+        "catalog/kernels.py",
+        'KERNELS += (Kernel("shape", "cuda", True, False, (Variant("one", {"FACTOR": 3.0}),)),)\n',
+    )
+    shutil.copytree(committed.kernel_file("scale"), committed.kernel_file("shape"))
+    source = committed.kernel_file("shape/scale.cu")
+    text = source.read_text().replace(" scale(", " shape(")
+    source.rename(source.with_name("shape.cu")).write_text(text)
+    committed.build("--update-lock")
+    commit = committed.commit()
+    (tmp_path / "mine.toml").write_text(MODEL)
+    release = ("--out", tmp_path / "out", "--target", "sm_90a", "--model-file")
+    folder = committed.release(*release, tmp_path / "mine.toml")
+    start, _, version = folder.name.partition("-")
+    assert start == "dsv4_router_runtime_sm90a_with_pruned"
+    assert version.startswith(f"0.1.0+g{commit[:12]}.models")
+    statement = statement_loads((folder / f"{folder.name}.provenance.json").read_bytes())
+    assert statement.clean
+    shape = {"hidden": 4096, "experts": 144, "top_k": 6, "scale": 1.5}
+    assert statement.models == {"pruned": {**shape, "hash_layers": 3, "vocab": 129280}}
+    keys = [entry.key for entry in loads((folder / "manifest.json").read_bytes()).entries]
+    assert keys == [
+        *("scale/any/sm_90a/one", "scale/any/sm_90a/two"),
+        *("shape/dsv4-flash/sm_90a/one", "shape/dsv4-pro/sm_90a/one", "shape/pruned/sm_90a/one"),
+    ]
+    said = committed.run("verify-release", folder, "--rebuild", "--jobs", "1")
+    assert said.returncode == 0, said.stdout
+    assert "the commit gives the same bytes again" in said.stdout
+    # Another shape of that name is another version.
+    (tmp_path / "mine.toml").write_text(MODEL.replace("144", "160"))
+    assert committed.release(*release, tmp_path / "mine.toml").name != folder.name
+    (tmp_path / "mine.toml").write_text(MODEL.replace("144", "0"))
+    _refused(committed, "experts: expected 1 to 1024", "--model-file", tmp_path / "mine.toml")
+
+
+def test_a_model_may_have_a_name_that_a_distribution_cannot() -> None:
+    assert contents.distribution("x", DEFAULT_TARGETS, ["My_own.v2"]) == "x-with-my-own-v2"
+    assert contents.distribution("x", ("sm_90a",), ["_"]) == "x-sm90a-with-model"
