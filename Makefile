@@ -196,7 +196,8 @@ lock: ## Resolve the *.in files again into the *.lock files
 	$(LOCK_COMMAND) --no-deps tests/conformance.in -o tests/conformance.lock
 
 clean: ## Remove what was built
-	rm -rf build dist artifacts/manifest.json artifacts/inputs.json artifacts/*.cubin
+	rm -rf build dist artifacts/manifest.json artifacts/inputs.json artifacts/sources.json \
+	    artifacts/*.cubin
 
 clean-venv: ## Remove the environments
 	rm -rf .venv .venv-test .venv-oldest

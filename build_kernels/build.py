@@ -17,6 +17,7 @@ from build_kernels import out_folder, plan, publish
 from build_kernels.compile import instructions, pool, toolchain
 from build_kernels.compile.instructions import Census
 from build_kernels.compile.job import Job
+from build_kernels.compile.sources import PACKAGE
 from build_kernels.contracts import declared
 from build_kernels.entries import identify, inspect
 from build_kernels.errors import BuildError, JobError
@@ -27,6 +28,7 @@ from build_kernels.plan import Selection
 from build_kernels.reuse import INPUTS_NAME, Reuse, inputs_text
 from router_runtime.format.cubin import Cubin
 from router_runtime.format.manifest import Entry, Manifest, Toolchain
+from router_runtime.format.source_note import SOURCES_NAME, note
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ def build(
         manifest = Manifest(plan.tree_digest(), tools, tuple(entries))
         by_key = {entry.key: entry for entry in entries}
         inputs = inputs_text((job, by_key[job.key]) for job in jobs)
-        publish.publish(out, manifest, cubins, {INPUTS_NAME: inputs})
+        sources = note(PACKAGE.parent, plan.sources(jobs))
+        publish.publish(out, manifest, cubins, {INPUTS_NAME: inputs, SOURCES_NAME: sources})
         write_records(out, manifest, records)
     return manifest
 

@@ -71,6 +71,20 @@ class Sources:
             files[name] = (self._package / name).read_bytes()
         return files_digest(files)
 
+    def files(self, kernel: str, language: Language) -> set[Path]:
+        """Return the files that ``identity`` covers."""
+        contract = self._python.reached(f"build_kernels.kernels.{kernel}.contract")
+        if language == "cuda":
+            text, available = self._cuda(kernel)
+            folder = self._kernels / kernel
+            found = {
+                (self._kernels if name.startswith("common/") else folder) / name
+                for name in CudaSources(available).reached(text)
+            } | {folder / f"{kernel}.cu"}
+        else:
+            found = set(self._python.reached(_module(kernel)).values())
+        return found | set(contract.values())
+
     def _cuda(self, kernel: str) -> tuple[str, dict[str, str]]:
         source = self._kernels / kernel / f"{kernel}.cu"
         return source.read_text(encoding="utf-8"), headers(kernel, self._kernels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from build_kernels import contracts, digests
 from build_kernels.catalog import kernels as catalog
@@ -138,6 +139,18 @@ def files_digest() -> str:
         if path.suffix in (".py", ".cu", ".cuh", ".toml", ".lock")
     }
     return digests.files_digest(files)
+
+
+def sources(jobs: Iterable[Job]) -> set[Path]:
+    """Return the files that decide what these jobs give: their kernels' sources and contracts, the
+    catalog, and the toolchain's lock.
+    """
+    digester = Sources(PACKAGE)
+    found = {PACKAGE / "toolchain.lock", PACKAGE / "catalog" / "latency.toml"}
+    found |= {PACKAGE / "catalog" / f"{name}.py" for name in ("kernels", "models", "targets")}
+    for kernel, language in {(job.kernel, job.language) for job in jobs}:
+        found |= digester.files(kernel, language)
+    return found
 
 
 def _jobs(

@@ -43,12 +43,15 @@ from router_runtime.evidence.store import (
 from router_runtime.format.advice import (
     DRIVER,
     REINSTALL,
+    build_artifacts,
+    checkout,
     record_emulation,
     record_evidence,
     runtime,
 )
 from router_runtime.format.files import exists
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.source_note import changed_since
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.version import __version__
@@ -113,6 +116,7 @@ def diagnose(
     _judge_statuses(devices, contents, statuses, accept, problems)
     _judge_relatives(devices, contents, statuses, problems)
     evidence = _evidence(contents, statuses, problems)
+    _compare_with_sources(contents.folder, problems)
     usable = not any(problem.severity == "error" for problem in problems)
     return Diagnosis(SCHEMA, usable, software, found, evidence, accept, devices, tuple(problems))
 
@@ -415,6 +419,23 @@ def _judge_sources(
                 f"on a GPU of {targets}, {_record_evidence(contents.folder)}",
             )
         )
+
+
+def _compare_with_sources(folder: Path, problems: list[Problem]) -> None:
+    """In a checkout: whether its sources are still those that the artifacts were built from."""
+    root = checkout()
+    changed = () if root is None else changed_since(folder, root)
+    if root is None or not changed:
+        return
+    own = folder.resolve() == root / "artifacts"
+    shown = changed[0] + (f" and {len(changed) - 1} more files" if len(changed) > 1 else "")
+    problems.append(
+        Problem(
+            "note",
+            f"artifacts differ from the sources: {shown} of this checkout changed since the build",
+            build_artifacts() if own else "repeat the build that made them",
+        )
+    )
 
 
 def _record_evidence(artifacts: Path) -> str:

@@ -24,6 +24,24 @@ from pathlib import Path
 RUNTIME = Path(__file__).parents[1]
 
 
+def own_digest(path: Path) -> str:
+    """Return the SHA-256 of what a compiler or an interpreter sees of one file. What it imports or
+    includes counts by its name. A file that is neither Python nor CUDA C++ counts by its bytes, and
+    so does one that cannot be read as that. Raises OSError for a file that cannot be read at all.
+    """
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".py":
+            writer = _Writer({}, lambda source, name: None)
+            writer.write(ast.parse(data).body)
+            return _sha256(writer.parts)
+        if path.suffix in (".cu", ".cuh"):
+            return _sha256(_cuda_lines(data.decode("utf-8")))
+    except (SyntaxError, ValueError):
+        pass
+    return hashlib.sha256(data).hexdigest()
+
+
 class PythonSources:
     """Digests of modules in the packages of a source tree; each module is read once.
 

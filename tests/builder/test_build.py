@@ -46,7 +46,7 @@ def test_a_full_build(project: Project) -> None:
     manifest = _assert_usable(project.artifacts)
     assert tuple(entry.key for entry in manifest.entries) == KEYS
     files = {path.name for path in project.artifacts.iterdir()}
-    notes = {"manifest.json", "artifacts.lock", "inputs.json"}
+    notes = {"manifest.json", "artifacts.lock", "inputs.json", "sources.json"}
     assert files == {*notes, *(e.file for e in manifest.entries)}
     for path in project.artifacts.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -269,7 +269,7 @@ def test_a_killed_build_leaves_a_usable_folder(project: Project, target: str, st
     manifest = _assert_usable(project.artifacts)
     assert manifest != old
     files = {path.name for path in project.artifacts.iterdir()}
-    notes = {"manifest.json", "artifacts.lock", "inputs.json"}
+    notes = {"manifest.json", "artifacts.lock", "inputs.json", "sources.json"}
     assert files == {*notes, *(e.file for e in manifest.entries)}
 
 
@@ -491,6 +491,8 @@ def test_words_and_names_change_no_byte_that_is_published(
     assert _compiled(project.build()) == list(KEYS)
     after = snapshot(project.artifacts)
     assert after.pop(notes.name) != before.pop(notes.name)
+    if change is _other_names:
+        assert after.pop("sources.json") != before.pop("sources.json")
     assert after == before
     said = project.run("check")
     assert said.returncode == 0, said.stdout
