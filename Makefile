@@ -87,12 +87,15 @@ record-emulation: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch
 CONFORMANCE = build/conformance
 THEIRS = PYTHONPATH=$(CONFORMANCE)/packages TRITON_CACHE_DIR=$(CONFORMANCE)/triton .venv/bin/python -m
 
-.PHONY: conformance emulate-conformance
+.PHONY: conformance emulate-conformance second-opinion
 conformance: $(CONFORMANCE)/.packages ## Make build/conformance: other projects' tcgen05 kernels for a Hopper GPU
 	$(THEIRS) tests.emulation.conformance.make $(CONFORMANCE)
 
 emulate-conformance: conformance $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
 	$(PYTHON_GPU) -m tests.emulation.conformance $(CONFORMANCE)
+
+second-opinion: $(CONFORMANCE)/.packages ## Have sentryward verify the tcgen05 kernels; options: SECOND_OPINION="--only NAME"
+	$(THEIRS) tests.emulation.second_opinion $(SECOND_OPINION)
 
 $(CONFORMANCE)/.packages: tests/conformance.lock .venv/.emulation
 	rm -rf $(CONFORMANCE)/packages

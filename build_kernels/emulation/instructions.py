@@ -221,6 +221,9 @@ def transfer(statement: Statement) -> Transfer:
     between = 0
     if match[2] == "16x32bx2" and len(operands) == 3:
         between = int(operands.pop(2 if load else 1), 0)
+        # It is added to an address, so that it could reach other lanes.
+        if not 0 <= between < _LANE // 4:
+            raise refused(statement, f"{between} between its parts")
     if len(operands) != 2:
         raise refused(statement, f"{len(operands)} operands")
     names, place = operands if load else operands[::-1]

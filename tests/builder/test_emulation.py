@@ -13,6 +13,7 @@ import pytest
 
 from build_kernels.catalog.targets import BLACKWELL
 from build_kernels.compile.worker_process import WorkerProcess
+from build_kernels.contracts import declared
 from build_kernels.emulation import interface
 from build_kernels.emulation.assembly import assemble, model
 from build_kernels.emulation.changes import Code
@@ -23,6 +24,7 @@ from build_kernels.emulation.statements import Statement, edited, entry, operand
 from build_kernels.emulation.translate import translate
 from build_kernels.errors import BuildError
 from router_runtime.format import cubin
+from tests.emulation import second_opinion
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,7 @@ def test_a_module_has_one_entry_function(text: str) -> None:
         "tcgen05.ld.sync.aligned.16x64b.x2.b32 {%r0, %r1}, [%r2];",
         "tcgen05.ld.sync.aligned.16x256b.x2.b32 {%r0, %r1}, [%r2];",
         "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r0}, [%r2], 32, 32;",
+        "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r0}, [%r2], 0x100000;",
         "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {%r0}, [%r2];",
         "@%p0 tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r0}, [%r2];",
         "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%r0];",
@@ -415,3 +418,47 @@ def test_every_layer_is_one_that_there_is() -> None:
         assert kind in ("translation", "error", "bits", "none"), defect.name
         assert kind != "error" or detail in interface.ERRORS, defect.name
         assert kind != "bits" or detail in ("", *interface.MODES), defect.name
+
+
+# --- the second opinion ---
+
+
+def test_a_kernel_without_selection_is_the_same_until_it_ends(kernels: list[Source]) -> None:
+    for form, source in smallest(kernels).items():
+        whole = entry(source.ptx).statements
+        cut = entry(second_opinion.without_selection(source.ptx)).statements
+        end = next(i for i, statement in enumerate(cut) if statement.name == "ret")
+        added = next(i for i, pair in enumerate(zip(whole, cut, strict=False)) if _differ(*pair))
+        assert {s.name.partition(".")[0] for s in cut[added:end]} == {"barrier"}, form
+        # What is selected is behind, so that nothing reaches it: every sum has been exchanged.
+        names = [statement.name for statement in whole]
+        last = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+        exchanged = [i for i, name in enumerate(names) if name == last]
+        assert bool(exchanged) == (form != "tile")
+        assert all(i < added for i in exchanged)
+        assert all(i < added for i, name in enumerate(names) if name.startswith("tcgen05."))
+        # A wait follows each arrival at the cluster's barrier.
+        cluster = [s.name.split(".")[2] for s in cut[:end] if s.name.startswith("barrier.cluster.")]
+        assert cluster == ["arrive", "wait"] * (len(cluster) // 2), form
+
+
+def _differ(one: Statement, other: Statement) -> bool:
+    return (one.kind, one.name) != (other.kind, other.name) and one.kind != "directive"
+
+
+def test_the_verifier_is_told_the_launch_that_the_contract_declares() -> None:
+    (job,) = [job for job in emulated_jobs() if job.key.startswith("dense_router_decode/dsv4-pro/")]
+    contract, _ = declared(job)
+    told = second_opinion.request(contract, 7168, 33)
+    assert told["launch"] == {
+        "grid_dim": [14, 2, 1],
+        "block_dim": [512, 1, 1],
+        "cluster_dim": [14, 1, 1],
+        "dynamic_shared_bytes": contract.dynamic_shared_memory,
+    }
+    described = [*told["declarations"], *told["arguments"]]
+    assert sorted(d["parameter"] for d in described) == list(range(len(contract.parameters)))
+    (tensor_map,) = told["tma_descriptors"]
+    assert (tensor_map["global_shape"], tensor_map["swizzle"]) == ([7168, 33], "128B")
+    tokens = [parameter.name for parameter in contract.parameters].index("tokens")
+    assert {"parameter": tokens, "type": "u32", "value": 33} in told["arguments"]

@@ -61,7 +61,7 @@ def test_a_malformed_lock_is_refused(line: str) -> None:
         toolchain.locked(f"# comment\n{line}\n")
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, "tests/conformance.lock"])
 def test_locks_are_hashed_and_name_no_place(name: str) -> None:
     text = (ROOT / name).read_text(encoding="ascii")
     packages = re.split(r"\n(?=[a-z])", text)[1:]
@@ -78,7 +78,7 @@ def test_the_toolchain_is_the_same_on_every_python() -> None:
     assert "torch" not in packages
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, "tests/conformance.lock"])
 def test_locks_hold_what_their_inputs_ask_for(name: str) -> None:
     asked = (ROOT / name).with_suffix(".in").read_text()
     locked = (ROOT / name).read_text()
