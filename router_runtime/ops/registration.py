@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from router_runtime.errors import InputError, explain
+from router_runtime.ops.exported import exported_router
 from router_runtime.ops.schemas import NAMESPACE, ROUTING_OPS, TOPK_SELECT, topk_select_fake
 from router_runtime.ops.transforms import KEY, transformed
 from router_runtime.routing import row_ops
@@ -30,7 +31,11 @@ KEYS = ("CPU", "CUDA")
 _Find = Callable[[Any], Router]
 
 #: The router that is meant by each kind of argument, by how the names of those forms end.
-_FIND: dict[str, _Find] = {"": ROUTERS.get, "by_buffer": ROUTERS.owner}
+_FIND: dict[str, _Find] = {
+    "": ROUTERS.get,
+    "by_buffer": ROUTERS.owner,
+    "exported": exported_router,
+}
 
 #: Called with the positional arguments of an op, and ``call``.
 _Serve = Callable[..., Results]
@@ -214,7 +219,11 @@ def _register_all() -> None:
                 )
                 names = list(inspect.signature(op.shape).parameters)
                 by_key[key] = _forms(*made, op.logits, names)[form]
-            _register(op.overload(form, end), schema, by_key, fakes[form])
+            fake = fakes[form]
+            if end == "exported":
+                by_key = {key: op.one_router(each) for key, each in by_key.items()}
+                fake = op.one_router(fake)
+            _register(op.overload(form, end), schema, by_key, fake)
     _register(
         "topk_select",
         TOPK_SELECT,

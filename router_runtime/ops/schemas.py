@@ -5,10 +5,11 @@ applies the expert map: its ids are physical ones, and the logical ones follow a
 results. ``name.out`` returns nothing and writes ``weights_out`` and ``ids_out`` (and
 ``logits_out``); with ``logical_ids_out`` it applies the expert map too.
 
-An op of a Router has each form twice: for callers, with the number ``router_id``, and for
-``torch.compile`` and ``torch.export``, with ``buffer``, the router's weight (or its table in mode
-``hash``), under the name of the form and ``by_buffer``. Routers use the latter when they are
-traced; it is no public interface.
+An op of a Router has each form three times: for callers, with the number ``router_id``; for
+``torch.compile``, with ``buffer``, the router's weight (or its table in mode ``hash``), under the
+name of the form and ``by_buffer``; and for ``torch.export``, with all tensors of the gate and its
+configuration, under the name of the form and ``exported``. Routers use the latter two when they are
+traced; they are no public interface.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from router_runtime.routing.checks import check_logits, check_scores, refuse_gra
 NAMESPACE = "dsv4"
 
 #: The argument of an op that says which router -> how the names of those forms end.
-ROUTER_ARGUMENTS = {"SymInt router_id": "", "Tensor buffer": "by_buffer"}
+ROUTER_ARGUMENTS = {
+    "SymInt router_id": "",
+    "Tensor buffer": "by_buffer",
+    "Tensor?[] gate, str config": "exported",
+}
 
 
 class Shape(NamedTuple):
@@ -80,6 +85,18 @@ class RoutingOp(NamedTuple):
                 ("out", end): f"({positional}, *, {serving}{if_any}, {outputs}) -> ()",
             }
         return schemas
+
+    def one_router(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which takes a router as one argument, for the form ``exported``, which has
+        it as two.
+        """
+        place = self.rows.count("Tensor ")
+
+        def call(*arguments: Any, **inputs: Any) -> Any:
+            router = arguments[place : place + 2]
+            return function(*arguments[:place], router, *arguments[place + 2 :], **inputs)
+
+        return call
 
     def overload(self, form: str, end: str) -> str:
         """The name of a form: ``dense_router.mapped_by_buffer``."""

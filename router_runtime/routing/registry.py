@@ -47,6 +47,10 @@ class Registry(Generic[R]):
         self._captured: set[R] = set()
         self._by_address: dict[int, weakref.ref[R]] = {}
 
+    def __len__(self) -> int:
+        """The number of buffers by which routers can be found."""
+        return len(self._by_address)
+
     def adopt(self, router: R, buffer: Tensor) -> None:
         """Make a router that was just built findable by ``buffer``, and watch for its capture.
 
@@ -103,10 +107,14 @@ class Registry(Generic[R]):
                 )
             ) from None
 
+    def find(self, buffer: Tensor) -> R | None:
+        """The router that ``buffer`` belongs to, or None."""
+        reference = self._by_address.get(buffer.data_ptr())
+        return None if reference is None else reference()
+
     def owner(self, buffer: Tensor) -> R:
         """The router that ``buffer`` belongs to. Raises InputError if there is none."""
-        reference = self._by_address.get(buffer.data_ptr())
-        router = None if reference is None else reference()
+        router = self.find(buffer)
         if router is None:
             raise InputError(
                 explain(
@@ -114,11 +122,11 @@ class Registry(Generic[R]):
                     expected="a buffer of a Router that is alive in this process "
                     f"({len(self._by_address)} are)",
                     found=f"another tensor, {buffer.dtype} {list(buffer.shape)} on "
-                    f"{buffer.device}: a copy, or that of a program loaded from a file",
-                    remedy="a compiled or exported program runs only beside the Routers that it "
-                    "was made with: build the model in this process with "
-                    "Router(config, ...), call load_state_dict with the saved tensors, compile "
-                    "or export it here, and keep the model",
+                    f"{buffer.device}: a copy, or that of a Router that is gone",
+                    remedy="a compiled function runs only beside the Routers that it was made "
+                    "with: build the model in this process with Router(config, ...), call "
+                    "load_state_dict with the saved tensors, compile it here, and keep the model; "
+                    "or export it, which saves the tensors too",
                 )
             )
         return router

@@ -8,6 +8,8 @@ need is loaded, so that a call does nothing but allocate its two outputs and lau
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import logging
 import os
 import typing
@@ -36,6 +38,9 @@ from router_runtime.routing.weights import NAMES, checked_values
 
 _log = logging.getLogger(__name__)
 
+#: The tensors that an exported program has of a gate, in their order.
+EXPORTED = (*NAMES, "expert_map", "replica_counts")
+
 
 class Router(GateModule):
     """A gate with its weights. Call it with hidden states (mode ``dense``), with token ids
@@ -57,8 +62,10 @@ class Router(GateModule):
     no batch size.
 
     Inside ``torch.compile`` and ``torch.export`` a call is a custom op that takes the weight (or
-    the table) in place of the router, so all routers of one shape share a graph. A compiled or
-    exported program needs the Router itself to be alive in its process.
+    the table) in place of the router, so all routers of one shape share a graph. A compiled
+    function needs the Router itself to be alive in its process. An exported program has all that a
+    Router is built from: saved, and loaded in a process that has imported this package, its first
+    call builds the Routers, by the artifacts and the evidence of that process.
 
     The methods take these keyword arguments, all optional:
 
@@ -135,6 +142,7 @@ class Router(GateModule):
         kernels = kernels_for(resolved, artifacts)
         values = checked_values(config, tensors)
         super().__init__(config, resolved, "image_bias" in tensors)
+        self._exported_config = json.dumps(dataclasses.asdict(config))
         self._artifacts, self._selection = artifacts, selection
         self.backend = make_backend(config, self.weights, kernels, selection)
         # Only now: the kernels' contracts say in which orders the weight is stored.
@@ -345,15 +353,21 @@ class Router(GateModule):
         """A call of the custom op of this router's mode, as ``torch.compile`` records it.
 
         It reads only what routers of one configuration have in common, and the buffer, which
-        becomes an input of the graph: anything else would be compiled into it.
+        becomes an input of the graph: anything else would be compiled into it. An exported program
+        gets all that a Router is built from, for a process that has none.
         """
-        mode = self.config.mode
-        if mode == "hash":
-            op = getattr(torch.ops.dsv4.hash_router, form)
-            return op(*rows, self.table, self.config.top_k, **inputs)
-        packet = "hash_gate" if mode == "hash_gate" else f"dense_router{what}"
-        op = getattr(getattr(torch.ops.dsv4, packet), form)
-        return op(*rows, self.weight, self.config.num_experts, self.config.top_k, **inputs)
+        packets = {"dense": f"dense_router{what}", "hash": "hash_router", "hash_gate": "hash_gate"}
+        packet = getattr(torch.ops.dsv4, packets[self.config.mode])
+        numbers: tuple[int, ...] = (self.config.num_experts, self.config.top_k)
+        if self.config.mode == "hash":
+            numbers = numbers[1:]
+        # The flag itself: torch 2.9 takes its function is_exporting() for True in any compilation.
+        if torch.compiler._is_exporting_flag:
+            tensors = [self.weight, self.bias, self.image_bias, self.table]
+            tensors += [None, None] if self.expert_map is None else self.expert_map
+            op = getattr(packet, form.replace("by_buffer", "exported"))
+            return op(*rows, tensors, self._exported_config, *numbers, **inputs)
+        return getattr(packet, form)(*rows, self._key(), *numbers, **inputs)
 
     def _key(self) -> Tensor:
         """The buffer by which the custom ops find this router."""

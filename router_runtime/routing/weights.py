@@ -131,11 +131,12 @@ class Weights:
 
     # --- changes that do not come through ``write`` ---
 
-    def watch(self, given: Mapping[str, Tensor]) -> None:
+    def watch(self, given: Mapping[str, Tensor], *, of_module: bool = False) -> None:
         """Follow the tensors, by name, that values were copied from if they are those of a module:
-        if one of them is an ``nn.Parameter``. Those of that name before are forgotten.
+        if one of them is an ``nn.Parameter``, or the caller says so. Those of that name before are
+        forgotten.
         """
-        of_module = any(isinstance(tensor, nn.Parameter) for tensor in given.values())
+        of_module |= any(isinstance(tensor, nn.Parameter) for tensor in given.values())
         for name, tensor in given.items():
             self._sources.pop(name, None)
             if of_module:

@@ -316,34 +316,113 @@ def test_export(strict: bool) -> None:
     assert {f"layers.{n}.router.weight" for n in range(3)} <= program.state_dict.keys()
 
 
-def test_a_saved_program_says_what_it_needs(tmp_path: Path) -> None:
-    """In a process that has no Routers, and in one that has."""
-    model = Model(1)
-    file = tmp_path / "model.pt2"
-    torch.export.save(torch.export.export(model, (hidden(5),)), file)
-    code = (
-        "import torch, router_runtime\n"
-        f"run = torch.export.load({str(file)!r}).module()\n"
-        f"try: run(torch.zeros(5, {H}, dtype=torch.bfloat16))\n"
-        "except router_runtime.InputError as error: print(error)\n"
-    )
+class Everything(nn.Module):
+    """Every method of routers of every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.hash, self.gate = (
+            make_router(seed, mode) for seed, mode in enumerate(("dense", "hash", "hash_gate"))
+        )
+
+    def forward(self, x: Tensor, words: Tensor, given: Tensor) -> list[Tensor]:
+        padding = words > 20
+        weights = x.new_empty((x.shape[0], K), dtype=torch.float32)
+        ids = words.new_empty((x.shape[0], K))
+        self.dense.forward_out(x, weights_out=weights, ids_out=ids)
+        return [
+            *(*self.dense(x, is_padding=padding, ids_dtype=torch.int64), weights, ids),
+            *self.dense.forward_with_logits(x),
+            *self.dense.forward_mapped(x),
+            *self.dense.replay(x, given),
+            *self.hash(words),
+            *self.hash.forward_mapped(words),
+            *self.gate(x, words, image_mask=padding),
+        ]
+
+
+def inputs_of_everything(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden(tokens), token_ids(tokens), torch.zeros(tokens, K, dtype=torch.int64)
+
+
+def in_a_new_process(code: str, *arguments: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "expected a buffer of a Router that is alive in this process (0 are)" in done.stdout, (
-        done.stderr
-    )
-    assert "a program loaded from a file" in done.stdout
-    assert "load_state_dict" in done.stdout
-    # What the message says to do: the saved tensors, in a model that is built here.
-    saved = torch.export.load(file).state_dict
-    other = Model(1)
-    other.load_state_dict(saved)
-    assert torch.equal(other(hidden(5)), model(hidden(5)))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_saved_program_works_in_a_new_process(tmp_path: Path, strict: bool) -> None:
+    """It builds its Routers there, by its first call, from the tensors that were saved with it."""
+    model = Everything()
+    program = torch.export.export(model, inputs_of_everything(), strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((inputs_of_everything(), model(*inputs_of_everything())), tmp_path / "wanted.pt")
+    code = """
+import gc, sys
+import torch, router_runtime
+from router_runtime.routing.router import ROUTERS, Router
+
+run = torch.export.load(sys.argv[1]).module()
+inputs, wanted = torch.load(sys.argv[2])
+built, construct = [], Router.__init__
+Router.__init__ = lambda self, *given, **named: built.append(1) or construct(self, *given, **named)
+for _ in range(2):
+    assert all(map(torch.equal, run(*inputs), wanted))
+assert len(built) == 3, built
+# Other weights in the program are followed.
+state = {name: tensor.clone() for name, tensor in run.state_dict().items()}
+state["dense.weight"].neg_()
+run.load_state_dict(state)
+assert not torch.equal(run(*inputs)[0], wanted[0])
+state["dense.weight"].neg_()
+run.load_state_dict(state)
+assert all(map(torch.equal, run(*inputs), wanted))
+# The routers live as long as the program.
+assert len(built) == 3
+key = ROUTERS.find(dict(run.named_buffers())["dense.weight"])
+assert key is not None
+assert len(ROUTERS) == 6  # by their own tensors, and by the program's
+del run, key
+gc.collect()
+assert ROUTERS.find(torch.zeros(3)) is None
+assert len(ROUTERS) == 0
+print("worked")
+"""
+    assert in_a_new_process(code, tmp_path / "model.pt2", tmp_path / "wanted.pt") == "worked\n"
+
+
+def test_an_exported_program_is_served_by_the_router_that_was_exported() -> None:
+    model = Model(2)
+    run = torch.export.export(model, (hidden(5),)).module()
+    for layer in model.layers:
+        weight = torch.randn(E, H, generator=seeded(99)).bfloat16()
+        layer.router.update_weights(weight=weight)  # type: ignore[union-attr, operator]
+    assert torch.equal(run(hidden(5)), model(hidden(5)))
+
+
+def test_an_exported_program_outlives_the_router_that_was_exported() -> None:
+    model = Model(2)
+    wanted = model(hidden(5))
+    program = torch.export.export(model, (hidden(5),))
+    del model
+    gc.collect()
+    assert torch.equal(program.module()(hidden(5)), wanted)
+
+
+def test_values_of_an_exported_program_are_checked() -> None:
+    program = torch.export.export(Model(1), (hidden(5),))
+    gc.collect()
+    run = program.module()
+    dict(run.named_buffers())["layers.0.router.weight"][1, 2] = torch.nan
+    with pytest.raises(InputError, match=r"weight: expected finite values.*\[1, 2\]"):
+        run(hidden(5))
 
 
 def test_a_state_dict_that_was_saved_serves_a_compiled_model(counter: Counter) -> None:
