@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched, _unwrap_for_grad
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 
 from router_runtime.errors import InputError, explain
 from router_runtime.routing.checks import refuse_grad
@@ -99,6 +98,9 @@ def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
 
 def _functionalized(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
     """The results of an op that writes nothing: it is functional as it is."""
+    # Imported here, because it takes long, and warns where there is no NumPy.
+    from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+
     api = FunctorchFunctionalizeAPI(interpreter)
     plain = api.unwrap_tensors(tuple(given.values()))
     with interpreter.lower():

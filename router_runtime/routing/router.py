@@ -50,8 +50,10 @@ class Router(GateModule):
     bf16 ``[num_experts, hidden_size]`` (dense, hash_gate), ``bias`` fp32 ``[num_experts]`` (dense),
     ``image_bias`` fp32 ``[num_experts]`` (None unless given) and ``table`` int32
     ``[vocab_size, top_k]`` (hash, hash_gate). Kernels read the weight from further copies, in other
-    orders, so new values are written by ``update_weights`` or ``load_state_dict`` and never into
-    the buffers. The device and the dtypes are those of construction: ``to``, ``half`` and the like
+    orders, so new values are written by ``update_weights`` or ``load_state_dict``. The next call
+    outside of a CUDA graph follows writes into the buffers too, and into the tensors that the
+    values were copied from if one of them is an ``nn.Parameter``; it does not see writes through
+    ``.data``. The device and the dtypes are those of construction: ``to``, ``half`` and the like
     are refused where they would change one. ``copy.deepcopy`` builds an independent Router;
     pickling is refused.
 
@@ -363,11 +365,17 @@ class Router(GateModule):
             numbers = numbers[1:]
         # The flag itself: torch 2.9 takes its function is_exporting() for True in any compilation.
         if torch.compiler._is_exporting_flag:
-            tensors = [self.weight, self.bias, self.image_bias, self.table]
-            tensors += [None, None] if self.expert_map is None else self.expert_map
             op = getattr(packet, form.replace("by_buffer", "exported"))
-            return op(*rows, tensors, self._exported_config, *numbers, **inputs)
+            return op(*rows, *self.exported(), *numbers, **inputs)
         return getattr(packet, form)(*rows, self._key(), *numbers, **inputs)
+
+    def exported(self) -> tuple[list[Tensor | None], str]:
+        """What the custom ops of an exported program have in place of this router: the tensors in
+        the order of ``EXPORTED``, and the configuration.
+        """
+        expert_map = (None, None) if self.expert_map is None else self.expert_map
+        tensors = [self.weight, self.bias, self.image_bias, self.table, *expert_map]
+        return tensors, self._exported_config
 
     def _key(self) -> Tensor:
         """The buffer by which the custom ops find this router."""

@@ -140,6 +140,7 @@ def run_ops(model: dict[str, int], device: str) -> None:
                 routers[mode] = (router, register_router(router))
             router, values["router_id"] = routers[mode]
             values["buffer"] = router.table if mode == "hash" else router.weight
+            values["gate"], values["config"] = router.exported()
             if device != "cpu" and mode == "dense":
                 counts = [n for each in router.token_ranges for n in (each.low, each.high)]
         arguments = [each for each in op._schema.arguments if not each.has_default_value()]

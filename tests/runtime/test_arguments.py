@@ -179,7 +179,7 @@ def table() -> Iterator[dict[str, tuple[Callable[..., Any], dict[str, Any]]]]:
 
 
 #: Methods that nn.Module or the registry calls, or that take no argument.
-INTERNAL = {"extra_repr", "register_buffer", "watch_captures", "warmup"}
+INTERNAL = {"exported", "extra_repr", "register_buffer", "watch_captures", "warmup"}
 
 
 def public_names() -> set[str]:

@@ -199,11 +199,18 @@ def test_changed_weights_are_not_served() -> None:
     model = make_model(torch.bfloat16)
     install(model)
     module, x = dense(model)[0], states(7)
+
+    def fused_step() -> None:
+        """A write that torch does not count."""
+        module.weight.requires_grad_().grad = torch.ones_like(module.weight)
+        torch.optim.AdamW([module.weight], lr=0.1, fused=True).step()
+
     for change in (
         lambda: module.weight.mul_(2),
         lambda: module.e_score_correction_bias.add_(1),
         lambda: module.e_score_correction_bias.copy_(torch.arange(E)),
         lambda: setattr(module.weight, "data", module.weight.data * 3),
+        fused_step,
         lambda: setattr(module.e_score_correction_bias, "data", torch.zeros(E).bfloat16()),
     ):
         change()
