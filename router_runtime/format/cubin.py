@@ -1,8 +1,8 @@
 """What a cubin says about itself: symbol, parameters, target, registers, memory.
 
 The facts come from the ELF symbol table, from the attribute records in ``.nv.info`` and
-``.nv.info.<symbol>``, and from ``.note.nv.tkinfo``, the only place where ``sm_100a`` differs
-from ``sm_100f``.
+``.nv.info.<symbol>``, and from ``.note.nv.tkinfo``, which names the target: ``sm_100a`` differs
+from ``sm_100f`` only there and in ``.nv.compat``.
 """
 
 from __future__ import annotations
