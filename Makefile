@@ -1,7 +1,8 @@
 # Three environments. .venv: the locked toolchain, the release tools and the linters, no torch.
 # .venv-test: the newest torch and what the runtime's tests need, no compiler. .venv-oldest: the same
-# with the oldest torch and driver bindings. Every package is installed by hash, but for torch and the
-# CUDA libraries that come with it.
+# with the oldest torch and driver bindings. A fourth, .venv-engines, is for test-engines alone: vLLM and
+# the torch that it requires. Every package is installed by hash, but for torch and the CUDA libraries
+# that come with it.
 
 PYTHON ?= python3
 # GPU work can run in an environment of your own: make test-gpu PYTHON_GPU=python3
@@ -55,6 +56,12 @@ test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
 test-oldest: .venv-oldest/.torch ## The same with the oldest torch and driver bindings
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/oldest \
 	    tests/runtime tests/oracle
+
+# VLLM_TARGET_DEVICE: vLLM's wheel is for GPUs, and imports without one if it is told so.
+.PHONY: test-engines
+test-engines: .venv-engines/.installed ## Run the tests of the plug-ins in the real vLLM, without a GPU
+	VLLM_TARGET_DEVICE=cpu OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest $(PYTEST) \
+	    -o cache_dir=.pytest_cache/engines tests/engines
 
 test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU tests
 	$(PYTHON_GPU) -m pytest tests/gpu
@@ -167,6 +174,22 @@ format: .venv/.dev ## Rewrite the sources in the one style
 # pip is quiet, and some of its steps are long: what it installs, where to, and how long that takes.
 announce = @echo "installing $(1) into $(2) ($(3))"
 
+# An environment of its own: vLLM requires another torch than the ones that are tested with. Its wheel is
+# for the CUDA build of torch, so this one is not replaced by a smaller one.
+.venv-engines/.locked: tests/engines.lock tests/engines-no-deps.lock
+	$(call new-environment,.venv-engines)
+	.venv-engines/bin/python $(LOCKED) -r tests/engines.lock -r tests/engines-no-deps.lock
+	@touch $@
+
+.venv-engines/.torch: tests/torch-engines.txt .venv-engines/.locked
+	.venv-engines/bin/python $(INSTALL) -r $<
+	@touch $@
+
+# vLLM finds the plug-in by the metadata of an installed package.
+.venv-engines/.installed: pyproject.toml .venv-engines/.torch
+	.venv-engines/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
 define new-environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "expected Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1);" \
@@ -197,10 +220,12 @@ lock: ## Resolve the *.in files again into the *.lock files
 	    tests/runtime.in -o tests/runtime.lock
 	$(LOCK_COMMAND) tests/oldest.in -o tests/oldest.lock
 	$(LOCK_COMMAND) --no-deps tests/conformance.in -o tests/conformance.lock
+	$(LOCK_COMMAND) tests/engines.in -o tests/engines.lock
+	$(LOCK_COMMAND) --no-deps tests/engines-no-deps.in -o tests/engines-no-deps.lock
 
 clean: ## Remove what was built
 	rm -rf build dist artifacts/manifest.json artifacts/inputs.json artifacts/sources.json \
 	    artifacts/*.cubin
 
 clean-venv: ## Remove the environments
-	rm -rf .venv .venv-test .venv-oldest
+	rm -rf .venv .venv-test .venv-oldest .venv-engines

@@ -59,7 +59,7 @@ def softplus_topk(
     """DeepSeek-V4's routing by logits."""
     scores = F.softplus(logits.double()).sqrt()
     keys = scores if bias is None else scores + bias
-    images = torch.zeros(len(logits), 1, dtype=torch.bool)
+    images = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
     if image_bias is not None and first_image > 0:
         assert token_ids is not None
         images = ((token_ids >= first_image) & (token_ids < first_image + 5))[:, None]

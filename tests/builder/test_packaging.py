@@ -207,12 +207,12 @@ def test_make_explains_itself() -> None:
     said = _make(ROOT).stdout
     for target in (
         *("build-cubins", "check-cubins", "release", "verify-release", "test", "kill-trials"),
-        *("verify-gpu", "lint", "lock", "clean-venv"),
+        *("verify-gpu", "test-engines", "lint", "lock", "clean-venv"),
     ):
         assert f"\n{target} " in "\n" + said
 
 
-@pytest.mark.parametrize("name", ["ci", "gpu"])
+@pytest.mark.parametrize("name", ["ci", "engines", "gpu"])
 def test_the_workflows_call_what_exists(name: str) -> None:
     text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
     makefile = (ROOT / "Makefile").read_text()

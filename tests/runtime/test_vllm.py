@@ -547,6 +547,20 @@ def test_the_log_goes_where_the_engines_goes(monkeypatch: pytest.MonkeyPatch) ->
     assert LOG.level == logging.INFO
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_inference_mode(pair: Pair, kind: str) -> None:
+    """vLLM's workers run under it, and load weights outside of it."""
+    without, with_us = pair(kind)
+    with torch.inference_mode():
+        for _ in range(2):
+            same(with_us(states(9), words(9)), without(states(9), words(9)))
+    load_by_loaders(with_us, other_weights())
+    load_by_loaders(without, other_weights())
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            same(with_us(states(9), words(9)), without(states(9), words(9)))
+
+
 # --- new weights ----------------------------------------------------------------------------------
 
 
