@@ -176,9 +176,9 @@ announce = @echo "installing $(1) into $(2) ($(3))"
 
 # An environment of its own: vLLM requires another torch than the ones that are tested with. Its wheel is
 # for the CUDA build of torch, so this one is not replaced by a smaller one.
-.venv-engines/.locked: tests/engines.lock tests/engines-no-deps.lock
+.venv-engines/.locked: tests/engines.lock
 	$(call new-environment,.venv-engines)
-	.venv-engines/bin/python $(LOCKED) -r tests/engines.lock -r tests/engines-no-deps.lock
+	.venv-engines/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv-engines/.torch: tests/torch-engines.txt .venv-engines/.locked
@@ -186,7 +186,8 @@ announce = @echo "installing $(1) into $(2) ($(3))"
 	@touch $@
 
 # vLLM finds the plug-in by the metadata of an installed package.
-.venv-engines/.installed: pyproject.toml .venv-engines/.torch
+.venv-engines/.installed: tests/engines-no-deps.lock pyproject.toml .venv-engines/.torch
+	.venv-engines/bin/python $(LOCKED) -r $<
 	.venv-engines/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -16,8 +16,9 @@ The router's base class goes on doing what follows: capture of ids, expert map, 
 The subclass overrides one method, ``_forward_impl``, because a gate is not given the token ids that
 hash layers and image tokens need. ``served.py`` describes these two.
 
-What is not known stays as it was, and the log says why: the logger ``router_runtime`` names each
-reason once, and after the first batch which layers are served.
+What is not known stays as it was, and the log says why: the logger
+``router_runtime.integrations.vllm`` names each reason once, and after the first batch which layers
+are served.
 """
 
 from __future__ import annotations

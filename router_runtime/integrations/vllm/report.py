@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-LOG = logging.getLogger("router_runtime")
+#: Other loggers below ``router_runtime`` have a line for each Router: too many for an engine.
+LOG = logging.getLogger("router_runtime.integrations.vllm")
 
 
 def share_handlers() -> None:
@@ -12,13 +13,23 @@ def share_handlers() -> None:
 
     vLLM configures its own logger only: without this, nothing below a warning would be seen.
     """
-    if LOG.hasHandlers():
+    if _has_a_place():
         return
     engine = logging.getLogger("vllm")
     for handler in engine.handlers:
         LOG.addHandler(handler)
     if LOG.level == logging.NOTSET:
         LOG.setLevel(engine.level)
+
+
+def _has_a_place() -> bool:
+    """Whether a handler gets what is logged; the one of a library that writes nothing is none."""
+    logger: logging.Logger | None = LOG
+    while logger is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 class Report:
