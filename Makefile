@@ -171,25 +171,28 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	.venv-oldest/bin/python $(INSTALL) -r $<
 	@touch $@
 
-# pip is quiet, and some of its steps are long: what it installs, where to, and how long that takes.
-announce = @echo "installing $(1) into $(2) ($(3))"
-
 # An environment of its own: vLLM requires another torch than the ones that are tested with. Its wheel is
 # for the CUDA build of torch, so this one is not replaced by a smaller one.
 .venv-engines/.locked: tests/engines.lock
 	$(call new-environment,.venv-engines)
+	$(call announce,what vLLM and the tests need,.venv-engines,under a minute)
 	.venv-engines/bin/python $(LOCKED) -r $<
 	@touch $@
 
 .venv-engines/.torch: tests/torch-engines.txt .venv-engines/.locked
+	$(call announce,torch and the CUDA libraries of it,.venv-engines,5 GB on disk; several minutes)
 	.venv-engines/bin/python $(INSTALL) -r $<
 	@touch $@
 
 # vLLM finds the plug-in by the metadata of an installed package.
 .venv-engines/.installed: tests/engines-no-deps.lock pyproject.toml .venv-engines/.torch
+	$(call announce,vLLM and this checkout,.venv-engines,2 GB on disk; a minute)
 	.venv-engines/bin/python $(LOCKED) -r $<
 	.venv-engines/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# pip is quiet, and some of its steps are long: what it installs, where to, and how long that takes.
+announce = @echo "installing $(1) into $(2) ($(3))"
 
 define new-environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
