@@ -28,6 +28,7 @@ import os
 import weakref
 from typing import Any
 
+from router_runtime.errors import install_extra
 from router_runtime.integrations.vllm.engine import Engine, UnknownEngine, load_engine
 from router_runtime.integrations.vllm.images import ImageMasks
 from router_runtime.integrations.vllm.reasons import is_deepseek_v4, why_not
@@ -82,9 +83,9 @@ def register() -> None:
         engine = load_engine()
     except UnknownEngine as reason:
         LOG.warning(
-            "vLLM routes by itself: %s. Install a vLLM of those versions, or a newer release of "
-            "this package; %s=1 silences this",
-            *(reason, DISABLE_VARIABLE),
+            "vLLM routes by itself: %s; for a vLLM that this release knows, %s (a newer release may "
+            "know a newer one; %s=1 silences this)",
+            *(reason, install_extra("vllm"), DISABLE_VARIABLE),
         )
         return
     taken = engine.registered.get(RUNNER)
