@@ -83,8 +83,8 @@ def register() -> None:
         engine = load_engine()
     except UnknownEngine as reason:
         LOG.warning(
-            "vLLM routes by itself: %s; for a vLLM that this release knows, %s (a newer release may "
-            "know a newer one; %s=1 silences this)",
+            "vLLM routes by itself: %s; for a vLLM that this release knows, %s (a newer release "
+            "may know a newer one; %s=1 silences this)",
             *(reason, install_extra("vllm"), DISABLE_VARIABLE),
         )
         return
