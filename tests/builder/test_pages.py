@@ -60,6 +60,8 @@ def test_commands_of_the_builder_exist(page: Path) -> None:
 
 #: Set by the builder for its own worker processes.
 INTERNAL = {"CUTE_DSL_ARCH"}
+#: Set by make itself.
+OF_MAKE = {"CURDIR", "MAKE", "MAKECMDGOALS", "MAKEFILE_LIST"}
 
 
 def variables_read(trees: Iterable[ast.Module]) -> set[str]:
@@ -105,11 +107,7 @@ def _text(key: ast.expr, constants: dict[str, str]) -> str:
 def variables_of_make(text: str) -> set[str]:
     """The variables that a Makefile uses and takes from the environment."""
     defined = set(re.findall(r"^([A-Z_]+) =", text, re.MULTILINE))
-    return (
-        set(re.findall(r"\$\(([A-Z_]+)\)", text))
-        - defined
-        - {"MAKE", "MAKECMDGOALS", "MAKEFILE_LIST"}
-    )
+    return set(re.findall(r"\$\(([A-Z_]+)\)", text)) - defined - OF_MAKE
 
 
 def test_the_readme_names_every_environment_variable_in_one_place() -> None:
