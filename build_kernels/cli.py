@@ -402,11 +402,15 @@ def verify_release_command(
 @click.argument("old", type=click.Path(exists=True, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, path_type=Path))
 @click.option("--markdown", is_flag=True, help="For a pull request.")
-def diff_command(old: Path, new: Path, markdown: bool) -> None:
+@_json_option
+def diff_command(old: Path, new: Path, markdown: bool, as_json: bool) -> None:
     """Show what changed from OLD to NEW: each a release, a wheel, an artifacts folder or a built
     checkout.
     """
     found = difference(open_build(old), open_build(new))
+    if as_json:
+        _json(encode(found))
+        return
     click.echo(compare_text.markdown(found) if markdown else compare_text.text(found))
 
 

@@ -127,3 +127,10 @@ def test_what_cannot_be_compared(
     assert result.returncode == 1
     assert message in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_a_diff_as_json(prebuilt: Path, changed: Project) -> None:
+    document = json.loads(changed.run("diff", prebuilt, changed.root, "--json").stdout)
+    assert sorted(document) == ["added", "changed", "identical", "removed", "toolchain"]
+    assert sorted(document["added"]) == ["shift/new/sm_100a/only", "shift/new/sm_90a/only"]
+    assert "constant FACTOR: 2.0 -> 3.0" in document["changed"]["scale/any/sm_90a/one"]
