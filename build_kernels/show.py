@@ -97,14 +97,16 @@ def catalog_data(
 
     Args:
         artifacts: The key of each entry -> how the built artifacts relate to it.
-        evidence: The key of each entry -> its standing.
+        evidence: The key of each entry of the plan -> its standing. A built entry that the sources
+            do not build any more has none.
 
     """
+    none = {"status": None, "stale_model": False}
     return {
         "models": encode(MODELS),
         "targets": [{"name": each, "default": each in DEFAULT_TARGETS} for each in TARGETS],
         "entries": [
-            {"key": key, "artifacts": state, **encode(evidence[key])}
+            {"key": key, "artifacts": state, **encode(evidence.get(key, none))}
             for key, state in artifacts.items()
         ],
     }
@@ -125,7 +127,11 @@ def catalog_text(artifacts: Mapping[str, str], evidence: Mapping[str, Standing])
     ]
     lines.append("entries")
     rows = [
-        (f"  {key}", str(evidence[key]), "" if state in (BUILT, NOT_BUILT) else f"({state})")
+        (
+            f"  {key}",
+            str(evidence.get(key, "-")),
+            "" if state in (BUILT, NOT_BUILT) else f"({state})",
+        )
         for key, state in artifacts.items()
     ]
     return "\n".join([*lines, dispatch.aligned(rows)])

@@ -284,7 +284,12 @@ def test_artifacts_that_differ_from_the_sources_are_said_to(
 def test_entries_that_are_not_built_or_no_longer_planned_are_said_to_be(project: Project) -> None:
     project.append("catalog/kernels.py", "KERNELS = KERNELS[:1]\n")
     said = project.run("list").stdout
-    assert "  shift/dsv4-pro/sm_90a/only  (the sources do not build it)\n" in said
+    gone = "the sources do not build it"
+    assert f" shift/dsv4-pro/sm_90a/only - ({gone}) " in " ".join(said.split())
+    document, _ = _json(project, "list")
+    assert isinstance(document, dict)
+    state = {"artifacts": gone, "status": None, "stale_model": False}
+    assert {"key": "shift/dsv4-pro/sm_90a/only", **state} in document["entries"]
     assert "differ from the sources: 4 of 6 entries, and 0 are not built" in said
     project.append(
         "catalog/kernels.py",
