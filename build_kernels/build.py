@@ -165,7 +165,7 @@ def make(
             except BuildError as error:
                 failures.append(_of_job(found.job, error))
     if failures:
-        left = f", {untried} were not tried (--keep-going tries them)" if untried else ""
+        left = f", {untried} were not tried (build --keep-going tries them)" if untried else ""
         raise BuildError(
             f"{report(failures)}\n\n{len(failures)} of {len(jobs)} failed{left}; nothing was "
             "published; next: correct the sources and run the command again"

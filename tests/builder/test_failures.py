@@ -83,7 +83,7 @@ def test_the_first_error_ends_a_build_unless_it_is_to_keep_going(project: Projec
     project.kernel_file("shift/shift.py").write_text("import nothing_of_this_name\n")
     said = _failed(project)
     assert said.count("  FAILED  ") == 1
-    assert "1 of 6 failed, 5 were not tried (--keep-going tries them)" in said
+    assert "1 of 6 failed, 5 were not tried (build --keep-going tries them)" in said
     said = _failed(project, "--keep-going")
     assert said.count("  FAILED  ") == 4
     assert said.count("  reused  ") == 2
