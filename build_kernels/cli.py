@@ -142,8 +142,9 @@ def build_command(
     own = folder is not None and _same(folder, ARTIFACTS)
     if folder is None or (own and selection.partial):
         raise BuildError(
-            "expected --out for a build that is not the full one, found none: "
-            "artifacts/ always holds the full plan; next: add --out DIR"
+            "expected --out with another folder for a build that is not the full one, found "
+            f"{'none' if out is None else out}: artifacts/ always holds the full plan; next: add "
+            "--out DIR"
         )
     if update_lock and (selection.partial or ARTIFACTS is None):
         raise BuildError(

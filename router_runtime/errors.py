@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 #: The distribution of this package; those for some targets only add them: ``-sm90a``.
 DISTRIBUTION = "dsv4-router-runtime"
 
@@ -28,6 +26,15 @@ class DriverError(RouterRuntimeError):
     """The NVIDIA driver is missing, too old, or a call to it failed."""
 
 
+#: Optional part of this package -> what it needs: the extras of pyproject.toml.
+EXTRAS = {
+    "signature": "cryptography>=42",
+    "safetensors": "safetensors>=0.4",
+    "transformers": "transformers>=5.23",
+    "vllm": "vllm>=0.24,<0.34",
+}
+
+
 class ResolutionError(RouterRuntimeError):
     """No kernel of the manifest serves the request on this device."""
 
@@ -42,8 +49,9 @@ def explain(what: str, *, expected: object, found: object, remedy: str) -> str:
 
 
 def install_extra(name: str) -> str:
-    """The command that installs what an optional part of this package needs, for the distribution
-    that is installed: a wheel for one target is one of its own.
+    """The command that installs what an optional part of this package needs.
+
+    It names the needed package and not this distribution: a package index may have somebody else's
+    distribution of that name.
     """
-    installed = importlib.metadata.packages_distributions().get(__package__ or "", [])
-    return f"run: pip install '{next(iter(installed), DISTRIBUTION)}[{name}]'"
+    return f"run: pip install '{EXTRAS[name]}'"

@@ -62,7 +62,7 @@ class Release:
         return tuple(
             name
             for name in sorted(self.statement.subjects)
-            if name.endswith(BESIDE) and name not in self.files
+            if (name == MANIFEST_NAME or name.endswith(BESIDE)) and name not in self.files
         )
 
 

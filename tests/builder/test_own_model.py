@@ -29,8 +29,8 @@ def proven(project: Project) -> Project:
 
 def test_the_readmes_commands(proven: Project) -> None:
     build, verify, serve, release = (line.partition("#")[0] for line in COMMANDS.splitlines())
-    (proven.root / "mine.toml").write_text(TOML)
-    assert read_model(proven.root / "mine.toml").name == "mine"
+    (proven.root.parent / "mine.toml").write_text(TOML)
+    assert read_model(proven.root.parent / "mine.toml").name == "mine"
     python, *words = shlex.split(build)
     assert (python, words[:2]) == (".venv/bin/python", ["-m", "build_kernels"])
     said = proven.build(*words[3:])

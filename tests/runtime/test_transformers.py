@@ -512,4 +512,4 @@ def test_without_transformers() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )
     assert "expected a transformers release with DeepSeek-V4" in done.stdout, done.stderr
-    assert "pip install 'dsv4-router-runtime[transformers]'" in done.stdout
+    assert "pip install 'transformers>=5.23'" in done.stdout

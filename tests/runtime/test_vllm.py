@@ -263,7 +263,7 @@ def test_unknown_version(version: str, caplog: pytest.LogCaptureFixture) -> None
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert f"expected vLLM 0.24 to 0.33, found {version}" in record.message
-        assert "run: pip install 'dsv4-router-runtime[vllm]'" in record.message
+        assert "run: pip install 'vllm>=0.24,<0.34'" in record.message
         assert untouched(make_layer(engine))
 
 
