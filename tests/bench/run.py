@@ -119,7 +119,7 @@ class Run:
         host = report.compare_host(self._host, self._peers.host_bar)
         self._say(report.summary(comparisons, host))
         if options.alone and self._cells:
-            target = f"sm_{self._capability[0]}{self._capability[1]}a"
+            target = min((entry.target for entry in self._here), default="any")
             lines = report.latency_rows(self._cells, target, options.tokens)
             (options.out / "latency.toml").write_text("\n".join(lines) + "\n")
             self._say(["for build_kernels/catalog/latency.toml:", *lines])
