@@ -29,6 +29,8 @@ from router_runtime.errors import ArtifactError, explain
 _ROOT = 0
 #: An extended attribute of a file whose access control list lets more users in than its mode says.
 _ACCESS_LIST = "system.posix_acl_access"
+#: Far more than the files of an artifacts folder and its evidence.
+_MOST_FILES = 10_000
 
 
 def require_private(descriptor: int, what: str, path: Path, folder: Path | None = None) -> None:
@@ -96,9 +98,16 @@ def _only_member(group: int) -> int | None:
 
 
 def _remedy(status: os.stat_result, path: Path, *, recursive: bool) -> str:
-    """The commands after which the check passes, for this user."""
+    """The commands after which the check passes, for this user. None of them changes what belongs
+    to others.
+    """
     option = " -R" if recursive else ""
     where = shlex.quote(str(path.resolve()))
+    if _is_shared(path, status.st_uid):
+        return (
+            f"leave {where} as it is, because others use it too: make a folder of your own with "
+            "mkdir -m 0700 DIR, copy into it what is yours, and name DIR instead"
+        )
     sudo = "" if os.geteuid() in (_ROOT, status.st_uid) else "sudo "
     if not _foreign_owner(status):
         return f"look through what it holds, then run: {sudo}chmod{option} go-w {where}"
@@ -107,6 +116,29 @@ def _remedy(status: os.stat_result, path: Path, *, recursive: bool) -> str:
         f"if you trust that owner, run: {chown} && {sudo}chmod{option} go-w {where}, "
         f"or name a copy that is yours: cp -r {where} DIR"
     )
+
+
+def _is_shared(path: Path, owner: int) -> bool:
+    """Whether a folder is for several users, so that its modes and owners are not ours to change:
+    it has the sticky bit, as /tmp has, or holds something of a user who is neither root, nor this
+    user, nor ``owner``. One with more files than the artifacts of a release is not looked through:
+    it counts as shared.
+    """
+    if not path.is_dir():
+        return False
+    if path.stat().st_mode & stat.S_ISVTX:
+        return True
+    seen = 0
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            seen += 1
+            try:
+                holder = os.lstat(os.path.join(folder, name)).st_uid
+            except OSError:  # not to be seen by this user, or gone since: in use by somebody
+                return True
+            if seen > _MOST_FILES or holder not in (_ROOT, os.geteuid(), owner):
+                return True
+    return False
 
 
 def _user(number: int) -> str:

@@ -113,11 +113,9 @@ def test_an_edited_record_in_a_folder_that_all_may_write_proves_nothing(
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("sticky", [0, stat.S_ISVTX])
-def test_what_every_user_may_write_is_refused(folder: Path, name: str, sticky: int) -> None:
-    """The sticky bit protects what is in a folder; new files can be added all the same."""
+def test_what_every_user_may_write_is_refused(folder: Path, name: str) -> None:
     path = parts(folder)[name]
-    let_write(path, 0o002 | sticky)
+    let_write(path, 0o002)
     with pytest.raises(
         ArtifactError, match=rf"to be able to write {re.escape(str(path))}"
     ) as raised:
@@ -125,6 +123,61 @@ def test_what_every_user_may_write_is_refused(folder: Path, name: str, sticky: i
     assert "every user may write; look through what it holds, then run: chmod" in str(raised.value)
     obey(raised.value)
     load_all(folder)
+
+
+def leave_it(error: BaseException, folder: Path) -> None:
+    """The error does not change the folder, but names a folder of one's own."""
+    text = str(error)
+    assert f"leave {folder} as it is, because others use it too" in text
+    assert "mkdir -m 0700 DIR" in text
+    assert "chmod" not in text
+    assert "chown" not in text
+
+
+@pytest.mark.parametrize("name", ["artifacts", "evidence"])
+def test_a_folder_with_the_sticky_bit_is_left_as_it_is(folder: Path, name: str) -> None:
+    """The sticky bit protects what is in a folder; new files can be added all the same. It marks
+    folders of the machine, such as /tmp, which chmod -R would break.
+    """
+    path = parts(folder)[name]
+    let_write(path, 0o002 | stat.S_ISVTX)
+    with pytest.raises(ArtifactError, match="every user may write") as raised:
+        load_all(folder)
+    leave_it(raised.value, path)
+
+
+def test_a_file_in_a_folder_with_the_sticky_bit(folder: Path) -> None:
+    """The folder around a file is what the command would change, so it is what counts."""
+    folder.chmod(0o755 | stat.S_ISVTX)
+    let_write(folder / MANIFEST_NAME, 0o002)
+    with pytest.raises(ArtifactError, match="every user may write") as raised:
+        load_all(folder)
+    leave_it(raised.value, folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize("owner", [0, OTHER - 1])
+def test_a_folder_with_files_of_others_is_left_as_it_is(folder: Path, owner: int) -> None:
+    """Neither is the mode of others' files changed, nor are they taken from their owners."""
+    (folder / "work").mkdir()
+    theirs = folder / "work" / "theirs"
+    theirs.touch()
+    os.chown(theirs, OTHER, -1)
+    os.chown(folder, owner, -1)
+    let_write(folder, 0o002)
+    with pytest.raises(ArtifactError, match="every user may write") as raised:
+        load_all(folder)
+    leave_it(raised.value, folder)
+
+
+def test_a_folder_with_very_many_files_is_left_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(permissions, "_MOST_FILES", 3)
+    let_write(folder, 0o002)
+    with pytest.raises(ArtifactError, match="every user may write") as raised:
+        load_all(folder)
+    leave_it(raised.value, folder)
 
 
 def test_one_command_mends_the_whole_folder(folder: Path) -> None:
