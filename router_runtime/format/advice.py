@@ -2,6 +2,9 @@
 
 Only a checkout of the project can build kernels. An installed wheel has the runtime and the
 artifacts of its release, so there the way to other artifacts is another wheel.
+
+What this user may not look at counts as absent, so that no error and no report is lost for want of
+a hint. That is how the functions of ``os`` have it; those of ``pathlib`` raise PermissionError.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ ARTIFACTS_VARIABLE = "ROUTER_RUNTIME_ARTIFACTS"
 def checkout() -> Path | None:
     """The folder of the checkout that this package is imported from; None if it is installed."""
     root = Path(__file__).resolve().parents[2]
-    return root if (root / "Makefile").is_file() and (root / "build_kernels").is_dir() else None
+    marks = os.path.isfile(root / "Makefile") and os.path.isdir(root / "build_kernels")
+    return root if marks else None
 
 
 def archive() -> Path | None:
     """The zip file that this package is imported from; None if it lies in a folder."""
     place = Path(__file__).resolve().parents[2]
-    return place if place.is_file() else None
+    return place if os.path.isfile(place) else None
 
 
 def artifacts_places() -> tuple[Path, Path]:
@@ -54,9 +58,9 @@ def runtime(arguments: str) -> str:
     if root is None:
         return f"router-runtime {arguments}"
     python = Path(".venv-test/bin/python")
-    if not (root / python).exists():
+    if not os.access(root / python, os.X_OK):
         python = Path(sys.executable)
-    if root == Path.cwd():
+    if _is_here(root):
         return f"{python} -m router_runtime {arguments}"
     return f"PYTHONPATH={root} {root / python} -m router_runtime {arguments}"
 
@@ -85,7 +89,7 @@ def record_emulation() -> str:
     root = checkout()
     if root is None:
         return f"install a release wheel of this runtime again: {REINSTALL}"
-    where = "" if root == Path.cwd() else f"-C {root} "
+    where = "" if _is_here(root) else f"-C {root} "
     return f"on a Hopper GPU, run: make {where}record-emulation"
 
 
@@ -100,7 +104,7 @@ def build_artifacts() -> str:
     root = checkout()
     if root is None:
         return f"install a release wheel of this runtime again: {REINSTALL}"
-    return f"run: make {'' if root == Path.cwd() else f'-C {root} '}build-cubins"
+    return f"run: make {'' if _is_here(root) else f'-C {root} '}build-cubins"
 
 
 def restore(folder: Path) -> str:
@@ -110,7 +114,7 @@ def restore(folder: Path) -> str:
     root = checkout()
     if root is None:
         return f"copy {folder} again from where it was built"
-    where = "" if root == Path.cwd() else f"cd {root} && "
+    where = "" if _is_here(root) else f"cd {root} && "
     return (
         f"run: {where}.venv/bin/python -m build_kernels build --out {folder.resolve()}, with the "
         "options that it was built with"
@@ -152,10 +156,18 @@ def build_model() -> str:
     )
 
 
+def _is_here(root: Path) -> bool:
+    """Whether ``root`` is the current folder. No folder is, once the current one was deleted."""
+    try:
+        return root == Path.cwd()
+    except OSError:
+        return False
+
+
 def _build(root: Path, options: str, out: str) -> str:
     """The commands that build into a folder of the checkout, and that make the runtime read it."""
-    steps = [] if root == Path.cwd() else [f"cd {root}"]
-    if not (root / ".venv").exists():
+    steps = [] if _is_here(root) else [f"cd {root}"]
+    if not os.access(root / ".venv", os.F_OK):
         steps.append("make .venv/.toolchain")
     steps.append(f".venv/bin/python -m build_kernels build {options} --out {out}")
     return f"run: {' && '.join(steps)} && export {ARTIFACTS_VARIABLE}={root / out}"

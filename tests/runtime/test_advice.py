@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +131,35 @@ def test_a_checkout_has_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert done.stdout.startswith("router-runtime "), done.stderr
     monkeypatch.setattr(advice, "checkout", lambda: tmp_path)
     assert advice.runtime("doctor") == f"{sys.executable} -m router_runtime doctor"
+
+
+def test_what_may_not_be_looked_at_counts_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout whose environments, or which itself, lie in a folder of another user."""
+    genuine = os.stat
+
+    def refusing(path: Any, *rest: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return genuine(path, *rest, **options)
+
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(os, "stat", refusing)
+    with monkeypatch.context() as patch:
+        patch.setattr(advice, "checkout", lambda: tmp_path)
+        assert f"{sys.executable} -m router_runtime doctor" in advice.runtime("doctor")
+        assert "make .venv/.toolchain" in advice.build_model()
+    monkeypatch.setattr(advice, "__file__", str(tmp_path / "router_runtime/format/advice.py"))
+    assert advice.checkout() is None
+    assert advice.archive() is None
+
+
+def test_a_current_folder_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert advice.build_artifacts() == f"run: make -C {ROOT} build-cubins"
+    assert advice.runtime("doctor").startswith(f"PYTHONPATH={ROOT} ")
 
 
 @pytest.mark.usefixtures("installed")
