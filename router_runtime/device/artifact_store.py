@@ -23,6 +23,7 @@ from router_runtime.format.advice import (
     REINSTALL,
     artifacts_places,
     build_artifacts,
+    name_other,
     restore,
     unpack,
 )
@@ -58,22 +59,19 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
         folder = Path(named)
         if exists(folder / MANIFEST_NAME):
             return folder
-        source = "the argument" if explicit is not None else ARTIFACTS_VARIABLE
+        source = "" if explicit is not None else ARTIFACTS_VARIABLE
         zipped = zipfile.is_zipfile(folder)
         raise ArtifactError(
             explain(
-                f"artifacts folder named by {source}",
+                f"artifacts folder named by {source or 'the argument'}",
                 expected=f"{MANIFEST_NAME} in {folder}",
                 found="a zip file" if zipped else "none",
-                remedy=unpack(folder)
-                if zipped
-                else f"{build_artifacts()}, or name the folder that holds it",
+                remedy=unpack(folder) if zipped else name_other(folder, source, _default()),
             )
         )
     tried = artifacts_places()
-    for folder in tried:
-        if exists(folder / MANIFEST_NAME):
-            return folder
+    if (default := _default()) is not None:
+        return default
     raise ArtifactError(
         explain(
             "artifacts folder",
@@ -82,6 +80,11 @@ def find_artifacts(explicit: str | os.PathLike[str] | None = None) -> Path:
             remedy=f"{build_artifacts()}, or set {ARTIFACTS_VARIABLE}",
         )
     )
+
+
+def _default() -> Path | None:
+    """The artifacts that are used where no folder is named."""
+    return next((each for each in artifacts_places() if exists(each / MANIFEST_NAME)), None)
 
 
 def list_artifacts(folder: Path) -> list[str]:

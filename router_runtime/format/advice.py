@@ -10,6 +10,7 @@ a hint. That is how the functions of ``os`` have it; those of ``pathlib`` raise 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -121,6 +122,28 @@ def restore(folder: Path) -> str:
     )
 
 
+def name_other(folder: Path, source: str, default: Path | None) -> str:
+    """What to do where a folder was named that has no artifacts.
+
+    Args:
+        folder: What was named.
+        source: The environment variable that named it; empty: a caller did.
+        default: The folder that is used where none is named; None: it has no artifacts either.
+
+    """
+    if folder.resolve() in artifacts_places():
+        return f"{build_artifacts()}, or name the folder that holds it"
+    root = checkout()
+    without = f"unset {source}" if source else "name none"
+    if root is None and default is None:
+        return f"{without}, and {build_artifacts()}"
+    ways = [] if default is None else [f"{without}, so that {default} is used"]
+    if root is not None:
+        where = shlex.quote(str(folder.resolve()))
+        ways.append(f"build there: {' && '.join(_steps(root, '', where))}")
+    return ", or ".join([*ways, "name the folder that holds it"])
+
+
 def unpack(file: Path) -> str:
     """What to do with a wheel that was named in place of an artifacts folder."""
     return (
@@ -166,8 +189,14 @@ def _is_here(root: Path) -> bool:
 
 def _build(root: Path, options: str, out: str) -> str:
     """The commands that build into a folder of the checkout, and that make the runtime read it."""
+    steps = [*_steps(root, options, out), f"export {ARTIFACTS_VARIABLE}={root / out}"]
+    return f"run: {' && '.join(steps)}"
+
+
+def _steps(root: Path, options: str, out: str) -> list[str]:
+    """The commands that build into a folder."""
     steps = [] if _is_here(root) else [f"cd {root}"]
     if not os.access(root / ".venv", os.F_OK):
         steps.append("make .venv/.toolchain")
-    steps.append(f".venv/bin/python -m build_kernels build {options} --out {out}")
-    return f"run: {' && '.join(steps)} && export {ARTIFACTS_VARIABLE}={root / out}"
+    build = " ".join(filter(None, ["build", options, "--out", out]))
+    return [*steps, f".venv/bin/python -m build_kernels {build}"]

@@ -127,6 +127,34 @@ def test_named_folder_is_used_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
         artifacts.find_artifacts()
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_named_folder_without_artifacts_is_told_what_works(
+    build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    """``make build-cubins`` would fill another folder than the one that is read."""
+    default, named = tmp_path / "default", tmp_path / "named"
+    if built:
+        build.artifacts(default, [])
+    for module in (advice, artifacts):
+        monkeypatch.setattr(module, "artifacts_places", lambda: (default, default))
+    monkeypatch.setenv(advice.ARTIFACTS_VARIABLE, str(named))
+    with pytest.raises(ArtifactError) as by_variable:
+        artifacts.find_artifacts()
+    with pytest.raises(ArtifactError) as by_argument:
+        artifacts.find_artifacts(named)
+    for raised, way in (
+        (by_variable, f"unset {advice.ARTIFACTS_VARIABLE}"),
+        (by_argument, "name none"),
+    ):
+        text = str(raised.value)
+        assert "make build-cubins" not in text
+        assert f"-m build_kernels build --out {named}, or name the folder" in text
+        assert (f"; {way}, so that {default} is used, or build there: " in text) == built
+    monkeypatch.setattr(advice, "checkout", lambda: None)
+    assert advice.name_other(named, "", None).startswith("name none, and install a release wheel")
+    assert "build-cubins" not in advice.name_other(named, "", default)
+
+
 def test_a_wheel_named_as_the_artifacts_folder(tmp_path: Path) -> None:
     """The commands that the error names give a folder that is accepted."""
     file = tmp_path / "a.whl"
