@@ -52,8 +52,8 @@ def doctor(
     """
     click.echo(_ASKING, err=True)
     if request is not None:
-        explanation = _explain(request, artifacts, target, accept)
-        _print(explanation, why.lines(explanation), as_json)
+        explanation, tokens = _explain(request, artifacts, target, accept)
+        _print(explanation, why.lines(explanation, tokens), as_json)
         usable = all(answer.chosen for answer in explanation.answers)
     else:
         diagnosis = diagnose(artifacts, target, accept)
@@ -65,7 +65,8 @@ def doctor(
 
 def _explain(
     request: str, artifacts: Path | None, target: str | None, accept: str | None
-) -> why.Explanation:
+) -> tuple[why.Explanation, int | None]:
+    """The explanation, and the number of tokens that the request names."""
     try:
         contents = open_contents(artifacts)
         question = why.parse(request, contents.manifest, accept)
@@ -75,7 +76,8 @@ def _explain(
         present = present_places()
     except DriverError:
         present = ()
-    return why.explain_request(question, contents, places(contents.manifest, present, target))
+    devices = places(contents.manifest, present, target)
+    return why.explain_request(question, contents, devices), question.tokens
 
 
 def _print(data: object, text: Iterable[str], as_json: bool) -> None:

@@ -33,6 +33,12 @@ from router_runtime.format.target import Target
 
 SYNTAX = "KERNEL[/MODEL][/TOKENS][/NAME=VALUE...], such as dense_router/dsv4-pro/1024"
 
+#: Said of figures, which a reader would else take for those of the device.
+_EXPECTED = (
+    "expected: by the manifest, whose figures were measured on another device or are predicted; "
+    "nothing was timed here"
+)
+
 #: What a router states for a shape that the request leaves open: text tokens only.
 _DEFAULTS = {"IMAGES": 0}
 
@@ -51,8 +57,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One entry of a requested kernel. ``microseconds`` is the measured latency of one call with
-    the requested number of tokens, None where nothing was measured.
+    """One entry of a requested kernel. ``microseconds`` is what the requested number of tokens is
+    expected to take, by the figures of the manifest; None where it has none. No figure is of the
+    device of the answer: they were measured elsewhere, or are predicted.
     """
 
     entry: str
@@ -148,9 +155,9 @@ def explain_request(question: Question, contents: Contents, places: Iterable[Pla
     return Explanation(SCHEMA, question.text, accept, tuple(answers))
 
 
-def lines(found: Explanation) -> Iterator[str]:
+def lines(found: Explanation, tokens: int | None) -> Iterator[str]:
     """The explanation as text: the choice, then every entry with its reasons. Devices that follow
-    each other and have the same answer have it once.
+    each other and have the same answer have it once. ``tokens`` are those of the question.
     """
     accepting = "" if found.accept is None else f", accept={found.accept!r},"
     for _, group in itertools.groupby(found.answers, _without_device):
@@ -158,15 +165,19 @@ def lines(found: Explanation) -> Iterator[str]:
         answer = alike[0]
         yield from (f"{found.request}{accepting} on {_device(member)}" for member in alike)
         for entry, (low, high) in zip(answer.chosen, answer.ranges, strict=False):
-            yield f"  {low} to {high} tokens: {entry}"
+            yield f"  {_batches(low, high, tokens)}: {entry}"
         if not answer.ranges:
             yield f"  {answer.chosen[0] if answer.chosen else 'nothing serves it'}"
         for each in answer.verdicts:
             facts: list[str] = [each.verdict]
-            facts += [f"{each.microseconds:.2f} us"] if each.microseconds is not None else []
+            facts += (
+                [f"{each.microseconds:.2f} us expected"] if each.microseconds is not None else []
+            )
             yield f"  {each.entry} [{each.status}]: {', '.join(facts)}"
             for reason in each.reasons:
                 yield f"    {reason}"
+        if any(each.microseconds is not None for each in answer.verdicts):
+            yield f"  ({_EXPECTED})"
         if answer.elsewhere:
             yield f"  ({answer.elsewhere} entries for other targets or shapes are left out)"
         if answer.next:
@@ -228,6 +239,13 @@ def _verdict(candidate: Candidate, chosen: tuple[str, ...], tokens: int | None) 
         candidate.reasons,
         microseconds(entry, tokens) if known and tokens is not None else None,
     )
+
+
+def _batches(low: int, high: int, tokens: int | None) -> str:
+    """The batches that a range serves. A larger one is divided into launches of the last range."""
+    if tokens is not None and tokens > high:
+        return f"{tokens} tokens, in pieces of {high}"
+    return f"{low} to {high} tokens"
 
 
 def _without_device(answer: Answer) -> Answer:

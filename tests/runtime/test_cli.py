@@ -21,7 +21,7 @@ from router_runtime import version
 from router_runtime.cli import decisions, diagnosis, why
 from router_runtime.cli.main import main
 from router_runtime.cli.report import SCHEMA
-from router_runtime.device import driver
+from router_runtime.device import artifact_store, driver
 from router_runtime.evidence.store import Evidence, write_record
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
@@ -372,13 +372,15 @@ def test_doctor_with_an_altered_cubin(folder: Path, fake: Any) -> None:
 def test_doctor_without_artifacts(tmp_path: Path, fake: Any) -> None:
     done = run(tmp_path, "doctor")
     assert done.exit_code == 1
-    assert "run: make build-cubins" in done.output
+    assert f"build there: .venv/bin/python -m build_kernels build --out {tmp_path}" in done.output
 
 
 def test_doctor_without_artifacts_in_an_installed_wheel(
     tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(advice, "checkout", lambda: None)
+    for module in (advice, artifact_store):
+        monkeypatch.setattr(module, "artifacts_places", lambda: ())
     done = run(tmp_path, "doctor")
     assert "make " not in done.output
     assert "pip install --force-reinstall" in done.output
@@ -477,7 +479,7 @@ def test_json_problems(tmp_path: Path, fake: Any) -> None:
     (problem,) = found["problems"]
     assert list(problem) == ["severity", "text", "next"]
     assert problem["severity"] == "error"
-    assert "build-cubins" in problem["next"]
+    assert "build_kernels build --out" in problem["next"]
 
 
 @pytest.mark.usefixtures("verified")
@@ -497,7 +499,8 @@ def test_why_a_dense_batch(folder: Path) -> None:
     assert "9 to 32 tokens: dense_router_prefill" in words(done)
     # A batch beyond the last range is split into launches of that range.
     done = run(folder, "doctor", "--why", "dense_router/small/100000")
-    assert "9 to 32 tokens: dense_router_prefill" in words(done)
+    assert "100000 tokens, in pieces of 32: dense_router_prefill" in words(done)
+    assert "9 to 32 tokens" not in words(done)
 
 
 @pytest.mark.usefixtures("verified")
@@ -591,7 +594,7 @@ def test_a_request_that_cannot_be_read(folder: Path, request_: str, message: str
     assert end in words(done)
 
 
-def test_why_names_the_measured_latency(build: SimpleNamespace, tmp_path: Path) -> None:
+def test_why_names_the_expected_latency(build: SimpleNamespace, tmp_path: Path) -> None:
     (entry,) = (each for each in build.small() if each.kernel == "dense_router_decode")
     entry = dataclasses.replace(entry, latency=((1, 2.5), (8, 4.0)))
     manifest = build.manifest([entry])
@@ -600,6 +603,13 @@ def test_why_names_the_measured_latency(build: SimpleNamespace, tmp_path: Path) 
     places = diagnosis.places(manifest, (), "sm_90a")
     (answer,) = why.explain_request(question, contents, places).answers
     assert [verdict.microseconds for verdict in answer.verdicts] == [4.0]
+    told = "\n".join(why.lines(why.explain_request(question, contents, places), question.tokens))
+    assert "4.00 us expected\n" in told
+    assert "measured on another device or are predicted; nothing was timed here" in told
+    bare = dataclasses.replace(entry, latency=())
+    contents = diagnosis.Contents(tmp_path, build.manifest([bare]), Evidence())
+    told = "\n".join(why.lines(why.explain_request(question, contents, places), question.tokens))
+    assert "expected" not in told
 
 
 def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
