@@ -145,13 +145,24 @@ def places(manifest: Manifest, present: tuple[Place, ...], target: str | None) -
     """
     if present and target is None:
         return present
-    targets = [target] if target else sorted({entry.target for entry in manifest.entries})
+    built = sorted({entry.target for entry in manifest.entries})
     found: dict[tuple[int, int], Place] = {}
-    for each in targets:
+    for each in [target] if target else built:
         for capability in Target.parse(each).capabilities:
-            place = Place(f"a device for {each}", (), each, imagined_device(*capability))
-            found.setdefault(capability, place)
+            name = _imagined_name(each, capability, built)
+            found.setdefault(capability, Place(name, (), each, imagined_device(*capability)))
     return tuple(found.values())
+
+
+def _imagined_name(target: str, capability: tuple[int, int], built: list[str]) -> str:
+    """What a device for a target is called. If nothing was built for that target, kernels for
+    another one may run there: those for its family.
+    """
+    name = f"a device for {target}"
+    others = [each for each in built if Target.parse(each).runs_on(*capability)]
+    if target in built or not others:
+        return name
+    return f"{name}, on which the kernels for {' and '.join(others)} run"
 
 
 def _machine(problems: list[Problem]) -> tuple[Software, tuple[Place, ...]]:

@@ -73,17 +73,24 @@ def _devices(devices: Iterable[Device], brief: bool) -> Iterator[str]:
     """
     for _, group in itertools.groupby(devices, lambda each: (each.routers, each.row_ops)):
         alike = tuple(group)
-        yield from map(_head, alike)
+        yield from _heads(alike)
         yield from _served(alike[0], brief)
 
 
-def _head(device: Device) -> str:
-    where = ", ".join(f"cuda:{index}" for index in device.indices)
-    major, minor = device.compute_capability
-    facts = f"compute capability {major}.{minor}"
-    if device.indices:
-        facts += f", {device.multiprocessors} multiprocessors"
-    return f"{f'{where} ' if where else ''}{device.name} ({facts})"
+def _heads(devices: Iterable[Device]) -> Iterator[str]:
+    """A line for each device that is here, and one for all that one target is made for."""
+    for (name, indices), group in itertools.groupby(
+        devices, lambda each: (each.name, each.indices)
+    ):
+        alike = tuple(group)
+        numbers = [
+            f"{major}.{minor}" for major, minor in (each.compute_capability for each in alike)
+        ]
+        facts = f"compute capability {' or '.join(numbers)}"
+        if indices:
+            facts += f", {alike[0].multiprocessors} multiprocessors"
+        where = ", ".join(f"cuda:{index}" for index in indices)
+        yield f"{f'{where} ' if where else ''}{name} ({facts})"
 
 
 def _served(device: Device, brief: bool) -> Iterator[str]:

@@ -121,7 +121,10 @@ def recorded_on_b200(_entry: Any, _manifest: Any, _evidence: Any, capability: An
     return "verified" if capability in (None, (10, 0)) else "source-verified"
 
 
-HEADS = [f"a device for sm_100f (compute capability 10.{minor})" for minor in (0, 3, 7)]
+def head(*minors: int) -> str:
+    """The line above what serves on these members of the family of sm_100f."""
+    numbers = " or ".join(f"10.{minor}" for minor in minors)
+    return f"a device for sm_100f (compute capability {numbers})"
 
 
 @pytest.mark.usefixtures("verified")
@@ -131,10 +134,28 @@ def test_members_of_a_family_that_do_not_differ_are_shown_together(
 ) -> None:
     fake.init = RuntimeError("no libcuda")
     done = run(family, "doctor", *arguments)
-    assert "\n".join(HEADS) in done.output
+    assert f"\n{head(0, 3, 7)}\n" in done.output
+    assert done.output.count("a device for sm_100f") == 1
     assert words(done).count("1 to 8 tokens dense_router_decode portable verified") == 1
     found = json.loads(run(family, "doctor", "--json", *arguments).stdout)
     assert [each["compute_capability"] for each in found["devices"]] == [[10, 0], [10, 3], [10, 7]]
+
+
+def test_a_target_without_kernels_of_its_own_names_those_that_run_there(
+    family: Path, folder: Path, fake: Any
+) -> None:
+    fake.init = RuntimeError("no libcuda")
+    told = run(family, "doctor", "--target", "sm_103a").output
+    name = "a device for sm_103a, on which the kernels for sm_100f run"
+    assert f"\n{name} (compute capability 10.3)\n" in told
+    assert (
+        "\na device for sm_103a (compute capability 10.3)\n"
+        in run(folder, "doctor", "--target", "sm_103a").output
+    )
+    assert (
+        f" on {name} (10.3)\n"
+        in run(family, "doctor", "--target", "sm_103a", "--why", "dense_router/small/1").output
+    )
 
 
 def test_members_of_a_family_have_the_status_of_their_own_records(
@@ -143,8 +164,8 @@ def test_members_of_a_family_have_the_status_of_their_own_records(
     monkeypatch.setattr(diagnosis, "status", recorded_on_b200)
     text = run(family, "doctor", "--target", "sm_100f").output
     assert "7 verified, 0 source-verified, 0 emulated, 0 unproven" in text
-    first, _, others = text.partition("\n".join(HEADS[1:]))
-    assert HEADS[0] in first
+    first, _, others = text.partition(head(3, 7))
+    assert head(0) in first
     assert re.search("1 to 8 tokens +dense_router_decode +portable +verified", first)
     assert re.search("1 to 8 tokens +dense_router_decode +portable +source-verified", others)
     why_text = run(family, "doctor", "--target", "sm_100f", "--why", "dense_router/small/1").output

@@ -280,7 +280,9 @@ def test_logits_of_kernels_that_store_none(
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     path, weights = cuda_dense()
     same(path.route(hidden(3)), spec.dense_router(hidden(3), weights.weight, weights.bias, K, 1.5))
-    with pytest.raises(ResolutionError, match=r"has no parameter logits_out[\s\S]*run: make build-cubins"):
+    with pytest.raises(
+        ResolutionError, match=r"has no parameter logits_out[\s\S]*run: make build-cubins"
+    ):
         path.route_with_logits(hidden(3))
 
 
