@@ -20,13 +20,32 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from router_runtime.errors import InputError, RouterRuntimeError, explain
 
 if importlib.util.find_spec("torch") is not None:
+    import torch
     from torch.compiler import is_compiling
+
+    def unreadable(value: object) -> str | None:
+        """How a tensor stores its elements, if not one by one in memory as kernels read them."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if value.is_nested:
+            return "a nested one"
+        if value.is_quantized:
+            return f"a quantized one of {value.dtype}"
+        return None if value.layout is torch.strided else f"one of layout {value.layout}"
 else:
+
+    def unreadable(value: object) -> str | None:
+        """Nothing is a tensor where there is no torch."""
+        return None
 
     def is_compiling() -> bool:
         """Nothing is traced where there is no torch."""
         return False
 
+
+#: What the custom ops take as a number: an int of 64 bits with a sign, a float64.
+_BEYOND_INT = 2**63
+_MAX_FLOAT = int(sys.float_info.max)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,6 +138,16 @@ def refuse_wrong_arguments(
                     remedy=f"correct the argument, or {described}",
                 )
             )
+        if stored := unreadable(value):
+            raise InputError(
+                explain(
+                    f"{name} of {called}",
+                    expected="a dense torch.Tensor",
+                    found=stored,
+                    remedy="convert it, as by its to_dense(), to_padded_tensor() or dequantize(), "
+                    f"or {described}",
+                )
+            )
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -148,14 +177,17 @@ def _is(value: object, kind: Any) -> bool:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_is(value, each) for each in typing.get_args(kind))
-    if origin is Literal:
-        return value in typing.get_args(kind)
+    if origin is Literal:  # of text, beside which an array compares by its items
+        return isinstance(value, str) and value in typing.get_args(kind)
     if kind is None or kind is type(None):
         return value is None
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, int | float)
+        # Compared as what it is: a large int is no float.
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MAX_FLOAT)
+    if kind is int:
+        return isinstance(value, int) and -_BEYOND_INT <= value < _BEYOND_INT
     return isinstance(value, origin or kind)
 
 
@@ -183,6 +215,9 @@ def _shown_value(value: object) -> str:
     """What an argument is, in a few words."""
     if value is None:
         return "None"
+    if isinstance(value, int) and not -_BEYOND_INT <= value < _BEYOND_INT:
+        # Python writes no very long one in digits.
+        return f"int of {value.bit_length()} bits, too large"
     shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
     return f"{_type_name(type(value))}{shown[:60]}"
 

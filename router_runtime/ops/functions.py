@@ -14,8 +14,9 @@ together first if they are not adjacent.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,20 +36,36 @@ _topk_select = torch.ops.dsv4.topk_select.default
 _activation_topk = torch.ops.dsv4.activation_topk.default
 _activation_topk_replay = torch.ops.dsv4.activation_topk_replay.default
 
+#: The arguments of functions that count something or number something.
+_NUMBERS = frozenset({"router_id", "num_experts", "top_k", "k", "sentinel"})
+#: An int, or what may stand for one: the int of a traced function, of NumPy or of a tensor.
+_AS_INT = (int, torch.SymInt, SupportsIndex)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _calls(op: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function so that a call without keyword arguments goes straight to ``op``, which
-    takes the same ones, and an argument of the wrong kind ends in our InputError.
+    takes the same ones, and an argument of the wrong kind ends in our InputError. What torch would
+    take for a number is looked at before the call.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(function).parameters)
+        # The numbers of an op follow its tensors.
+        first = next(place for place, name in enumerate(names) if name in _NUMBERS)
+
         @functools.wraps(function)
         def call(*arguments: P.args, **keywords: P.kwargs) -> R:
             try:
-                return function(*arguments, **keywords) if keywords else op(*arguments)
+                for number in arguments[first:]:
+                    if type(number) is not int:
+                        _refuse_as_numbers(dict(zip(names, arguments, strict=False)))
+                if not keywords:
+                    return op(*arguments)  # type: ignore[no-any-return]
+                _refuse_as_numbers(keywords)
+                return function(*arguments, **keywords)
             except Exception as error:
                 explain_failure(error, function, arguments, keywords)
                 raise
@@ -56,6 +73,21 @@ def _calls(op: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def _refuse_as_numbers(arguments: Mapping[str, Any]) -> None:
+    """Raise InputError for what torch would take for a number: True for 1, a dtype for its own
+    number, and a number for a dtype.
+    """
+    for name, value in arguments.items():
+        if type(value) is int and name in _NUMBERS:
+            continue
+        if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, _AS_INT)):
+            raise wrong_value(name, "an int", value)
+        if name == "scale" and isinstance(value, bool):
+            raise wrong_value(name, "a float", value)
+        if name == "ids_dtype" and not (value is None or isinstance(value, torch.dtype)):
+            raise wrong_value(name, "torch.int32 or torch.int64", value)
 
 
 def _refuse_other_than_bool(renormalize: object) -> None:
@@ -371,6 +403,13 @@ def activation_topk(
         ResolutionError: no kernel serves these sizes on this device.
 
     """
+    if (
+        type(k) is not int
+        or type(scale) is not float
+        or type(sentinel) is not int
+        or ids_dtype is not None
+    ):
+        _refuse_as_numbers({"k": k, "scale": scale, "sentinel": sentinel, "ids_dtype": ids_dtype})
     _refuse_other_than_bool(renormalize)
     if (
         sentinel == -1
@@ -426,6 +465,8 @@ def activation_topk_replay(
         The errors of ``activation_topk``.
 
     """
+    if type(scale) is not float or type(sentinel) is not int or ids_dtype is not None:
+        _refuse_as_numbers({"scale": scale, "sentinel": sentinel, "ids_dtype": ids_dtype})
     _refuse_other_than_bool(renormalize)
     if sentinel == -1 and ids_dtype is None and is_padding is num_valid_tokens is None:
         return _activation_topk_replay(logits, given_ids, scale, renormalize)  # type: ignore[no-any-return]

@@ -14,7 +14,8 @@ traced; they are no public interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,14 @@ class RoutingOp(NamedTuple):
 
     def fakes(self) -> dict[str, Callable[..., Any]]:
         """What each form returns, without values; by form."""
-        shape, logits = self.shape, self.logits
+        logits, names = self.logits, tuple(inspect.signature(self.shape).parameters)
 
-        def default(*arguments: Any, ids_dtype: Any = None, **_: Any) -> tuple[Tensor, ...]:
-            rows, experts, top_k = shape(*arguments)
+        def shape(*arguments: Any, **inputs: Any) -> Shape:
+            refuse_several_devices({**dict(zip(names, arguments, strict=True)), **inputs})
+            return self.shape(*arguments)
+
+        def default(*arguments: Any, ids_dtype: Any = None, **inputs: Any) -> tuple[Tensor, ...]:
+            rows, experts, top_k = shape(*arguments, **inputs)
             results = outputs_like(rows, top_k, ids_dtype or torch.int32)
             if not logits:
                 return results
@@ -118,10 +123,33 @@ class RoutingOp(NamedTuple):
             results = default(*arguments, **inputs)
             return *results, torch.empty_like(results[1])
 
-        def out(*arguments: Any, **_: Any) -> None:
-            shape(*arguments)
+        def out(*arguments: Any, **inputs: Any) -> None:
+            shape(*arguments, **inputs)
 
         return {"": default, "mapped": mapped, "out": out}
+
+
+def refuse_several_devices(arguments: Mapping[str, Any]) -> None:
+    """Raise InputError unless all tensors of a call are on one device.
+
+    torch calls the form without values for one meta tensor among others that have values, and
+    takes its results, which nothing has written, for those of the call.
+    """
+    tensors = [(name, each) for name, value in arguments.items() for each in _tensors(value)]
+    for name, tensor in tensors:
+        first, other = tensors[0]
+        if tensor.device != other.device:
+            expected = f"a tensor on {other.device}, where {first} is"
+            raise wrong_tensor(name, expected, tensor)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors of one argument, which for a form ``exported`` are in a list in a tuple."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 def outputs_like(tensor: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

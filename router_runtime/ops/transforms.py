@@ -75,7 +75,9 @@ def _differentiated(interpreter: Any, given: dict[str, Any], again: _Call) -> An
 
 
 def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
-    """The results of a call for each slice, stacked."""
+    """The results of a call for each slice, stacked. Without any, a call with zeros says
+    which sizes and dtypes the empty results have.
+    """
     level, slices = interpreter.level(), []
     values: dict[str, Any] = {}
     places: dict[str, int] = {}
@@ -87,13 +89,26 @@ def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
         if place is not None:
             places[name] = place
     with interpreter.lower():
-        for number in range(interpreter.batch_size() if places else 1):
+        count = interpreter.batch_size() if places else 1
+        if not count:
+            zeros = {name: _slice_of_zeros(values[name], place) for name, place in places.items()}
+            results = again({**values, **zeros})
+            slices_of_none = [each.new_empty((0, *each.shape)) for each in results]
+            return tuple(_add_batch_dim(each, 0, level) for each in slices_of_none)
+        for number in range(count):
             cut = {name: values[name].select(place, number) for name, place in places.items()}
             slices.append(again({**values, **cut}))
         if not places:
             return slices[0]
         stacked = [torch.stack(each) for each in zip(*slices, strict=True)]
     return tuple(_add_batch_dim(each, 0, level) for each in stacked)
+
+
+def _slice_of_zeros(tensor: Tensor, place: int) -> Tensor:
+    """Zeros in the shape of a slice of ``tensor``."""
+    shape = list(tensor.shape)
+    del shape[place]
+    return tensor.new_zeros(shape)
 
 
 def _functionalized(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:

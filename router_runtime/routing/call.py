@@ -138,8 +138,10 @@ class Call:
                 expected = f"torch.int32 or torch.int64 [{tokens}, {top_k}] on {device}"
                 raise wrong_tensor("given_ids", expected, ids)
             self.given_ids = ids.contiguous()
-        if self.ids_dtype not in (None, torch.int32, torch.int64):
-            raise wrong_value("ids_dtype", "torch.int32 or torch.int64", self.ids_dtype)
+        dtype = self.ids_dtype
+        # By identity: an array compares by its items, and is not the dtype that it may hold.
+        if not (dtype is None or dtype is torch.int32 or dtype is torch.int64):
+            raise wrong_value("ids_dtype", "torch.int32 or torch.int64", dtype)
 
     def results(self, placement: Placement, tokens: int, top_k: int, experts: int) -> Results:
         """New tensors for the wanted results, or the caller's after a check."""

@@ -65,7 +65,7 @@ class RouterConfig:
         check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
         check_int("top_k", self.top_k, 1, min(MAX_TOP_K, self.num_experts))
         check_int("sentinel", self.sentinel, -(2**31), 2**31 - 1)
-        if self.mode not in KERNELS:
+        if not isinstance(self.mode, str) or self.mode not in KERNELS:
             raise wrong_value("mode", f"one of {list(KERNELS)}", self.mode)
         if not isinstance(self.renormalize, bool):
             raise wrong_value("renormalize", "True or False", self.renormalize)

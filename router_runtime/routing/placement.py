@@ -5,7 +5,9 @@ construction needs: the device itself and its kernels.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
+import typing
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,9 @@ from router_runtime.device.kernels import Kernels, kernels_on
 from router_runtime.errors import InputError, explain
 from router_runtime.format.advice import runtime
 from router_runtime.routing.checks import wrong_value
+
+#: torch stores the number of a GPU in 8 bits and takes a larger one for another.
+_MAX_GPU = 127
 
 
 class Placement:
@@ -147,6 +152,8 @@ def resolved_device(device: torch.device | str | int) -> torch.device:
     """``device`` with the index that it means now. Raises InputError for one that is neither a CPU
     nor a GPU that torch can use, and DriverError in a forked child of a process that used CUDA.
     """
+    if isinstance(device, typing.SupportsIndex):
+        _check_number(device)
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -169,6 +176,13 @@ def resolved_device(device: torch.device | str | int) -> torch.device:
         )
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
     return torch.device("cuda", index)
+
+
+def _check_number(number: typing.SupportsIndex) -> None:
+    """Raise InputError for what is no number that a GPU can have, such as True."""
+    if isinstance(number, bool) or not 0 <= operator.index(number) <= _MAX_GPU:
+        expected = f"'cpu' or a CUDA device, by number from 0 to {_MAX_GPU}"
+        raise wrong_value("device", expected, number)
 
 
 def kernels_for(

@@ -37,9 +37,10 @@ class Selection:
         for kernel, variant in self.variants.items():
             if not isinstance(variant, str):
                 raise wrong_value(f"variants[{kernel!r}]", "the name of a variant", variant)
-        if self.accept is not None and self.accept not in ACCEPTABLE:
+        accept = self.accept
+        if accept is not None and not (isinstance(accept, str) and accept in ACCEPTABLE):
             expected = f"None or one of {list(ACCEPTABLE)}"
-            raise wrong_value("accept", expected, self.accept)
+            raise wrong_value("accept", expected, accept)
 
     def request(
         self, kernel: str, constants: Constants, quantities: Mapping[str, int] | None = None

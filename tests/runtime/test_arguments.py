@@ -7,10 +7,12 @@ its annotation does not name, and the call is made with one argument too few, to
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,23 +25,42 @@ from router_runtime.routing.module import GateModule
 
 H, E, K, V = 64, 16, 4, 30
 
-NUMBERS: tuple[Any, ...] = (3, 1.5, True)
+NUMBERS: tuple[Any, ...] = (3, 1.5, True, 10**5000)
 OTHERS: tuple[Any, ...] = ("x", b"x", [1.0], (1,), {}, object(), nn.Identity())
 ARRAY = torch.zeros(3).numpy()
+MODES = numpy.array(["dense", "hash"])
+#: No number of 64 bits, nor a float64; Python does not write the last one in digits.
+LARGE: tuple[Any, ...] = (2**64, -(2**63) - 1, 10**400, 10**5000)
+#: What torch takes for a number of its own.
+CODES: tuple[Any, ...] = (torch.float32, torch.strided, torch.contiguous_format)
+
+X = torch.zeros(3, H, dtype=torch.bfloat16)
+LOGITS = torch.zeros(3, E)
+GIVEN = torch.zeros(3, K, dtype=torch.int32)
+ROWS = torch.zeros(3, 4)
+with warnings.catch_warnings(action="ignore"):  # torch warns that some of these are new or old
+    #: Tensors whose elements are not one by one in memory.
+    STORED_OTHERWISE: tuple[Any, ...] = (
+        ROWS.to_sparse(),
+        ROWS.to_sparse_csr(),
+        torch.nested.nested_tensor([ROWS]),
+        torch.quantize_per_tensor(ROWS, 1.0, 0, torch.quint8),
+        *(X.to_sparse(), LOGITS.to_sparse(), GIVEN.to_sparse(), torch.ones(1).int().to_sparse()),
+    )
 
 #: Values that are of no kind that an annotation, as it is written, names.
 WRONG: dict[str, tuple[Any, ...]] = {
-    "Tensor": (None, ARRAY, *NUMBERS, *OTHERS),
-    "Tensor | None": (ARRAY, *NUMBERS, *OTHERS),
-    "torch.dtype | None": (*NUMBERS, "int64", int, [torch.int64]),
-    "int": (None, 1.5, True, *OTHERS, torch.zeros(2, 2)),
-    "float": (None, *OTHERS, torch.zeros(2, 2)),
+    "Tensor": (None, ARRAY, *NUMBERS, *OTHERS, *STORED_OTHERWISE),
+    "Tensor | None": (ARRAY, *NUMBERS, *OTHERS, *STORED_OTHERWISE),
+    "torch.dtype | None": (*NUMBERS, "int64", int, [torch.int64], numpy.array([torch.int64])),
+    "int": (None, 1.5, True, *OTHERS, torch.zeros(2, 2), *LARGE, *CODES),
+    "float": (None, True, *OTHERS, torch.zeros(2, 2), *LARGE[2:], *CODES),
     "bool": (None, 1, "yes", [True]),
-    "int | None": (1.5, True, *OTHERS),
+    "int | None": (1.5, True, *OTHERS, *LARGE, *CODES),
     "int | str": (None, 1.5, True, [1], {}),
-    "str | None": (3, 1.5, [], {}, object()),
-    "Literal['dense', 'hash', 'hash_gate']": (None, "Dense", 3, ["dense"], {}),
-    "torch.device | str | int": (None, 1.5, "x", [0], {}),
+    "str | None": (3, 1.5, [], {}, object(), numpy.array(["emulated"])),
+    "Literal['dense', 'hash', 'hash_gate']": (None, "Dense", 3, ["dense"], {}, MODES, MODES[:1]),
+    "torch.device | str | int": (None, 1.5, "x", [0], {}, True, 128, 200, 2**40, *LARGE),
     "RouterConfig": (None, {"hidden_size": H}, 3, "x"),
     "Router": (None, 3, "x", nn.Identity()),
     "Call": (None, 3, {}),
@@ -66,9 +87,6 @@ TENSORS: dict[str, Any] = {
     "weight": torch.zeros(E, H, dtype=torch.bfloat16),
     "bias": torch.zeros(E),
 }
-X = torch.zeros(3, H, dtype=torch.bfloat16)
-LOGITS = torch.zeros(3, E)
-GIVEN = torch.zeros(3, K, dtype=torch.int32)
 CONFIG = RouterConfig(H, E, K, 1.5)
 MAP = {
     "expert_map": torch.zeros(E, 2, dtype=torch.int32),
@@ -209,14 +227,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def wrong_for(name: str, annotation: str) -> Iterator[Any]:
-    """What a parameter of that annotation refuses."""
-    op = hasattr(torch.ops.dsv4, name)
-    for wrong in WRONG[annotation]:
-        # In the schema of an op a bool is a number, and a dtype has one.
-        number = isinstance(wrong, bool | int) and annotation in ("int", "torch.dtype | None")
-        if not (op and number):
-            yield wrong
+def shown(value: object) -> str:
+    return "a large int" if isinstance(value, int) and abs(value) > 2**63 else repr(value)
 
 
 def refused(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
@@ -237,11 +249,13 @@ def test_every_wrong_kind_of_every_argument(table: dict[str, Any]) -> None:
         if name not in NOT_CALLED and name != "unregister_router":
             function(**right)
         for parameter, annotation in parameters(function).items():
-            for wrong in wrong_for(name, annotation):
+            for wrong in WRONG[annotation]:
                 try:
                     message = refused(function, **{**right, parameter: wrong})
                 except BaseException as error:
-                    raise AssertionError(f"{name}({parameter}={wrong!r}): {error!r}") from error
+                    raise AssertionError(
+                        f"{name}({parameter}={shown(wrong)}): {error!r}"
+                    ) from error
                 assert len(message) < 1000
 
 
@@ -252,13 +266,15 @@ def test_arguments_by_position(table: dict[str, Any]) -> None:
         positional = [each for each in right if kinds[each].kind is not kinds[each].KEYWORD_ONLY]
         rest = {each: right[each] for each in right if each not in positional}
         for place, parameter in enumerate(positional):
-            for wrong in wrong_for(name, parameters(function)[parameter]):
+            for wrong in WRONG[parameters(function)[parameter]]:
                 arguments = [right[each] for each in positional]
                 arguments[place] = wrong
                 try:
                     refused(function, *arguments, **rest)
                 except BaseException as error:
-                    raise AssertionError(f"{name}({parameter}={wrong!r}): {error!r}") from error
+                    raise AssertionError(
+                        f"{name}({parameter}={shown(wrong)}): {error!r}"
+                    ) from error
 
 
 def test_arguments_that_do_not_fit_the_signature(table: dict[str, Any]) -> None:
@@ -348,6 +364,54 @@ def test_ops_refuse_none_in_the_place_of_a_tensor() -> None:
     ):
         refused(call)
     rt.unregister_router(router_id)
+
+
+@pytest.mark.parametrize("real", ["rows", "others"])
+def test_tensors_on_several_devices(real: str) -> None:
+    """torch calls an op without values if one of its tensors is a meta tensor."""
+    ops = torch.ops.dsv4
+    routers = {mode: make_router(mode) for mode in ("dense", "hash", "hash_gate")}
+    ids = {mode: rt.register_router(router) for mode, router in routers.items()}
+    mask, words = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    count, sizes = torch.ones(1, dtype=torch.int32), (E, K)
+    gate, config = routers["dense"].exported()
+    first: Callable[[Tensor], Tensor] = (lambda x: x) if real == "rows" else meta
+    other: Callable[[Tensor], Tensor] = meta if real == "rows" else (lambda x: x)
+    x, z, w = first(X), first(LOGITS), first(words)
+    dense, hash_gate, numbers = ids["dense"], ids["hash_gate"], (1.5, True)
+    out = {"weights_out": torch.zeros(3, K), "ids_out": GIVEN}
+    outputs = {name: other(tensor) for name, tensor in out.items()}
+    mapped = {name: other(tensor) for name, tensor in MAP.items()}
+    for name, call in {
+        "given_ids": lambda: rt.dense_router_replay(x, other(GIVEN), dense, *sizes),
+        "given_ids of rows": lambda: rt.activation_topk_replay(z, other(GIVEN), *numbers),
+        "token_ids": lambda: ops.hash_gate(x, other(words), hash_gate, *sizes),
+        "bias": lambda: rt.activation_topk(z, other(LOGITS[0]), K, *numbers),
+        "is_padding": lambda: ops.dense_router(x, dense, *sizes, is_padding=other(mask)),
+        "num_valid_tokens": lambda: ops.hash_router(
+            w, ids["hash"], K, num_valid_tokens=other(count)
+        ),
+        "image_mask": lambda: ops.dense_router_logits(x, dense, *sizes, image_mask=other(mask)),
+        "weights_out": lambda: ops.dense_router.out(x, dense, *sizes, **outputs),
+        "expert_map": lambda: ops.activation_topk.mapped(
+            z, first(LOGITS[0]), K, *numbers, **mapped
+        ),
+        "router": lambda: ops.dense_router.by_buffer(x, other(routers["dense"].weight), *sizes),
+        "router exported": lambda: ops.dense_router.exported(
+            x, [None if each is None else other(each) for each in gate], config, *sizes
+        ),
+    }.items():
+        message = refused(call)
+        devices = ("cpu", "meta") if real == "rows" else ("meta", "cpu")
+        assert message.startswith(f"{name.partition(' ')[0]}: expected a tensor on {devices[0]}")
+        assert f"on {devices[1]}; " in message
+    assert ops.dense_router(meta(X), dense, *sizes)[0].is_meta
+    for router_id in ids.values():
+        rt.unregister_router(router_id)
+
+
+def meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
 
 
 def test_a_path_for_artifacts_is_taken(tmp_path: Path) -> None:

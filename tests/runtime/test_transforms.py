@@ -217,6 +217,21 @@ def test_vmap_of_the_other_modes(mode: str) -> None:
         assert torch.equal(results, torch.stack(wanted))
 
 
+def test_vmap_over_no_slices(dense: Router) -> None:
+    for name, call in calls(dense).items():
+        wanted = torch.vmap(call)(hidden(3, 5))
+        for dims, given in ((0, hidden(0, 5)), (1, hidden(5, 0))):
+            found = torch.vmap(call, in_dims=dims)(given)
+            assert len(found) == len(wanted), name
+            for each, other in zip(found, wanted, strict=True):
+                assert (each.shape, each.dtype) == ((0, *other.shape[1:]), other.dtype), name
+        assert torch.vmap(torch.vmap(call))(hidden(2, 0, 5))[0].shape[:2] == (2, 0)
+    for call in row_calls().values():
+        assert torch.vmap(call)(torch.zeros(0, 5, E))[0].shape == (0, 5, K)
+    with pytest.raises(InputError, match=r"hidden_states: expected torch\.bfloat16"):
+        torch.vmap(dense)(hidden(0, 5).float())
+
+
 def test_vmap_of_row_ops() -> None:
     batch = torch.randn(3, 5, E, generator=seeded(3))
     for call in row_calls().values():
