@@ -25,6 +25,7 @@ from router_runtime.cli.report import (
     Problem,
     Software,
 )
+from router_runtime.cli.variables import misspelled
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_cubin, read_manifest
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
@@ -103,6 +104,7 @@ def diagnose(
     """
     problems: list[Problem] = []
     software, present = _machine(problems)
+    problems.extend(misspelled(os.environ))
     contents = _contents(artifacts, problems)
     if contents is None:
         return Diagnosis(SCHEMA, False, software, None, None, accept, (), tuple(problems))

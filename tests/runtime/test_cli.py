@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from router_runtime import version
-from router_runtime.cli import decisions, diagnosis, why
+from router_runtime.cli import decisions, diagnosis, variables, why
 from router_runtime.cli.main import main
 from router_runtime.cli.report import SCHEMA
 from router_runtime.device import artifact_store, driver
@@ -79,6 +79,34 @@ def test_doctor_with_a_gpu(folder: Path) -> None:
     ):
         assert text in words(done)
     assert len(done.output.splitlines()) < 25
+
+
+@pytest.mark.usefixtures("verified")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ROUTER_RUNTIME_ARTIFATCS", "did you mean ROUTER_RUNTIME_ARTIFACTS?"),
+        ("DSV4_ROUTER_ACEPT", "did you mean DSV4_ROUTER_ACCEPT?"),
+        ("ROUTER_RUNTIME_SOMETHING_ELSE", "those that are read: ROUTER_RUNTIME_ARTIFACTS, "),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "x")
+    done = run(folder, "doctor")
+    assert done.exit_code == 0, done.output
+    assert f"note: the environment variable {name} is set, and nothing reads it" in words(done)
+    assert f"next: run: unset {name} ({meant}" in words(done)
+
+
+def test_every_variable_that_is_read_is_known() -> None:
+    """Also those that a later change adds."""
+    package = Path(variables.__file__).parents[1]
+    sources = "".join(path.read_text() for path in package.rglob("*.py"))
+    read = set(re.findall(r'"((?:ROUTER_RUNTIME|DSV4_ROUTER)_[A-Z_]*[A-Z])"', sources))
+    assert read == set(variables.KNOWN)
+    assert not list(variables.misspelled(["_ROUTER_RUNTIME_COMPLETE", "PATH", *variables.KNOWN]))
 
 
 @pytest.mark.usefixtures("verified")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from router_runtime.device import kernels
-from router_runtime.integrations.vllm import plugin, served
+from router_runtime.integrations.vllm import plugin, served, variables
 from router_runtime.integrations.vllm.engine import load_engine
 from router_runtime.integrations.vllm.report import LOG, share_handlers
 from router_runtime.routing.router import ROUTERS, Router
@@ -247,11 +247,11 @@ def test_disabled(
     engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setenv(plugin.DISABLE_VARIABLE, "1")
+    monkeypatch.setenv(variables.DISABLE_VARIABLE, "1")
     load_plugin()
     assert caplog.messages == ["vLLM routes by itself: DSV4_ROUTER_DISABLE is set"]
     assert untouched(make_layer(engine))
-    monkeypatch.setenv(plugin.DISABLE_VARIABLE, "0")
+    monkeypatch.setenv(variables.DISABLE_VARIABLE, "0")
     load_plugin()
     assert not untouched(make_layer(engine))
 
@@ -458,7 +458,7 @@ def test_emulated_kernels_serve_if_a_variable_accepts_them(
     refused(states(3))
     assert "accept='emulated'" in caplog.text
     assert untouched(refused)
-    monkeypatch.setenv(served.ACCEPT_VARIABLE, "emulated")
+    monkeypatch.setenv(variables.ACCEPT_VARIABLE, "emulated")
     made: list[Router] = []
 
     def router(*arguments: Any, **options: Any) -> Router:

@@ -35,8 +35,7 @@ from router_runtime.integrations.vllm.reasons import is_deepseek_v4, why_not
 from router_runtime.integrations.vllm.report import LOG, Report, share_handlers
 from router_runtime.integrations.vllm.runner import RUNNER, is_ours, runner_class
 from router_runtime.integrations.vllm.served import ServedLayer
-
-DISABLE_VARIABLE = "DSV4_ROUTER_DISABLE"
+from router_runtime.integrations.vllm.variables import DISABLE_VARIABLE
 
 
 class _Registration:

@@ -33,13 +33,11 @@ from router_runtime.integrations.vllm.engine import Engine
 from router_runtime.integrations.vllm.images import ImageMasks
 from router_runtime.integrations.vllm.report import Report
 from router_runtime.integrations.vllm.sources import Sources
+from router_runtime.integrations.vllm.variables import ACCEPT_VARIABLE
 from router_runtime.ops.functions import activation_topk
 from router_runtime.routing.call import Inputs
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import Router
-
-#: Names a status that may serve beside those that do by default: ``accept`` of the Routers.
-ACCEPT_VARIABLE = "DSV4_ROUTER_ACCEPT"
 
 #: The attribute of logits that holds what was routed by them.
 _ROUTED = "_dsv4_routed"
