@@ -277,7 +277,7 @@ def test_without_the_library_the_policy_is_refused(
     release: Release, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
-    message = r"expected the package cryptography.*pip install 'dsv4-router-runtime\[signature\]'"
+    message = r"expected the package cryptography.*pip install 'cryptography>=42'"
     with pytest.raises(TrustError, match=message):
         require(release)
     with pytest.raises(TrustError, match=message):
