@@ -140,8 +140,9 @@ def test_the_folder_of_an_installed_release_or_an_emulation_is_not_a_builds(
 def test_what_a_killed_build_left_is_ours(project: Project) -> None:
     out = project.root / "out"
     project.build(*SCALE)
-    (out / "manifest.json").unlink()
-    (out / "inputs.json").unlink()
+    # Written after the cubins, the manifest first.
+    for name in ("manifest.json", "inputs.json", "sources.json"):
+        (out / name).unlink()
     (out / ".publish-1.tmp").write_text("half")
     project.build(*SCALE)
     assert _keys(out) == ["scale/any/sm_90a/one"]

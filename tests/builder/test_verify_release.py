@@ -173,7 +173,7 @@ def test_a_wheel_named_alone_is_checked_with_what_lies_beside_it(
     (folder / "another.txt").write_text("what else lies there is left alone")
     found = verify([_file(folder, WHEEL)], released.public)
     assert found.signed_by == _fingerprint(released.public)
-    assert found.missing == (SUMS_NAME,)
+    assert found.missing == (SUMS_NAME, "manifest.json")
     _file(folder, ENVELOPE).unlink()
     with pytest.raises(
         RouterRuntimeError, match=r"found no .*\.dsse\.json among .*unsigned; fetch"
