@@ -14,6 +14,9 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 LOCKED = $(INSTALL) --no-deps --require-hashes --only-binary=:all:
 UV = uv==0.13.9
 
+# Every version is stated here or in a lock: constraints in the machine's pip configuration do not count.
+export PIP_CONSTRAINT = /dev/null
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build-cubins lock-cubins check-cubins environments release verify-release test \
