@@ -1,7 +1,7 @@
-"""Whether records of emulation are of the checkout's model: only a checkout has it to compare with.
+"""Whether a record of emulation was made by the emulation model that this checkout contains.
 
-The runtime does not know the model, so an entry that another model emulated is ``emulated`` there.
-Lists and notes of the builder mark it.
+An installed runtime does not contain the model: there an entry is ``emulated`` whichever model was
+used. The builder's lists and release notes mark entries that another model emulated.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class PythonSources:
         self._boundaries = tuple(boundaries)
         self._digests: dict[str, str] = {}
         self._reached: dict[str, frozenset[str]] = {}
-        # The digest of a module -> the names that it leaves out: those of modules of ours.
+        # Module -> the names that its digest leaves out because they are imported modules of ours.
         self._unnamed: dict[str, frozenset[str]] = {}
         self._active: list[str] = []
 

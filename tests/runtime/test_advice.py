@@ -136,7 +136,7 @@ def test_a_checkout_has_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_may_not_be_looked_at_counts_as_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkout whose environments, or which itself, lie in a folder of another user."""
+    """Advice is given although the checkout, or its virtual environment, may not be looked into."""
     genuine = os.stat
 
     def refusing(path: Any, *rest: Any, **options: Any) -> os.stat_result:

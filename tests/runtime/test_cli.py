@@ -45,7 +45,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package is a wheel's, so its command is ``router-runtime``."""
+    """The package looks installed from a wheel: advice names the command ``router-runtime``."""
     monkeypatch.setattr(advice, "checkout", lambda: None)
 
 
