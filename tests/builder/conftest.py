@@ -274,84 +274,75 @@ def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-#: Run inside a project: a record for every entry of the targets named.
-EVIDENCE = """
-import sys
+#: What the two scripts below begin with: the fields that both kinds of record share. It has no
+#: braces, because ``EVIDENCE`` is a format string.
+_EXAMINED = """
 from pathlib import Path
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
-from router_runtime.evidence.status import toolchain_sha256
-from router_runtime.evidence.store import write_record
-from router_runtime.format.manifest import loads
-from router_runtime.format.target import Target
-
-built = loads(Path("artifacts/manifest.json").read_bytes())
-for entry in built.entries:
-    if entry.target in {targets!r}:
-        target = Target.parse(entry.target)
-        record = Record(
-            entry=entry.key,
-            kernel=entry.kernel,
-            constants=entry.constants,
-            limits=entry.contract.limits,
-            target=entry.target,
-            file=entry.file,
-            sha256=entry.sha256,
-            source_sha256=entry.source_sha256,
-            toolchain_sha256=toolchain_sha256(built.toolchain),
-            suite_version=suite.SUITE_VERSION,
-            cases_sha256=cases_sha256(),
-            device="Example GPU",
-            compute_capability=(target.major, target.minor),
-            driver=13000,
-            torch="2.13.0",
-            cases=tuple(
-                CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {{}})
-                for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
-            ),
-        )
-        write_record(record, Path("artifacts/evidence"))
-"""
-
-
-#: Run inside a project, after a build: records of emulation for the entries of sm_100a alone, the
-#: one of variant ``two`` by another model than the checkout's.
-EMULATION = """
-from pathlib import Path
-from build_kernels.emulation.identity import model_sha256
-from router_runtime.evidence import cases as suite
-from router_runtime.evidence.emulation_record import MODES, EmulationRecord
 from router_runtime.evidence.record import CaseRecord, cases_sha256
 from router_runtime.evidence.status import toolchain_sha256
 from router_runtime.evidence.store import write_record
 from router_runtime.format.manifest import loads
 
+built = loads(Path("artifacts/manifest.json").read_bytes())
+
+def examined(entry, capability):
+    return dict(
+        entry=entry.key,
+        kernel=entry.kernel,
+        constants=entry.constants,
+        limits=entry.contract.limits,
+        target=entry.target,
+        file=entry.file,
+        sha256=entry.sha256,
+        source_sha256=entry.source_sha256,
+        toolchain_sha256=toolchain_sha256(built.toolchain),
+        suite_version=suite.SUITE_VERSION,
+        cases_sha256=cases_sha256(),
+        device="Example GPU",
+        compute_capability=capability,
+        driver=13000,
+        torch="2.13.0",
+        cases=tuple(
+            CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, dict())
+            for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+        ),
+    )
+
+"""
+
+
+#: Run inside a project: a record for every entry of the targets named.
+EVIDENCE = (
+    _EXAMINED
+    + """
+from router_runtime.evidence.record import Record
+from router_runtime.format.target import Target
+
+for entry in built.entries:
+    if entry.target in {targets!r}:
+        target = Target.parse(entry.target)
+        record = Record(**examined(entry, (target.major, target.minor)))
+        write_record(record, Path("artifacts/evidence"))
+"""
+)
+
+
+#: Run inside a project, after a build: records of emulation for the entries of sm_100a alone, the
+#: one of variant ``two`` by another model than the checkout's.
+EMULATION = (
+    _EXAMINED
+    + """
+from build_kernels.emulation.identity import model_sha256
+from router_runtime.evidence.emulation_record import MODES, EmulationRecord
+
 folder = Path("artifacts/evidence")
 for path in folder.iterdir():
     path.unlink()
-built = loads(Path("artifacts/manifest.json").read_bytes())
 for entry in built.entries:
     if entry.target == "sm_100a":
         record = EmulationRecord(
-            entry=entry.key,
-            kernel=entry.kernel,
-            constants=entry.constants,
-            limits=entry.contract.limits,
-            target=entry.target,
-            file=entry.file,
-            sha256=entry.sha256,
-            source_sha256=entry.source_sha256,
-            toolchain_sha256=toolchain_sha256(built.toolchain),
-            suite_version=suite.SUITE_VERSION,
-            cases_sha256=cases_sha256(),
-            device="Example GPU",
-            compute_capability=(9, 0),
-            driver=13000,
-            torch="2.13.0",
-            cases=tuple(
-                CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, {})
-                for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
-            ),
+            **examined(entry, (9, 0)),
             ptx_sha256="1" * 64,
             model_sha256="2" * 64 if entry.variant == "two" else model_sha256(),
             ptxas="13.5.37",
@@ -361,6 +352,7 @@ for entry in built.entries:
         )
         write_record(record, folder)
 """
+)
 
 
 @dataclass(frozen=True)
