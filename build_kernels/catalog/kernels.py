@@ -165,6 +165,20 @@ _SWAP_AB = _table(
     ("wgmma_4096", "dsv41-flash", 192,         72,         2,        1),
 )
 
+#: The same with mma.sync, for the GPUs that have no other verified MMA.
+_SWAP_AB_PORTABLE = _table(
+    "variant          model          TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("portable_512",  "dsv4-flash",  128,         40,         2,        4),
+    ("portable_512",  "dsv4-pro",    192,         40,         2,        4),
+    ("portable_512",  "dsv41-flash", 128,         80,         1,        5),
+    ("portable_1024", "dsv4-flash",  128,         40,         4,        2),
+    ("portable_1024", "dsv4-pro",    192,         40,         4,        2),
+    ("portable_1024", "dsv41-flash", 192,         40,         4,        2),
+    ("portable_4096", "dsv4-flash",  128,         72,         2,        1),
+    ("portable_4096", "dsv4-pro",    192,         72,         2,        1),
+    ("portable_4096", "dsv41-flash", 192,         72,         2,        1),
+)
+
 #: Tile: a CTA routes 128 tokens over its part of the experts and the whole hidden dimension.
 _TILE = _table(
     "variant       model          CLUSTER_E CLUSTER_T PASSES",
@@ -172,6 +186,7 @@ _TILE = _table(
     ("wgmma_wide", "dsv4-pro",    2,        1,        1),
     ("wgmma_wide", "dsv41-flash", 2,        1,        1),
     ("wgmma_wide", ANY,           None,     None,     None),
+    ("portable",   ANY,           None,     None,     None),
     ("tcgen05",    "dsv4-flash",  1,        2,        1),
     ("tcgen05",    "dsv4-pro",    2,        1,        1),
     ("tcgen05",    "dsv41-flash", 2,        1,        1),
@@ -250,6 +265,8 @@ KERNELS = (
             *_variants(_SPLIT_K, "wgmma_128", constants=_form("split_k", "wgmma"), targets=HOPPER),
             *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=HOPPER),
             *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=HOPPER),
+            *_variants(_SWAP_AB_PORTABLE, constants=_form("swap_ab", "mma_sync")),
+            *_variants(_TILE, "portable", constants=_form("tile", "mma_sync")),
             *_variants(
                 _SPLIT_K,
                 "tcgen05_256",

@@ -18,6 +18,7 @@ from build_kernels.kernels.dense.forms.swap_ab import SwapAb
 from build_kernels.kernels.dense.forms.tile import Tile
 from build_kernels.kernels.dense.geometry.table import form_and_mma, geometry_of
 from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync
+from build_kernels.kernels.dense.mma.mma_sync_stages import SwapAbMmaSync, TileMmaSync
 from build_kernels.kernels.dense.mma.tcgen05_split_k import SplitKTcgen05
 from build_kernels.kernels.dense.mma.tcgen05_tile import TileTcgen05
 from build_kernels.kernels.dense.mma.wgmma import SplitKWgmma, SwapAbWgmma, TileWgmma
@@ -38,12 +39,20 @@ def _split_k_tcgen05(g: Any) -> SplitK:
     return SplitK(g, mma, SumsExchangeInParts(g, mma))
 
 
-def _swap_ab(g: Any) -> SwapAb:
+def _swap_ab_wgmma(g: Any) -> SwapAb:
     return SwapAb(g, SwapAbWgmma(g))
+
+
+def _swap_ab_mma_sync(g: Any) -> SwapAb:
+    return SwapAb(g, SwapAbMmaSync(g))
 
 
 def _tile_wgmma(g: Any) -> Tile:
     return Tile(g, TileWgmma(g))
+
+
+def _tile_mma_sync(g: Any) -> Tile:
+    return Tile(g, TileMmaSync(g))
 
 
 def _tile_tcgen05(g: Any) -> Tile:
@@ -55,8 +64,10 @@ PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("decode", "mma_sync"): _decode,
     ("split_k", "wgmma"): _split_k_wgmma,
     ("split_k", "tcgen05"): _split_k_tcgen05,
-    ("swap_ab", "wgmma"): _swap_ab,
+    ("swap_ab", "wgmma"): _swap_ab_wgmma,
+    ("swap_ab", "mma_sync"): _swap_ab_mma_sync,
     ("tile", "wgmma"): _tile_wgmma,
+    ("tile", "mma_sync"): _tile_mma_sync,
     ("tile", "tcgen05"): _tile_tcgen05,
 }
 

@@ -16,7 +16,7 @@ from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES
 from build_kernels.kernels.dense.geometry.swap_ab import N_TILE_BYTES, SwapAbGeometry
-from build_kernels.kernels.dense.mma.wgmma import BoundSwapAb
+from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma
 
 
 def first_n_tile(g: SwapAbGeometry, k_rank: Int32) -> Int32:
@@ -50,7 +50,7 @@ class ChunkExchange:
         return exchange_barriers(self.g, first, buffer, self.warp)
 
     @cute.jit
-    def send(self, mma: BoundSwapAb, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
+    def send(self, mma: BoundSwapAbMma, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
         """Send the sums of a chunk to the peers that add them, and keep those that this CTA adds.
 
         ``phase`` counts the chunks that have passed through the buffer.
@@ -80,7 +80,7 @@ class ChunkExchange:
                 place, counted = memory.map_shared(place, rank), memory.map_shared(full, rank)
                 self.send_to(mma, peer, place, counted)
 
-    def send_to(self, mma: BoundSwapAb, peer: int, place: Int32, full: Int32) -> None:
+    def send_to(self, mma: BoundSwapAbMma, peer: int, place: Int32, full: Int32) -> None:
         """Store this thread's sums of the n-tiles that ``peer`` adds at the address ``place``."""
         first = self.g.first_n_tile(peer)
         for n_tile in range(self.g.n_tile_count(peer)):

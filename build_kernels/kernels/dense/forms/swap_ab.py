@@ -38,14 +38,14 @@ from build_kernels.kernels.dense.exchange.swap_ab import (
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, LANES
 from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, PRODUCER_REGISTERS, SwapAbGeometry
 from build_kernels.kernels.dense.hidden_map import hidden_map
-from build_kernels.kernels.dense.mma.wgmma import BoundSwapAb, SwapAbWgmma
+from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
 from build_kernels.kernels.dense.ring import CountedRingState, Ring, TurnState
 
 
 class SwapAb:
     """The host function of the form, when called, and its device code."""
 
-    def __init__(self, geometry: SwapAbGeometry, mma: SwapAbWgmma) -> None:
+    def __init__(self, geometry: SwapAbGeometry, mma: SwapAbMma) -> None:
         self.g, self.mma = geometry, mma
         self.epilogue = SwapAbEpilogue(geometry)
 
@@ -329,7 +329,7 @@ class SwapAb:
                 exchange.add(totals, chunk % g.buffers, Int32(chunk // g.buffers))
         return totals
 
-    def promote(self, mma: BoundSwapAb, totals: cute.Tensor) -> None:
+    def promote(self, mma: BoundSwapAbMma, totals: cute.Tensor) -> None:
         """Add the chunk's partial sums to the totals."""
         for n_tile in range(self.g.n_tiles):
             for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
@@ -337,7 +337,7 @@ class SwapAb:
 
     def exchanged(
         self,
-        mma: BoundSwapAb,
+        mma: BoundSwapAbMma,
         rings: tuple[Ring, Ring, Cta, Int32, Int32],
         state: CountedRingState,
         exchange: ChunkExchange,
@@ -356,7 +356,7 @@ class SwapAb:
 
     def chunk(
         self,
-        mma: BoundSwapAb,
+        mma: BoundSwapAbMma,
         rings: tuple[Ring, Ring, Cta, Int32, Int32],
         state: CountedRingState,
         meanwhile: Callable[[], None] | None,

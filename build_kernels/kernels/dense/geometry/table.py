@@ -9,7 +9,7 @@ from build_kernels.kernels.dense.geometry.decode import DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
 from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
-from build_kernels.kernels.dense.geometry.tile import TileGeometry
+from build_kernels.kernels.dense.geometry.tile import TileGeometry, TileMmaSyncGeometry
 from router_runtime.format.contract import Constants
 
 GEOMETRIES: Mapping[tuple[str, str], type[Geometry]] = {
@@ -17,7 +17,9 @@ GEOMETRIES: Mapping[tuple[str, str], type[Geometry]] = {
     ("split_k", "wgmma"): SplitKGeometry,
     ("split_k", "tcgen05"): SplitKTcgen05Geometry,
     ("swap_ab", "wgmma"): SwapAbGeometry,
+    ("swap_ab", "mma_sync"): SwapAbGeometry,
     ("tile", "wgmma"): TileGeometry,
+    ("tile", "mma_sync"): TileMmaSyncGeometry,
     ("tile", "tcgen05"): TileTcgen05Geometry,
 }
 

@@ -219,3 +219,10 @@ class TileGeometry(Geometry):
     def image_bias_offset(self) -> int:
         """Offset of the biases that image tokens are selected with."""
         return self.mask_offset + self.tokens_tile * self.mask_row_bytes
+
+
+@dataclass(frozen=True)
+class TileMmaSyncGeometry(TileGeometry):
+    """The tile form with ``mma.sync``, which needs registers for its operands, too."""
+
+    most_experts: ClassVar[int] = 128

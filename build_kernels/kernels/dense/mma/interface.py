@@ -16,6 +16,7 @@ from cutlass import Float32, Int32
 from build_kernels.kernels.common.ptx import arith
 from build_kernels.kernels.dense.geometry.common import LANES, WARPGROUP
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
 from build_kernels.kernels.dense.ring import Ring
 
@@ -52,6 +53,36 @@ class SplitKMma(ABC):
         """Return (m-tile, chunk of the slice) of a warp's warpgroup."""
         number = arith.quotient(warp, WARPGROUP // LANES)
         return arith.remainder(number, self.g.m_tiles), arith.quotient(number, self.g.m_tiles)
+
+
+class SwapAbMma(ABC):
+    """Multiplies the experts of a CTA by the tile's tokens, one stage at a time."""
+
+    def __init__(self, geometry: SwapAbGeometry) -> None:
+        self.g = geometry
+
+    @abstractmethod
+    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAbMma:
+        """Return the multiplication of a consumer warp, with stages from the address ``shared`` on.
+
+        All consumer threads call this first.
+        """
+
+
+class BoundSwapAbMma(ABC):
+    """The multiplication of one consumer warp: 16 experts x the tile's tokens."""
+
+    @abstractmethod
+    def multiply(self, stage: Int32, starts: bool) -> None:
+        """Begin to multiply a stage that has arrived; ``starts`` the chunk's sums from zero."""
+
+    @abstractmethod
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` stages have been read and added."""
+
+    @abstractmethod
+    def n_tile(self, n_tile: int) -> list[Float32]:
+        """Return this thread's four sums of an n-tile of 8 tokens, in the layout of mma.m16n8."""
 
 
 class TileMma(ABC):

@@ -7,13 +7,11 @@ The hidden states' stages are rows of 128 bytes, swizzled as the tensor map leav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cutlass
 from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.common.ptx import arith, mbarrier, memory
+from build_kernels.kernels.common.ptx import arith, mbarrier
 from build_kernels.kernels.dense.geometry.common import (
     BARRIER_BYTES,
     K_BLOCK,
@@ -23,8 +21,9 @@ from build_kernels.kernels.dense.geometry.common import (
     WARPGROUP,
 )
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.mma.interface import SplitKMma, TileMma
-from build_kernels.kernels.dense.ring import Ring, RingState
+from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SplitKMma, SwapAbMma
+from build_kernels.kernels.dense.mma.tile_registers import TileInRegisters
+from build_kernels.kernels.dense.ring import Ring
 
 #: Elements of a packed core matrix's row, and of 8 of its rows along the hidden dimension.
 _ROW = 8
@@ -142,22 +141,15 @@ class SplitKWgmma(SplitKMma):
         return self.task(warp)[0] * MMA_M + arith.remainder(warp, 4) * 16
 
 
-class SwapAbWgmma:
-    """64 experts of one warpgroup x the tile's tokens, one stage at a time.
+class SwapAbWgmma(SwapAbMma):
+    """64 experts of one warpgroup x the tile's tokens, one stage at a time."""
 
-    The form begins with ``bind``, in every consumer thread; the returned object has the methods
-    below.
-    """
-
-    def __init__(self, geometry: SwapAbGeometry) -> None:
-        self.g = geometry
-
-    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAb:
+    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAbWgmma:
         """Return the multiplication of this warp, with stages from the address ``shared`` on."""
-        return BoundSwapAb(self.g, shared, warp)
+        return BoundSwapAbWgmma(self.g, shared, warp)
 
 
-class BoundSwapAb:
+class BoundSwapAbWgmma(BoundSwapAbMma):
     """What ``SwapAbWgmma.bind`` returns."""
 
     def __init__(self, g: SwapAbGeometry, shared: Int32, warp: Int32) -> None:
@@ -183,37 +175,14 @@ class BoundSwapAb:
         return [Float32(self._sums[4 * n_tile + i]) for i in range(4)]
 
 
-class TileWgmma(TileMma):
-    """Tokens are the rows of the MMA, 64 per warpgroup, and experts its columns.
+class TileWgmma(TileInRegisters):
+    """Tokens are the rows of the MMA, 64 per warpgroup, and experts its columns."""
 
-    A chunk is multiplied from zero, then added to the totals while the other warpgroup keeps the
-    tensor core busy.
-    """
-
-    @property
-    def releases(self) -> int:
-        """Arrivals of one CTA that release a stage: one per consumer warp."""
-        return int(self.g.consumer_warps)
-
-    @cute.jit
-    def multiply(
-        self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, thread: Int32
-    ) -> list[cute.Tensor]:
-        """Return this thread's logits, 64 tokens x ``mma_n`` experts per warpgroup and pass.
-
-        All consumer threads call this. It waits at the full barriers of both rings. Each warp
-        releases a stage by an arrival at the empty barrier of every CTA that fills it.
-        """
+    def stages(self, hidden: Ring, weight: Ring, thread: Int32) -> Wgmma:
+        """Return the multiplication of this thread's warpgroup."""
         g = self.g
         group = cute.arch.make_warp_uniform(arith.quotient(thread, WARPGROUP))
-        lane = arith.remainder(thread, LANES)
-        # Lane i of a warp releases a stage at the i-th CTA that fills it.
-        release = (
-            memory.map_shared(hidden.empty, t_rank * g.cluster_e + lane % g.cluster_e),
-            memory.map_shared(weight.empty, lane % g.cluster_t * g.cluster_e + e_rank),
-            lane,
-        )
-        mma = Wgmma(
+        return Wgmma(
             g.mma_n,
             swizzled_hidden(
                 hidden.data + group * (MMA_M * K_BLOCK * 2),
@@ -223,87 +192,3 @@ class TileWgmma(TileMma):
             ),
             packed_weight(weight.data, g.mma_n, g.weight_stages, g.weight_stage_bytes // 2),
         )
-        totals = [mma.accumulator() for _ in range(g.passes)]
-        sums = [mma.accumulator()] * g.passes
-
-        # The first chunk's sums are the first totals.
-        states = (RingState(g.hidden_stages), RingState(g.weight_stages))
-        blocks = min(g.chunk_k_blocks, g.k_blocks)
-        h, w = self._chunk(mma, hidden, weight, release, totals, totals, blocks, *states)
-        for _ in range(g.full_chunks - 1):
-            h, w = self._chunk(mma, hidden, weight, release, totals, sums, g.chunk_k_blocks, h, w)
-        if cutlass.const_expr(g.last_k_blocks > 0 and g.full_chunks > 0):
-            self._chunk(mma, hidden, weight, release, totals, sums, g.last_k_blocks, h, w)
-        return totals
-
-    def _chunk(
-        self,
-        mma: Wgmma,
-        hidden: Ring,
-        weight: Ring,
-        release: tuple[Int32, Int32, Int32],
-        totals: list[cute.Tensor],
-        targets: list[cute.Tensor],
-        blocks: int,
-        h: RingState,
-        w: RingState,
-    ) -> tuple[RingState, RingState]:
-        """Multiply a chunk of ``blocks`` stages into ``targets``; add them to ``totals``, unless
-        they are the totals.
-
-        Returns the states of the two rings behind the chunk. A stage is released one block later,
-        when its MMAs are known to have completed.
-        """
-        start = h
-        for number, (total, target) in enumerate(zip(totals, targets, strict=True)):
-            h = start
-            last_pass = number == self.g.passes - 1
-            pending: list[tuple[Int32, Int32]] = []
-            for block in range(blocks):
-                if number == 0:
-                    mbarrier.wait(hidden.full_at(h.stage), h.phase)
-                mbarrier.wait(weight.full_at(w.stage), w.phase)
-                mma.multiply(target, h.stage, w.stage, starts=block == 0)
-                pending.append((h.stage, w.stage))
-                if len(pending) > 1:
-                    mma.wait(1)
-                    self._release(release, *pending.pop(0), last_pass)
-                h, w = h.next(), w.next()
-            mma.wait(0)
-            self._release(release, *pending.pop(0), last_pass)
-            if target is not total:
-                total.store(total.load() + target.load())
-        return h, w
-
-    @cute.jit
-    def _release(
-        self,
-        release: tuple[Int32, Int32, Int32],
-        hidden_stage: Int32,
-        weight_stage: Int32,
-        last_pass: cutlass.Constexpr[bool],
-    ) -> None:
-        """Release a stage of each ring; one of hidden states only in the last pass over it."""
-        hidden_empty, weight_empty, lane = release
-        if last_pass and lane < self.g.cluster_e:
-            mbarrier.arrive_remote(hidden_empty + BARRIER_BYTES * hidden_stage)
-        if lane < self.g.cluster_t:
-            mbarrier.arrive_remote(weight_empty + BARRIER_BYTES * weight_stage)
-
-    def store_logits(
-        self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
-    ) -> None:
-        """Store this thread's logits as rows of tokens, from ``shared`` on.
-
-        All consumer threads call this when the rings are no longer needed. No barrier.
-        """
-        g = self.g
-        lane = arith.remainder(thread, LANES)
-        row = arith.quotient(thread, LANES) * 16 + arith.quotient(lane, 4)
-        pairs = g.mma_n // 8
-        for half in range(2):
-            place = shared + (row + 8 * half) * g.logit_row_bytes + (lane & 3) * 8
-            for pair in range(g.cta_experts // 8):
-                first = 2 * half + 4 * (pair % pairs)
-                values = [Float32(totals[pair // pairs][first + i]) for i in range(2)]
-                memory.store_shared_f32x2(place + pair * 32, *values)
