@@ -267,7 +267,8 @@ def check_expert_map(
     expert_map: Tensor, replica_counts: Tensor, experts: int
 ) -> tuple[Tensor, Tensor]:
     """The two tensors of an expert map. Raises InputError unless they are int32 or int64, the map
-    ``[experts, replicas]`` without negative entries, the counts ``[experts]`` in [1, replicas].
+    ``[experts, replicas]``, the counts ``[experts]`` in [1, replicas], and the first ``counts[e]``
+    entries of row e from 0 to the largest int32. The other entries may have any value.
     """
     integers = (torch.int32, torch.int64)
     for name, tensor in (("expert_map", expert_map), ("replica_counts", replica_counts)):
@@ -281,13 +282,20 @@ def check_expert_map(
         raise wrong_tensor(
             "replica_counts", f"torch.int32 or torch.int64 [{experts}]", replica_counts
         )
-    _check_range("expert_map", expert_map, 0, 2**31 - 1)
     _check_range("replica_counts", replica_counts, 1, replicas)
+    places = torch.arange(replicas, device=replica_counts.device)
+    used = (places < replica_counts.unsqueeze(1)).to(expert_map.device)
+    _check_range("expert_map", expert_map, 0, 2**31 - 1, used)
     return expert_map, replica_counts
 
 
-def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+def _check_range(
+    name: str, tensor: Tensor, low: int, high: int, counted: Tensor | None = None
+) -> None:
+    """Raise InputError for an entry outside [low, high], among those that ``counted`` marks."""
     outside = (tensor < low) | (tensor > high)
+    if counted is not None:
+        outside &= counted
     if bool(outside.any()):
         where = outside.nonzero()
         first = where[0].tolist()

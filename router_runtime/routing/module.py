@@ -104,7 +104,8 @@ class GateModule(nn.Module):
 
         Args:
             expert_map: int32 or int64 ``[num_experts, replicas]``: the physical ids of an expert in
-                its row. What follows the first ``replica_counts[e]`` of row e is never used.
+                its row. What follows the first ``replica_counts[e]`` of row e is never used, and
+                may have any value, such as -1.
             replica_counts: int32 or int64 ``[num_experts]``, from 1 to ``replicas``.
 
         Raises:

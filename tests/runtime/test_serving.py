@@ -350,6 +350,36 @@ def test_a_bad_map_leaves_the_old_one(
     same(dense.forward_mapped(hidden(5)), before)
 
 
+#: As engines fill it: -1 in the places of row e from COUNTS[e] on. The last row is full.
+FILLED = torch.where(torch.arange(3) < COUNTS.unsqueeze(1), PHYSICAL, -1)
+
+
+@pytest.mark.parametrize("filling", [-1, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_unused_places_of_a_map_may_hold_anything(
+    dense: Router, filling: int, dtype: torch.dtype
+) -> None:
+    expected = dense.forward_mapped(hidden(9))
+    given = torch.where(FILLED < 0, filling, PHYSICAL).to(dtype)
+    assert (given == filling).any()
+    made = Router(CONFIG, weight=WEIGHT, bias=BIAS, device="cpu")
+    made.set_expert_map(given, COUNTS)
+    same(made.forward_mapped(hidden(9)), expected)
+    made.update_expert_map(given, COUNTS)
+    same(made.forward_mapped(hidden(9)), expected)
+
+
+def test_a_used_place_without_a_physical_id_is_refused(dense: Router) -> None:
+    """One more copy than the map has: the error says where."""
+    row = int((COUNTS < 3).nonzero()[0, 0])
+    counts = COUNTS.clone()
+    counts[row] += 1
+    place = rf"1 others, the first at \[{row}, {int(COUNTS[row])}\]: -1"
+    for change in (dense.set_expert_map, dense.update_expert_map):
+        with pytest.raises(InputError, match=place):
+            change(FILLED, counts)
+
+
 def test_a_map_is_updated_in_place(dense: Router) -> None:
     assert dense.expert_map is not None
     addresses = [tensor.data_ptr() for tensor in dense.expert_map]
