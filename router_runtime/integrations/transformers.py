@@ -9,7 +9,11 @@ but for this:
   first.
 - Logits and weights of a bf16 model are fp32. The original computes and rounds them in bf16, in
   which keys that are close become equal, so for close keys it may choose other experts.
-- There is no backward: hidden states that require grad are refused in grad mode.
+
+These kernels have no backward, so the original serves wherever there may be one: in grad mode, if
+the hidden states or the weight require grad, and in training mode (``model.train()``), where
+gradient checkpointing may run a layer without grad first and again with it: both runs have to
+choose the same experts.
 
 A bf16 gate is one launch of the dense kernels, with weights repacked at installation. An fp32 gate
 goes through ``F.linear`` and ``dsv4::activation_topk``.
@@ -17,7 +21,9 @@ goes through ``F.linear`` and ``dsv4::activation_topk``.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import os
 import types
 import weakref
@@ -27,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from router_runtime.arguments import checks_arguments
 from router_runtime.errors import InputError, RouterRuntimeError, explain, install_extra
@@ -46,6 +53,7 @@ from router_runtime.routing.versions import State, count_optimizer_steps, state_
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 _AGAIN = "call install(model) again"
 
+_log = logging.getLogger(__name__)
 
 #: What a module's weight and bias were like when they were installed.
 _State = tuple[State, ...]
@@ -84,7 +92,8 @@ def install(
     """Let these kernels serve every router of ``model``; returns the names of the modules.
 
     Call it once the model is on its device in its dtype, and again after its weights changed: a
-    call with other weights than those that were installed is refused, not served. Calling it again
+    call with other weights than those that were installed is refused, not served. In training mode
+    and in grad mode the model's own routers serve, with the weights as they are. Calling it again
     without a change does nothing. ``artifacts``, ``variants`` and ``accept`` are those of
     ``Router``, for bf16 gates. Either all routers are served or none: on an error the model is as
     it was.
@@ -283,8 +292,40 @@ def _state(weight: Tensor, bias: Tensor | None) -> _State:
 
 # --- what the modules do ---
 
+#: What the ``forward`` of a router returns: logits, weights and ids.
+_Outputs = tuple[Tensor, Tensor, Tensor]
 
-def _dense(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def _unless_differentiated(forward: Callable[..., _Outputs]) -> Callable[..., _Outputs]:
+    """Return ``forward``, but for calls that a backward pass may follow: the ``forward`` of the
+    module's class serves these.
+    """
+
+    @functools.wraps(forward)
+    def served(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> _Outputs:
+        if self.training or (
+            torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad)
+        ):
+            if not (self.training or is_compiling()):
+                _say_that_grad_mode_is_on()
+            return type(self).forward(self, hidden_states, *arguments, **options)  # type: ignore[no-any-return]
+        return forward(self, hidden_states, *arguments, **options)
+
+    return served
+
+
+@functools.cache
+def _say_that_grad_mode_is_on() -> None:
+    """Once in a process: who wants a backward knows it, who forgot ``no_grad`` does not."""
+    _log.warning(
+        "transformers' own routers serve a call in grad mode, which these kernels have no backward "
+        "for. To have the kernels serve, call the model under torch.no_grad() or "
+        "torch.inference_mode()"
+    )
+
+
+@_unless_differentiated
+def _dense(self: Any, hidden_states: Tensor) -> _Outputs:
     flat = hidden_states.reshape(-1, self.hidden_dim)
     weights, ids, logits = torch.ops.dsv4.transformers_gate(
         flat, self.weight, self.e_score_correction_bias, self.top_k
@@ -292,7 +333,8 @@ def _dense(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, weights, ids.long()
 
 
-def _dense_fp32(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_unless_differentiated
+def _dense_fp32(self: Any, hidden_states: Tensor) -> _Outputs:
     logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
     bias = self.e_score_correction_bias
     weights, ids = torch.ops.dsv4.activation_topk(
@@ -301,15 +343,15 @@ def _dense_fp32(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tenso
     return logits, weights, ids.long()
 
 
-def _hash(self: Any, hidden_states: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_unless_differentiated
+def _hash(self: Any, hidden_states: Tensor, input_ids: Tensor) -> _Outputs:
     flat = hidden_states.reshape(-1, self.hidden_dim)
     _, _, logits = torch.ops.dsv4.transformers_gate(flat, self.weight, None, self.top_k)
     return logits, *_chosen(self, logits, input_ids)
 
 
-def _hash_fp32(
-    self: Any, hidden_states: Tensor, input_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+@_unless_differentiated
+def _hash_fp32(self: Any, hidden_states: Tensor, input_ids: Tensor) -> _Outputs:
     logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
     return logits, *_chosen(self, logits, input_ids)
 
@@ -325,7 +367,7 @@ def _chosen(self: Any, logits: Tensor, input_ids: Tensor) -> tuple[Tensor, Tenso
 
 
 #: By (is a hash router, is fp32).
-_FORWARDS: dict[tuple[bool, bool], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+_FORWARDS: dict[tuple[bool, bool], Callable[..., _Outputs]] = {
     (False, False): _dense,
     (False, True): _dense_fp32,
     (True, False): _hash,

@@ -204,6 +204,7 @@ def test_changed_weights_are_not_served() -> None:
         """A write that torch does not count."""
         module.weight.requires_grad_().grad = torch.ones_like(module.weight)
         torch.optim.AdamW([module.weight], lr=0.1, fused=True).step()
+        module.weight.requires_grad_(False)
 
     for change in (
         lambda: module.weight.mul_(2),
@@ -387,16 +388,145 @@ def test_models_without_routers() -> None:
     assert uninstall(nn.Linear(3, 3)) == []
 
 
-def test_gradients_are_refused() -> None:
+# --- where a backward may follow ---
+
+
+def gradients(model: Any, batch: Tensor) -> dict[str, Tensor]:
+    """Those of every parameter that requires grad, from a loss of the whole model."""
+    model.zero_grad()
+    model(batch, labels=batch).loss.backward()
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+def trainable(dtype: torch.dtype) -> Any:
+    model = make_model(dtype).requires_grad_()
+    model.config.use_cache = False
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_backward_is_the_models_own(dtype: torch.dtype, training: bool) -> None:
+    model, batch = trainable(dtype).train(training), tokens(2, 9)
+    expected = gradients(model, batch)
+    assert {name for name in expected if name.endswith("gate.weight")} == {
+        f"{name}.weight" for name in gates(model)
+    }
+    install(model)
+    for _ in range(2):  # after a step too: nothing of ours has to know of the new weights
+        found = gradients(model, batch)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        uninstall(model)
+        expected = gradients(model, batch)
+        install(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing_is_the_models_own(reentrant: bool, frozen: bool) -> None:
+    """A checkpointed layer runs twice, first without grad if it is reentrant. If these kernels
+    served one run alone, bf16 keys that nearly tie would choose other experts in the other one.
+    ``frozen``: only an earlier parameter trains, as with adapters.
+    """
+    model, batch = trainable(torch.bfloat16).train(), tokens(4, 60)
+    if frozen:
+        model.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_()
+    plain = gradients(model, batch)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    install(model)
+    found = gradients(model, batch)
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_in_grad_mode_only_what_requires_grad_is_the_models_own() -> None:
+    model = make_model(torch.bfloat16)
+    module, x = dense(model)[0], states(40)
+    own = module(x)
+    install(model)
+    served = module(x)  # nothing requires grad
+    assert (own[0].dtype, served[0].dtype) == (torch.bfloat16, torch.float32)
+
+    def check(expected: Any) -> None:
+        for found, wanted in zip(module(x), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+    for tensor in (x, module.weight):
+        tensor.requires_grad_()
+        check(own)
+        with torch.no_grad():
+            check(served)
+        with torch.inference_mode():
+            check(served)
+        tensor.requires_grad_(False)
+    check(served)
+    model.train()
+    with torch.no_grad():
+        check(own)
+
+
+def test_hash_gates_in_grad_mode() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(dtype)
+        (module, *_), batch = hashed(model), tokens(30)
+        x = states(30, dtype).requires_grad_()
+        expected = module(x, batch)
+        install(model)
+        for found in (module(x, batch), module(x, input_ids=batch)):
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+            assert found[1].requires_grad
+
+
+def test_grad_mode_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    integration._say_that_grad_mode_is_on.cache_clear()
     model = make_model(torch.bfloat16)
     install(model)
-    for module in (dense(model)[0], hashed(model)[0]):
-        x = states(3).requires_grad_()
-        given = (x, tokens(3))[: 1 if module in dense(model) else 2]
-        with pytest.raises(InputError, match="needs no gradient"):
-            module(*given)
-        with torch.no_grad():
-            module(*given)
+    with caplog.at_level("WARNING", logger="router_runtime"):
+        model.train()(tokens(1, 5))
+        assert not caplog.records
+        model.eval().requires_grad_()
+        for _ in range(2):
+            model(tokens(1, 5))
+    (record,) = caplog.records
+    assert "torch.no_grad()" in record.getMessage()
+
+
+def test_a_hook_that_brings_the_weight_may_bring_it_elsewhere() -> None:
+    """As the hooks of CPU and disk offload do, around the ``forward`` that they find."""
+    model = make_model(torch.bfloat16)
+    module, x = dense(model)[0], states(9).requires_grad_()
+    kept, own = module.weight, module(x)
+    install(model)
+    inner = module.forward
+
+    def offloaded(*given: Any) -> Any:
+        module.weight = nn.Parameter(kept.clone())
+        try:
+            return inner(*given)
+        finally:
+            module.weight = nn.Parameter(torch.empty_like(kept, device="meta"))
+
+    module.forward = offloaded
+    assert all(torch.equal(*pair) for pair in zip(module(x), own, strict=True))
+    with torch.no_grad(), pytest.raises(InputError, match=r"install\(model\) again"):
+        module(x)
+
+
+def test_compiled_in_grad_mode() -> None:
+    model = trainable(torch.bfloat16)
+    batch = tokens(2, 5)
+    install(model)
+    for module, given in ((dense(model)[0], ()), (hashed(model)[0], (batch,))):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        x, other = (states(10).view(2, 5, H).requires_grad_() for _ in range(2))
+        compiled(x, *given)[1].sum().backward()
+        module(other, *given)[1].sum().backward()
+        torch.testing.assert_close(x.grad, other.grad)
+    torch._dynamo.reset()
 
 
 def test_a_shape_without_a_kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
