@@ -1,8 +1,8 @@
 """The file that ``verify --bundle`` writes: what one run found on one GPU, to be sent to somebody.
 
-It holds the printed report, the records that were written, the doctor's report after the run as
-text and as JSON, and ``bits.json``: for each entry and case the digests of the inputs and of every
-bit of the outputs. The same findings give the same bytes.
+It holds the printed report, the records that were written, the doctor's report after the run and
+the latencies (``bench``), both as text and as JSON, and ``bits.json``: for each entry and case the
+digests of the inputs and of every bit of the outputs. The same findings give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from router_runtime.cli import screen
@@ -22,6 +22,8 @@ from router_runtime.errors import RouterRuntimeError, explain
 from router_runtime.format import system_errors
 from router_runtime.format.codec import encode
 from router_runtime.verification.outcome import EntryOutcome, Outcome
+from router_runtime.verification.report import timing_table
+from router_runtime.verification.timing import Timing
 
 #: The earliest time that a zip file can state.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -38,7 +40,13 @@ def require_writable(path: Path) -> None:
         pass
 
 
-def write(path: Path, report: Iterable[str], outcome: Outcome, diagnosis: Diagnosis) -> None:
+def write(
+    path: Path,
+    report: Iterable[str],
+    outcome: Outcome,
+    diagnosis: Diagnosis,
+    timings: Sequence[Timing],
+) -> None:
     """Write a bundle; an earlier file of that name is replaced once the new one is complete.
 
     Args:
@@ -46,9 +54,10 @@ def write(path: Path, report: Iterable[str], outcome: Outcome, diagnosis: Diagno
         report: The lines that the run printed.
         outcome: What the run found.
         diagnosis: The doctor's, after the run.
+        timings: The latencies, measured after the run.
 
     """
-    data = _zipped(_contents(report, outcome, diagnosis))
+    data = _zipped(_contents(report, outcome, diagnosis, timings))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing():
         try:
@@ -78,11 +87,15 @@ def _refusal(found: str) -> RouterRuntimeError:
     )
 
 
-def _contents(report: Iterable[str], outcome: Outcome, diagnosis: Diagnosis) -> Mapping[str, bytes]:
+def _contents(
+    report: Iterable[str], outcome: Outcome, diagnosis: Diagnosis, timings: Sequence[Timing]
+) -> Mapping[str, bytes]:
     files = {
         "report.txt": _text(report),
         "doctor.txt": _text(screen.lines(diagnosis)),
         "doctor.json": _json(encode(diagnosis)),
+        "bench.txt": _text(timing_table(timings)),
+        "bench.json": _json(encode(timings)),
         "bits.json": _json({entry.key: _bits(entry) for entry in outcome.entries}),
     }
     for entry in outcome.entries:

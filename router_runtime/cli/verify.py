@@ -13,6 +13,8 @@ from router_runtime.cli.options import artifacts_option
 from router_runtime.device.artifact_store import find_artifacts
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.store import ENVIRONMENT_VARIABLE
+from router_runtime.verification.report import timing_table
+from router_runtime.verification.timing import Gpu, time_models
 from router_runtime.verification.verify import run
 
 
@@ -30,7 +32,8 @@ from router_runtime.verification.verify import run
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.zip",
     help="Also write one file with everything that was found, to send to somebody: this report, "
-    "the records, doctor's report, and digests of the kernels' results.",
+    "the records, doctor's report, digests of the kernels' results, and how long Routers take "
+    "beside torch.mm alone.",
 )
 def verify(
     artifacts: Path | None, record: bool, evidence: Path | None, bundle: Path | None
@@ -60,7 +63,11 @@ def verify(
             for line in screen.serving(diagnosis):
                 echo(line)
             if bundle is not None:
-                bundles.write(bundle, printed, outcome, diagnosis)
+                click.echo("\ntiming the Routers of every model: some seconds")
+                timings = tuple(time_models(folder, Gpu()))
+                for line in timing_table(timings):
+                    click.echo(line)
+                bundles.write(bundle, printed, outcome, diagnosis, timings)
                 click.echo(f"everything that was found is in {bundle}")
     except RouterRuntimeError as error:
         raise click.ClickException(str(error)) from error

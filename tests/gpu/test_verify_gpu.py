@@ -7,6 +7,8 @@ from router_runtime.evidence.store import load_evidence
 from router_runtime.verification import inputs
 from router_runtime.verification.judge import clear_ids_sha256
 from router_runtime.verification.reference import Oracle
+from router_runtime.verification.report import timing_table
+from router_runtime.verification.timing import Gpu, time_models
 
 
 def test_every_entry_passes(verification):
@@ -24,3 +26,14 @@ def test_recorded_evidence_recomputes(verification):
             assert recorded[case.name].inputs_sha256 == inputs.digest(given)
             ids, clear = Oracle(case, given).expected_ids
             assert recorded[case.name].ids_sha256 == clear_ids_sha256(ids, clear)
+
+
+def test_every_model_is_timed(verification):
+    timings = list(time_models(verification.folder, Gpu(), (1, 4096)))
+    print("\n".join(timing_table(timings)))
+    assert timings
+    for timing in timings:
+        assert timing.error is None
+        assert timing.entries
+        assert 0 < timing.router_us < 1e4
+        assert 0 < timing.torch_mm_us < 1e4

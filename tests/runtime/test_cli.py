@@ -26,6 +26,7 @@ from router_runtime.evidence.store import Evidence, write_record
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
 from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
+from router_runtime.verification.timing import Timing
 from tests.runtime import releases
 
 BUILT = Path(__file__).resolve().parents[2] / "artifacts"
@@ -667,8 +668,13 @@ def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
     assert shapes["dense_router_decode"] == {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
 
 
+TIMINGS = (Timing("small", 16, ("dense_router_prefill/small/sm_90a/x",), 1, 6.0, 8.0, 3.0),)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> list[Any]:
-    """Put ``outcome`` in the place of a run of the suite; returns the arguments of each run."""
+    """Put ``outcome`` in the place of a run of the suite, and ``TIMINGS`` in that of a measurement;
+    returns the arguments of each run.
+    """
     command = sys.modules["router_runtime.cli.verify"]
     seen: list[Any] = []
 
@@ -678,6 +684,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> list[Any]:
         return outcome
 
     monkeypatch.setattr(command, "run", found)
+    monkeypatch.setattr(command, "Gpu", lambda: None)
+    monkeypatch.setattr(command, "time_models", lambda artifacts, machine: iter(TIMINGS))
     return seen
 
 
@@ -724,12 +732,29 @@ def test_a_bundle_has_everything_that_was_found(
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     assert files.pop(f"evidence/{record.name}") == record.read_bytes()
-    assert set(files) == {"report.txt", "doctor.txt", "doctor.json", "bits.json"}
+    assert set(files) == {
+        *("report.txt", "doctor.txt", "doctor.json", "bits.json", "bench.txt", "bench.json"),
+    }
     report = files["report.txt"].decode()
     assert report.startswith("ran\n")
     assert "what serves by default now:" in report
     assert json.loads(files["doctor.json"])["schema"] == SCHEMA
     assert files["doctor.txt"].decode().startswith("versions")
+    assert json.loads(files["bench.json"]) == [
+        {
+            "model": "small",
+            "tokens": 16,
+            "entries": ["dense_router_prefill/small/sm_90a/x"],
+            "launches": 1,
+            "router_us": 6.0,
+            "torch_mm_us": 8.0,
+            "stated_us": 3.0,
+            "error": None,
+        }
+    ]
+    table = files["bench.txt"].decode()
+    assert re.search(r"dense_router_prefill/small/sm_90a/x +16 +1 +6\.00 +8\.00 +0\.75", table)
+    assert table in done.output
     passed, failed = sorted(json.loads(files["bits.json"]).items(), reverse=True)
     assert passed[1]["cases"]["random"]["bits_sha256"] == "2" * 64
     assert failed[1]["problems"] == ["random: wrong"]
