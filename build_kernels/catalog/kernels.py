@@ -168,6 +168,7 @@ _SWAP_AB = _table(
 #: The same with mma.sync, for the GPUs that have no other verified MMA.
 _SWAP_AB_PORTABLE = _table(
     "variant          model          TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("portable_256",  "dsv4-pro",    128,         40,         1,        4),
     ("portable_512",  "dsv4-flash",  128,         40,         2,        4),
     ("portable_512",  "dsv4-pro",    192,         40,         2,        4),
     ("portable_512",  "dsv41-flash", 128,         80,         1,        5),

@@ -19,8 +19,7 @@ constexpr u32 RESERVED = 1024;
 constexpr u32 NAN_BITS = 0x7fc0deadu;
 // A commit without a mask goes to the CTA's own barrier.
 constexpr u32 OWN_BARRIER = ~0u;
-// Nanoseconds of a wait until it begins copies that other CTAs may wait for, or until threads of the
-// warp that have not come are counted as missing.
+// Nanoseconds of a wait until it begins copies that other CTAs may wait for.
 constexpr u64 PATIENCE = 10000000;
 // Nanoseconds between two tries of a wait to find all threads of its warp waiting.
 constexpr u64 MEETING = 20000;
@@ -94,6 +93,7 @@ static __device__ u64 identity() {
 static __device__ u32 warp_slot() { return multiprocessor() * WARPS + hardware_warp() % WARPS; }
 static __device__ u32 current(const u32* word) { return *(const volatile u32*)word; }
 static __device__ bool mode(u32 flag) { return tc_settings[MODE] & flag; }
+static __device__ u64 limit() { return tc_settings[LIMIT_MS] * 1000000ull; }
 
 static __device__ void count(u32 what, u64 by = 1) { atomicAdd(&tc_counts[what], by); }
 
@@ -108,19 +108,19 @@ static __device__ __noinline__ void fail(u32 error, u32 a = 0, u32 b = 0, u32 c 
 // What a warp comes together for: to execute one instruction, or what it has put off.
 enum Purpose : u32 { INSTRUCTION, QUEUED_WORK };
 
-// Whether all threads of the warp call this within `limit` nanoseconds, for one purpose. The threads
-// of `together` call it at once; they return with all others, or after the limit without them.
+// Whether all threads of the warp call this within `patience` nanoseconds, for one purpose. The threads
+// of `together` call it at once; they return with all others, or after that time without them.
 //
 // Threads of a warp that run the same code need not run it at the same time: one that has just had
 // work of its own comes later. Only a thread that does not come at all is missing.
-static __device__ __noinline__ bool gathered(Purpose purpose, u32 together, u64 limit) {
+static __device__ __noinline__ bool gathered(Purpose purpose, u32 together, u64 patience) {
     if (together == ALL) return true;
     u32* present = &tc_gathered[warp_slot() * 2 + purpose];
     const u32 own = 1u << lane();
     const u64 begun = nanoseconds();
     atomicOr(present, own);
     while (current(present) != ALL) {
-        if (nanoseconds() - begun < limit) {
+        if (nanoseconds() - begun < patience) {
             __nanosleep(100);
             continue;
         }
@@ -134,11 +134,22 @@ static __device__ __noinline__ bool gathered(Purpose purpose, u32 together, u64 
     return true;
 }
 
+static __device__ u32 random_bits() {
+    const u32 random = (cycles() ^ multiprocessor() * 0x9e3779b9u) * 0x85ebca6bu;
+    return random ^ random >> 15;
+}
 // Sometimes sleeps, up to 16 microseconds.
 static __device__ void delay() {
-    u32 random = (cycles() ^ multiprocessor() * 0x9e3779b9u) * 0x85ebca6bu;
-    random ^= random >> 15;
+    const u32 random = random_bits();
     if (random & 1) __nanosleep(random >> 18);
+}
+// Like delay(), and seldom for half a millisecond, in which a warp that issues MMAs gets several
+// chunks ahead: one that does not wait for a reader of its sums overwrites them.
+static __device__ void long_delay() {
+    if (random_bits() % 256 == 0)
+        __nanosleep(500000);
+    else
+        delay();
 }
 
 // Reports that a wait has taken too long. From then on, every wait of the launch ends at once.
@@ -146,7 +157,7 @@ struct Watch {
     u64 begun = nanoseconds();
     __device__ bool over(u32 barrier, u32 parity) {
         if (current(&tc_abandoned)) return true;
-        if (nanoseconds() - begun < tc_settings[LIMIT_MS] * 1000000ull) return false;
+        if (nanoseconds() - begun < limit()) return false;
         u64 state = 0;
         if (barrier)
             asm volatile("ld.volatile.shared.b64 %0, [%1];"

@@ -53,12 +53,11 @@ extern "C" __device__ __noinline__ void tc_wait(u32 barrier, u32 parity) {
         __syncwarp(together);
         if (found == 1) return;
         bool busy = mode(MODE_LATE_COPY) && begin_copies(together, barrier, found == 2);
-        if (!busy && round % 4 == 3 && !empty(slot)) {
-            if (gathered(QUEUED_WORK, together, MEETING))
-                drain(slot, false), busy = true;
-            else if (found == 2)
-                fail(ERROR_DIVERGED, together);
-        }
+        // Without all threads of the warp, it goes on waiting: a thread may come late. If one never
+        // comes, the wait is what does not end.
+        if (!busy && round % 4 == 3 && waits_for_warp(slot) &&
+            gathered(QUEUED_WORK, together, MEETING))
+            drain(slot, false), busy = true;
         if (!busy) __nanosleep(200);
     }
     // Threads that wait for different things: each for its own, and nothing is put off further.
@@ -70,14 +69,14 @@ extern "C" __device__ __noinline__ void tc_wait(u32 barrier, u32 parity) {
 extern "C" __device__ __noinline__ void tc_poll(u32 barrier) {
     const u32 together = __activemask();
     if (mode(MODE_LATE_COPY)) begin_copies(together, barrier, true);
-    if (together == ALL && !empty(warp_slot())) drain(warp_slot(), false);
+    if (together == ALL && waits_for_warp(warp_slot())) drain(warp_slot(), false);
 }
 
 // Before a barrier of the CTA or the cluster, and before the end: the warp's queue is executed.
 extern "C" __device__ __noinline__ void tc_settle() {
     const u32 slot = warp_slot(), together = __activemask();
-    if (!mode(MODE_DEEP_MMA) || empty(slot)) return;
-    if (gathered(QUEUED_WORK, together, PATIENCE))
+    if (!mode(MODE_DEEP_MMA) || !waits_for_warp(slot)) return;
+    if (gathered(QUEUED_WORK, together, limit()))
         drain(slot, true);
     else
         fail(ERROR_DIVERGED, together);

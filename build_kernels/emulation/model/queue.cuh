@@ -51,6 +51,11 @@ static __device__ void push(u32 slot, const Step& s) {
 static __device__ bool empty(u32 slot) {
     return current(&tc_first[slot]) == current(&tc_queued[slot]);
 }
+// Whether the queue's next step was issued by the whole warp. One that a thread has issued alone is
+// left to that thread's commit.
+static __device__ bool waits_for_warp(u32 slot) {
+    return !empty(slot) && queued_step(slot, current(&tc_first[slot])).flags & WARP;
+}
 
 // All threads of the warp: executes the warp's queue, up to its first commit unless one has `all`.
 //
@@ -109,7 +114,7 @@ static __device__ void drain_alone(u32 slot) {
 }
 static __device__ void whole_warp() {
     const u32 together = __activemask();
-    if (!gathered(INSTRUCTION, together, PATIENCE)) fail(ERROR_DIVERGED, together);
+    if (!gathered(INSTRUCTION, together, limit())) fail(ERROR_DIVERGED, together);
     __syncwarp();
 }
 

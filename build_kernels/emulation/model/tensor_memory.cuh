@@ -80,7 +80,7 @@ extern "C" __device__ __noinline__ u64 tc_row(u32 address, u32 form, u32 columns
     const bool wide = (form & 7) == 1, parts = (form & 7) == 3;
     const u32 between = form >> 4;
     u32 column = address & 0xffff;
-    if (mode(MODE_SLOW) && lane() == 0) delay();
+    if (mode(MODE_SLOW) && lane() == 0) long_delay();
     __syncwarp();
     if (lane() == 0) {
         count(form & 8 ? COUNT_STORES : COUNT_LOADS);

@@ -6,7 +6,8 @@ map leaves them. A warp loads fragments with ``ldmatrix``, whose eight addresses
 into different banks in both layouts, and keeps its sums in registers, in the same places as
 ``wgmma`` would: so exchange and epilogue are the same.
 
-A multiplication has read its stage when it returns: nothing has to be waited for.
+A lane loads for the others, too. So before one lane releases a stage, ``wait`` lets the warp come
+together; the MMAs themselves need no wait.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ class BoundSwapAbMmaSync(BoundSwapAbMma):
         )
 
     def wait(self, pending: int) -> None:
-        """Return at once: every stage has been read and added."""
-        return
+        """Wait for the lanes of the warp: when all are here, all stages have been read."""
+        cute.arch.sync_warp()
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens."""
@@ -201,5 +202,5 @@ class TileStagesMmaSync:
         )
 
     def wait(self, pending: int) -> None:
-        """Return at once: every stage has been read and added."""
-        return
+        """Wait for the lanes of the warp: when all are here, all stages have been read."""
+        cute.arch.sync_warp()
