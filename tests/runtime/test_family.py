@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 
 import router_runtime as rt
 from build_kernels import dispatch as table
-from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.models import MODELS, Model
 from build_kernels.plan import plan
 from router_runtime import spec
 from router_runtime.cli.decisions import (
@@ -23,21 +25,29 @@ from router_runtime.cli.decisions import (
 )
 from router_runtime.device import kernels
 from router_runtime.device.kernels import kernels_on
+from router_runtime.evidence.choice import DENSE
 from router_runtime.evidence.ladder import serves
-from router_runtime.evidence.status import status
+from router_runtime.evidence.record import Record
+from router_runtime.evidence.status import status, toolchain_sha256
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence, load_evidence, write_record
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.routing import row_ops
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import Router
+from tests.fake_driver.artifacts import make_entry
+from tests.fake_driver.calls import FakeDriver
+from tests.fake_driver.install import serve_cpu_memory
 from tests.runtime import releases
 from tests.runtime.routers import build_on_the_fake_gpu
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
-FAMILY = "sm_100f"
+FAMILY, HOPPER = "sm_100f", "sm_90a"
 MEMBERS = Target.parse(FAMILY).capabilities
 H, E, K, V = 128, 24, 4, 50
+
+#: The largest batch that has to be one launch.
+MOST_TOKENS = 65536
 
 every_member = pytest.mark.parametrize(
     "capability", MEMBERS, ids=[f"{major}.{minor}" for major, minor in MEMBERS]
@@ -53,6 +63,31 @@ def shipped() -> Manifest:
 @pytest.fixture(scope="module")
 def committed() -> Evidence:
     return load_evidence(ARTIFACTS / EVIDENCE_NAME)
+
+
+@pytest.fixture(scope="module")
+def hopper_verified(shipped: Manifest) -> Evidence:
+    """A record of every entry for sm_90a, from a device of that target."""
+    return Evidence(
+        tuple(hopper_record(entry, shipped) for entry in shipped.entries if entry.target == HOPPER)
+    )
+
+
+def hopper_record(entry: Entry, manifest: Manifest) -> Record:
+    return releases.record_of(entry, toolchain_sha256=toolchain_sha256(manifest.toolchain))
+
+
+def with_synthetic_code(entry: Entry) -> Entry:
+    """The entry with a cubin that the fake driver has, in place of its own."""
+    made = make_entry(
+        entry.kernel,
+        entry.contract,
+        model=entry.model,
+        target=entry.target,
+        variant=entry.variant,
+    )
+    names = ("file", "sha256", "size", "symbol", "resources")
+    return dataclasses.replace(entry, **{name: getattr(made, name) for name in names})
 
 
 def status_on(
@@ -115,7 +150,7 @@ def test_the_kernels_of_verified_sources_have_evidence(
     """Every entry that sm_90a has too; those with tcgen05 are the others."""
     status_of = status_on(capability, shipped, committed)
     proven = {e.key for e in shipped.entries if e.target == FAMILY and status_of(e) != "unproven"}
-    hopper = {(e.kernel, e.model, e.variant) for e in shipped.entries if e.target == "sm_90a"}
+    hopper = {(e.kernel, e.model, e.variant) for e in shipped.entries if e.target == HOPPER}
     own = [entry for entry in shipped.entries if entry.target == FAMILY]
     assert proven >= {e.key for e in own if (e.kernel, e.model, e.variant) in hopper}
     assert {e.constants["MMA"] for e in own if e.key not in proven} <= {"tcgen05"}
@@ -137,8 +172,65 @@ def test_what_one_member_recorded_serves_the_others(
         routers, _ = served(capability, shipped, evidence)
         for model in MODELS:
             ranges = routers[f"{DENSE_ROUTER}/{model.name}", False].ranges
-            assert {each.variant.partition("_")[0] for each in ranges} == {"tcgen05"}
             assert {each.status for each in ranges} == {expected}
+
+
+@every_member
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_portable_entries_serve_every_batch_once_sm_90a_is_verified(
+    shipped: Manifest, hopper_verified: Evidence, capability: tuple[int, int], model: Model
+) -> None:
+    """The default of a user of the family before anything was recorded there: each batch of 1 to
+    65536 tokens is one launch of an entry with the sources of a verified one.
+    """
+    routers, _ = served(capability, shipped, hopper_verified)
+    ranges = routers[f"{DENSE_ROUTER}/{model.name}", False].ranges
+    assert ranges[0].low == 1
+    assert all(after.low == each.high + 1 for each, after in itertools.pairwise(ranges))
+    assert ranges[-1].high >= MOST_TOKENS
+    assert {each.status for each in ranges} == {"source-verified"}
+    assert {each.variant.partition("_")[0] for each in ranges} == {"portable"}
+    for each in ranges:
+        few = each.high <= 64
+        assert each.kernel == ("dense_router_decode" if few else "dense_router_prefill")
+
+
+def test_a_call_of_any_size_is_one_launch_there(
+    shipped: Manifest,
+    fake: FakeDriver,
+    build: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The catalog's own contracts, in a Router on a fake device of compute capability 10.0, with
+    evidence of the sm_90a entries alone.
+    """
+    model = MODELS[0]
+    fake.capability = (10, 0)
+    fake.entries = [
+        with_synthetic_code(entry)
+        for entry in shipped.entries
+        if entry.kernel in DENSE and entry.model == model.name
+    ]
+    folder = build.artifacts(tmp_path / "artifacts", fake.entries)
+    for entry in fake.entries:
+        if entry.target == HOPPER:
+            made = hopper_record(entry, build.manifest(fake.entries))
+            write_record(made, folder / EVIDENCE_NAME)
+    serve_cpu_memory(monkeypatch)
+    build_on_the_fake_gpu(monkeypatch)
+    router = Router(
+        RouterConfig(model.hidden, model.experts, model.top_k, model.scale),
+        weight=torch.zeros(model.experts, model.hidden, dtype=torch.bfloat16),
+        bias=torch.zeros(model.experts),
+        device="cpu",
+        artifacts=folder,
+    )
+    for tokens in (1, 64, 65, 1000, 4097, MOST_TOKENS):
+        fake.launches.clear()
+        router(torch.empty(tokens, model.hidden, dtype=torch.bfloat16))
+        (launch,) = fake.launches
+        assert launch.arguments["tokens"] == tokens
 
 
 def test_only_the_family_target_reaches_every_member(shipped: Manifest) -> None:
