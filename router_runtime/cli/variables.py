@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from router_runtime.cli.report import Problem
 from router_runtime.evidence.store import ENVIRONMENT_VARIABLE
 from router_runtime.format.advice import ARTIFACTS_VARIABLE
-from router_runtime.integrations.vllm.variables import ACCEPT_VARIABLE, DISABLE_VARIABLE
+from router_runtime.integrations.engines.variables import ACCEPT_VARIABLE, DISABLE_VARIABLE
 from router_runtime.trust.policy import (
     ENVELOPE_VARIABLE,
     LOCAL_EVIDENCE_VARIABLE,

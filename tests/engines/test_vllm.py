@@ -290,7 +290,7 @@ def test_weights_that_vllm_loads(
     for name, tensor in model.gate.named_parameters():
         assert tensor is before[name]
         assert torch.equal(tensor, new[name])
-    router = model.experts.dsv4_router._served
+    router = model.experts.dsv4_router.served
     names = {
         "weight": "weight",
         "bias": "e_score_correction_bias",

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from router_runtime.device import kernels
-from router_runtime.integrations.vllm import plugin, served, variables
+from router_runtime.integrations.engines import layer, variables
+from router_runtime.integrations.engines.report import share_handlers
+from router_runtime.integrations.vllm import plugin
 from router_runtime.integrations.vllm.engine import load_engine
-from router_runtime.integrations.vllm.report import LOG, share_handlers
+from router_runtime.integrations.vllm.plugin import LOG
 from router_runtime.routing.router import ROUTERS, Router
 from tests import fake_vllm
 from tests.fake_vllm import FusedTopKBiasRouter, GateLinear, forward_pass
@@ -465,7 +467,7 @@ def test_emulated_kernels_serve_if_a_variable_accepts_them(
         made.append(Router(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(served, "Router", router)
+    monkeypatch.setattr(layer, "Router", router)
     make_layer(engine)(states(3))
     assert len(made) == 1
     assert set(made[0].evidence.values()) == {"emulated"}
@@ -544,11 +546,11 @@ def test_the_log_goes_where_the_engines_goes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LOG, "handlers", [])
     monkeypatch.setattr(LOG, "level", logging.NOTSET)
     monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler()])
-    share_handlers()
+    share_handlers(LOG, theirs)
     assert LOG.handlers == []  # the application has given it a place
     monkeypatch.setattr(logging.root, "handlers", [])
-    share_handlers()
-    share_handlers()
+    share_handlers(LOG, theirs)
+    share_handlers(LOG, theirs)
     assert LOG.handlers == [handler]
     assert LOG.level == logging.INFO
 
@@ -592,7 +594,7 @@ def parameters(runner: Any) -> dict[str, Tensor]:
 
 def router_of(runner: Any) -> Any:
     """The Router behind a layer, which a captured graph would launch."""
-    return runner.dsv4_router._served
+    return runner.dsv4_router.served
 
 
 def holds(runner: Any, values: dict[str, Tensor]) -> bool:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from router_runtime.integrations.engines.contract import (
+    UnknownEngine,
+    check_signature,
+    check_version,
+    named,
+)
+
 OLDEST, NEWEST = (0, 24), (0, 33)
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
-
-
-class UnknownEngine(Exception):
-    """The installed vLLM is not one that this package knows; the message says in what."""
 
 
 class Engine(NamedTuple):
@@ -79,18 +81,18 @@ def load_engine() -> Engine:
     """The installed vLLM. Raises UnknownEngine if it is none that this package knows."""
     try:
         version = str(importlib.import_module("vllm").__version__)
-        _check_version(version)
+        check_version("vLLM", version, OLDEST, NEWEST)
         context = importlib.import_module("vllm.forward_context")
         available, current = context.is_forward_context_available, context.get_forward_context
         engine = Engine(
             version=version,
-            runner=_named(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner"),
-            router=_named(f"{_FUSED_MOE}.router.fused_topk_bias_router", "FusedTopKBiasRouter"),
-            gate=_named(f"{_FUSED_MOE}.router.gate_linear", "GateLinear"),
-            unquantized=_named("vllm.model_executor.layers.linear", "UnquantizedLinearMethod"),
-            registered=_named("vllm.model_executor.custom_op", "op_registry_oot"),
-            default_loader=_named(
-                "vllm.model_executor.model_loader.weight_utils", "default_weight_loader"
+            runner=named(f"{_FUSED_MOE}.runner.moe_runner:MoERunner"),
+            router=named(f"{_FUSED_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter"),
+            gate=named(f"{_FUSED_MOE}.router.gate_linear:GateLinear"),
+            unquantized=named("vllm.model_executor.layers.linear:UnquantizedLinearMethod"),
+            registered=named("vllm.model_executor.custom_op:op_registry_oot"),
+            default_loader=named(
+                "vllm.model_executor.model_loader.weight_utils:default_weight_loader"
             ),
             forward_pass=lambda: current() if available() else None,
             # vLLM 0.24 has no such switch, and its routers know no padding.
@@ -104,25 +106,8 @@ def load_engine() -> Engine:
     return engine
 
 
-def _named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
-
-
-def _check_version(version: str) -> None:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
-        known = " to ".join(".".join(map(str, each)) for each in (OLDEST, NEWEST))
-        raise UnknownEngine(f"expected vLLM {known}, found {version}")
-
-
 def _check_signatures(engine: Engine) -> None:
     for owner, method, expected in _SIGNATURES:
-        kind = getattr(engine, owner)
-        found = tuple(inspect.signature(getattr(kind, method)).parameters)
-        if found != expected:
-            raise UnknownEngine(
-                f"expected {kind.__name__}.{method}({', '.join(expected)}), "
-                f"found ({', '.join(found)})"
-            )
+        check_signature(getattr(engine, owner), method, expected)
     if "name" not in inspect.signature(engine.runner.register_oot).parameters:
         raise UnknownEngine("expected MoERunner.register_oot(name=...), found no such argument")

@@ -14,7 +14,7 @@ two objects are replaced, while their classes stay:
 The router's base class goes on doing what follows: capture of ids, expert map, load recording.
 
 The subclass overrides one method, ``_forward_impl``, because a gate is not given the token ids that
-hash layers and image tokens need. ``served.py`` describes these two.
+hash layers and image tokens need. ``engines/layer.py`` describes these two.
 
 What is not known stays as it was, and the log says why: the logger
 ``router_runtime.integrations.vllm`` names each reason once, and after the first batch which layers
@@ -24,18 +24,21 @@ are served.
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from typing import Any
 
 from router_runtime.errors import install_extra
-from router_runtime.integrations.vllm.engine import Engine, UnknownEngine, load_engine
+from router_runtime.integrations.engines.contract import UnknownEngine
+from router_runtime.integrations.engines.report import Report, share_handlers
+from router_runtime.integrations.engines.variables import DISABLE_VARIABLE, is_disabled
+from router_runtime.integrations.vllm.engine import Engine, load_engine
 from router_runtime.integrations.vllm.images import ImageMasks
 from router_runtime.integrations.vllm.reasons import is_deepseek_v4, why_not
-from router_runtime.integrations.vllm.report import LOG, Report, share_handlers
 from router_runtime.integrations.vllm.runner import RUNNER, is_ours, runner_class
 from router_runtime.integrations.vllm.served import ServedLayer
-from router_runtime.integrations.vllm.variables import DISABLE_VARIABLE
+
+#: Other loggers below ``router_runtime`` have a line for each Router: too many for an engine.
+LOG = logging.getLogger("router_runtime.integrations.vllm")
 
 
 class _Registration:
@@ -43,7 +46,7 @@ class _Registration:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.report = Report()
+        self.report = Report("vLLM", LOG)
         self.layers: weakref.WeakSet[ServedLayer] = weakref.WeakSet()
         self._masks = ImageMasks(engine.forward_pass)
         engine.runner.register_oot(name=RUNNER)(runner_class(engine, self._serve))
@@ -72,10 +75,10 @@ def register() -> None:
     It never raises for an engine that it does not know: the engine then works as without us.
     """
     global _registration
-    share_handlers()
+    share_handlers(LOG, logging.getLogger("vllm"))
     if _registration is not None:
         return
-    if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+    if is_disabled():
         LOG.info("vLLM routes by itself: %s is set", DISABLE_VARIABLE)
         return
     try:

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from router_runtime.integrations.engines.reasons import (
+    SCORING,
+    reason,
+    why_not_bias,
+    why_not_table,
+    why_not_weight,
+)
 from router_runtime.integrations.vllm.engine import Engine
-
-SCORING = "sqrtsoftplus"
 
 
 def is_deepseek_v4(engine: Engine, runner: Any) -> bool:
@@ -22,30 +27,28 @@ def why_not(engine: Engine, runner: Any) -> str | None:
     """What the layer has that is not served, as expected and found; None if it can be served."""
     router, gate = runner.router, runner.gate
     if type(router) is not engine.router:
-        return _reason("a router", engine.router.__name__, type(router).__name__)
+        return reason("a router", engine.router.__name__, type(router).__name__)
     if router.scoring_func != SCORING:
-        return _reason("a scoring function", SCORING, router.scoring_func)
+        return reason("a scoring function", SCORING, router.scoring_func)
     if getattr(router, "num_fused_shared_experts", 0):
-        return _reason("shared experts", "beside the routed ones", "in places after them")
+        return reason("shared experts", "beside the routed ones", "in places after them")
     if type(gate) is not engine.gate:
-        return _reason("a gate that the runner calls", engine.gate.__name__, type(gate).__name__)
+        return reason("a gate that the runner calls", engine.gate.__name__, type(gate).__name__)
     if runner._fse_fuse_gate:
-        return _reason("a gate of its own", "no gate of shared experts", "one fused with it")
+        return reason("a gate of its own", "no gate of shared experts", "one fused with it")
     return _why_not_gate(engine, gate) or _why_not_tensors(router, gate.weight)
 
 
 def _why_not_gate(engine: Engine, gate: Any) -> str | None:
     if type(gate.quant_method) is not engine.unquantized:
-        return _reason("a gate's weight", "no quantization", type(gate.quant_method).__name__)
+        return reason("a gate's weight", "no quantization", type(gate.quant_method).__name__)
     if gate.bias is not None:
-        return _reason("a gate", "no additive bias", "one")
+        return reason("a gate", "no additive bias", "one")
     if gate.out_dtype is not torch.float32:
-        return _reason("a gate's logits", torch.float32, gate.out_dtype)
-    if gate.weight.dtype is not torch.bfloat16 or gate.weight.dim() != 2:
-        return _reason("a gate's weight", "torch.bfloat16 [experts, hidden]", _kind(gate.weight))
+        return reason("a gate's logits", torch.float32, gate.out_dtype)
     if "forward" in vars(gate):
-        return _reason("a gate's forward", "the one of its class", "another")
-    return None
+        return reason("a gate's forward", "the one of its class", "another")
+    return why_not_weight(gate.weight)
 
 
 def _why_not_tensors(router: Any, weight: Tensor) -> str | None:
@@ -54,20 +57,11 @@ def _why_not_tensors(router: Any, weight: Tensor) -> str | None:
     bias: Tensor | None = router.e_score_correction_bias
     images: Tensor | None = getattr(router, "bias_vl", None)
     if table is not None:
-        if table.dim() != 2 or table.shape[1] != router.top_k:
-            return _reason("a hash table", f"[vocabulary, {router.top_k}]", _kind(table))
+        found = why_not_table(table, router.top_k)
     elif bias is None:
-        return _reason("a router", "a bias or a hash table", "neither")
-    elif bias.dtype is not torch.float32 or bias.shape != (experts,):
-        return _reason("a router's bias", f"torch.float32 [{experts}]", _kind(bias))
-    if images is not None and (images.dtype is not torch.float32 or images.shape != (experts,)):
-        return _reason("the bias of image tokens", f"torch.float32 [{experts}]", _kind(images))
-    return None
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _reason(what: str, expected: object, found: object) -> str:
-    return f"{what}: expected {expected}, found {found}"
+        found = reason("a router", "a bias or a hash table", "neither")
+    else:
+        found = why_not_bias("a router's bias", bias, experts)
+    if found is None and images is not None:
+        found = why_not_bias("the bias of image tokens", images, experts)
+    return found

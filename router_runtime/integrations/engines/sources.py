@@ -1,7 +1,7 @@
 """The engine's tensors that a layer's Router has copies of, and notice of new values in them.
 
 A captured graph reads the Router's copies, and no Python runs when it is replayed, so the copies
-must be renewed when weights are loaded and not at the next call. vLLM loads weights in two ways:
+must be renewed when weights are loaded and not at the next call. Engines load weights in two ways:
 
 - a parameter's ``weight_loader`` (or the default one) writes into the parameter;
 - a reload builds a layer anew from other tensors, copies the values into the parameters that the
@@ -24,12 +24,26 @@ from torch import Tensor, nn
 class Sources:
     """The tensors of one gate and its router, by the names that they have in a Router."""
 
-    def __init__(self, gate: nn.Module, router: Any, default_loader: Callable[..., Any]) -> None:
-        """Know of no tensor yet; ``default_loader`` loads parameters that have no loader."""
-        self._gate, self._router, self._default_loader = gate, router, default_loader
+    def __init__(
+        self,
+        gate: nn.Module,
+        current: Callable[[], dict[str, Tensor]],
+        default_loader: Callable[..., Any] | None,
+    ) -> None:
+        """Know of no tensor yet.
+
+        Args:
+            gate: the engine's gate.
+            current: returns the tensors as they are now.
+            default_loader: what the engine loads parameters with that have no loader of their own;
+                None where the plug-in listens to that itself, by ``told``.
+
+        """
+        self._gate, self._current, self._default_loader = gate, current, default_loader
         self._known: dict[str, Tensor] = {}
         self._seen: list[tuple[int, int]] = []
         self._undo: list[Callable[[], None]] = []
+        self._loaded: Callable[[], None] | None = None
 
     def find(self) -> None:
         """Look which tensors there are; the others of this class speak of these from now on."""
@@ -44,41 +58,27 @@ class Sources:
         """Whether a tensor is another one, or was written to, since ``read``."""
         return self._seen != _state(self._current())
 
-    def _current(self) -> dict[str, Tensor]:
-        router = self._router
-        found: dict[str, Tensor] = {"weight": self._gate.weight}  # type: ignore[dict-item]
-        if router._hash_indices_table is not None:
-            # Some checkpoints have a bias here too, which selects nothing.
-            found["table"] = router._hash_indices_table
-        else:
-            found["bias"] = router.e_score_correction_bias
-        if _has_images(router):
-            found["image_bias"] = router.bias_vl
-        return found
-
     def listen(self, loaded: Callable[[], None]) -> None:
         """Call ``loaded`` whenever values were loaded into a tensor."""
         self.forget()
-        known = {id(tensor) for tensor in self._known.values()}
-
-        def told(tensor: Any) -> None:
-            if id(tensor) in known:
-                loaded()
-
+        self._loaded = loaded
         for tensor in self._known.values():
-            self._undo.append(_listen_to_loader(tensor, self._default_loader, told))
-        self._undo.append(_listen_to_registration(self._gate, told))
+            loader = getattr(tensor, "weight_loader", self._default_loader)
+            if loader is not None:
+                self._undo.append(_listen_to_loader(tensor, loader, self.told))
+        self._undo.append(_listen_to_registration(self._gate, self.told))
+
+    def told(self, tensor: Any) -> None:
+        """Take note that values were loaded into ``tensor``, whichever layer has it."""
+        if self._loaded is not None and any(each is tensor for each in self._known.values()):
+            self._loaded()
 
     def forget(self) -> None:
         """Stop listening: loaders and gate are as they were."""
         for undo in self._undo:
             undo()
         self._undo = []
-
-
-def _has_images(router: Any) -> bool:
-    """Whether the router selects by another bias for image tokens."""
-    return getattr(router, "bias_vl", None) is not None and router.image_sentinel_lo > 0
+        self._loaded = None
 
 
 def _state(tensors: dict[str, Tensor]) -> list[tuple[int, int]]:
@@ -90,14 +90,13 @@ def _state(tensors: dict[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def _listen_to_loader(
-    tensor: Any, default_loader: Callable[..., Any], told: Callable[[Any], None]
+    tensor: Any, loader: Callable[..., Any], told: Callable[[Any], None]
 ) -> Callable[[], None]:
     own = getattr(tensor, "weight_loader", None)
-    original = default_loader if own is None else own
 
-    @functools.wraps(original)
+    @functools.wraps(loader)
     def load(parameter: Any, *arguments: Any, **options: Any) -> Any:
-        result = original(parameter, *arguments, **options)
+        result = loader(parameter, *arguments, **options)
         told(parameter)
         return result
 
