@@ -29,7 +29,7 @@ FLAGS: Mapping[str, int] = {
 MODES: Mapping[str, tuple[str, ...]] = {
     "eager": ("POISON",),
     "late": ("LATE_MMA", "LATE_COPY", "POISON"),
-    "deep": ("LATE_MMA", "DEEP_MMA", "LATE_COPY", "POISON", "HIGH_COLUMNS"),
+    "deep": ("LATE_MMA", "DEEP_MMA", "POISON", "HIGH_COLUMNS"),
     "slowed": ("LATE_MMA", "SLOW", "POISON", "HIGH_COLUMNS"),
 }
 

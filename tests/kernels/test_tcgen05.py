@@ -440,7 +440,7 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
             block.barrier_init(block.base + hidden_empty + 8 * stage, mma.releases * g.cluster_e)
         for stage in range(g.weight_stages):
             block.barrier_init(block.base + weight_full + 8 * stage, 1)
-            block.barrier_init(block.base + weight_empty + 8 * stage, mma.releases * g.cluster_t)
+            block.barrier_init(block.base + weight_empty + 8 * stage, mma.weight_releases)
         mma.allocate(block.base, mma.issuer)
         # Idle rows read NaN.
         block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0

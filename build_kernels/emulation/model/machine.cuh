@@ -143,13 +143,11 @@ static __device__ void delay() {
     const u32 random = random_bits();
     if (random & 1) __nanosleep(random >> 18);
 }
-// Like delay(), and seldom for half a millisecond, in which a warp that issues MMAs gets several
-// chunks ahead: one that does not wait for a reader of its sums overwrites them.
+// Like delay(), and seldom for milliseconds, in which a warp that issues MMAs gets several chunks
+// ahead: one that does not wait for a reader of its sums overwrites them.
 static __device__ void long_delay() {
-    if (random_bits() % 256 == 0)
-        __nanosleep(500000);
-    else
-        delay();
+    if (random_bits() % 512) return delay();
+    for (u32 i = 0; i < 4; ++i) __nanosleep(1000000);
 }
 
 // Reports that a wait has taken too long. From then on, every wait of the launch ends at once.

@@ -121,7 +121,7 @@ class Tile:
 
         if thread == 0:
             hidden.init(self.mma.releases * g.cluster_e)
-            weight.init(self.mma.releases * g.cluster_t)
+            weight.init(self.mma.weight_releases)
             mbarrier.fence_init()
         self.mma.allocate(shared, warp)
         biases.load(

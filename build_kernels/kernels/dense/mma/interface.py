@@ -94,7 +94,12 @@ class TileMma(ABC):
     @property
     @abstractmethod
     def releases(self) -> int:
-        """Arrivals of one CTA that release a stage."""
+        """Arrivals of one CTA that release a stage of hidden states."""
+
+    @property
+    def weight_releases(self) -> int:
+        """Arrivals of all CTAs that release a stage of weights."""
+        return self.releases * int(self.g.cluster_t)
 
     def allocate(self, shared: Int32, warp: Int32) -> None:
         """Take what is needed besides registers. All threads, before the CTA's first barrier."""

@@ -165,6 +165,12 @@ class BoundSwapAbMmaSync(BoundSwapAbMma):
 class TileMmaSync(TileInRegisters):
     """16 tokens of one warp x the experts of a pass."""
 
+    @property
+    def weight_lanes(self) -> int:
+        """All lanes: racecheck does not see that the lanes of a warp have met, so that one could
+        release the stage for all."""
+        return LANES
+
     def stages(self, hidden: Ring, weight: Ring, thread: Int32) -> TileStagesMmaSync:
         """Return the multiplication of this thread's warp."""
         return TileStagesMmaSync(self.g, hidden, weight, thread)

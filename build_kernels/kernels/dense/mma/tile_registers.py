@@ -47,6 +47,16 @@ class TileInRegisters(TileMma):
         """Arrivals of one CTA that release a stage: one per consumer warp."""
         return int(self.g.consumer_warps)
 
+    @property
+    def weight_lanes(self) -> int:
+        """Lanes of a warp that release a stage of weights, in turn at each CTA that fills it."""
+        return int(self.g.cluster_t)
+
+    @property
+    def weight_releases(self) -> int:
+        """Arrivals of all CTAs that release a stage of weights."""
+        return int(self.g.consumer_warps) * self.weight_lanes
+
     @cute.jit
     def multiply(
         self, shared: Int32, hidden: Ring, weight: Ring, e_rank: Int32, t_rank: Int32, thread: Int32
@@ -129,7 +139,7 @@ class TileInRegisters(TileMma):
         hidden_empty, weight_empty, lane = release
         if last_pass and lane < self.g.cluster_e:
             mbarrier.arrive_remote(hidden_empty + BARRIER_BYTES * hidden_stage)
-        if lane < self.g.cluster_t:
+        if lane < self.weight_lanes:
             mbarrier.arrive_remote(weight_empty + BARRIER_BYTES * weight_stage)
 
     def store_logits(
