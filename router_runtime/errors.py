@@ -32,6 +32,7 @@ EXTRAS = {
     "safetensors": "safetensors>=0.4",
     "transformers": "transformers>=5.23",
     "vllm": "vllm>=0.24,<0.34",
+    "sglang": "sglang>=0.5.23,<0.6",
 }
 
 

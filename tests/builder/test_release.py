@@ -115,6 +115,8 @@ def test_what_the_wheel_holds(released: Released) -> None:
     assert tuple(entry.key for entry in manifest.entries) == RELEASED_KEYS
     assert entries[f"{metadata}/entry_points.txt"].decode().split() == [
         *("[console_scripts]", "router-runtime", "=", "router_runtime.cli.main:main"),
+        *("[sglang.srt.plugins]", "dsv4_router", "="),
+        "router_runtime.integrations.sglang.plugin:register",
         *("[vllm.general_plugins]", "dsv4_router", "="),
         "router_runtime.integrations.vllm.plugin:register",
     ]

@@ -37,14 +37,28 @@ def check_version(
         and oldest <= parts[: len(oldest)]
         and parts[: len(newest)] <= newest
     ):
-        known = " to ".join(".".join(map(str, each)) for each in (oldest, newest))
-        raise UnknownEngine(f"expected {engine} {known}, found {found}")
+        first, last = (".".join(map(str, each)) for each in (oldest, newest))
+        between = "to" if len(oldest) == len(newest) else "or a newer"
+        raise UnknownEngine(f"expected {engine} {first} {between} {last}, found {found}")
 
 
 def check_signature(owner: Any, method: str, expected: Sequence[str]) -> None:
-    """Raise UnknownEngine for a method, or a module's function, with other arguments."""
+    """Raise UnknownEngine for a method with other arguments."""
     found = tuple(inspect.signature(getattr(owner, method)).parameters)
     if found != tuple(expected):
         raise UnknownEngine(
             f"expected {owner.__name__}.{method}({', '.join(expected)}), found ({', '.join(found)})"
         )
+
+
+def check_first_arguments(path: str, expected: Sequence[str]) -> tuple[str, ...]:
+    """The arguments of a function that ``named`` finds. Raises UnknownEngine for one that does not
+    begin with those expected.
+    """
+    found = tuple(inspect.signature(named(path)).parameters)
+    if found[: len(expected)] != tuple(expected):
+        name = path.rpartition(":")[2]
+        raise UnknownEngine(
+            f"expected {name}({', '.join(expected)}, ...), found ({', '.join(found)})"
+        )
+    return found

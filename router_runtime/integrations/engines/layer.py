@@ -40,6 +40,8 @@ from router_runtime.routing.router import Router
 
 #: The attribute of logits that holds what was routed by them.
 _ROUTED = "_dsv4_routed"
+#: In place of a value that an object has not itself, but by its class.
+_OF_THE_CLASS = object()
 
 
 class Constants(NamedTuple):
@@ -64,14 +66,27 @@ class _Announced(NamedTuple):
     token_ids: Tensor
 
 
-def routed_by(logits: Tensor) -> tuple[object, Tensor, Tensor] | None:
-    """The layer that computed these logits, its weights and its ids; None where no Router did, or
-    where something has written into the logits since.
+def attached_to(logits: Tensor, layer: object) -> tuple[Tensor, Tensor] | None:
+    """The weights and the ids that wait at logits of that layer's gate; None where there are none,
+    or where something has written into the logits since.
     """
     routed: _Routed | None = getattr(logits, _ROUTED, None)
-    if routed is None or routed.version != _version(logits):
+    if routed is None or routed.layer is not layer or routed.version != _version(logits):
         return None
-    return routed[:3]
+    return routed.weights, routed.ids
+
+
+def taken(logits: Tensor, layer: object = None) -> tuple[Tensor, Tensor] | None:
+    """As ``attached_to``, for a caller that writes into them, and finds them once. Without a layer:
+    those of any gate.
+    """
+    routed: _Routed | None = getattr(logits, _ROUTED, None)
+    if routed is None:
+        return None
+    found = attached_to(logits, routed.layer if layer is None else layer)
+    if found is not None:
+        delattr(logits, _ROUTED)
+    return found
 
 
 class EngineLayer:
@@ -111,7 +126,7 @@ class EngineLayer:
         self.served: Router | None = None
         self._announced: _Announced | None = None
         self._no_logits = torch.empty(0)
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
         self._engines_gate = gate.forward
         self.replace(gate, "forward", self._gate_forward)
         report.wait(name)
@@ -126,10 +141,15 @@ class EngineLayer:
         self.needs_token_ids = False
         self.served = self._announced = None
         self._sources.forget()
-        for owner, name, ours in self._replaced:
+        for owner, name, ours, before in self._replaced:
             # What was set over ours later stays, and finds the engine's own behind it.
-            if vars(owner).get(name) == ours:
+            if vars(owner).get(name) != ours:
+                continue
+            if before is _OF_THE_CLASS:
                 delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._replaced = []
 
     def announce(self, hidden_states: Tensor, token_ids: Tensor) -> None:
         """The token ids of hidden states that the gate is about to be called with."""
@@ -163,7 +183,7 @@ class EngineLayer:
 
     def _inputs(self, rows: Tensor, token_ids: Tensor | None) -> Inputs:
         """The serving inputs of a call for these rows."""
-        return Inputs()
+        return {}
 
     def _gates_result(self, logits: Tensor) -> Any:
         """What the engine's gate returns for these logits."""
@@ -176,8 +196,9 @@ class EngineLayer:
 
     def replace(self, owner: Any, name: str, ours: Any) -> None:
         """Set an attribute of one of the engine's objects, until ``restore``."""
+        before = vars(owner).get(name, _OF_THE_CLASS)
         setattr(owner, name, ours)
-        self._replaced.append((owner, name, ours))
+        self._replaced.append((owner, name, ours, before))
 
     def _gate_forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         announced, self._announced = self._announced, None
@@ -212,11 +233,6 @@ class EngineLayer:
 
     def _attach(self, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
         setattr(logits, _ROUTED, _Routed(self, weights, ids, _version(logits)))
-
-    def attached(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The weights and the ids that belong to logits of this layer's gate."""
-        found = routed_by(logits)
-        return None if found is None or found[0] is not self else found[1:]
 
     def rank(self, logits: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weights and the ids by logits; the biases are read from the engine's tensors."""

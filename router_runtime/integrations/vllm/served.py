@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from router_runtime.integrations.engines.layer import Constants, EngineLayer
+from router_runtime.integrations.engines.layer import Constants, EngineLayer, attached_to
 from router_runtime.integrations.engines.report import Report
 from router_runtime.integrations.vllm.engine import Engine
 from router_runtime.integrations.vllm.images import ImageMasks
@@ -82,7 +82,7 @@ class ServedLayer(EngineLayer):
         *,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        routed = self.attached(router_logits)
+        routed = attached_to(router_logits, self)
         if routed is None:
             if not self._ranks(router_logits, input_ids):
                 return self._engines_routing(  # type: ignore[no-any-return]
