@@ -1,7 +1,7 @@
 # Three environments. .venv: the locked toolchain, the release tools and the linters, no torch.
 # .venv-test: the newest torch and what the runtime's tests need, no compiler. .venv-oldest: the same
-# with the oldest torch and driver bindings. A fourth, .venv-engines, is for test-engines alone: vLLM and
-# the torch that it requires. Every package is installed by hash, but for torch and the CUDA libraries
+# with the oldest torch and driver bindings. A fourth, .venv-engines, is for test-engines alone: vLLM,
+# the torch that it requires, and SGLang. Every package is installed by hash, but for torch and the CUDA libraries
 # that come with it.
 
 PYTHON ?= python3
@@ -62,7 +62,7 @@ test-oldest: .venv-oldest/.torch ## The same with the oldest torch and driver bi
 
 # VLLM_TARGET_DEVICE: vLLM's wheel is for GPUs, and imports without one if it is told so.
 .PHONY: test-engines
-test-engines: .venv-engines/.installed ## Run the tests of the plug-ins in the real vLLM, without a GPU
+test-engines: .venv-engines/.installed ## Run the tests of the plug-ins in the real engines, without a GPU
 	VLLM_TARGET_DEVICE=cpu OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest $(PYTEST) \
 	    -o cache_dir=.pytest_cache/engines tests/engines
 
@@ -174,12 +174,14 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	.venv-oldest/bin/python $(INSTALL) -r $<
 	@touch $@
 
-# An environment of its own: vLLM requires another torch than the ones that are tested with. Its wheel is
-# for the CUDA build of torch, so this one is not replaced by a smaller one.
-.venv-engines/.locked: tests/engines.lock
+# An environment of its own: vLLM requires another torch than the ones that are tested with, and SGLang a
+# patch release of that. Their wheels are for the CUDA build of torch, so this one is not replaced by a
+# smaller one.
+.venv-engines/.locked: tests/engines.lock tests/engines-sglang.lock
 	$(call new-environment,.venv-engines)
-	$(call announce,what vLLM and the tests need,.venv-engines,under a minute)
-	.venv-engines/bin/python $(LOCKED) -r $<
+	$(call announce,what the engines and the tests need,.venv-engines,under a minute)
+	.venv-engines/bin/python $(LOCKED) -r tests/engines.lock
+	.venv-engines/bin/python $(LOCKED) -r tests/engines-sglang.lock
 	@touch $@
 
 .venv-engines/.torch: tests/torch-engines.txt .venv-engines/.locked
@@ -187,9 +189,9 @@ format: .venv/.dev ## Rewrite the sources in the one style
 	.venv-engines/bin/python $(INSTALL) -r $<
 	@touch $@
 
-# vLLM finds the plug-in by the metadata of an installed package.
+# The engines find the plug-ins by the metadata of an installed package.
 .venv-engines/.installed: tests/engines-no-deps.lock pyproject.toml .venv-engines/.torch
-	$(call announce,vLLM and this checkout,.venv-engines,2 GB on disk; a minute)
+	$(call announce,the engines and this checkout,.venv-engines,2 GB on disk; a minute)
 	.venv-engines/bin/python $(LOCKED) -r $<
 	.venv-engines/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -228,6 +230,7 @@ lock: ## Resolve the *.in files again into the *.lock files
 	$(LOCK_COMMAND) tests/oldest.in -o tests/oldest.lock
 	$(LOCK_COMMAND) --no-deps tests/conformance.in -o tests/conformance.lock
 	$(LOCK_COMMAND) tests/engines.in -o tests/engines.lock
+	$(LOCK_COMMAND) -c tests/engines.lock tests/engines-sglang.in -o tests/engines-sglang.lock
 	$(LOCK_COMMAND) --no-deps tests/engines-no-deps.in -o tests/engines-no-deps.lock
 
 clean: ## Remove what was built
