@@ -126,7 +126,7 @@ class Process:
     writes random logits for a benchmark, the expert map, and the ids that were recorded.
     """
 
-    valid: int | None = None
+    valid: int | Tensor | None = None
     fakes_dispatch = False
     physical_ids: Tensor | None = None
     recorded: list[Tensor]
@@ -137,7 +137,8 @@ def _finished(weights: Tensor, ids: Tensor, logits: Tensor) -> StandardTopKOutpu
     if Process.physical_ids is not None:
         ids = Process.physical_ids[ids.long()].int()
     if Process.valid is not None:
-        ids[Process.valid :] = -1
+        rows = torch.arange(len(ids), device=ids.device)
+        ids.masked_fill_((rows >= Process.valid)[:, None], -1)
     Process.recorded.append(ids)
     return StandardTopKOutput(weights, ids, logits)
 

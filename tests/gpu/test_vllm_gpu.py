@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from router_runtime.integrations.vllm import plugin
 from tests import fake_vllm
 from tests.fake_vllm import FusedTopKBiasRouter, GateLinear
+from tests.gpu.clear_rows import clear_rows
 from tests.gpu.graphs import captured
 
 TOKENS, VOCABULARY, SCALE = 24, 512, 1.5
@@ -63,22 +64,6 @@ def make_layer(engine: Any, top_k: int, values: dict[str, Tensor]) -> Any:
     return layer
 
 
-def clear_rows(layer: Any, token_ids: Tensor) -> Tensor:
-    """Rows of hidden states whose experts no rounding of logits can change: drawn until there are
-    enough, by the double in FP64.
-    """
-    hidden = layer.gate.weight.shape[1]
-    rows = draw(64 * TOKENS, hidden).bfloat16()
-    logits = rows.double() @ layer.gate.weight.double().T
-    scores = nn.functional.softplus(logits).sqrt()
-    gaps = []
-    for bias in (layer.router.e_score_correction_bias, layer.router.bias_vl):
-        keys = scores if bias is None else scores + bias
-        gaps.append(-keys.topk(layer.router.top_k + 1).values.diff().amax(1))
-    clear = torch.stack(gaps).amin(0) > 1e-4
-    return rows[clear][: len(token_ids)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_layer(kind: str, models: Any, gate_models: Any) -> None:
     hidden, experts, top_k = (gate_models if "hash" in kind else models)[0]
@@ -110,7 +95,9 @@ def test_a_captured_layer(kind: str, models: Any, gate_models: Any) -> None:
                             loader(own[name], tensor)
                 words.copy_(torch.randint(0, VOCABULARY, (TOKENS,)))
                 padding.copy_(torch.rand(TOKENS) < 0.3)
-                x.copy_(clear_rows(without, words))
+                router = without.router
+                biases = [router.e_score_correction_bias, router.bias_vl]
+                x.copy_(clear_rows(without.gate.weight, biases, top_k, TOKENS))
                 with fake_vllm.forward_pass(padding):
                     expected = without(x, words)
                 graph.replay()
