@@ -43,9 +43,13 @@ class Model:
 
 # fmt: off
 MODELS = (
-    #     name           hidden  experts  top_k  scale  hash_layers  vocab
-    Model("dsv4-flash",  4096,   256,     6,     1.5,   3,           129280),
-    Model("dsv4-pro",    7168,   384,     6,     2.5,   3,           129280),
-    Model("dsv41-flash", 5120,   384,     6,     1.5,   0,           129280),
+    #     name            hidden  experts  top_k  scale  hash_layers  vocab
+    Model("dsv4-flash",   4096,   256,     6,     1.5,   3,           129280),
+    Model("dsv4-pro",     7168,   384,     6,     2.5,   3,           129280),
+    Model("dsv41-flash",  5120,   384,     6,     1.5,   0,           129280),
+    # The draft layers of dsv41-flash. Its released config.json has their number of experts and k
+    # (dspark_n_routed_experts, dspark_num_experts_per_tok) and one routed_scaling_factor for all
+    # layers.
+    Model("dsv41-dspark", 5120,   128,     3,     1.5,   0,           129280),
 )
 # fmt: on

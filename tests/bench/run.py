@@ -40,6 +40,9 @@ from tests.bench.machine import Broken, Machine
 #: Host time hardly depends on the tokens: one each for decode, its largest batch, and prefill.
 HOST_TOKENS = (1, 64, 256)
 
+#: Routers of a chain at least, for a model of which peers.json has no figures.
+LEAST_ROUTERS = 2
+
 Echo = Callable[[str], object]
 
 
@@ -195,7 +198,7 @@ class Run:
         for model in options.models:
             contenders = self._contenders(model)
             figures = self._peers.models.get(model.name)
-            least = figures.routers if figures else 2
+            least = figures.routers if figures else LEAST_ROUTERS
             latencies = Latencies(
                 self._machine, model, contenders, options.modes, options.replays, least
             )

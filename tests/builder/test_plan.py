@@ -12,7 +12,7 @@ from build_kernels import contracts, digests, plan, publish
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.model_file import read_model
-from build_kernels.catalog.models import Model
+from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.targets import BLACKWELL
 from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError
@@ -58,9 +58,10 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_full_plan(kernels: Path) -> None:
     keys = [job.key for job in plan.plan()]
     assert keys == sorted(keys)
-    assert len(keys) == len(set(keys)) == 2 + 2 * 3 * 2
+    assert len(keys) == len(set(keys)) == 2 + 2 * len(MODELS) * 2
     assert "scale/any/sm_100f/one" in keys
     assert "shift/dsv41-flash/sm_90a/b" in keys
+    assert "shift/dsv41-dspark/sm_90a/b" in keys
     assert {key.split("/")[2] for key in keys} == {"sm_90a", "sm_100f"}
 
 
@@ -116,7 +117,7 @@ def test_a_models_own_row_replaces_the_one_for_any(
     variant = Variant("a", {"STAGES": 2}, rows)
     monkeypatch.setattr(catalog, "KERNELS", (Kernel("shift", "cutedsl", True, False, (variant,)),))
     found = {job.model: (job.constants["TILE"], job.constants["STAGES"]) for job in plan.plan()}
-    assert found == {"dsv4-flash": (1, 2), "dsv4-pro": (7, 2), "dsv41-flash": (1, 2)}
+    assert found == {model.name: (1, 2) for model in MODELS} | {"dsv4-pro": (7, 2)}
 
 
 def test_a_variant_may_exist_on_some_targets_only(

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from build_kernels.catalog.kernels import KERNELS as ROWS
-from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.targets import TARGETS
 from build_kernels.compile.sources import KERNELS
-from build_kernels.kernels.common import numerics
 from build_kernels.kernels.common.parameters import ROUTING
+from build_kernels.plan import plan
 from router_runtime.format.contract import Contract, GridAxis, validate_contract
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
@@ -74,13 +73,9 @@ def test_no_pointer_is_restrict(kernel: str) -> None:
 def test_dense_contracts_end_with_the_routing_parameters(kernel: str) -> None:
     """The kernels take them as one argument, their last."""
     module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
-    (row,) = (row for row in ROWS if row.name == kernel)
-    for variant in row.variants:
-        for model in MODELS:
-            if not variant.has(model):
-                continue
-            contract = module.contract(numerics.CONSTANTS | variant.constants_of(model))
-            assert contract.parameters[-len(ROUTING) :] == ROUTING
+    for job in plan(targets=TARGETS, kernels=[kernel]):
+        contract = module.contract(job.constants)
+        assert contract.parameters[-len(ROUTING) :] == ROUTING
 
 
 def test_activation_topk_has_a_warp_a_token() -> None:

@@ -49,7 +49,7 @@ from tests.bench.link import Link
 from tests.bench.machine import Broken, Cpu, Gpu, attempt
 from tests.runtime import releases
 
-FLASH, PRO, FLASH41 = MODELS
+FLASH, PRO, FLASH41, DSPARK = MODELS
 H100_L2 = 50 << 20
 PEERS = peers.load()
 #: The model of ``build.small``, whose shape the dry run's has.
@@ -61,7 +61,8 @@ SMALL: dict[str, Any] = {"model": "small", "constants": cli.TINY.constants()}
 
 def test_peers_are_the_documents():
     assert PEERS.tokens == (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
-    assert set(PEERS.models) == {model.name for model in MODELS}
+    # No peer of the draft layers has been measured yet.
+    assert set(PEERS.models) == {model.name for model in MODELS} - {DSPARK.name}
     assert {name: figures.routers for name, figures in PEERS.models.items()} == {
         "dsv4-flash": 80,
         "dsv4-pro": 32,
@@ -126,7 +127,8 @@ def test_peers_scale_with_the_devices_torch_mm():
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("l2_bytes", [H100_L2, 126 << 20])
 def test_a_chain_outgrows_the_cache_and_fits_the_device(model: Model, l2_bytes: int):
-    least = PEERS.models[model.name].routers
+    figures = PEERS.models.get(model.name)
+    least = figures.routers if figures else run_.LEAST_ROUTERS
     for tokens in PEERS.tokens:
         routers, inputs = plan(model, tokens, l2_bytes, least)
         weight_bytes = 2 * model.hidden * model.experts * routers
@@ -135,7 +137,7 @@ def test_a_chain_outgrows_the_cache_and_fits_the_device(model: Model, l2_bytes: 
         assert weight_bytes >= CACHES * l2_bytes
         assert inputs == routers or input_bytes >= CACHES * l2_bytes
         assert input_bytes <= max(INPUT_BYTES, 2 * CACHES * l2_bytes)
-        if l2_bytes == H100_L2:
+        if l2_bytes == H100_L2 and figures:
             assert routers == least
 
 
@@ -731,7 +733,10 @@ def test_every_option_reaches_the_run(options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "dsv5"], "expected some of dsv4-flash, dsv4-pro, dsv41-flash, found dsv5"),
+        (
+            ["--models", "dsv5"],
+            f"expected some of {', '.join(model.name for model in MODELS)}, found dsv5",
+        ),
         (["--contenders", "mm"], "found mm"),
         (["--tokens", "0,1"], "expected numbers of tokens such as 1,64,1024, found 0,1"),
         (["--tokens", "a"], "found a"),
