@@ -376,8 +376,9 @@ def activation_topk(
     never enters the weights.
 
     Args:
-        logits: fp32 ``[tokens, E]`` with E from 1 to 1024; any values; 0 tokens are allowed.
-        bias: fp32 ``[E]``; any values.
+        logits: fp32, bf16 or fp16 ``[tokens, E]`` with E from 1 to 1024; any values; 0 tokens are
+            allowed. The kernels read fp32: others are converted first, by torch.
+        bias: fp32, bf16 or fp16 ``[E]``; any values.
         k: from 1 to 32 and at most E.
         scale: r, finite, from 0 to 1e18.
         renormalize: False leaves the division out: ``weight_j = score_j * scale``.
@@ -387,7 +388,7 @@ def activation_topk(
             padding. The kernel reads it, at each replay of a captured graph again.
         image_mask: bool ``[tokens]``; those rows are selected by ``image_bias``, which is required
             with it.
-        image_bias: fp32 ``[E]``.
+        image_bias: as ``bias``.
         sentinel: the id of padding, an int32.
 
     Returns:
@@ -447,7 +448,7 @@ def activation_topk_replay(
     """Weigh experts that were chosen before, by logits: steps 2, 3 and 6 at the given experts.
 
     Args:
-        logits: fp32 ``[tokens, E]``.
+        logits: fp32, bf16 or fp16 ``[tokens, E]``.
         given_ids: int32 or int64 ``[tokens, k]``, whose order is kept. An id outside [0, E) becomes
             the sentinel, with weight 0, and is left out of the sum.
         scale: as of ``activation_topk``.

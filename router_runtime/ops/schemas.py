@@ -21,7 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from router_runtime.routing.checks import check_logits, check_scores, refuse_grad, wrong_tensor
+from router_runtime.routing.checks import (
+    check_logits,
+    check_logits_bias,
+    check_scores,
+    refuse_grad,
+    wrong_tensor,
+)
 
 NAMESPACE = "dsv4"
 
@@ -193,15 +199,15 @@ def _hash_gate(
 def _activation_topk(
     logits: Tensor, bias: Tensor, k: int, scale: float, renormalize: bool
 ) -> Shape:
-    check_logits(logits, bias)
+    check_logits(logits)
+    check_logits_bias("bias", bias, logits)
     return Shape(logits, logits.shape[1], k)
 
 
 def _activation_topk_replay(
     logits: Tensor, given_ids: Tensor, scale: float, renormalize: bool
 ) -> Shape:
-    if logits.dtype is not torch.float32 or logits.dim() != 2:
-        raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
+    check_logits(logits)
     return Shape(logits, logits.shape[1], given_ids.shape[1])
 
 

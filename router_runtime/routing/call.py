@@ -27,7 +27,7 @@ from torch import Tensor
 from router_runtime import spec
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
-from router_runtime.routing.checks import refuse_grad, wrong_tensor, wrong_value
+from router_runtime.routing.checks import check_int, refuse_grad, wrong_tensor, wrong_value
 from router_runtime.routing.placement import Placement
 
 #: The parameters of a kernel that have a value in a call with serving inputs and are 0 in a plain
@@ -263,12 +263,16 @@ def narrow_ids(ids: Tensor) -> int:
     return _address(ids, torch.int32)
 
 
-def check_expert_map(
-    expert_map: Tensor, replica_counts: Tensor, experts: int
-) -> tuple[Tensor, Tensor]:
-    """The two tensors of an expert map. Raises InputError unless they are int32 or int64, the map
-    ``[experts, replicas]``, the counts ``[experts]`` in [1, replicas], and the first ``counts[e]``
-    entries of row e from 0 to the largest int32. The other entries may have any value.
+def checked_expert_map(
+    expert_map: Tensor, replica_counts: Tensor, experts: int, start: int, step: int
+) -> ExpertMap:
+    """The two tensors of an expert map, each row in the order in which row i of a batch takes place
+    i modulo the count of it: the one that was in place ``(start + i * step)`` modulo that count.
+
+    Raises InputError unless they are int32 or int64, the map ``[experts, replicas]``, the counts
+    ``[experts]`` in [1, replicas], and the first ``counts[e]`` entries of row e from 0 to the
+    largest int32; the other entries may have any value. ``start`` and ``step`` are from 0 to the
+    largest uint32.
     """
     integers = (torch.int32, torch.int64)
     for name, tensor in (("expert_map", expert_map), ("replica_counts", replica_counts)):
@@ -282,11 +286,16 @@ def check_expert_map(
         raise wrong_tensor(
             "replica_counts", f"torch.int32 or torch.int64 [{experts}]", replica_counts
         )
+    check_int("replica_start", start, 0, 2**32 - 1)
+    check_int("replica_step", step, 0, 2**32 - 1)
     _check_range("replica_counts", replica_counts, 1, replicas)
-    places = torch.arange(replicas, device=replica_counts.device)
-    used = (places < replica_counts.unsqueeze(1)).to(expert_map.device)
+    places = torch.arange(replicas, device=expert_map.device)
+    counts = replica_counts.to(expert_map.device).long().unsqueeze(1)
+    used = places < counts
     _check_range("expert_map", expert_map, 0, 2**31 - 1, used)
-    return expert_map, replica_counts
+    # i and i modulo the count lead to the same place, so the order does not depend on i.
+    taken = torch.where(used, (start + places * step) % counts, places)
+    return ExpertMap(expert_map.gather(1, taken), replica_counts)
 
 
 def _check_range(

@@ -17,6 +17,10 @@ MAX_TOP_K = 32
 MAX_SCALE = 1e18
 MAX_ROW_LENGTH = 65536
 
+#: What logits, and the biases beside them, may be; fp32 holds all of their values.
+LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+_LOGITS = "torch.float32, torch.bfloat16 or torch.float16"
+
 #: The dense kernels read rows in 16-byte pieces.
 _ALIGNMENT = 16
 
@@ -79,22 +83,26 @@ def check_scores(scores: Tensor) -> None:
     refuse_grad("scores", scores)
 
 
-def check_logits(logits: Tensor, bias: Tensor) -> None:
-    """Raise InputError for anything but fp32 ``[tokens, experts]`` and ``[experts]`` on one device,
+def check_logits(logits: Tensor) -> None:
+    """Raise InputError for anything but fp32, bf16 or fp16 ``[tokens, experts]`` without grad."""
+    if logits.dtype not in LOGITS or logits.dim() != 2:
+        raise wrong_tensor("logits", f"{_LOGITS} [tokens, experts]", logits)
+    refuse_grad("logits", logits)
+
+
+def check_logits_bias(name: str, bias: Tensor, logits: Tensor) -> None:
+    """Raise InputError for anything but fp32, bf16 or fp16 ``[experts]`` where the logits are,
     without grad.
     """
-    if logits.dtype is not torch.float32 or logits.dim() != 2:
-        raise wrong_tensor("logits", "torch.float32 [tokens, experts]", logits)
     if (
-        bias.dtype is not torch.float32
+        bias.dtype not in LOGITS
         or bias.dim() != 1
         or bias.shape[0] != logits.shape[1]
         or bias.device != logits.device
     ):
-        expected = f"torch.float32 [{logits.shape[1]}] on {logits.device}"
-        raise wrong_tensor("bias", expected, bias)
-    refuse_grad("logits", logits)
-    refuse_grad("bias", bias)
+        expected = f"{_LOGITS} [{logits.shape[1]}] on {logits.device}"
+        raise wrong_tensor(name, expected, bias)
+    refuse_grad(name, bias)
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from router_runtime.arguments import checks_arguments, explain_failure
 from router_runtime.checkpoint.tensors import TENSORS
 from router_runtime.errors import InputError, explain
-from router_runtime.routing.call import ExpertMap, check_expert_map
+from router_runtime.routing.call import ExpertMap, checked_expert_map
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.placement import quiet
@@ -95,27 +95,45 @@ class GateModule(nn.Module):
     # --- values in place ---
 
     @checks_arguments
-    def set_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+    def set_expert_map(
+        self,
+        expert_map: Tensor,
+        replica_counts: Tensor,
+        *,
+        replica_start: int = 0,
+        replica_step: int = 1,
+    ) -> None:
         """Give every logical expert its physical ids.
 
         A token in row i of its batch gets, of the n physical ids of an expert, the one in place
-        i modulo n. The first call fixes the number of replicas; from then on this is
-        ``update_expert_map``. The map is no part of ``state_dict``.
+        ``(replica_start + i * replica_step)`` modulo n: without these two, i modulo n; with the
+        number of the rank and 23333, the rule of DeepGEMM and TileKernels. The first call fixes the
+        number of replicas; from then on this is ``update_expert_map``. The map is no part of
+        ``state_dict``.
 
         Args:
             expert_map: int32 or int64 ``[num_experts, replicas]``: the physical ids of an expert in
                 its row. What follows the first ``replica_counts[e]`` of row e is never used, and
                 may have any value, such as -1.
             replica_counts: int32 or int64 ``[num_experts]``, from 1 to ``replicas``.
+            replica_start: from 0 to 2^32 - 1.
+            replica_step: from 0 to 2^32 - 1.
 
         Raises:
             InputError: a shape, a dtype or a value does not fit; a graph capture is in progress.
 
         """
         if self.expert_map is not None:
-            self.update_expert_map(expert_map, replica_counts)
+            self.update_expert_map(
+                expert_map,
+                replica_counts,
+                replica_start=replica_start,
+                replica_step=replica_step,
+            )
             return
-        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        checked = checked_expert_map(
+            expert_map, replica_counts, self.config.num_experts, replica_start, replica_step
+        )
         with quiet(self.device, "set_expert_map"):
             stored = ExpertMap(
                 *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
@@ -124,8 +142,16 @@ class GateModule(nn.Module):
         self.expert_map = stored
 
     @checks_arguments
-    def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
-        """Replace the expert map in place: captured graphs stay valid and use the new one.
+    def update_expert_map(
+        self,
+        expert_map: Tensor,
+        replica_counts: Tensor,
+        *,
+        replica_start: int = 0,
+        replica_step: int = 1,
+    ) -> None:
+        """Replace the expert map in place: captured graphs stay valid and use the new one, in the
+        order that this call's ``replica_start`` and ``replica_step`` say.
 
         The shape stays. Everything is checked before anything is written; ordered with launches as
         ``update_weights`` is. Raises InputError as ``set_expert_map`` does, and if there is no map.
@@ -133,7 +159,9 @@ class GateModule(nn.Module):
         stored = self.expert_map
         if stored is None:
             raise wrong_value("update_expert_map", "a router with an expert map", "one without")
-        checked = check_expert_map(expert_map, replica_counts, self.config.num_experts)
+        checked = checked_expert_map(
+            expert_map, replica_counts, self.config.num_experts, replica_start, replica_step
+        )
         if checked[0].shape != stored.physical.shape:
             raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
         with quiet(self.device, "update_expert_map"):

@@ -24,9 +24,9 @@ from router_runtime.routing.checks import (
     MAX_TOP_K,
     check_int,
     check_logits,
+    check_logits_bias,
     check_scale,
     check_scores,
-    refuse_grad,
     wrong_tensor,
     wrong_value,
 )
@@ -94,7 +94,8 @@ def check_select(scores: Tensor, k: int) -> None:
 
 def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
     """Raise InputError for arguments that ``activation_topk`` does not serve."""
-    check_logits(logits, bias)
+    check_logits(logits)
+    check_logits_bias("bias", bias, logits)
     experts = logits.shape[1]
     check_int("experts", experts, 1, MAX_EXPERTS)
     check_int("k", k, 1, min(MAX_TOP_K, experts))
@@ -158,9 +159,7 @@ def activation_topk_cuda(
     tokens, experts = logits.shape
     weights, ids = placement.outputs(tokens, k)
     if tokens:
-        if logits.stride()[1] != 1:
-            logits = logits.contiguous()
-        bias = bias.contiguous()
+        logits, bias = _readable(logits), _fp32(bias)
         kernel.launcher(experts, k).plain(
             placement.stream(),
             logits.data_ptr(),
@@ -195,8 +194,8 @@ def serve_activation_cpu(
     call.check(tokens, k, CPU.device, image_bias is not None)
     results = call.results(CPU, tokens, k, experts)
     result = spec.activation_topk(
-        logits,
-        bias,
+        logits.float(),
+        bias.float(),
         k,
         scale,
         renormalize,
@@ -228,9 +227,7 @@ def serve_activation_cuda(
     call.check(tokens, k, logits.device, image_bias is not None)
     results = call.results(placement, tokens, k, experts)
     if tokens:
-        if logits.stride()[1] != 1:
-            logits = logits.contiguous()
-        bias = bias.contiguous()
+        logits, bias = _readable(logits), _fp32(bias)
         given = (
             logits.data_ptr(),
             bias.data_ptr(),
@@ -271,7 +268,8 @@ def _replayed(
     if logits.dim() != 2 or given_ids.dim() != 2:
         raise wrong_tensor("given_ids", "torch.int32 or torch.int64 [tokens, top_k]", given_ids)
     call.given_ids = given_ids
-    bias = logits.new_empty(logits.shape[1])  # nothing is selected, so it is never read
+    # Nothing is selected, so it is never read.
+    bias = logits.new_empty(logits.shape[1], dtype=torch.float32)
     return logits, bias, given_ids.shape[1], scale, renormalize, call
 
 
@@ -294,15 +292,8 @@ def _check_rules(
     experts, device = logits.shape[1], logits.device
     check_int("sentinel", sentinel, -(2**31), 2**31 - 1)
     if image_bias is not None:
-        expected = f"torch.float32 [{experts}] on {device}"
-        if (
-            image_bias.dtype is not torch.float32
-            or image_bias.shape != (experts,)
-            or image_bias.device != device
-        ):
-            raise wrong_tensor("image_bias", expected, image_bias)
-        refuse_grad("image_bias", image_bias)
-        image_bias = image_bias.contiguous()
+        check_logits_bias("image_bias", image_bias, logits)
+        image_bias = _fp32(image_bias)
     if expert_map is None or replica_counts is None:
         if mapped or expert_map is not None or replica_counts is not None:
             raise wrong_value("expert_map", "expert_map and replica_counts", "not both of them")
@@ -319,6 +310,17 @@ def _check_rules(
         ):
             raise wrong_tensor(name, f"torch.int32 {list(shape)} on {device}", tensor)
     return image_bias, sentinel, ExpertMap(expert_map.contiguous(), replica_counts.contiguous())
+
+
+def _readable(logits: Tensor) -> Tensor:
+    """fp32 logits, whose elements of a row are adjacent."""
+    if logits.dtype is not torch.float32:
+        return logits.to(torch.float32, memory_format=torch.contiguous_format)
+    return logits if logits.stride()[1] == 1 else logits.contiguous()
+
+
+def _fp32(bias: Tensor) -> Tensor:
+    return (bias if bias.dtype is torch.float32 else bias.float()).contiguous()
 
 
 def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> _RowKernel:

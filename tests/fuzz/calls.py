@@ -92,7 +92,11 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
     k = draw.choose.randint(1, min(32, experts))
     keywords, padding = routers.serving(draw, rows, images=True)
     sentinel = draw.choose.choice((-1, experts, -(2**31)))
-    keywords |= {"image_bias": draw.floats(1, experts)[0], "sentinel": sentinel}
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
+    logits, bias, image_bias = (
+        draw.floats(count, experts).to(draw.choose.choice(dtypes)) for count in (rows, 1, 1)
+    )
+    keywords |= {"image_bias": image_bias[0], "sentinel": sentinel}
     mapped = None
     if draw.choose.random() < 0.3:
         # The op does not check these: a count out of range is taken for the nearest in range.
@@ -105,8 +109,8 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
     return Call(
         "activation_topk",
         [
-            draw.floats(rows, experts),
-            draw.floats(1, experts)[0],
+            logits,
+            bias[0],
             k,
             scale,
             draw.choose.random() < 0.5,

@@ -88,7 +88,7 @@ TENSORS: dict[str, Any] = {
     "bias": torch.zeros(E),
 }
 CONFIG = RouterConfig(H, E, K, 1.5)
-MAP = {
+MAP: dict[str, Any] = {
     "expert_map": torch.zeros(E, 2, dtype=torch.int32),
     "replica_counts": torch.ones(E, dtype=torch.int32),
 }

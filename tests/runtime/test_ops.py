@@ -196,7 +196,7 @@ def test_refused_selections(arguments: tuple[Any, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(2, 8).half(), torch.zeros(8), 2, 1.0, True), "logits: expected"),
+        ((torch.zeros(2, 8).double(), torch.zeros(8), 2, 1.0, True), "logits: expected"),
         ((torch.zeros(2, 8), torch.zeros(7), 2, 1.0, True), r"bias: expected .*\[8\] on cpu"),
         ((torch.zeros(2, 8), torch.zeros(8).double(), 2, 1.0, True), "bias: expected"),
         ((torch.zeros(2, 1025), torch.zeros(1025), 2, 1.0, True), "experts: expected"),

@@ -4,6 +4,7 @@ each refusal, and torch's own checks of every form of every op.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,6 +240,36 @@ def test_a_count_outside_the_map_stays_inside_it() -> None:
         same(found[0], found[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_coarse_logits_and_biases_are_those_values_in_fp32(
+    gpu: Any, dtype: torch.dtype, strided: bool
+) -> None:
+    x, bias, image_bias = (
+        torch.randn(*shape, generator=seeded(9)).to(dtype) for shape in ((9, E), (E,), (E,))
+    )
+    if strided:
+        x = x.T.contiguous().T
+    exact, mixed = (x.float(), bias.float()), (x, bias.float())
+    plain, images = rows.activation_topk_cpu(*exact, K, 1.5, True), mask(9, 1)
+    rules = {"image_bias": image_bias.float()}
+    expected = rows.serve_activation_cpu(
+        *exact, K, 1.5, True, call=Call(image_mask=images), **rules
+    )
+    given = plain[1].flip(1)
+    replayed = rows.replay_activation_cpu(exact[0], given, 1.5, True, call=Call())
+    for logits, of_them in ((x, bias), mixed):
+        for activate in (rt.activation_topk, rows.activation_topk_cuda):
+            same(activate(logits, of_them, K, 1.5, True), plain)
+        for serve in (rows.serve_activation_cpu, rows.serve_activation_cuda):
+            for each in (image_bias, image_bias.float()):
+                call = Call(image_mask=images)
+                found = serve(logits, of_them, K, 1.5, True, call=call, image_bias=each)
+                same(found.given(), expected.given())
+    for replay in (rows.replay_activation_cpu, rows.replay_activation_cuda):
+        same(replay(x, given, 1.5, True, call=Call()).given(), replayed.given())
+
+
 # --- the launch: the fake driver reads what the hardware would ------------------------------------
 
 
@@ -378,6 +409,44 @@ def test_a_used_place_without_a_physical_id_is_refused(dense: Router) -> None:
     for change in (dense.set_expert_map, dense.update_expert_map):
         with pytest.raises(InputError, match=place):
             change(FILLED, counts)
+
+
+#: Rows of a batch that is cut into launches are numbered on, so the order holds beyond the first.
+@pytest.mark.parametrize(("start", "step"), [(0, 1), (3, 23333), (1, 0), (2**32 - 1, 2**32 - 1)])
+def test_the_order_in_which_copies_are_taken(
+    gpu: Any, dense: Router, hashed: Router, start: int, step: int
+) -> None:
+    order = {"replica_start": start, "replica_step": step}
+    backends = paths(gpu)
+    for name, router, x in (("dense", dense, hidden(100)), ("hash", hashed, token_ids(100))):
+        for change in (router.set_expert_map, router.update_expert_map):
+            change(FILLED + 7, COUNTS)
+            change(FILLED, COUNTS, **order)
+            _, physical, logical = router.forward_mapped(x)
+            for i in range(100):
+                for id, found in zip(logical[i].tolist(), physical[i].tolist(), strict=True):
+                    place = (start + i * step) % int(COUNTS[id])
+                    assert found == (SENTINEL if id == SENTINEL else int(FILLED[id, place]))
+        launched = backends[name].serve(x, Call(mapped=True), router.expert_map)
+        assert torch.equal(launched.ids, physical)
+        assert torch.equal(copy.deepcopy(router).forward_mapped(x)[1], physical)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ({"replica_start": -1}, "replica_start: expected an integer from 0 to 4294967295"),
+        ({"replica_step": 2**32}, "replica_step: expected an integer from 0 to 4294967295"),
+        ({"replica_step": True}, "replica_step of Router"),
+        ({"replica_step": 1.0}, "replica_step of Router"),
+    ],
+)
+def test_a_bad_order_leaves_the_old_map(dense: Router, order: Any, message: str) -> None:
+    before = dense.forward_mapped(hidden(5))
+    for change in (dense.set_expert_map, dense.update_expert_map):
+        with pytest.raises(InputError, match=message):
+            change(PHYSICAL + 1, COUNTS, **order)
+    same(dense.forward_mapped(hidden(5)), before)
 
 
 def test_a_map_is_updated_in_place(dense: Router) -> None:
