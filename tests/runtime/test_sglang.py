@@ -147,6 +147,21 @@ def test_ids_and_weights(pair: Pair, kind: str, apply: bool, tokens: int) -> Non
     assert kind == "hash" or with_us.topk.calls == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_inference_mode(pair: Pair, engine: dict[str, Any], kind: str) -> None:
+    """SGLang's workers run under it."""
+    without, with_us = pair(kind, apply=True)
+    load = engine["sglang.srt.model_loader.weight_utils"].default_weight_loader
+    for values in (OTHERS, OTHERS | {"weight": WEIGHT}):
+        with torch.inference_mode():
+            for _ in range(2):
+                same(call(with_us, 9), call(without, 9))
+        for block in (without, with_us):
+            for name, tensor in parameters(block).items():
+                load(tensor, values[name])
+        same(call(with_us, 9), call(without, 9))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_both_ways_to_look_experts_up(
     pair: Pair, fused: bool, monkeypatch: pytest.MonkeyPatch

@@ -80,10 +80,9 @@ def taken(logits: Tensor, layer: object = None) -> tuple[Tensor, Tensor] | None:
     """As ``attached_to``, for a caller that writes into them, and finds them once. Without a layer:
     those of any gate.
     """
-    routed: _Routed | None = getattr(logits, _ROUTED, None)
-    if routed is None:
-        return None
-    found = attached_to(logits, routed.layer if layer is None else layer)
+    if layer is None:
+        layer = getattr(getattr(logits, _ROUTED, None), "layer", None)
+    found = attached_to(logits, layer)
     if found is not None:
         delattr(logits, _ROUTED)
     return found

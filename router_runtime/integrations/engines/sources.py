@@ -41,7 +41,7 @@ class Sources:
         """
         self._gate, self._current, self._default_loader = gate, current, default_loader
         self._known: dict[str, Tensor] = {}
-        self._seen: list[tuple[int, int]] = []
+        self._seen: dict[str, tuple[Tensor, int]] = {}
         self._undo: list[Callable[[], None]] = []
         self._loaded: Callable[[], None] | None = None
 
@@ -51,12 +51,19 @@ class Sources:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors with the values that they have now; later changes count as such."""
-        self._seen = _state(self._known)
+        self._seen = {name: (tensor, _version(tensor)) for name, tensor in self._known.items()}
         return {name: tensor.detach() for name, tensor in self._known.items()}
 
     def changed(self) -> bool:
-        """Whether a tensor is another one, or was written to, since ``read``."""
-        return self._seen != _state(self._current())
+        """Whether a tensor is another one, or was written to, since ``read``. Every call asks."""
+        seen, current = self._seen, self._current()
+        if len(seen) != len(current):
+            return True
+        for name, tensor in current.items():
+            known, version = seen.get(name, (None, 0))
+            if tensor is not known or (version >= 0 and tensor._version != version):
+                return True
+        return False
 
     def listen(self, loaded: Callable[[], None]) -> None:
         """Call ``loaded`` whenever values were loaded into a tensor."""
@@ -81,12 +88,11 @@ class Sources:
         self._loaded = None
 
 
-def _state(tensors: dict[str, Tensor]) -> list[tuple[int, int]]:
-    # Inference tensors have no version; for these there are the loaders.
-    return [
-        (id(tensor), -1 if tensor.is_inference() else tensor._version)
-        for tensor in tensors.values()
-    ]
+def _version(tensor: Tensor) -> int:
+    """How often something has written into it; -1 for inference tensors, which do not count that:
+    for these there are the loaders.
+    """
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _listen_to_loader(

@@ -87,12 +87,16 @@ def _after_moe_init(result: None, moe: Any, *arguments: Any, **options: Any) -> 
         _registration.serve(moe)
 
 
-def _around_hash_topk(original: Any, *arguments: Any, **options: Any) -> Any:
-    for value in (*arguments, *options.values()):
-        routed = taken(value) if isinstance(value, Tensor) else None
-        if routed is not None:
-            return routed
-    return original(*arguments, **options)
+def _around_hash_topk(original: Any, router_logits: Tensor, *rest: Any, **options: Any) -> Any:
+    routed = taken(router_logits)
+    return original(router_logits, *rest, **options) if routed is None else routed
+
+
+def _around_hash_topk_in_torch(
+    original: Any, topk: Any, router_logits: Tensor, *rest: Any, **options: Any
+) -> Any:
+    routed = taken(router_logits)
+    return original(topk, router_logits, *rest, **options) if routed is None else routed
 
 
 def _after_loading(result: None, param: Any, *arguments: Any, **options: Any) -> None:
@@ -105,7 +109,7 @@ def _after_loading(result: None, param: Any, *arguments: Any, **options: Any) ->
 _HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     MOE_INIT: (_after_moe_init, "AFTER"),
     HASH_TOPK: (_around_hash_topk, "AROUND"),
-    HASH_TOPK_IN_TORCH: (_around_hash_topk, "AROUND"),
+    HASH_TOPK_IN_TORCH: (_around_hash_topk_in_torch, "AROUND"),
     LOADER: (_after_loading, "AFTER"),
 }
 

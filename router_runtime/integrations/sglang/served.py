@@ -41,10 +41,11 @@ class ServedLayer(EngineLayer):
             self.replace(moe, "forward", self._block_forward)
 
     def _tensors(self) -> dict[str, Tensor]:
-        gate: Any = self.gate
+        # As the modules' attributes, which torch takes long to find.
+        own: dict[str, Any] = self.gate._parameters
         if self.hashed:
-            return {"weight": gate.weight, "table": self._topk.tid2eid}
-        return {"weight": gate.weight, "bias": gate.e_score_correction_bias}
+            return {"weight": own["weight"], "table": self._topk._parameters["tid2eid"]}
+        return {"weight": own["weight"], "bias": own["e_score_correction_bias"]}
 
     def _why_not_now(self) -> str | None:
         return (

@@ -37,7 +37,9 @@ class ServedLayer(EngineLayer):
 
     def _tensors(self) -> dict[str, Tensor]:
         router = self._router
-        found: dict[str, Tensor] = {"weight": self.gate.weight}  # type: ignore[dict-item]
+        # As the module's attribute, which torch takes long to find.
+        own: dict[str, Any] = self.gate._parameters
+        found: dict[str, Tensor] = {"weight": own["weight"]}
         if self.hashed:
             # Some checkpoints have a bias here too, which selects nothing.
             found["table"] = router._hash_indices_table
