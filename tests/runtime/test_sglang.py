@@ -486,6 +486,26 @@ def test_a_compiled_block_ranks_the_engines_logits(pair: Pair) -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiled_router_ranks_logits_that_come_from_elsewhere(pair: Pair) -> None:
+    """What waits at the logits of one call must not be compiled into the next."""
+    without, with_us = pair()
+    call(with_us, 4)
+    torch._dynamo.reset()
+    route = with_us.topk.topk_config.custom_routing_function
+
+    def routed(x: Tensor, logits: Tensor) -> Any:
+        return route(hidden_states=x, gating_output=logits, topk=K, renormalize=True)
+
+    compiled = torch.compile(routed, backend="eager", fullgraph=True)
+    for seed in range(3):
+        x = states(9, seed)
+        weights, ids = compiled(x, with_us.gate(x))
+        expected = without(x)
+        assert torch.equal(ids, expected.topk_ids)
+        torch.testing.assert_close(weights, expected.topk_weights, rtol=2e-6, atol=0)
+    torch._dynamo.reset()
+
+
 def test_a_compiled_hash_block_is_the_engines_own(pair: Pair) -> None:
     without, with_us = pair("hash")
     call(with_us, 4)
