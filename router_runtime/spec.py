@@ -35,6 +35,10 @@ A call may change the steps of some tokens:
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -53,22 +57,33 @@ def dense_logits64(hidden_states: Tensor, weight: Tensor) -> Tensor:
     return hidden_states.double() @ weight.double().T
 
 
-def dense_logits(hidden_states: Tensor, weight: Tensor, k_chunk: int | None = None) -> Tensor:
+def dense_logits(
+    hidden_states: Tensor, weight: Tensor, k_chunk: int | None = None, slices: int = 1
+) -> Tensor:
     """The logits of step 1, fp32 ``[N, E]``.
 
-    With ``k_chunk``, the hidden dimension is cut into chunks of that many elements; each chunk's
-    sum is rounded to fp32 and the chunks are added in ascending order, starting from chunk 0's, in
-    fp32. That is the order of the dense kernels, except that they also round inside a chunk.
-    Without ``k_chunk`` the whole dimension is one chunk.
+    With ``k_chunk``, the hidden dimension is cut into chunks of that many elements, and the sum of
+    each is rounded to fp32. The n chunks are divided into ``slices``: slice i has those from
+    i n / slices up to (i + 1) n / slices, both rounded down. The chunks of a slice are added in
+    ascending order, in fp32, and then the slices. That is the order of the dense kernels, except
+    that they also round inside a chunk. Without ``k_chunk`` the whole dimension is one chunk.
     """
     hidden_size = hidden_states.shape[-1]
     step = hidden_size if k_chunk is None else k_chunk
-    logits = dense_logits64(hidden_states[:, :step], weight[:, :step]).float()
-    for start in range(step, hidden_size, step):
-        chunk = slice(start, start + step)
-        logits = logits + dense_logits64(hidden_states[:, chunk], weight[:, chunk]).float()
+    sums = [
+        dense_logits64(hidden_states[:, start : start + step], weight[:, start : start + step])
+        for start in range(0, hidden_size, step)
+    ]
+    bounds = [number * len(sums) // slices for number in range(slices + 1)]
+    parts = [sums[first:end] for first, end in itertools.pairwise(bounds) if first < end]
+    logits = _added([_added([chunk.float() for chunk in part]) for part in parts])
     stored_nan = torch.full_like(logits, NAN_LOGIT_BITS, dtype=torch.int32)
     return torch.where(logits.isnan(), stored_nan, logits.view(torch.int32)).view(torch.float32)
+
+
+def _added(terms: list[Tensor]) -> Tensor:
+    """The sum of the terms in their order, starting from the first."""
+    return functools.reduce(operator.add, terms)
 
 
 def sqrt_softplus64(logits: Tensor) -> Tensor:
@@ -191,9 +206,10 @@ def dense_router(
     scale: float,
     renormalize: bool = True,
     k_chunk: int | None = None,
+    slices: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Steps 1 to 6: from hidden states ``[N, H]`` to ``(weights [N, k], ids [N, k])``."""
-    logits = dense_logits(hidden_states, weight, k_chunk)
+    logits = dense_logits(hidden_states, weight, k_chunk, slices)
     return activation_topk(logits, bias, k, scale, renormalize)
 
 

@@ -144,10 +144,6 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv41-flash",  64,        32,         3,     10),
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
     ("tcgen05",     ANY,            64,        None,       None,  None),
-    ("wgmma_128",   "dsv4-flash",   128,       32,         1,     16),
-    ("wgmma_128",   "dsv4-pro",     128,       64,         3,     14),
-    ("wgmma_128",   "dsv41-flash",  128,       48,         6,     5),
-    ("wgmma_128",   "dsv41-dspark", 128,       32,         1,     10),
     ("tcgen05_256", "dsv4-flash",   256,       32,         1,     16),
     ("tcgen05_256", "dsv4-pro",     256,       128,        3,     14),
     ("tcgen05_256", "dsv41-flash",  256,       128,        3,     10),
@@ -155,19 +151,20 @@ _SPLIT_K = _table(
 )
 
 #: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 128
-#: and 256 experts begin with the variant for 512 tokens.
+#: experts begin with the variant for 512 tokens.
 _SWAP_AB = _table(
     "variant       model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("wgmma_256",  "dsv4-flash",   128,         32,         1,        4),
     ("wgmma_256",  "dsv4-pro",     128,         40,         1,        4),
-    ("wgmma_256",  "dsv41-flash",  128,         40,         1,        5),
+    ("wgmma_256",  "dsv41-flash",  128,         40,         1,        4),
     ("wgmma_512",  "dsv4-flash",   128,         40,         2,        4),
     ("wgmma_512",  "dsv4-pro",     192,         40,         2,        4),
-    ("wgmma_512",  "dsv41-flash",  128,         80,         1,        5),
-    ("wgmma_512",  "dsv41-dspark", 128,         80,         1,        10),
-    ("wgmma_1024", "dsv4-flash",   128,         40,         4,        2),
-    ("wgmma_1024", "dsv4-pro",     192,         40,         4,        2),
-    ("wgmma_1024", "dsv41-flash",  192,         40,         4,        2),
-    ("wgmma_1024", "dsv41-dspark", 128,         40,         2,        4),
+    ("wgmma_512",  "dsv41-flash",  128,         80,         1,        4),
+    ("wgmma_512",  "dsv41-dspark", 128,         32,         1,        4),
+    ("wgmma_1024", "dsv4-flash",   128,         72,         1,        4),
+    ("wgmma_1024", "dsv4-pro",     192,         80,         2,        4),
+    ("wgmma_1024", "dsv41-flash",  192,         72,         1,        4),
+    ("wgmma_1024", "dsv41-dspark", 128,         40,         1,        4),
     ("wgmma_4096", "dsv4-flash",   128,         72,         2,        1),
     ("wgmma_4096", "dsv4-pro",     192,         72,         2,        1),
     ("wgmma_4096", "dsv41-flash",  192,         72,         2,        1),
@@ -177,17 +174,20 @@ _SWAP_AB = _table(
 #: The same with mma.sync, for the GPUs that have no other verified MMA.
 _SWAP_AB_PORTABLE = _table(
     "variant          model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("portable_256",  "dsv4-flash",   128,         32,         1,        4),
     ("portable_256",  "dsv4-pro",     128,         40,         1,        4),
+    ("portable_256",  "dsv41-flash",  128,         40,         1,        4),
     ("portable_512",  "dsv4-flash",   128,         40,         2,        4),
     ("portable_512",  "dsv4-pro",     192,         40,         2,        4),
-    ("portable_512",  "dsv41-flash",  128,         80,         1,        5),
-    ("portable_1024", "dsv4-flash",   128,         40,         4,        2),
+    ("portable_512",  "dsv41-flash",  128,         80,         1,        4),
+    ("portable_512",  "dsv41-dspark", 128,         32,         1,        4),
+    ("portable_1024", "dsv4-flash",   128,         72,         1,        4),
     ("portable_1024", "dsv4-pro",     192,         40,         4,        2),
     ("portable_1024", "dsv41-flash",  192,         40,         4,        2),
-    ("portable_1024", "dsv41-dspark", 128,         40,         2,        4),
+    ("portable_1024", "dsv41-dspark", 128,         40,         1,        4),
     ("portable_4096", "dsv4-flash",   128,         72,         2,        1),
-    ("portable_4096", "dsv4-pro",     192,         72,         2,        1),
-    ("portable_4096", "dsv41-flash",  192,         72,         2,        1),
+    ("portable_4096", "dsv4-pro",     128,         96,         1,        1),
+    ("portable_4096", "dsv41-flash",  128,         96,         1,        1),
     ("portable_4096", "dsv41-dspark", 128,         72,         2,        2),
 )
 
@@ -200,9 +200,9 @@ _TILE = _table(
     ("wgmma_wide", "dsv41-dspark", 1,        2,        1),
     ("wgmma_wide", ANY,            None,     None,     None),
     ("portable",   ANY,            None,     None,     None),
-    ("tcgen05",    "dsv4-flash",   1,        2,        1),
-    ("tcgen05",    "dsv4-pro",     2,        1,        1),
-    ("tcgen05",    "dsv41-flash",  2,        1,        1),
+    ("tcgen05",    "dsv4-flash",   2,        2,        1),
+    ("tcgen05",    "dsv4-pro",     4,        1,        1),
+    ("tcgen05",    "dsv41-flash",  4,        1,        1),
     ("tcgen05",    "dsv41-dspark", 1,        2,        1),
     ("tcgen05",    ANY,            None,     None,     None),
 )
@@ -276,7 +276,6 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_SPLIT_K, "wgmma_128", constants=_form("split_k", "wgmma"), targets=HOPPER),
             *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=HOPPER),
             *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=HOPPER),
             *_variants(_SWAP_AB_PORTABLE, constants=_form("swap_ab", "mma_sync")),

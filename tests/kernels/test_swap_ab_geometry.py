@@ -8,7 +8,7 @@ import pytest
 
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
-from build_kernels.kernels.common.numerics import CONSTANTS
+from build_kernels.kernels.common.numerics import CONSTANTS, SLICES
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES
 from build_kernels.kernels.dense.geometry.swap_ab import (
@@ -87,8 +87,9 @@ def test_k_ranks_divide_the_n_tiles(g: SwapAbGeometry) -> None:
     assert min(counts) > 0
 
 
-def test_k_ranks_divide_the_chunks(g: SwapAbGeometry) -> None:
-    assert g.cta_chunks * g.split_k * g.k_chunk == g.hidden
+def test_k_ranks_divide_the_slices(g: SwapAbGeometry) -> None:
+    assert g.cta_slices * g.split_k == SLICES
+    assert sum(g.slice_chunks) * g.split_k * g.k_chunk == g.hidden
 
 
 @pytest.mark.parametrize("peers", ["cluster_e", "cluster_t"])

@@ -4,6 +4,7 @@ Python's own sort. Nothing here calls torch to compute an expected value.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import struct
@@ -127,8 +128,10 @@ def test_nan_logit_ranks_last_whatever_its_bias():
     assert weights[0, 2] == 0
 
 
-@pytest.mark.parametrize("k_chunk", [None, 16, 48, 64])
-def test_dense_logits(k_chunk):
+@pytest.mark.parametrize(
+    ("k_chunk", "slices"), [(None, 1), (16, 1), (48, 1), (64, 1), (16, 2), (8, 4), (16, 8), (8, 3)]
+)
+def test_dense_logits(k_chunk, slices):
     rng = random.Random(22)
     tokens, hidden, experts = 3, 64, 5
     draw = lambda rows: torch.tensor(  # noqa: E731
@@ -138,7 +141,7 @@ def test_dense_logits(k_chunk):
         ]
     ).bfloat16()
     x, weight = draw(tokens), draw(experts)
-    logits = spec.dense_logits(x, weight, k_chunk).tolist()
+    logits = spec.dense_logits(x, weight, k_chunk, slices).tolist()
     step = k_chunk or hidden
     for n in range(tokens):
         for e in range(experts):
@@ -150,9 +153,13 @@ def test_dense_logits(k_chunk):
                 fl32_exact(sum(products[start : start + step], Fraction(0)))
                 for start in range(0, hidden, step)
             ]
-            total = parts[0]
-            for part in parts[1:]:
-                total = fl32(total + part)
+            ends = [number * len(parts) // slices for number in range(slices + 1)]
+            total = 0.0
+            for first, end in itertools.pairwise(ends):
+                own = 0.0
+                for part in parts[first:end]:
+                    own = fl32(own + part)
+                total = fl32(total + own)
             assert logits[n][e] == total
 
 

@@ -44,6 +44,9 @@ from router_runtime.format.contract import Constants
 #: The version of everything after the logits: change it when any result of steps 2 to 6 changes.
 EPILOGUE_VERSION = 1
 
+#: Slices of the hidden dimension, whose sums a dense kernel adds last (dense/summation.py).
+SLICES = 4
+
 
 def dense_tag(constants: Constants) -> str:
     """Return what decides the bits of a dense result: family of MMAs, chunk, epilogue.
@@ -53,7 +56,8 @@ def dense_tag(constants: Constants) -> str:
     ``router-runtime verify`` compares the entries of one family.
     """
     family = "bf16-tcgen05-k16-f32" if constants["MMA"] == "tcgen05" else "bf16-k16-f32"
-    return f"{family}/chunk{int(constants['K_CHUNK'])}/epilogue{EPILOGUE_VERSION}"
+    order = f"chunk{int(constants['K_CHUNK'])}/slices{SLICES}"
+    return f"{family}/{order}/epilogue{EPILOGUE_VERSION}"
 
 
 def gather_tag(constants: Constants) -> str:

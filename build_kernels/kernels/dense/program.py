@@ -10,7 +10,6 @@ from cutlass.cute.runtime import make_ptr
 
 from build_kernels.kernels.common.parameters import ROUTING, Routing
 from build_kernels.kernels.dense.contract import contract
-from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.exchange.split_k_parts import SumsExchangeInParts
 from build_kernels.kernels.dense.forms.decode import Decode
 from build_kernels.kernels.dense.forms.split_k import SplitK
@@ -21,17 +20,12 @@ from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync
 from build_kernels.kernels.dense.mma.mma_sync_stages import SwapAbMmaSync, TileMmaSync
 from build_kernels.kernels.dense.mma.tcgen05_split_k import SplitKTcgen05
 from build_kernels.kernels.dense.mma.tcgen05_tile import TileTcgen05
-from build_kernels.kernels.dense.mma.wgmma import SplitKWgmma, SwapAbWgmma, TileWgmma
+from build_kernels.kernels.dense.mma.wgmma import SwapAbWgmma, TileWgmma
 from router_runtime.format.contract import Constants
 
 
 def _decode(g: Any) -> Decode:
     return Decode(g, DecodeMmaSync(g))
-
-
-def _split_k_wgmma(g: Any) -> SplitK:
-    mma = SplitKWgmma(g)
-    return SplitK(g, mma, SumsExchange(g, mma))
 
 
 def _split_k_tcgen05(g: Any) -> SplitK:
@@ -62,7 +56,6 @@ def _tile_tcgen05(g: Any) -> Tile:
 #: (form, MMA) -> what makes the form's object of a geometry.
 PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("decode", "mma_sync"): _decode,
-    ("split_k", "wgmma"): _split_k_wgmma,
     ("split_k", "tcgen05"): _split_k_tcgen05,
     ("swap_ab", "wgmma"): _swap_ab_wgmma,
     ("swap_ab", "mma_sync"): _swap_ab_mma_sync,

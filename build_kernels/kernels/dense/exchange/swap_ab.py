@@ -1,7 +1,7 @@
-"""Exchange of the swap-A/B form: partial sums of every chunk cross between the k ranks.
+"""Exchange of the swap-A/B form: the sums of every slice cross between the k ranks.
 
-The CTAs of the k ranks multiply neighbouring chunks at the same time. Every n-tile of tokens has
-one CTA that adds its chunks, in ascending order. Warp w of a CTA sends its sums of all other
+The CTAs of the k ranks multiply neighbouring slices at the same time. Every n-tile of tokens has
+one CTA that adds its slices, in ascending order. Warp w of a CTA sends its sums of all other
 n-tiles to warp w of the CTA that adds them, by asynchronous stores into its shared memory. Each
 buffer and warp has a full barrier, which counts the bytes that arrive here, and an empty barrier,
 which counts the peers that have read what this warp sent.
@@ -16,7 +16,6 @@ from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES
 from build_kernels.kernels.dense.geometry.swap_ab import N_TILE_BYTES, SwapAbGeometry
-from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma
 
 
 def first_n_tile(g: SwapAbGeometry, k_rank: Int32) -> Int32:
@@ -33,7 +32,7 @@ def exchange_barriers(
     return full, full + BARRIER_BYTES * g.buffers * g.consumer_warps
 
 
-class ChunkExchange:
+class SliceExchange:
     """The exchange of one consumer warp. All its lanes call the methods."""
 
     def __init__(
@@ -50,10 +49,11 @@ class ChunkExchange:
         return exchange_barriers(self.g, first, buffer, self.warp)
 
     @cute.jit
-    def send(self, mma: BoundSwapAbMma, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
-        """Send the sums of a chunk to the peers that add them, and keep those that this CTA adds.
+    def send(self, sums: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
+        """Send the sums of a slice to the peers that add them, and keep those that this CTA adds.
 
-        ``phase`` counts the chunks that have passed through the buffer.
+        ``sums`` has four of this thread for each n-tile of tokens. ``phase`` counts the slices that
+        have passed through the buffer.
         """
         g = self.g
         e_rank, k_rank, t_rank = self.cta
@@ -71,31 +71,32 @@ class ChunkExchange:
             for peer in cutlass.range_constexpr(g.split_k):
                 n_tile = min(g.first_n_tile(peer) + i // 4, g.n_tiles - 1)
                 mine = arith.equal(k_rank, Int32(peer))
-                value = arith.select(mine, mma.n_tile(n_tile)[i % 4], value)
+                value = arith.select(mine, Float32(sums[4 * n_tile + i % 4]), value)
             self.own[buffer][i] = arith.read_now(value)
         for peer in cutlass.range_constexpr(g.split_k):
             if k_rank != peer:
                 rank = g.cta_rank(e_rank, Int32(peer), t_rank)
                 place = room + self.slot(k_rank, Int32(peer)) * g.slot_bytes + self.lane * 16
                 place, counted = memory.map_shared(place, rank), memory.map_shared(full, rank)
-                self.send_to(mma, peer, place, counted)
+                self.send_to(sums, peer, place, counted)
 
-    def send_to(self, mma: BoundSwapAbMma, peer: int, place: Int32, full: Int32) -> None:
+    def send_to(self, sums: cute.Tensor, peer: int, place: Int32, full: Int32) -> None:
         """Store this thread's sums of the n-tiles that ``peer`` adds at the address ``place``."""
         first = self.g.first_n_tile(peer)
         for n_tile in range(self.g.n_tile_count(peer)):
-            sums = [arith.bits(value) for value in mma.n_tile(first + n_tile)]
-            async_copy.store_async(place + n_tile * N_TILE_BYTES, full, sums)
+            own = range(4 * (first + n_tile), 4 * (first + n_tile) + 4)
+            words = [arith.bits(Float32(sums[i])) for i in own]
+            async_copy.store_async(place + n_tile * N_TILE_BYTES, full, words)
 
     @cute.jit
     def add_before(self, totals: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
-        """Add the chunks that the buffer held one phase before, if there were any."""
+        """Add the slices that the buffer held one phase before, if there were any."""
         if phase > 0:
             self.add(totals, buffer, phase - 1)
 
     @cute.jit
     def add(self, totals: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
-        """Add one chunk of every k rank, in ascending order, to this thread's totals.
+        """Add one slice of every k rank, in ascending order, to this thread's totals.
 
         It waits for the peers' sums; then the buffer is empty.
         """
@@ -117,7 +118,7 @@ class ChunkExchange:
                     total = Float32(totals[4 * n_tile + i])
                     totals[4 * n_tile + i] = arith.add_rn(total, term)
                     seen = seen | got[i]
-        if phase * g.buffers + buffer < g.cta_chunks - g.buffers:
+        if phase * g.buffers + buffer < g.cta_slices - g.buffers:
             self.expect(full)
             # The buffer may be released only when the loads have returned. MMAs that were issued
             # before can delay the loads for longer than the peers need to fill the buffer again, so
@@ -131,7 +132,7 @@ class ChunkExchange:
 
     @cute.jit
     def expect(self, full: Int32) -> None:
-        """Expect this warp's sums of one chunk from every peer."""
+        """Expect this warp's sums of one slice from every peer."""
         g = self.g
         k_rank = self.cta.k_rank
         count = first_n_tile(g, k_rank + 1) - first_n_tile(g, k_rank)

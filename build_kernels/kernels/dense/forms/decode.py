@@ -31,7 +31,7 @@ from cutlass import Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
-from build_kernels.kernels.dense import biases
+from build_kernels.kernels.dense import biases, summation
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, LANES
 from build_kernels.kernels.dense.geometry.decode import MMA_SYNC_M, MMA_SYNC_N, DecodeGeometry
 from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync, Sums
@@ -353,9 +353,7 @@ class Decode:
         expert = arith.remainder(in_warp, width) * 8 + arith.quotient(in_warp, width)
         expert = expert + (place - in_warp)
         bias = memory.load_shared_f32(bias_row + expert * 4)
-        logit = terms[0]
-        for term in terms[1:]:
-            logit = arith.add_rn(logit, term)
+        logit = summation.add_chunks(terms, arith.add_rn)
         score = scoring.score(logit)
         real = arith.less(first_expert + expert, Int32(g.experts))
         key = arith.select(real, scoring.ordered_key(logit, score, bias), Int32(0))

@@ -24,7 +24,7 @@ from cutlass import Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
-from build_kernels.kernels.dense import biases
+from build_kernels.kernels.dense import biases, summation
 from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, LANES
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
@@ -269,9 +269,7 @@ class SplitK:
                 memory.load_shared_f32(start + chunk * (g.group_experts * 4))
                 for chunk in range(g.chunks)
             ]
-            logit = terms[0]
-            for term in terms[1:]:
-                logit = arith.add_rn(logit, term)
+            logit = summation.add_chunks(terms, arith.add_rn)
             score = scoring.score(logit)
             expert = group * g.group_experts + column
             real = arith.less(expert, Int32(g.experts))

@@ -11,9 +11,9 @@ tokens. A launch:
    by the tensor map. CTAs that need the same data fetch it in turns and multicast;
 2. each consumer warpgroup multiplies 64 experts by all tokens of the tile, one chunk at a time, in
    one accumulator;
-3. the partial sums of a chunk are added to the totals, in ascending order of chunks. If the hidden
-   dimension is split, the CTAs of the k ranks multiply neighbouring chunks at a time and exchange
-   sums: each adds some of the tokens (exchange/swap_ab.py);
+3. the partial sums of a chunk are added to those of its slice, and the slices to the totals
+   (summation.py). If the hidden dimension is split, the CTAs of the k ranks multiply neighbouring
+   slices at a time and exchange their sums: each adds some of the tokens (exchange/swap_ab.py);
 4. screening, ranking and storing: epilogue/swap_ab.py.
 """
 
@@ -31,7 +31,7 @@ from build_kernels.kernels.dense import biases, cluster
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.epilogue.swap_ab import SwapAbEpilogue
 from build_kernels.kernels.dense.exchange.swap_ab import (
-    ChunkExchange,
+    SliceExchange,
     exchange_barriers,
     first_n_tile,
 )
@@ -109,7 +109,7 @@ class SwapAb:
         g = self.g
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(arith.quotient(thread, LANES))
-        lane = arith.remainder(thread, LANES)
+        lane = cute.arch.lane_idx()
         e_rank = arith.remainder(cute.arch.block_idx()[0], g.cluster_e)
         k_rank = arith.quotient(cute.arch.block_idx()[0], g.cluster_e)
         tile = cute.arch.block_idx()[1]
@@ -195,7 +195,8 @@ class SwapAb:
                     g.padded_experts,
                     g.experts,
                     biases.LOWEST,
-                    thread,
+                    # ``thread``, anew: no address lives through the multiplication for this.
+                    warp * LANES + lane,
                     g.consumer_threads,
                 )
                 self.epilogue.sync_consumers()
@@ -285,8 +286,10 @@ class SwapAb:
         """Return which 64-element block of the hidden dimension fills a stage of a k rank for the
         ``number``-th time, from 0."""
         g = self.g
-        chunk = arith.quotient(number, g.chunk_k_blocks) * g.split_k + k_rank
-        return chunk * g.chunk_k_blocks + arith.remainder(number, g.chunk_k_blocks)
+        if g.split_k == 1:
+            return number
+        own = arith.quotient(number, g.slice_k_blocks) * g.split_k + k_rank
+        return own * g.slice_k_blocks + arith.remainder(number, g.slice_k_blocks)
 
     # --- step 1: the multiplication ---------------------------------------------------------------
 
@@ -308,51 +311,71 @@ class SwapAb:
         g = self.g
         mma = self.mma.bind(shared, warp)
         totals = cute.make_rmem_tensor(4 * g.held_n_tiles, Float32)
-        for i in cutlass.range_constexpr(4 * g.held_n_tiles):
-            # -0 + x is x for every x: the totals start from the first chunk's sums.
-            totals[i] = Float32(-0.0)
         rings = (hidden, weight, cta, lane, thread)
         state = CountedRingState(g.stages)
+        sums = cute.make_rmem_tensor(4 * g.n_tiles, Float32)
         if cutlass.const_expr(g.split_k == 1):
-            for _ in cutlass.range(g.cta_chunks, unroll=1):
-                state = self.chunk(mma, rings, state, None)
-                self.promote(mma, totals)
+            # The first slice's sums are the first totals.
+            state = self.slice(mma, rings, state, totals, g.slice_chunks[0], None)
+            for chunks in g.slice_chunks[1:]:
+                state = self.slice(mma, rings, state, sums, chunks, None)
+                for i in cutlass.range_constexpr(4 * g.n_tiles):
+                    totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
         else:
-            exchange = ChunkExchange(g, shared, cta, warp, lane)
-            phases = g.cta_chunks // g.buffers
-            for phase in cutlass.range(phases, unroll=1):
-                for buffer in cutlass.range_constexpr(g.buffers):
-                    state = self.exchanged(mma, rings, state, exchange, totals, buffer, phase)
-            if cutlass.const_expr(g.cta_chunks % g.buffers > 0):
-                self.exchanged(mma, rings, state, exchange, totals, 0, Int32(phases))
-            for chunk in cutlass.range_constexpr(g.cta_chunks - g.buffers, g.cta_chunks):
-                exchange.add(totals, chunk % g.buffers, Int32(chunk // g.buffers))
+            for i in cutlass.range_constexpr(4 * g.held_n_tiles):
+                # -0 + x is x for every x: the totals start from the first slice's sums.
+                totals[i] = Float32(-0.0)
+            exchange = SliceExchange(g, shared, cta, warp, lane)
+            for number, chunks in enumerate(g.slice_chunks):
+                buffer, phase = number % g.buffers, Int32(number // g.buffers)
+                # The peers' sums that the buffer held before are added meanwhile.
+                add = partial(exchange.add_before, totals, buffer, phase)
+                state = self.slice(mma, rings, state, sums, chunks, add)
+                exchange.send(sums, buffer, phase)
+            for number in cutlass.range_constexpr(g.cta_slices - g.buffers, g.cta_slices):
+                exchange.add(totals, number % g.buffers, Int32(number // g.buffers))
         return totals
 
-    def promote(self, mma: BoundSwapAbMma, totals: cute.Tensor) -> None:
-        """Add the chunk's partial sums to the totals."""
-        for n_tile in range(self.g.n_tiles):
-            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
-                totals[i] = arith.add_rn(Float32(totals[i]), term)
-
-    def exchanged(
+    def slice(
         self,
         mma: BoundSwapAbMma,
         rings: tuple[Ring, Ring, Cta, Int32, Int32],
         state: CountedRingState,
-        exchange: ChunkExchange,
-        totals: cute.Tensor,
-        buffer: int,
-        phase: Int32,
+        sums: cute.Tensor,
+        chunks: int,
+        meanwhile: Callable[[], None] | None,
     ) -> CountedRingState:
-        """Multiply a chunk and send its sums through an exchange buffer, in that phase of it.
+        """Multiply a slice of ``chunks`` chunks into ``sums``. Returns the ring's state behind it.
 
-        The sums that the buffer held before are added meanwhile.
+        ``meanwhile`` runs under the MMAs of the first chunk, whose sums are the slice's first.
         """
-        add = partial(exchange.add_before, totals, buffer, phase)
-        state = self.chunk(mma, rings, state, add)
-        exchange.send(mma, buffer, phase)
+        state = self.chunk(mma, rings, state, meanwhile)
+        for n_tile in range(self.g.n_tiles):
+            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
+                sums[i] = arith.read_now(term)
+        state = self.more_chunks(mma, rings, state, sums, chunks - 1)
         return state
+
+    @cute.jit
+    def more_chunks(
+        self,
+        mma: BoundSwapAbMma,
+        rings: tuple[Ring, Ring, Cta, Int32, Int32],
+        state: CountedRingState,
+        sums: cute.Tensor,
+        chunks: cutlass.Constexpr[int],
+    ) -> CountedRingState:
+        """Multiply that many chunks more and add them to ``sums``. Returns the ring's state."""
+        for _ in cutlass.range(chunks, unroll=1):
+            state = self.chunk(mma, rings, state, None)
+            self.promote(mma, sums)
+        return state
+
+    def promote(self, mma: BoundSwapAbMma, sums: cute.Tensor) -> None:
+        """Add the chunk's partial sums to those of the slice."""
+        for n_tile in range(self.g.n_tiles):
+            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
+                sums[i] = arith.add_rn(Float32(sums[i]), term)
 
     def chunk(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from build_kernels.kernels.common.numerics import SLICES
+from build_kernels.kernels.dense import summation
 from build_kernels.kernels.dense.geometry.common import (
     BARRIER_BYTES,
     K_BLOCK,
@@ -43,8 +45,8 @@ class SwapAbGeometry(Geometry):
     A cluster is ``cluster_e`` x ``split_k`` x ``cluster_t`` CTAs, in this order of rank: parts of
     the experts, shares of the hidden dimension, tiles of tokens. CTAs that need the same weights or
     the same hidden states take turns in fetching them for all. The CTA of k rank r multiplies the
-    chunks r, r + split_k, ...; of every chunk's partial sums it keeps the n-tiles of tokens that it
-    adds, and sends the others to the CTAs of the other k ranks.
+    slices r, r + split_k, ...; of every slice's sums it keeps the n-tiles of tokens that it adds,
+    and sends the others to the CTAs of the other k ranks.
     """
 
     tile_experts: int
@@ -55,11 +57,17 @@ class SwapAbGeometry(Geometry):
     def check(self) -> None:
         """Raise ValueError unless the tile divides evenly and fits cluster and shared memory."""
         g = self
-        if g.hidden % (g.k_chunk * g.split_k) or g.tile_tokens % N_TILE or g.tile_experts % MMA_M:
+        whole = g.k_chunk * (SLICES if g.split_k > 1 else 1)
+        if (
+            g.hidden % whole
+            or SLICES % g.split_k
+            or g.tile_tokens % N_TILE
+            or g.tile_experts % MMA_M
+        ):
             raise ValueError(
-                f"expected chunks of {g.k_chunk} that divide evenly among {g.split_k} CTAs, "
+                f"expected a multiple of {whole} hidden elements, a K split that divides {SLICES}, "
                 f"tiles of a multiple of {N_TILE} tokens and {MMA_M} experts, found hidden "
-                f"{g.hidden}, {g.tile_tokens} tokens, {g.tile_experts} experts"
+                f"{g.hidden} in {g.split_k}, {g.tile_tokens} tokens, {g.tile_experts} experts"
             )
         # A CTA that adds nothing would run ahead of those that wait for each other's sums.
         if g.n_tiles < g.split_k:
@@ -135,14 +143,25 @@ class SwapAbGeometry(Geometry):
 
     # --- hidden dimension ---
     @property
-    def cta_chunks(self) -> int:
-        """Chunks that one CTA multiplies."""
-        return self.hidden // self.k_chunk // self.split_k
+    def slice_chunks(self) -> list[int]:
+        """Chunks of each slice that one CTA multiplies; all alike if the slices are divided."""
+        chunks = [len(own) for own in summation.slice_chunks(self.hidden // self.k_chunk)]
+        return chunks[:: self.split_k]
+
+    @property
+    def cta_slices(self) -> int:
+        """Slices that one CTA multiplies."""
+        return len(self.slice_chunks)
 
     @property
     def k_blocks(self) -> int:
         """64-element blocks that one CTA multiplies: fillings of its ring."""
-        return self.cta_chunks * self.chunk_k_blocks
+        return sum(self.slice_chunks) * self.chunk_k_blocks
+
+    @property
+    def slice_k_blocks(self) -> int:
+        """64-element blocks of one slice, where the slices are divided among CTAs."""
+        return self.slice_chunks[0] * self.chunk_k_blocks
 
     # --- tokens ---
     @property
@@ -253,9 +272,9 @@ class SwapAbGeometry(Geometry):
     # --- then the exchange buffers: partial sums from the CTAs of the other k ranks ---
     @property
     def buffers(self) -> int:
-        """Chunks whose sums may be in flight. Two if the ring keeps enough stages: then a chunk's
-        sums are sent before all those of the chunk before have been added."""
-        roomy = self.split_k > 1 and self.cta_chunks > 1 and self.stages_beside(2) >= MIN_STAGES
+        """Slices whose sums may be in flight. Two if the ring keeps enough stages: then a slice's
+        sums are sent before all those of the slice before have been added."""
+        roomy = self.split_k > 1 and self.cta_slices > 1 and self.stages_beside(2) >= MIN_STAGES
         return 2 if roomy else 1
 
     @property
@@ -265,7 +284,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def warp_bytes(self) -> int:
-        """Sums of one chunk that one warp receives."""
+        """Sums of one slice that one warp receives."""
         return (self.split_k - 1) * self.slot_bytes
 
     @property

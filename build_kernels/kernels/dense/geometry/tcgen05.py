@@ -23,8 +23,9 @@ from build_kernels.kernels.dense.geometry.tile import TileGeometry
 #: Accumulators of the tile form: one is multiplied into while the other is added to the totals.
 ACCUMULATORS = 2
 
-#: Tiles of 128 experts whose totals for 128 tokens fit the registers of two warpgroups.
-MAX_ROW_TILES = 2
+#: Tiles of 128 experts whose sums of a slice and totals for 128 tokens fit the registers of two
+#: warpgroups.
+MAX_ROW_TILES = 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,11 @@ class TileTcgen05Geometry(TileGeometry):
                 f"expected one pass over at most {self.most_experts} experts per CTA, "
                 f"found {self.passes} over {self.cta_experts}"
             )
+
+    @property
+    def parked_sums(self) -> int:
+        """None: slices and totals are in registers, chunks in tensor memory."""
+        return 0
 
     # --- tensor memory ---
     @property

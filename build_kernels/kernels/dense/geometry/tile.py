@@ -17,6 +17,9 @@ from build_kernels.kernels.dense.geometry.common import (
 )
 from router_runtime.format.contract import Constants
 
+#: Stages of a ring, at least.
+MIN_STAGES = 3
+
 
 @dataclass(frozen=True)
 class TileGeometry(Geometry):
@@ -25,14 +28,14 @@ class TileGeometry(Geometry):
     The ``cluster_e`` CTAs of one tile share its hidden states and divide the experts among them;
     the ``cluster_t`` CTAs with the same experts share their weights. A CTA multiplies its experts
     in ``passes`` passes over each chunk, so that only the partial sums of one pass need registers
-    besides the totals.
+    besides the slice's sums. The sums of earlier slices are parked in shared memory meanwhile.
     """
 
     cluster_e: int
     cluster_t: int
     passes: int
 
-    #: Most experts of a CTA whose partial sums and totals fit the registers, in one pass.
+    #: Most experts of a CTA whose sums of a chunk and of a slice fit the registers, in one pass.
     most_experts: ClassVar[int] = 192
 
     #: The MMA's number of experts is a multiple of this.
@@ -152,15 +155,34 @@ class TileGeometry(Geometry):
         return self.padded_experts * 4
 
     @property
+    def sums(self) -> int:
+        """Sums of a slice that one consumer thread has."""
+        return self.tokens_tile * self.cta_experts // self.consumer_threads
+
+    @property
+    def parked_sums(self) -> int:
+        """Of these, those whose totals wait in shared memory: as many as the smallest rings leave
+        room for. The others have registers for their totals, too."""
+        stages = max(MIN_STAGES, self.chunk_k_blocks if self.passes > 1 else 0)
+        least = stages * self.hidden_stage_bytes + MIN_STAGES * self.weight_stage_bytes
+        room = (MAX_SHARED_BYTES - self.bias_bytes - 512 - least) // (4 * self.consumer_threads)
+        return min(self.sums, room // 4 * 4)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of the parked sums of all consumer threads."""
+        return self.parked_sums * self.consumer_threads * 4
+
+    @property
     def ring_bytes(self) -> int:
-        """What biases and barriers leave for the two rings."""
-        return MAX_SHARED_BYTES - self.bias_bytes - 512
+        """What parked sums, biases and barriers leave for the two rings."""
+        return MAX_SHARED_BYTES - self.parked_bytes - self.bias_bytes - 512
 
     @property
     def hidden_stages(self) -> int:
-        """With several passes, a whole chunk's hidden states stay while the next ones arrive."""
+        """With several passes, a chunk's hidden states stay until the last pass has read them."""
         if self.passes > 1:
-            return self.chunk_k_blocks + 2
+            return self.chunk_k_blocks
         return self.ring_bytes // (self.hidden_stage_bytes + self.weight_stage_bytes)
 
     @property
@@ -175,9 +197,14 @@ class TileGeometry(Geometry):
         return self.hidden_stages * self.hidden_stage_bytes
 
     @property
+    def parked_offset(self) -> int:
+        """Offset of the parked sums."""
+        return self.weight_offset + self.weight_stages * self.weight_stage_bytes
+
+    @property
     def bias_offset(self) -> int:
         """Offset of the biases."""
-        return self.weight_offset + self.weight_stages * self.weight_stage_bytes
+        return self.parked_offset + self.parked_bytes
 
     @property
     def barrier_offset(self) -> int:
@@ -199,7 +226,7 @@ class TileGeometry(Geometry):
         """Bytes of shared memory that a CTA requests."""
         return self.end_offset
 
-    # --- after the multiplication the rings' place takes the logits and the candidates' masks ---
+    # --- later, in the place of rings and parked sums: logits, and the candidates' masks ---
     @property
     def logit_row_bytes(self) -> int:
         """Padded so that the rows of a warp's accumulator fragment start 8 banks apart."""

@@ -34,7 +34,7 @@ STEPS = K_BLOCK // MMA_K
 LOADED_STEPS = 2
 
 #: Tiles of 8 columns whose fragments are in registers at a time, beside sums and totals.
-GROUP = 6
+GROUP = 4
 
 #: Bytes of a core matrix, of 8 packed experts of a stage, and of 8 swizzled rows of a stage.
 _CORE_BYTES = 8 * 8 * 2

@@ -17,6 +17,7 @@ from cutlass import Float32, Int32, cute
 
 from build_kernels.kernels.common.ptx import arith, mbarrier, memory, tcgen05, tcgen05_layout
 from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
+from build_kernels.kernels.dense import summation
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.tcgen05 import ACCUMULATORS, TileTcgen05Geometry
 from build_kernels.kernels.dense.mma.interface import TileMma
@@ -181,10 +182,15 @@ class TileTcgen05(TileMma):
         lane = arith.remainder(thread, LANES)
         lanes = self.first_lane(warp)
         accumulators = self.accumulators(shared)
-        totals = cute.make_rmem_tensor(g.accumulator_columns // 2, Float32)
-        # -0 + x is x for every x: the totals start from the first chunk's sums.
-        for i in cutlass.range_constexpr(g.accumulator_columns // 2):
+        size = g.accumulator_columns // 2
+        totals = cute.make_rmem_tensor(size, Float32)
+        sums = cute.make_rmem_tensor(size, Float32)
+        # -0 + x is x for every x: sums start from what is added first.
+        for i in cutlass.range_constexpr(size):
             totals[i] = Float32(-0.0)
+            sums[i] = Float32(-0.0)
+        end = Int32(summation.slice_end(0, g.chunks))
+        slice_number = Int32(0)
         for chunk in cutlass.range(g.chunks, unroll=1):
             number = arith.remainder(chunk, ACCUMULATORS)
             turn = arith.quotient(chunk, ACCUMULATORS)
@@ -193,11 +199,17 @@ class TileTcgen05(TileMma):
             tcgen05.fence_after()
             first = tensor + number * g.accumulator_columns + (lanes << 16)
             for column in cutlass.range_constexpr(0, g.accumulator_columns, LOADED):
-                self.add(totals, first, column)
+                self.add(sums, first, column)
             tcgen05.fence_before()
             cute.arch.sync_warp()
             if lane == 0:
                 mbarrier.arrive(accumulators.empty_at(number))
+            if chunk + 1 == end:
+                for i in cutlass.range_constexpr(size):
+                    totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
+                    sums[i] = Float32(-0.0)
+                slice_number = slice_number + 1
+                end = Int32(summation.slice_end(slice_number, g.chunks))
         # All warps have added: every stage has been read, and the logits take the rings' place.
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=g.consumer_threads)
         self.store_totals(totals, shared, lanes, lane)
@@ -211,12 +223,12 @@ class TileTcgen05(TileMma):
         """
         return tcgen05_layout.first_lane(arith.remainder(warp, 4), arith.quotient(warp, 4))
 
-    def add(self, totals: cute.Tensor, accumulator: Int32, column: int) -> None:
-        """Add one chunk's partial sums of LOADED columns from ``column`` on."""
+    def add(self, sums: cute.Tensor, accumulator: Int32, column: int) -> None:
+        """Add one chunk's partial sums of LOADED columns from ``column`` on to those of a slice."""
         first, count = column // 2, LOADED // 2
-        before = [Float32(totals[first + i]) for i in range(count)]
+        before = [Float32(sums[first + i]) for i in range(count)]
         for i, value in enumerate(tcgen05.add(accumulator + column, LOADED, before)):
-            totals[first + i] = value
+            sums[first + i] = value
 
     @cute.jit
     def store_totals(self, totals: cute.Tensor, shared: Int32, lanes: Int32, lane: Int32) -> None:

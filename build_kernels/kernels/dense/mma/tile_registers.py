@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from build_kernels.kernels.common.numerics import SLICES
 from build_kernels.kernels.common.ptx import arith, mbarrier, memory
+from build_kernels.kernels.dense import summation
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, LANES
+from build_kernels.kernels.dense.geometry.tile import TileGeometry
 from build_kernels.kernels.dense.mma.interface import TileMma
 from build_kernels.kernels.dense.ring import Ring, RingState
+
+#: The rings of hidden states and weights, and where and by which lane their stages are released.
+Rings = tuple[Ring, Ring, tuple[Int32, Int32, Int32]]
 
 
 class TileStages(Protocol):
@@ -33,9 +40,71 @@ class TileStages(Protocol):
         """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
 
 
+# Frozen, so that the DSL does not carry it through loops.
+@dataclass(frozen=True)
+class Parking:
+    """A thread's totals of the slices so far: in shared memory, in places that no other thread
+    reaches, and in registers (``kept``) where they do not fit there.
+    """
+
+    g: TileGeometry
+    place: Int32
+    width: int
+    kept: cute.Tensor
+
+    @classmethod
+    def of(
+        cls, g: TileGeometry, shared: Int32, thread: Int32, sums: Sequence[cute.Tensor]
+    ) -> Parking:
+        """Return the totals of a thread whose slices' sums are in ``sums``, one tensor per pass.
+
+        They start at -0: -0 + x is x for every x.
+        """
+        kept = cute.make_rmem_tensor(max(1, g.sums - g.parked_sums), Float32)
+        parking = cls(g, shared + g.parked_offset + thread * 16, cute.size(sums[0]), kept)
+        for i in range(g.sums - g.parked_sums):
+            kept[i] = Float32(-0.0)
+        for first in range(0, g.parked_sums, 4):
+            memory.store_shared_v4(parking._at(first), [arith.bits(Float32(-0.0))] * 4)
+        return parking
+
+    def _at(self, first: int) -> Int32:
+        """Return the address of four of this thread's totals. Those of a warp are neighbours."""
+        return self.place + first // 4 * (16 * self.g.consumer_threads)
+
+    def add(self, sums: Sequence[cute.Tensor]) -> None:
+        """Add a slice's sums to the totals."""
+        for first in range(0, self.g.parked_sums, 4):
+            totals = self._added(first, sums)
+            memory.store_shared_v4(self._at(first), [arith.bits(value) for value in totals])
+        for i in range(self.g.parked_sums, self.g.sums):
+            kept = Float32(self.kept[i - self.g.parked_sums])
+            self.kept[i - self.g.parked_sums] = arith.add_rn(kept, self._of(sums, i))
+
+    def add_to(self, sums: Sequence[cute.Tensor]) -> None:
+        """Replace the last slice's sums by the totals with them."""
+        for first in range(0, self.g.parked_sums, 4):
+            for i, value in enumerate(self._added(first, sums), first):
+                sums[i // self.width][i % self.width] = value
+        for i in range(self.g.parked_sums, self.g.sums):
+            kept = Float32(self.kept[i - self.g.parked_sums])
+            sums[i // self.width][i % self.width] = arith.add_rn(kept, self._of(sums, i))
+
+    def _of(self, sums: Sequence[cute.Tensor], i: int) -> Float32:
+        return Float32(sums[i // self.width][i % self.width])
+
+    def _added(self, first: int, sums: Sequence[cute.Tensor]) -> list[Float32]:
+        """Return four parked totals with a slice's sums added."""
+        parked = memory.load_shared_v4(self._at(first))
+        return [
+            arith.add_rn(arith.from_bits(word), self._of(sums, first + i))
+            for i, word in enumerate(parked)
+        ]
+
+
 class TileInRegisters(TileMma):
-    """A chunk is multiplied from zero, then added to the totals while other warps keep the tensor
-    core busy.
+    """A chunk is multiplied from zero, then added to the sums of its slice while other warps keep
+    the tensor core busy.
     """
 
     @abstractmethod
@@ -75,25 +144,67 @@ class TileInRegisters(TileMma):
             lane,
         )
         mma = self.stages(hidden, weight, thread)
-        totals = [mma.accumulator() for _ in range(g.passes)]
-        sums = [mma.accumulator()] * g.passes
-
-        # The first chunk's sums are the first totals.
+        sums = [mma.accumulator() for _ in range(g.passes)]
+        partial = [mma.accumulator()] * g.passes
+        parking = Parking.of(g, shared, thread, sums)
+        rings = (hidden, weight, release)
         states = (RingState(g.hidden_stages), RingState(g.weight_stages))
-        blocks = min(g.chunk_k_blocks, g.k_blocks)
-        h, w = self._chunk(mma, hidden, weight, release, totals, totals, blocks, *states)
-        for _ in range(g.full_chunks - 1):
-            h, w = self._chunk(mma, hidden, weight, release, totals, sums, g.chunk_k_blocks, h, w)
-        if cutlass.const_expr(g.last_k_blocks > 0 and g.full_chunks > 0):
-            self._chunk(mma, hidden, weight, release, totals, sums, g.last_k_blocks, h, w)
-        return totals
+        slices = min(SLICES, g.chunks)
+        for number in range(slices - 1):
+            first = summation.slice_end(number - 1, g.chunks)
+            chunks = summation.slice_end(number, g.chunks) - first
+            states = self._slice(mma, rings, sums, partial, chunks, g.chunk_k_blocks, states)
+            parking.add(sums)
+        chunks = len(summation.slice_chunks(g.chunks)[-1])
+        last_blocks = g.last_k_blocks or g.chunk_k_blocks
+        self._slice(mma, rings, sums, partial, chunks, last_blocks, states)
+        parking.add_to(sums)
+        return sums
+
+    def _slice(
+        self,
+        mma: TileStages,
+        rings: Rings,
+        sums: list[cute.Tensor],
+        partial: list[cute.Tensor],
+        chunks: Int32 | int,
+        last_blocks: int,
+        states: tuple[RingState, RingState],
+    ) -> tuple[RingState, RingState]:
+        """Multiply a slice of that many chunks, the last one of ``last_blocks`` stages, into
+        ``sums``. Returns the states of the two rings behind it.
+
+        The first chunk's sums are the first sums of the slice.
+        """
+        whole = self.g.chunk_k_blocks
+        short = last_blocks < whole
+        first = last_blocks if short and chunks == 1 else whole
+        states = self._chunk(mma, rings, sums, sums, first, *states)
+        states = self._chunks(mma, rings, sums, partial, chunks - 1 - short, states)
+        if short and chunks > 1:
+            states = self._chunk(mma, rings, sums, partial, last_blocks, *states)
+        return states
+
+    @cute.jit
+    def _chunks(
+        self,
+        mma: TileStages,
+        rings: Rings,
+        sums: list[cute.Tensor],
+        partial: list[cute.Tensor],
+        chunks: Int32,
+        states: tuple[RingState, RingState],
+    ) -> tuple[RingState, RingState]:
+        """Multiply that many whole chunks and add each to ``sums``. Returns the rings' states."""
+        h, w = states
+        for _ in range(chunks):
+            h, w = self._chunk(mma, rings, sums, partial, self.g.chunk_k_blocks, h, w)
+        return h, w
 
     def _chunk(
         self,
         mma: TileStages,
-        hidden: Ring,
-        weight: Ring,
-        release: tuple[Int32, Int32, Int32],
+        rings: Rings,
         totals: list[cute.Tensor],
         targets: list[cute.Tensor],
         blocks: int,
@@ -106,6 +217,7 @@ class TileInRegisters(TileMma):
         Returns the states of the two rings behind the chunk. A stage is released one block later,
         when its MMAs are known to have completed.
         """
+        hidden, weight, release = rings
         start = h
         for number, (total, target) in enumerate(zip(totals, targets, strict=True)):
             h = start

@@ -1,4 +1,4 @@
-"""Multiplication by ``wgmma`` (sm_90a) for split_k, swap_ab and tile.
+"""Multiplication by ``wgmma`` (sm_90a) for swap_ab and tile.
 
 A warpgroup issues MMAs whose operands are stages in shared memory and whose sums are registers. The
 weights' stages are packed without a swizzle: 8 x 8 core matrices, first along the hidden dimension.
@@ -7,13 +7,11 @@ The hidden states' stages are rows of 128 bytes, swizzled as the tensor map leav
 
 from __future__ import annotations
 
-import cutlass
 from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.common.ptx import arith, mbarrier
+from build_kernels.kernels.common.ptx import arith
 from build_kernels.kernels.dense.geometry.common import (
-    BARRIER_BYTES,
     K_BLOCK,
     LANES,
     MMA_K,
@@ -21,7 +19,7 @@ from build_kernels.kernels.dense.geometry.common import (
     WARPGROUP,
 )
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SplitKMma, SwapAbMma
+from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
 from build_kernels.kernels.dense.mma.tile_registers import TileInRegisters
 from build_kernels.kernels.dense.ring import Ring
 
@@ -101,44 +99,6 @@ class Wgmma:
     def wait(self, pending: int) -> None:
         """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
         warpgroup.wait_group(pending)
-
-
-class SplitKWgmma(SplitKMma):
-    """A warpgroup multiplies its own 64 experts by all tokens of the tile, over its chunk."""
-
-    @cute.jit
-    def multiply(self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32) -> cute.Tensor:
-        """Return this thread's FP32 partial sums of 64 experts x the tile's tokens.
-
-        All consumer warps call this. It waits at the full barriers of the chunk's weights and
-        hidden states, in their first phase. It releases nothing: every stage is filled once.
-        """
-        g = self.g
-        m_tile, chunk = self.task(warp)
-        own = (
-            shared
-            + chunk * (g.chunk_k_blocks * g.weight_stage_bytes)
-            + m_tile * (MMA_M * K_BLOCK * 2)
-        )
-        mma = Wgmma(
-            g.tokens_tile,
-            packed_weight(own, MMA_M, g.chunk_k_blocks, g.weight_stage_bytes // 2),
-            swizzled_hidden(hidden.data, g.tokens_tile, g.hidden_stages, g.hidden_stage_bytes // 2),
-        )
-        sums = mma.accumulator()
-        for block in cutlass.range_constexpr(g.chunk_k_blocks):
-            # The order in which the producer requests stages (geometry.stage_of).
-            stage = chunk + block * g.cta_chunks
-            weight_stage = chunk * g.chunk_k_blocks + block
-            mbarrier.wait(weight_full + BARRIER_BYTES * weight_stage, Int32(0))
-            mbarrier.wait(hidden.full_at(stage), Int32(0))
-            mma.multiply(sums, block, stage, starts=block == 0)
-        mma.wait(0)
-        return sums
-
-    def first_row(self, warp: Int32) -> Int32:
-        """Return the first of the 16 experts of the group whose sums a warp has."""
-        return self.task(warp)[0] * MMA_M + arith.remainder(warp, 4) * 16
 
 
 class SwapAbWgmma(SwapAbMma):

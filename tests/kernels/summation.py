@@ -1,0 +1,32 @@
+"""The order of a logit's sums, for tests: written without the code that it is compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.kernels.tensor_core import Sums
+
+#: Slices of the hidden dimension.
+SLICES = 4
+
+
+def chunk_sums(weight: Sums, hidden: Sums, k_chunk: int) -> list[Sums]:
+    """Return the logits over each chunk, [tokens, experts]: exact, then rounded to FP32."""
+    found = []
+    for start in range(0, hidden.shape[1], k_chunk):
+        part = slice(start, start + k_chunk)
+        exactly = hidden[:, part].astype(np.float64) @ weight[:, part].astype(np.float64).T
+        found.append(exactly.astype(np.float32))
+    return found
+
+
+def tree(weight: Sums, hidden: Sums, k_chunk: int) -> Sums:
+    """Return the logits: chunks in the order of each slice, then the slices in their order."""
+    terms = chunk_sums(weight, hidden, k_chunk)
+    total = np.full(terms[0].shape, -0.0, np.float32)
+    for number in range(SLICES):
+        own = np.full(terms[0].shape, -0.0, np.float32)
+        for term in terms[number * len(terms) // SLICES : (number + 1) * len(terms) // SLICES]:
+            own = own + term
+        total = total + own
+    return total
