@@ -89,12 +89,6 @@ class SliceExchange:
             async_copy.store_async(place + n_tile * N_TILE_BYTES, full, words)
 
     @cute.jit
-    def add_before(self, totals: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
-        """Add the slices that the buffer held one phase before, if there were any."""
-        if phase > 0:
-            self.add(totals, buffer, phase - 1)
-
-    @cute.jit
     def add(self, totals: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
         """Add one slice of every k rank, in ascending order, to this thread's totals.
 

@@ -314,59 +314,48 @@ class SwapAb:
         rings = (hidden, weight, cta, lane, thread)
         state = CountedRingState(g.stages)
         sums = cute.make_rmem_tensor(4 * g.n_tiles, Float32)
+        self.clear(totals)
         if cutlass.const_expr(g.split_k == 1):
-            # The first slice's sums are the first totals.
-            state = self.slice(mma, rings, state, totals, g.slice_chunks[0], None)
-            for chunks in g.slice_chunks[1:]:
-                state = self.slice(mma, rings, state, sums, chunks, None)
-                for i in cutlass.range_constexpr(4 * g.n_tiles):
-                    totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
+            for chunks, slices in g.alike_slices:
+                for _ in cutlass.range(slices, unroll=1):
+                    self.clear(sums)
+                    state = self.chunks(mma, rings, state, sums, chunks)
+                    for i in cutlass.range_constexpr(4 * g.n_tiles):
+                        totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
         else:
-            for i in cutlass.range_constexpr(4 * g.held_n_tiles):
-                # -0 + x is x for every x: the totals start from the first slice's sums.
-                totals[i] = Float32(-0.0)
             exchange = SliceExchange(g, shared, cta, warp, lane)
             for number, chunks in enumerate(g.slice_chunks):
                 buffer, phase = number % g.buffers, Int32(number // g.buffers)
-                # The peers' sums that the buffer held before are added meanwhile.
-                add = partial(exchange.add_before, totals, buffer, phase)
-                state = self.slice(mma, rings, state, sums, chunks, add)
+                self.clear(sums)
+                if cutlass.const_expr(number >= g.buffers):
+                    # The peers' sums that the buffer held before are added under the first chunk.
+                    add = partial(exchange.add, totals, buffer, phase - 1)
+                    state = self.chunk(mma, rings, state, add)
+                    self.promote(mma, sums)
+                    state = self.chunks(mma, rings, state, sums, chunks - 1)
+                else:
+                    state = self.chunks(mma, rings, state, sums, chunks)
                 exchange.send(sums, buffer, phase)
             for number in cutlass.range_constexpr(g.cta_slices - g.buffers, g.cta_slices):
                 exchange.add(totals, number % g.buffers, Int32(number // g.buffers))
         return totals
 
-    def slice(
-        self,
-        mma: BoundSwapAbMma,
-        rings: tuple[Ring, Ring, Cta, Int32, Int32],
-        state: CountedRingState,
-        sums: cute.Tensor,
-        chunks: int,
-        meanwhile: Callable[[], None] | None,
-    ) -> CountedRingState:
-        """Multiply a slice of ``chunks`` chunks into ``sums``. Returns the ring's state behind it.
-
-        ``meanwhile`` runs under the MMAs of the first chunk, whose sums are the slice's first.
-        """
-        state = self.chunk(mma, rings, state, meanwhile)
-        for n_tile in range(self.g.n_tiles):
-            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
-                sums[i] = arith.read_now(term)
-        state = self.more_chunks(mma, rings, state, sums, chunks - 1)
-        return state
+    def clear(self, sums: cute.Tensor) -> None:
+        """Set sums to -0: -0 + x is x for every x, so they start from what is added first."""
+        for i in range(cute.size(sums)):
+            sums[i] = Float32(-0.0)
 
     @cute.jit
-    def more_chunks(
+    def chunks(
         self,
         mma: BoundSwapAbMma,
         rings: tuple[Ring, Ring, Cta, Int32, Int32],
         state: CountedRingState,
         sums: cute.Tensor,
-        chunks: cutlass.Constexpr[int],
+        count: cutlass.Constexpr[int],
     ) -> CountedRingState:
-        """Multiply that many chunks more and add them to ``sums``. Returns the ring's state."""
-        for _ in cutlass.range(chunks, unroll=1):
+        """Multiply that many chunks and add each to ``sums``. Returns the ring's state behind."""
+        for _ in cutlass.range(count, unroll=1):
             state = self.chunk(mma, rings, state, None)
             self.promote(mma, sums)
         return state

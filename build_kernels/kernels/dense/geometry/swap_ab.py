@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,11 @@ class SwapAbGeometry(Geometry):
         """Chunks of each slice that one CTA multiplies; all alike if the slices are divided."""
         chunks = [len(own) for own in summation.slice_chunks(self.hidden // self.k_chunk)]
         return chunks[:: self.split_k]
+
+    @property
+    def alike_slices(self) -> list[tuple[int, int]]:
+        """Runs of slices with the same number of chunks: (chunks, slices)."""
+        return [(chunks, len(list(run))) for chunks, run in itertools.groupby(self.slice_chunks)]
 
     @property
     def cta_slices(self) -> int:

@@ -173,15 +173,13 @@ class TileInRegisters(TileMma):
     ) -> tuple[RingState, RingState]:
         """Multiply a slice of that many chunks, the last one of ``last_blocks`` stages, into
         ``sums``. Returns the states of the two rings behind it.
-
-        The first chunk's sums are the first sums of the slice.
         """
-        whole = self.g.chunk_k_blocks
-        short = last_blocks < whole
-        first = last_blocks if short and chunks == 1 else whole
-        states = self._chunk(mma, rings, sums, sums, first, *states)
-        states = self._chunks(mma, rings, sums, partial, chunks - 1 - short, states)
-        if short and chunks > 1:
+        # -0 + x is x for every x: the sums start from the first chunk's.
+        for tensor in sums:
+            tensor.fill(-0.0)
+        short = last_blocks < self.g.chunk_k_blocks
+        states = self._chunks(mma, rings, sums, partial, chunks - short, states)
+        if short:
             states = self._chunk(mma, rings, sums, partial, last_blocks, *states)
         return states
 
@@ -205,21 +203,20 @@ class TileInRegisters(TileMma):
         self,
         mma: TileStages,
         rings: Rings,
-        totals: list[cute.Tensor],
-        targets: list[cute.Tensor],
+        sums: list[cute.Tensor],
+        partial: list[cute.Tensor],
         blocks: int,
         h: RingState,
         w: RingState,
     ) -> tuple[RingState, RingState]:
-        """Multiply a chunk of ``blocks`` stages into ``targets``; add them to ``totals``, unless
-        they are the totals.
+        """Multiply a chunk of ``blocks`` stages into ``partial``, and add that to ``sums``.
 
         Returns the states of the two rings behind the chunk. A stage is released one block later,
         when its MMAs are known to have completed.
         """
         hidden, weight, release = rings
         start = h
-        for number, (total, target) in enumerate(zip(totals, targets, strict=True)):
+        for number, (total, target) in enumerate(zip(sums, partial, strict=True)):
             h = start
             last_pass = number == self.g.passes - 1
             pending: list[tuple[Int32, Int32]] = []
@@ -235,8 +232,7 @@ class TileInRegisters(TileMma):
                 h, w = h.next(), w.next()
             mma.wait(0)
             self._release(release, *pending.pop(0), last_pass)
-            if target is not total:
-                total.store(total.load() + target.load())
+            total.store(total.load() + target.load())
         return h, w
 
     @cute.jit
