@@ -44,7 +44,6 @@ def test_everything_serves_where_everything_is_verified(monkeypatch: pytest.Monk
     forms = {row.cells()[4:] for row in found if row.router == "dense"}
     assert forms == {
         ("decode", "mma_sync"),
-        ("split_k", "wgmma"),
         ("swap_ab", "wgmma"),
         ("tile", "wgmma"),
     }

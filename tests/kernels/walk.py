@@ -52,7 +52,9 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Ru
         make_warp_uniform=lambda value: value,
         barrier=lambda barrier_id, number_of_threads: proxy.sync_consumers(),
     )
-    cute = types.SimpleNamespace(arch=arch, make_rmem_tensor=lambda size, kind: [None] * size)
+    cute = types.SimpleNamespace(
+        arch=arch, make_rmem_tensor=lambda size, kind: [None] * size, size=len
+    )
     scoring = types.SimpleNamespace(
         score=lambda logit: np.float32(0),
         ordered_key=lambda logit, score, bias: 0,

@@ -116,7 +116,7 @@ def test_dense_variants_agree_and_are_measured(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
 def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> None:
     """Today the portable kernels serve, being verified elsewhere; once this device has verified
-    everything, a set of tcgen05 kernels that serves every batch; and a caller that names a
+    everything, the set with the smaller figures serves every batch; and a caller that names a
     variant gets it.
     """
     entries = [
@@ -147,8 +147,10 @@ def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> 
 
     assert all(variant.startswith("portable") for variant in served(today))
     verified = served(lambda entry: "verified")
-    assert {variant.partition("_")[0] for variant in verified} == {"tcgen05"}
-    assert "tcgen05" in verified
+    # By the predicted figures: with 128 experts, tiles of tcgen05 are no faster.
+    faster = "portable" if model.name == "dsv41-dspark" else "tcgen05"
+    assert {variant.partition("_")[0] for variant in verified} == {faster}
+    assert faster in verified
     assert served(today, **dict.fromkeys(DENSE, "tcgen05")) == {"tcgen05"}
 
 
