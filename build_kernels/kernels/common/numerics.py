@@ -49,7 +49,7 @@ SLICES = 4
 
 
 def dense_tag(constants: Constants) -> str:
-    """Return what decides the bits of a dense result: family of MMAs, chunk, epilogue.
+    """Return what decides the bits of a dense result: family of MMAs, chunk, slices, epilogue.
 
     Entries with the same tag give the same bits. mma.sync and wgmma are one family: they were
     compared. tcgen05 is another until it has been compared on a device that has it;

@@ -8,12 +8,12 @@ the hidden dimension of one or more whole chunks. Each warp holds the weights of
 tiles of 16 experts, in registers. Over all warps of a tile's CTAs,
 every weight is requested once, 16 bytes per lane, before the wait on the previous kernel. Then
 
-1. the CTA's slice of the hidden states arrives by bulk copies, one per token. CTAs that need the
-   same slice share the copies (multicast), because the bandwidth into a cluster bounds this step;
+1. the CTA's share of the hidden states arrives by bulk copies, one per token. CTAs that need the
+   same share share the copies (multicast), because the bandwidth into a cluster bounds this step;
 2. each warp multiplies: experts are the rows of the MMA, tokens its columns, k ascending, one
    accumulator per chunk;
-3. the partial sums of a token go to one CTA of the cluster, which adds the chunks in ascending
-   order, scores the logits and forms the keys;
+3. the partial sums of a token go to one CTA of the cluster, which adds the chunks
+   (summation.py), scores the logits and forms the keys;
 4. keys and scores of a token go to one CTA of the cluster, where one warp selects;
 5. with several clusters per tile, the last one to write its candidates of a token merges them
    (common/epilogue.py). No CTA waits for one that may not have started, so launches can overlap.
@@ -194,7 +194,7 @@ class Decode:
         if slots_k > 0:
             mbarrier.wait_first(sums_full)
 
-        # --- 3. add the chunks in ascending order, score, and 4. send to the CTA that selects ---
+        # --- 3. add the chunks, score, and 4. send to the CTA that selects ---
         items = slots_k * g.cta_experts
         for item in cutlass.range(thread, items, g.threads, unroll=1):
             self.score(
@@ -266,11 +266,11 @@ class Decode:
         tokens: Int32,
         row_stride: Int64,
     ) -> None:
-        """Copy this CTA's slice of the tile's hidden states to shared memory.
+        """Copy this CTA's share of the tile's hidden states to shared memory.
 
         One lane of every warp calls this, because the copies of one warp would be issued one after
-        the other. CTAs that need the same slice divide the tokens and multicast. ``source`` is the
-        global address of the slice of ``own_token``, the warp's first. The barrier ``rows_full``
+        the other. CTAs that need the same share divide the tokens and multicast. ``source`` is the
+        global address of the share of ``own_token``, the warp's first. The barrier ``rows_full``
         counts the bytes.
         """
         g = self.g

@@ -5,12 +5,12 @@ It is for batches whose tiles, with all of the hidden dimension, would not fill 
 
 1. before the wait on the previous kernel, a CTA requests all of its weights, by bulk copies of the
    packed image;
-2. after it, the CTA's slice of the tile's hidden states, by the tensor map, 64 elements per stage;
+2. after it, the CTA's share of the tile's hidden states, by the tensor map, 64 elements per stage;
 3. each warpgroup multiplies 64 experts by all tokens of the tile over one chunk: experts are the
    rows of the MMA, tokens its columns, k ascending, one accumulator;
 4. when every CTA of the cluster has read its operands, partial sums take their place, and those of
    a token go to one CTA of the cluster (exchange/split_k.py);
-5. that CTA adds the chunks in ascending order and scores; one warp per token selects;
+5. that CTA adds the chunks (summation.py) and scores; one warp per token selects;
 6. with several groups of experts, the last to finish a token merges (common/epilogue.py).
 
 A CTA exits only after all that is sent to it has arrived and all that it sent has been received.
@@ -215,9 +215,9 @@ class SplitK:
             )
 
     def load_hidden(self, tensor_map: Int64, ring: Ring, first_token: Int32, k_rank: Int32) -> None:
-        """Request the slice of the hidden states in blocks of 64, one of each chunk in turn.
+        """Request the share of the hidden states in blocks of 64, one of each chunk in turn.
 
-        Where the ring has fewer stages than the slice, it waits until a stage has been released.
+        Where the ring has fewer stages than the share, it waits until a stage has been released.
         """
         g = self.g
         for number in range(g.k_blocks):
@@ -248,7 +248,7 @@ class SplitK:
         group: Int32,
         thread: Int32,
     ) -> None:
-        """Add the chunks of every (slot, expert) in ascending order, and store keys and scores.
+        """Add the chunks of every (slot, expert), and store keys and scores.
 
         All consumer threads call this. ``received`` is the address of the received sums. The (key,
         score) pairs take the place of a slot's first sums, as ``epilogue.route_all`` reads them.

@@ -6,10 +6,10 @@ does not depend on its neighbours, its row or their number.
 A CTA multiplies 128 tokens by its part of the experts over the whole hidden dimension
 (geometry/tile.py). Two producer warps fill two rings: one of hidden states (by a tensor map), one
 of weights (bulk copies of the packed image). CTAs of a cluster that need the same stage each fetch
-a part of it and multicast. Two consumer warpgroups hold the totals of 64 tokens each. The MMA
-accumulates each chunk of the hidden dimension from zero; its partial sums are then added to the
-totals, in ascending order of chunks. Which operand has the tokens, and which warps issue MMAs,
-depends on the MMA object.
+a part of it and multicast. Two consumer warpgroups hold the sums of 64 tokens each. The MMA
+accumulates each chunk of the hidden dimension from zero; its partial sums are then added to those
+of the slice, and a slice's sums to the totals (summation.py). Which operand has the tokens, and
+which warps issue MMAs, depends on the MMA object.
 
 The epilogue (epilogue/tile.py) works on few experts: screening makes some seven experts per token
 candidates, and only these get their exact score and key.

@@ -39,7 +39,7 @@ OTHER_REGISTERS = 64
 class DecodeGeometry(GroupedGeometry):
     """``groups`` clusters of ``cluster_e`` x ``cluster_k`` CTAs route ``tokens_tile`` tokens.
 
-    Each CTA holds 16 * ``m_tiles`` experts over a slice of the hidden dimension. A warp keeps
+    Each CTA holds 16 * ``m_tiles`` experts over a share of the hidden dimension. A warp keeps
     ``warp_m`` of these m-tiles in registers over one slab, which is one or more chunks of the
     hidden dimension.
     """
@@ -149,12 +149,12 @@ class DecodeGeometry(GroupedGeometry):
 
     @property
     def cta_slabs(self) -> int:
-        """Slabs of one CTA's slice of the hidden dimension."""
+        """Slabs of one CTA's share of the hidden dimension."""
         return ceil_div(self.slabs, self.cluster_k)
 
     @property
     def cta_hidden(self) -> int:
-        """Hidden elements of a CTA's slice."""
+        """Hidden elements of a CTA's share."""
         return self.cta_slabs * self.slab
 
     @property
@@ -189,7 +189,7 @@ class DecodeGeometry(GroupedGeometry):
     # --- shared memory, in bytes ---
     @property
     def row_bytes(self) -> int:
-        """A token's slice, padded by 16 bytes: 8 neighbouring rows start in 8 bank groups."""
+        """A token's share, padded by 16 bytes: 8 neighbouring rows start in 8 bank groups."""
         return self.cta_hidden * 2 + 16
 
     @property

@@ -31,7 +31,7 @@ class SplitKGeometry(GroupedGeometry):
     """``groups`` clusters of ``cluster_k`` CTAs route one tile of ``tokens_tile`` tokens.
 
     A cluster holds a group of 64 * ``m_tiles`` experts over the whole hidden dimension; a CTA holds
-    a slice, which is some of its chunks; a warpgroup multiplies 64 experts over one chunk: 32 KiB
+    a share, which is some of its chunks; a warpgroup multiplies 64 experts over one chunk: 32 KiB
     of weights, in shared memory before the hidden states exist. A token's chunks are added by one
     CTA of the cluster.
 
@@ -115,23 +115,23 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def cta_chunks(self) -> int:
-        """Chunks of one CTA's slice of the hidden dimension."""
+        """Chunks of one CTA's share of the hidden dimension."""
         return self.chunks // self.cluster_k
 
     @property
     def k_blocks(self) -> int:
-        """64-element blocks of a CTA's slice."""
+        """64-element blocks of a CTA's share."""
         return self.cta_chunks * self.chunk_k_blocks
 
     def stage_of(self, number: int) -> int:
-        """Return the block of the slice that is requested as number ``number``. The chunks take
+        """Return the block of the share that is requested as number ``number``. The chunks take
         turns, since different warpgroups wait for them."""
         return number % self.cta_chunks * self.chunk_k_blocks + number // self.cta_chunks
 
     # --- threads ---
     @property
     def warpgroups(self) -> int:
-        """Consumer warpgroups: one for each m-tile and chunk of the slice."""
+        """Consumer warpgroups: one for each m-tile and chunk of the share."""
         return self.m_tiles * self.cta_chunks
 
     @property

@@ -75,7 +75,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
 
     @property
     def tensor_columns(self) -> int:
-        """An accumulator of ``tokens_tile`` columns for every pair and chunk of the slice.
+        """An accumulator of ``tokens_tile`` columns for every pair and chunk of the share.
 
         All CTAs that share a multiprocessor get theirs: 64 KiB of weights come with each
         accumulator, so shared memory runs out first.
@@ -114,7 +114,7 @@ class SplitKTcgen05Geometry(SplitKGeometry):
     # --- shared memory behind the other barriers ---
     @property
     def accumulated_offset(self) -> int:
-        """Barriers of finished accumulators, one per chunk of the slice."""
+        """Barriers of finished accumulators, one per chunk of the share."""
         return self.end_offset
 
     @property
@@ -150,7 +150,7 @@ class TileTcgen05Geometry(TileGeometry):
 
     @property
     def parked_sums(self) -> int:
-        """None: slices and totals are in registers, chunks in tensor memory."""
+        """None: the sums of a slice and the totals are in registers, chunks in tensor memory."""
         return 0
 
     # --- tensor memory ---

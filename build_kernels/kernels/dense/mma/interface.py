@@ -22,7 +22,7 @@ from build_kernels.kernels.dense.ring import Ring
 
 
 class SplitKMma(ABC):
-    """Multiplies all chunks of a CTA's slice, 64 experts and one chunk per warpgroup."""
+    """Multiplies all chunks of a CTA's share, 64 experts and one chunk per warpgroup."""
 
     def __init__(self, geometry: SplitKGeometry) -> None:
         self.g: Any = geometry
@@ -50,7 +50,7 @@ class SplitKMma(ABC):
         return
 
     def task(self, warp: Int32) -> tuple[Int32, Int32]:
-        """Return (m-tile, chunk of the slice) of a warp's warpgroup."""
+        """Return (m-tile, chunk of the share) of a warp's warpgroup."""
         number = arith.quotient(warp, WARPGROUP // LANES)
         return arith.remainder(number, self.g.m_tiles), arith.quotient(number, self.g.m_tiles)
 

@@ -45,6 +45,13 @@ class TileStages(Protocol):
 class Parking:
     """A thread's totals of the slices so far: in shared memory, in places that no other thread
     reaches, and in registers (``kept``) where they do not fit there.
+
+    Attributes:
+        g: The form's division.
+        place: Shared address of this thread's first four totals.
+        width: Sums of one pass.
+        kept: The totals that are in registers.
+
     """
 
     g: TileGeometry
