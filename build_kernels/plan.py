@@ -8,11 +8,11 @@ same sources have the same (``digests.py`` says what counts).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels import contracts, digests
+from build_kernels import contracts, digests, divisions
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latencies
@@ -25,6 +25,7 @@ from build_kernels.compile.sources import PACKAGE
 from build_kernels.digests import Sources
 from build_kernels.errors import BuildError, unknown
 from build_kernels.kernels.common.numerics import CONSTANTS
+from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry
 
 
@@ -147,6 +148,8 @@ def sources(jobs: Iterable[Job]) -> set[Path]:
     """
     digester = Sources(PACKAGE)
     found = {PACKAGE / "toolchain.lock", PACKAGE / "catalog" / "latency.toml"}
+    found.add(PACKAGE / "divisions.py")
+    found |= {PACKAGE / "kernels/dense/geometry" / f"{name}.py" for name in ("cost", "search")}
     found |= {PACKAGE / "catalog" / f"{name}.py" for name in ("kernels", "models", "targets")}
     for kernel, language in {(job.kernel, job.language) for job in jobs}:
         found |= digester.files(kernel, language)
@@ -162,18 +165,16 @@ def _jobs(
     exact = sources.exact(kernel.name, kernel.language)
     flags = json.dumps(LANGUAGES[kernel.language].flags)
     for model in models:
-        for variant in kernel.variants:
-            if not variant.has(model):
-                continue
-            constants = _constants(kernel, model, variant)
-            if constants is None:
-                continue
+        for variant, constants in _variants(kernel, model):
             given = json.dumps(constants, sort_keys=True, allow_nan=False)
             source_sha256 = digests.digest([identity, given, flags])
             for target in dict.fromkeys(targets):
                 if variant.targets and target not in variant.targets:
                     continue
                 name = model.name if model else None
+                latency = latencies.of(kernel.name, variant.name, name, target)
+                if not latency and "FORM" in constants:
+                    latency = divisions.predicted(constants, target, latencies.tokens)
                 yield Job(
                     kernel=kernel.name,
                     language=kernel.language,
@@ -183,22 +184,28 @@ def _jobs(
                     constants=constants,
                     source_sha256=source_sha256,
                     inputs_sha256=digests.digest([exact, given, flags, target]),
-                    latency=latencies.of(kernel.name, variant.name, name, target),
+                    latency=latency,
                 )
 
 
-def _constants(
-    kernel: Kernel, model: Model | None, variant: Variant
-) -> dict[str, int | float | str] | None:
-    """All compile-time constants of one cubin; a more specific source replaces a general one.
-
-    ``derive(constants)`` of the kernel's contract, if it has one, returns those that the catalog
-    does not state, or None where the model has no such variant. Then this returns None too.
+def _variants(
+    kernel: Kernel, model: Model | None
+) -> Iterator[tuple[Variant, dict[str, int | float | str]]]:
+    """The variants that ``model`` has, each with its division, and all constants of the cubin; a
+    more specific source replaces a general one.
     """
-    merged: dict[str, int | float | str] = dict(CONSTANTS) if kernel.scores else {}
-    merged |= variant.constants_of(model)
-    where = f"kernel {kernel.name}" + (f", model {model.name}" if model else "")
-    derived = contracts.derived(kernel.name, where, merged)
-    if derived is None:
-        return None
-    return dict(sorted({**derived, **merged}.items()))
+    known = dict(CONSTANTS) if kernel.scores else {}
+    divided: Mapping[str, Constants] = {}
+    if model is not None and not kernel.names(model):
+        divided = divisions.searched(kernel, model)
+    for variant in kernel.variants:
+        merged: dict[str, int | float | str] = {**known, **variant.constants_of(model)}
+        if variant.name in divided:
+            merged |= divided[variant.name]
+        elif not variant.has(model):
+            continue
+        where = f"kernel {kernel.name}" + (f", model {model.name}" if model else "")
+        # What is not stated. None: the contract says that the model has no such variant.
+        derived = contracts.derived(kernel.name, where, merged)
+        if derived is not None:
+            yield variant, dict(sorted({**derived, **merged}.items()))

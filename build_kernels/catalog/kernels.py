@@ -31,6 +31,10 @@ class Variant:
             model that is not named; without it, no other model has the variant. None: the variant
             has no constants that depend on the model, and every model has it.
         targets: Those that have the variant's instructions. Empty: all.
+        batches: Numbers of tokens that a dense variant is for, ascending. A model that no row of
+            the kernel names gets the division that is predicted to be the fastest for them
+            (``divisions.py``), of one of the forms ``forms``.
+        forms: Forms that may serve those batches.
 
     """
 
@@ -38,6 +42,8 @@ class Variant:
     constants: Constants = field(default_factory=dict)
     by_model: Mapping[str, Constants] | None = None
     targets: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     def has(self, model: Model | None) -> bool:
         """Return whether ``model`` has this variant. None: the kernel is the same for all."""
@@ -67,6 +73,10 @@ class Kernel:
     per_model: bool
     scores: bool
     variants: tuple[Variant, ...]
+
+    def names(self, model: Model | None) -> bool:
+        """Return whether a row of a variant names ``model``."""
+        return any(_name(model) in (variant.by_model or {}) for variant in self.variants)
 
 
 def _table(
@@ -131,7 +141,6 @@ _DECODE = _table(
     ("portable",    "dsv4-pro",     64,        32,         3,     1,        14,       2),
     ("portable",    "dsv41-flash",  64,        32,         3,     4,        4,        2),
     ("portable",    "dsv41-dspark", 64,        13,         1,     4,        4,        2),
-    ("portable",    ANY,            64,        32,         None,  None,     None,     None),
     ("portable_32", "dsv4-pro",     32,        16,         3,     2,        7,        2),
     ("portable_32", "dsv41-flash",  32,        16,         3,     4,        4,        2),
 )
@@ -143,7 +152,6 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv4-pro",     64,        32,         3,     14),
     ("tcgen05",     "dsv41-flash",  64,        32,         3,     10),
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
-    ("tcgen05",     ANY,            64,        None,       None,  None),
     ("tcgen05_256", "dsv4-flash",   256,       32,         1,     16),
     ("tcgen05_256", "dsv4-pro",     256,       128,        3,     14),
     ("tcgen05_256", "dsv41-flash",  256,       128,        3,     10),
@@ -198,16 +206,41 @@ _TILE = _table(
     ("wgmma_wide", "dsv4-pro",     2,        1,        1),
     ("wgmma_wide", "dsv41-flash",  2,        1,        1),
     ("wgmma_wide", "dsv41-dspark", 1,        2,        1),
-    ("wgmma_wide", ANY,            None,     None,     None),
-    ("portable",   ANY,            None,     None,     None),
+    ("portable",   "dsv4-flash",   2,        1,        1),
+    ("portable",   "dsv4-pro",     4,        1,        1),
+    ("portable",   "dsv41-flash",  4,        1,        1),
+    ("portable",   "dsv41-dspark", 1,        1,        1),
     ("tcgen05",    "dsv4-flash",   2,        2,        1),
     ("tcgen05",    "dsv4-pro",     4,        1,        1),
     ("tcgen05",    "dsv41-flash",  4,        1,        1),
     ("tcgen05",    "dsv41-dspark", 1,        2,        1),
-    ("tcgen05",    ANY,            None,     None,     None),
 )
 
 # fmt: on
+
+
+#: Variant of a dense kernel -> the batches that it is for, and the forms that may serve them, for a
+#: model without rows. Batches beyond the last one are served as it is.
+_Classes = Mapping[str, tuple[tuple[int, ...], tuple[Form, ...]]]
+_DECODE_CLASSES: _Classes = {
+    "portable": ((1, 8, 16, 32, 64), ("decode",)),
+    "portable_32": ((1, 8, 16, 32), ("decode",)),
+    "tcgen05": ((1, 8, 16, 32, 64), ("split_k",)),
+}
+_PREFILL_CLASSES: _Classes = {
+    "wgmma_256": ((128, 256), ("swap_ab", "tile")),
+    "wgmma_512": ((512,), ("swap_ab", "tile")),
+    "wgmma_1024": ((1024,), ("swap_ab", "tile")),
+    "wgmma_4096": ((4096,), ("swap_ab", "tile")),
+    "wgmma_wide": ((16384,), ("swap_ab", "tile")),
+    "portable_256": ((128, 256), ("swap_ab", "tile")),
+    "portable_512": ((512,), ("swap_ab", "tile")),
+    "portable_1024": ((1024,), ("swap_ab", "tile")),
+    "portable_4096": ((4096,), ("swap_ab", "tile")),
+    "portable": ((16384,), ("swap_ab", "tile")),
+    "tcgen05_256": ((128, 256), ("split_k", "tile")),
+    "tcgen05": ((1024, 4096, 16384), ("tile",)),
+}
 
 
 def _variants(
@@ -215,14 +248,31 @@ def _variants(
     *names: str,
     constants: Constants | None = None,
     targets: tuple[str, ...] = (),
+    classes: _Classes | None = None,
 ) -> tuple[Variant, ...]:
     """Return the variants ``names`` of a table, or all of them."""
-    return tuple(Variant(name, constants or {}, table[name], targets) for name in names or table)
+    return tuple(
+        Variant(name, constants or {}, table[name], targets, *(classes or {}).get(name, ()))
+        for name in names or table
+    )
 
 
 def _form(form: Form, mma: Mma) -> Constants:
     """Return the constants that name a dense kernel's algorithm and its MMA instruction."""
     return {"FORM": form, "MMA": mma}
+
+
+def _prefill(
+    table: Mapping[str, Mapping[str, Constants]],
+    *names: str,
+    form: Form,
+    mma: Mma,
+    targets: tuple[str, ...] = (),
+) -> tuple[Variant, ...]:
+    """Return the variants ``names`` of a table of dense_router_prefill, or all of them."""
+    return _variants(
+        table, *names, constants=_form(form, mma), targets=targets, classes=_PREFILL_CLASSES
+    )
 
 
 KERNELS = (
@@ -260,12 +310,13 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_DECODE, constants=_form("decode", "mma_sync")),
+            *_variants(_DECODE, constants=_form("decode", "mma_sync"), classes=_DECODE_CLASSES),
             *_variants(
                 _SPLIT_K,
                 "tcgen05",
                 constants=_form("split_k", "tcgen05"),
                 targets=BLACKWELL,
+                classes=_DECODE_CLASSES,
             ),
         ),
     ),
@@ -276,22 +327,12 @@ KERNELS = (
         per_model=True,
         scores=True,
         variants=(
-            *_variants(_SWAP_AB, constants=_form("swap_ab", "wgmma"), targets=HOPPER),
-            *_variants(_TILE, "wgmma_wide", constants=_form("tile", "wgmma"), targets=HOPPER),
-            *_variants(_SWAP_AB_PORTABLE, constants=_form("swap_ab", "mma_sync")),
-            *_variants(_TILE, "portable", constants=_form("tile", "mma_sync")),
-            *_variants(
-                _SPLIT_K,
-                "tcgen05_256",
-                constants=_form("split_k", "tcgen05"),
-                targets=BLACKWELL,
-            ),
-            *_variants(
-                _TILE,
-                "tcgen05",
-                constants=_form("tile", "tcgen05"),
-                targets=BLACKWELL,
-            ),
+            *_prefill(_SWAP_AB, form="swap_ab", mma="wgmma", targets=HOPPER),
+            *_prefill(_TILE, "wgmma_wide", form="tile", mma="wgmma", targets=HOPPER),
+            *_prefill(_SWAP_AB_PORTABLE, form="swap_ab", mma="mma_sync"),
+            *_prefill(_TILE, "portable", form="tile", mma="mma_sync"),
+            *_prefill(_SPLIT_K, "tcgen05_256", form="split_k", mma="tcgen05", targets=BLACKWELL),
+            *_prefill(_TILE, "tcgen05", form="tile", mma="tcgen05", targets=BLACKWELL),
         ),
     ),
 )

@@ -33,6 +33,8 @@ class Latencies:
 
     def __init__(self, path: Path) -> None:
         self._tables: dict[tuple[str, str], Mapping[str, Latency]] = {}
+        #: The numbers of tokens that have figures.
+        self.tokens: tuple[int, ...] = ()
         if not path.is_file():
             return
         try:
@@ -40,6 +42,7 @@ class Latencies:
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BuildError(f"{_WHERE}: expected TOML, found: {error}; {_REMEDY}") from error
         tokens = _tokens(document.pop("tokens", None))
+        self.tokens = tuple(tokens)
         models = [ANY, *(model.name for model in MODELS)]
         variants = [f"{k.name}/{v.name}" for k in catalog.KERNELS for v in k.variants]
         for target, by_model in document.items():

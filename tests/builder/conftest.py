@@ -30,6 +30,14 @@ DEFAULT_TARGETS = ("sm_90a", "sm_100a")
 TARGETS = (*DEFAULT_TARGETS, "sm_100f")
 """
 
+#: What a plan reads of the kernels' sources, whichever kernels there are.
+PLANNED = (
+    "common/numerics.py",
+    "common/ptx/tcgen05_layout.py",
+    "dense/summation.py",
+    "dense/geometry/*.py",
+)
+
 MODELS = """
 MODELS = MODELS[:2]
 """
@@ -248,9 +256,11 @@ def write_project(root: Path) -> None:
     with (root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
         file.write(SUITE)
     (package / "catalog" / "latency.toml").write_text("tokens = [1]\n")
-    numerics = Path("kernels", "common", "numerics.py")
-    (package / numerics).parent.mkdir(parents=True)
-    shutil.copy(ROOT / "build_kernels" / numerics, package / numerics)
+    for name in PLANNED:
+        for path in sorted((ROOT / "build_kernels" / "kernels").glob(name)):
+            copy = package / path.relative_to(ROOT / "build_kernels")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
     for name, text in FILES.items():
         path = package / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,203 @@
+"""Which division of a router is predicted to be the fastest, for any model.
+
+The divisions of a form are those that its geometry accepts and whose sums fit the registers of a
+thread. Like ``cost.py``, this is read by the plan of a build and by no contract: what it finds goes
+into an entry's constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from build_kernels.kernels.dense.geometry import cost
+from build_kernels.kernels.dense.geometry.common import (
+    MAX_CLUSTER,
+    MAX_SHARED_BYTES,
+    Geometry,
+    ceil_div,
+)
+from build_kernels.kernels.dense.geometry.decode import REGISTERS, DecodeGeometry
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
+from build_kernels.kernels.dense.geometry.table import GEOMETRIES
+from build_kernels.kernels.dense.geometry.tile import TileGeometry
+from router_runtime.format.contract import Constants
+
+#: More groups of experts would take longer to merge than they save.
+MAX_GROUPS = 16
+
+#: Consumer threads of the form split_k: more would leave too few registers for a tile's sums.
+MAX_THREADS = 512
+
+#: Registers of a thread besides its sums: addresses, counters, the masks of screening; with
+#: ``mma.sync`` operands as well.
+OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 52}
+
+_Division = dict[str, int]
+
+
+def best(
+    forms: Sequence[str], mma: str, shape: Constants, tokens: Sequence[int], machine: cost.Machine
+) -> Constants | None:
+    """Return the constants FORM, MMA and those of the division with the least predicted time.
+
+    Args:
+        forms: Which forms to try.
+        mma: The MMA.
+        shape: The constants HIDDEN, EXPERTS, TOP_K and K_CHUNK.
+        tokens: Numbers of tokens that count alike, ascending. The last one is the most tokens of a
+            launch, for a form that has a limit.
+        machine: The GPU.
+
+    None: no form has a division for this router.
+
+    """
+    sizes = tuple(int(shape[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK"))
+    found = [
+        (form, g)
+        for form in forms
+        if (form, mma) in GEOMETRIES
+        for g in divisions(form, mma, sizes, tokens[-1])
+    ]
+    if not found:
+        return None
+
+    def together(item: tuple[str, Geometry]) -> float:
+        return math.prod(cost.microseconds(item[1], mma, count, machine) for count in tokens)
+
+    form, g = min(found, key=together)
+    own = {field.name for field in dataclasses.fields(g)}
+    names = own - {field.name for field in dataclasses.fields(Geometry)}
+    return {"FORM": form, "MMA": mma, **g.constants(*sorted(names))}
+
+
+@functools.lru_cache(maxsize=64)
+def divisions(form: str, mma: str, sizes: tuple[int, ...], max_tokens: int) -> tuple[Geometry, ...]:
+    """Return the divisions of a form that can be built.
+
+    ``sizes``: hidden elements, experts, k, chunk. ``max_tokens``: of a launch, where the form has a
+    limit.
+    """
+    kind = GEOMETRIES[form, mma]
+    shape = dict(zip(("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK"), sizes, strict=True))
+    shape["MAX_TOKENS"] = max_tokens
+    found = []
+    for division in _TRIED[form](kind, shape):
+        try:
+            g = kind.of({**shape, **division})
+        except ValueError:
+            continue
+        if fits(g, mma):
+            found.append(g)
+    return tuple(found)
+
+
+def fits(g: Geometry, mma: str) -> bool:
+    """Return whether a division fits registers, shared memory and a cluster.
+
+    This is what the geometry's own ``check`` leaves open.
+    """
+    if isinstance(g, DecodeGeometry):
+        return g.fits
+    if isinstance(g, SplitKGeometry):
+        return g.consumer_threads <= MAX_THREADS and g.shared_bytes <= MAX_SHARED_BYTES
+    if isinstance(g, SwapAbGeometry):
+        if _spills(g, mma):
+            return False
+        # Sums of a chunk, of a slice, totals and those that arrive, 4 registers for each n-tile.
+        own = 2 if g.split_k > 1 else min(g.cta_slices, 2)
+        kept = g.held_n_tiles * (g.buffers if g.split_k > 1 else 1)
+        sums = 4 * (own * g.n_tiles + kept)
+        return sums + OTHER_REGISTERS[mma] <= g.consumer_registers
+    assert isinstance(g, TileGeometry)
+    return (
+        not _serialises(g, mma)
+        and g.cluster <= MAX_CLUSTER
+        and g.image_bias_offset + g.bias_bytes <= g.bias_offset
+        and g.shared_bytes <= MAX_SHARED_BYTES
+    )
+
+
+def _spills(g: SwapAbGeometry, mma: str) -> bool:
+    """Return whether ptxas is known to spill although the count of registers fits.
+
+    Found by compiling: with ``mma.sync`` it spills for tiles of 120 tokens, not for 112; and, with
+    all of K in a CTA that shares its weights with none, for 5 and 7 e ranks and 64 to 80 tokens.
+    """
+    if mma != "mma_sync":
+        return False
+    return g.tile_tokens > 112 or (g.split_k == 1 and g.cluster_t == 1 and g.cluster_e > 4)
+
+
+def _serialises(g: TileGeometry, mma: str) -> bool:
+    """Return whether ptxas may put a barrier before each wgmma, which a build refuses.
+
+    Found by compiling: it does with a short last chunk and 144 to 160 experts in a pass, for some
+    hidden sizes (2624 to 2752), and with 136 or 168 for none.
+    """
+    return mma == "wgmma" and g.last_k_blocks > 0 and 136 < g.mma_n < 168
+
+
+def _decode(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Division]:
+    """Tiles of a few sizes; few more groups than hold the weights: merging them costs time."""
+    weights = 2 * shape["HIDDEN"] * shape["EXPERTS"]
+    least = ceil_div(weights, MAX_CLUSTER * 4 * REGISTERS)
+    for groups, cluster_e, warp_m, tile in itertools.product(
+        range(least, min(least + 7, MAX_GROUPS) + 1), (1, 2, 4), (1, 2), (8, 13, 16, 24, 32)
+    ):
+        for cluster_k in range(1, MAX_CLUSTER // cluster_e + 1):
+            yield {
+                "GROUPS": groups,
+                "CLUSTER_E": cluster_e,
+                "CLUSTER_K": cluster_k,
+                "WARP_M": warp_m,
+                "TOKENS_TILE": tile,
+            }
+
+
+def _split_k(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Division]:
+    """Every number of CTAs that divides the chunks."""
+    chunks = shape["HIDDEN"] // shape["K_CHUNK"]
+    for groups, cluster_k, tile in itertools.product(
+        range(1, MAX_GROUPS + 1), range(1, MAX_CLUSTER + 1), (16, 24, 32, 40, 48, 64, 96, 128)
+    ):
+        if chunks and chunks % cluster_k == 0:
+            yield {"GROUPS": groups, "CLUSTER_K": cluster_k, "TOKENS_TILE": tile}
+
+
+def _swap_ab(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Division]:
+    """Two or three warpgroups of experts; one suffices for 64 experts."""
+    widths = (64,) if shape["EXPERTS"] <= 64 else (128, 192)
+    for experts, tile, cluster_t, split_k in itertools.product(
+        widths, range(16, 145, 8), (1, 2, 4, 8), range(1, MAX_CLUSTER + 1)
+    ):
+        if ceil_div(shape["EXPERTS"], experts) * cluster_t * split_k <= MAX_CLUSTER:
+            yield {
+                "TILE_EXPERTS": experts,
+                "TILE_TOKENS": tile,
+                "CLUSTER_T": cluster_t,
+                "SPLIT_K": split_k,
+            }
+
+
+def _tile(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Division]:
+    """One pass; two where a CTA has more experts than one pass has sums for, at most 256."""
+    assert issubclass(kind, TileGeometry)
+    for cluster_e, cluster_t in itertools.product((1, 2, 4, 8), (1, 2)):
+        experts = ceil_div(shape["EXPERTS"], cluster_e)
+        if experts <= kind.most_experts:
+            yield {"CLUSTER_E": cluster_e, "CLUSTER_T": cluster_t, "PASSES": 1}
+        elif experts <= 256 and kind is TileGeometry:
+            yield {"CLUSTER_E": cluster_e, "CLUSTER_T": cluster_t, "PASSES": 2}
+
+
+_TRIED: Mapping[str, Callable[[type[Geometry], Mapping[str, int]], Iterator[_Division]]] = {
+    "decode": _decode,
+    "split_k": _split_k,
+    "swap_ab": _swap_ab,
+    "tile": _tile,
+}
