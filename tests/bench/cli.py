@@ -22,9 +22,10 @@ from typing import Any
 
 import click
 
+from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import MODELS, Model
+from build_kernels.errors import BuildError
 from router_runtime.errors import RouterRuntimeError
-from tests.bench import peers
 from tests.bench.contenders import CONTENDERS, GATE, MODES, OURS
 from tests.bench.machine import Cpu, Gpu
 from tests.bench.run import Options, run
@@ -33,6 +34,9 @@ from tests.bench.run import Options, run
 TINY = Model("tiny", 128, 24, 4, 1.5, 0, 100)
 
 PARTS = ("startup", "host", "latency")
+
+#: Numbers of tokens that are timed by default; those with a figure of a peer among them.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
 
 
 class Several(click.ParamType):  # type: ignore[type-arg]
@@ -86,9 +90,27 @@ class Choice(click.ParamType):  # type: ignore[type-arg]
         return kernel, variant
 
 
+def _models(names: tuple[str, ...] | None, files: tuple[Path, ...]) -> list[Model]:
+    """The models to time: those of the files, and those named, or all if there is neither."""
+    try:
+        own = [read_model(path) for path in files]
+    except BuildError as error:
+        raise click.ClickException(str(error)) from error
+    named = MODELS if names is None and not files else names or ()
+    known = [model for model in MODELS if model in named or model.name in named]
+    return [*known, *own]
+
+
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--models", type=Several(tuple(model.name for model in MODELS)), help="Default: all.")
-@click.option("--tokens", type=Counts(), help="Default: 1 to 16384, as the peers' table has them.")
+@click.option(
+    "--model-file",
+    "model_files",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="Only a model of your own, whose kernels are in --artifacts; with --models, those too.",
+)
+@click.option("--tokens", type=Counts(), help="Default: some from 1 to 16384.")
 @click.option(
     "--contenders",
     type=Several(tuple(CONTENDERS)),
@@ -124,6 +146,7 @@ class Choice(click.ParamType):  # type: ignore[type-arg]
 @click.option("--dry-run", is_flag=True, help="Tiny routers on the CPU: every step, no figures.")
 def main(
     models: tuple[str, ...] | None,
+    model_files: tuple[Path, ...],
     tokens: tuple[int, ...] | None,
     contenders: tuple[str, ...],
     modes: Any,
@@ -139,15 +162,15 @@ def main(
     for kernel, variant in variants:
         by_kernel.setdefault(kernel, []).append(variant)
     if dry_run:
-        if models or artifacts or variants or alone:
+        if models or model_files or artifacts or variants or alone:
             raise click.UsageError(
-                "expected --dry-run without --models, --artifacts, --variant and --alone: it has "
-                "a model of its own and no kernels; leave them out"
+                "expected --dry-run without --models, --model-file, --artifacts, --variant and "
+                "--alone: it has a model of its own and no kernels; leave them out"
             )
         chosen, tokens, replays = [TINY], tokens or (1, 3), replays or 2
     else:
-        chosen = [model for model in MODELS if models is None or model.name in models]
-        tokens, replays = tokens or peers.load().tokens, replays or 60
+        chosen = _models(models, model_files)
+        tokens, replays = tokens or TOKENS, replays or 60
     options = Options(
         models=chosen,
         tokens=tokens,

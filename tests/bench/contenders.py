@@ -289,7 +289,7 @@ class _Compiled:
 
 OURS = "dense_router"
 GATE, HASH = "hash_gate", "hash_router"
-MM = "torch.mm"
+MM, MM_TRITON = "torch.mm", "mm+triton"
 
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
@@ -297,7 +297,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(OURS, DenseRouters, launches_dependent=True),
         Contender(MM, _mm),
         Contender("mm+activation_topk", _mm_activation_topk, launches_dependent=True),
-        Contender("mm+triton", _mm_triton),
+        Contender(MM_TRITON, _mm_triton),
         Contender(GATE, GateRouters, launches_dependent=True),
         Contender(HASH, _hash_router, launches_dependent=True),
         Contender("gathered", _gathered),

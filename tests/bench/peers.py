@@ -54,6 +54,9 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
+    """``gpu``: the device that all of ``models`` were measured on; ``source``: how."""
+
+    gpu: str
     source: str
     tokens: tuple[int, ...]
     models: Mapping[str, ModelPeers]
@@ -93,7 +96,9 @@ def parse(document: Mapping[str, Any]) -> Peers:
         family: tuple(Bar(**bar) for bar in listed) for family, listed in document["bars"].items()
     }
     floor = Floor(**document["floor"])
-    return Peers(document["source"], tokens, models, bars, document["host_bar"], floor)
+    return Peers(
+        document["gpu"], document["source"], tokens, models, bars, document["host_bar"], floor
+    )
 
 
 def load() -> Peers:

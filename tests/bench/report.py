@@ -11,7 +11,7 @@ from typing import Any
 from build_kernels.catalog.models import Model
 from router_runtime.evidence.choice import microseconds
 from router_runtime.format.manifest import Entry
-from tests.bench.contenders import MM, family
+from tests.bench.contenders import MM, MM_TRITON, OURS, family
 from tests.bench.host import OURS as HOST_OURS
 from tests.bench.host import PEER as HOST_PEER
 from tests.bench.host import HostCell
@@ -103,6 +103,19 @@ def compare(cells: Iterable[Cell], peers: Peers) -> list[Comparison]:
     return found
 
 
+def best_peer(cells: Iterable[Cell], peers: Peers, model: str, tokens: int) -> float | None:
+    """The time of the faster of two peers at that many tokens: that of ``peers``, scaled to this
+    device, and torch.mm with a Triton top-k in this run. None without either.
+    """
+    here = {
+        cell.contender: cell.median_us
+        for cell in cells
+        if (cell.model, cell.tokens, cell.mode) == (model, tokens, "pdl") and cell.error is None
+    }
+    found = (peers.scaled(model, tokens, here.get(MM)), here.get(MM_TRITON))
+    return min((figure for figure in found if figure is not None), default=None)
+
+
 def against_stated(cells: Iterable[Cell], entries: Iterable[Entry]) -> list[Stated]:
     """Every cell of ours with dependent launch whose entry has a figure for that many tokens."""
     by_key = {entry.key: entry for entry in entries}
@@ -150,7 +163,7 @@ def document(
     return {
         "format_version": FORMAT_VERSION,
         **facts,
-        "peers": peers.source,
+        "peers": f"{peers.gpu}: {peers.source}",
         "cells": [dataclasses.asdict(cell) for cell in cells],
         "comparisons": [dataclasses.asdict(found) for found in compare(cells, peers)],
         "stated": [dataclasses.asdict(found) for found in against_stated(cells, entries)],
@@ -199,6 +212,27 @@ def latency_table(cells: Sequence[Cell], model: Model, peers: Peers) -> list[str
         columns = [both(name, "median_us") for name in names]
         rows.append([str(tokens), link, *columns, _us(peers.floor.of(model, tokens))])
     head = f"{model.name}: microseconds a router, links taken off; {' / '.join(modes)}"
+    return [head, *aligned(rows)]
+
+
+def compact_table(cells: Sequence[Cell], models: Sequence[Model], peers: Peers) -> list[str]:
+    """ours / torch.mm / best peer, by tokens and model, with dependent launch."""
+    cells = [cell for cell in cells if cell.mode == "pdl" and cell.error is None]
+    by_key = {(cell.model, cell.tokens, cell.contender): cell.median_us for cell in cells}
+    names = [model.name for model in models]
+    rows = [["tokens", *names]]
+    for tokens in sorted({cell.tokens for cell in cells}):
+        row = [str(tokens)]
+        for name in names:
+            ours, mm = (by_key.get((name, tokens, contender)) for contender in (OURS, MM))
+            row.append(f"{_us(ours)} / {_us(mm)} / {_us(best_peer(cells, peers, name, tokens))}")
+        rows.append(row)
+    if len(rows) == 1:
+        return []
+    head = (
+        f"microseconds a router: {OURS} / {MM} alone / best peer: the faster of {MM_TRITON} here "
+        f"and the one measured on one {peers.gpu}, scaled by {MM}"
+    )
     return [head, *aligned(rows)]
 
 

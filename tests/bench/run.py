@@ -118,6 +118,7 @@ class Run:
         comparisons = report.compare(self._cells, self._peers)
         for model in options.models:
             self._say(report.comparison_table(comparisons, model))
+        self._say(report.compact_table(self._cells, options.models, self._peers))
         self._say(report.stated_table(report.against_stated(self._cells, self._here)))
         host = report.compare_host(self._host, self._peers.host_bar)
         self._say(report.summary(comparisons, host))

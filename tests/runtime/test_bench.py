@@ -35,6 +35,7 @@ from tests.bench.contenders import (
     CONTENDERS,
     GATE,
     MM,
+    MM_TRITON,
     MODES,
     OURS,
     Contender,
@@ -60,7 +61,9 @@ SMALL: dict[str, Any] = {"model": "small", "constants": cli.TINY.constants()}
 
 
 def test_peers_are_the_documents():
-    assert PEERS.tokens == (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+    assert PEERS.gpu == "NVIDIA H200"
+    assert PEERS.tokens == (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+    assert set(PEERS.tokens) <= set(cli.TOKENS)
     # No peer of the draft layers has been measured yet.
     assert set(PEERS.models) == {model.name for model in MODELS} - {DSPARK.name}
     assert {name: figures.routers for name, figures in PEERS.models.items()} == {
@@ -74,9 +77,9 @@ def test_peers_are_the_documents():
         for tokens in (1, 32, 16384)
     ]
     assert corners == [
-        *((4.07, 6.8), (6.71, 7.0), (88.0, 65.9)),
-        *((6.29, 7.2), (11.2, 7.5), (182, 144)),
-        *((6.42, 7.0), (10.35, 7.4), (140, 106)),
+        *((4.04, 6.16), (5.59, 6.29), (77.39, 57.24)),
+        *((5.24, 7.03), (8.12, 7.47), (177.5, 143.0)),
+        *((5.08, 7.31), (7.48, 7.62), (136.1, 105.7)),
     ]
 
 
@@ -89,9 +92,9 @@ def test_peers_with_a_missing_figure_are_refused():
 
 def test_bars():
     assert [PEERS.bar(OURS, tokens) for tokens in (1, 64, 65, 128, 16384, 16385)] == [
-        *(0.6, 0.6, None, 0.75, 0.75, None)
+        *(0.5, 0.5, None, 0.75, 0.75, None)
     ]
-    assert [PEERS.bar(GATE, tokens) for tokens in (1, 4, 5, 8, 64, 128, 1024, 4096)] == [
+    assert [PEERS.bar(GATE, tokens) for tokens in (1, 4, 5, 8, 64, 128, 16384, 16385)] == [
         *(0.65, 0.65, None, 0.5, 0.5, 1.0, 1.0, None)
     ]
     assert PEERS.bar(MM, 1) is None
@@ -114,8 +117,8 @@ def test_floors_are_the_documents(model: Model, tokens: int, microseconds: float
 
 
 def test_peers_scale_with_the_devices_torch_mm():
-    assert PEERS.scaled("dsv4-flash", 64, 7.1) == pytest.approx(9.86)
-    assert PEERS.scaled("dsv4-flash", 64, 2 * 7.1) == pytest.approx(2 * 9.86)
+    assert PEERS.scaled("dsv4-flash", 64, 6.49) == pytest.approx(8.93)
+    assert PEERS.scaled("dsv4-flash", 64, 2 * 6.49) == pytest.approx(2 * 8.93)
     assert PEERS.scaled("dsv4-flash", 64, None) is None
     assert PEERS.scaled("dsv4-flash", 65, 7.1) is None
     assert PEERS.scaled("another", 64, 7.1) is None
@@ -344,14 +347,14 @@ def cell(contender: str, median: float | None, tokens: int = 64, **changes: Any)
 
 
 def test_comparison_scales_the_peer():
-    # This device runs torch.mm half as fast as the document's, so the peer gets twice 9.86.
-    cells = [cell(OURS, 11.0), cell(MM, 14.2), cell("eager", 60.0)]
+    # This device runs torch.mm half as fast as the document's, so the peer gets twice 8.93.
+    cells = [cell(OURS, 8.0), cell(MM, 12.98), cell("eager", 60.0)]
     (found,) = report.compare(cells, PEERS)
-    assert found.best_peer_us == 9.86
-    assert found.scaled_peer_us == pytest.approx(19.72)
-    assert found.ratio == pytest.approx(11.0 / 19.72)
-    assert (found.bar, found.met) == (0.6, True)
-    (found,) = report.compare([cell(OURS, 12.0), cell(MM, 14.2)], PEERS)
+    assert found.best_peer_us == 8.93
+    assert found.scaled_peer_us == pytest.approx(17.86)
+    assert found.ratio == pytest.approx(8.0 / 17.86)
+    assert (found.bar, found.met) == (0.5, True)
+    (found,) = report.compare([cell(OURS, 9.0), cell(MM, 12.98)], PEERS)
     assert not found.met
 
 
@@ -403,8 +406,8 @@ def test_host_comparison():
 
 def test_tables():
     cells = [
-        cell(OURS, 5.0),
-        cell(MM, 7.1),
+        cell(OURS, 4.2),
+        cell(MM, 6.49),
         cell(OURS, 6.0, mode="plain", link_us=1.5),
         cell(MM, 7.2, mode="plain", link_us=1.5),
         cell(OURS, 4.0, tokens=1),
@@ -416,16 +419,40 @@ def test_tables():
     assert columns.split() == ["tokens", "link", OURS, MM, "floor"]
     assert [row.split() for row in rows] == [
         ["1", "1.00/-", "4.00/-", "-/-!", "1.00"],
-        ["64", "1.00/1.50", "5.00/6.00", "7.10/7.20", "1.00"],
+        ["64", "1.00/1.50", "4.20/6.00", "6.49/7.20", "1.00"],
     ]
     compared = report.compare(cells, PEERS)
     lines = report.comparison_table(compared, FLASH)
-    assert lines[-1].split() == ["64", OURS, "5.00", "9.86", "9.86", "0.507", "0.60", "yes"]
+    assert lines[-1].split() == ["64", OURS, "4.20", "8.93", "8.93", "0.470", "0.50", "yes"]
     assert report.comparison_table(compared, PRO) == []
     (line,) = report.summary(compared, [])
     assert line == (
-        f"{OURS}: 1 of 1 bars met; farthest: dsv4-flash at 64 tokens, ratio 0.507, bar 0.6"
+        f"{OURS}: 1 of 1 bars met; farthest: dsv4-flash at 64 tokens, ratio 0.470, bar 0.5"
     )
+
+
+def test_the_compact_table_is_ours_torch_mm_and_the_best_peer():
+    own = Model("own", 4096, 288, 8, 1.0, 0, 100)
+    cells = [
+        cell(OURS, 4.2),
+        cell(MM, 2 * 6.49),  # a device of half the speed: the measured peer takes 17.86
+        cell(MM_TRITON, 16.0),
+        cell(OURS, 1.0, mode="plain"),
+        cell(OURS, 2.4, tokens=1),
+        cell(MM, 6.16, tokens=1),
+        cell(MM_TRITON, 9.0, tokens=1),
+        cell(OURS, 5.0, model="own"),
+        cell(MM, 6.0, model="own"),
+        cell(MM_TRITON, None, model="own", error="failed: x"),
+    ]
+    head, columns, *rows = report.compact_table(cells, [FLASH, own], PEERS)
+    assert PEERS.gpu in head
+    assert columns.split() == ["tokens", "dsv4-flash", "own"]
+    assert [" ".join(row.split()) for row in rows] == [
+        "1 2.40 / 6.16 / 4.04 - / - / -",
+        "64 4.20 / 12.98 / 16.00 5.00 / 6.00 / -",
+    ]
+    assert report.compact_table([], [FLASH], PEERS) == []
 
 
 def test_cells_are_compared_with_what_the_manifest_states(build):
@@ -701,7 +728,7 @@ def options(bench, monkeypatch):
 def test_defaults_are_the_whole_comparison(options):
     found = options()
     assert list(found.models) == list(MODELS)
-    assert found.tokens == PEERS.tokens
+    assert found.tokens == cli.TOKENS
     assert found.contenders == tuple(CONTENDERS)
     assert found.modes == MODES
     assert found.parts == ("startup", "host", "latency")
@@ -730,6 +757,34 @@ def test_every_option_reaches_the_run(options):
     assert found.out == Path("here")
 
 
+MINE = """
+name = "mine"
+hidden = 4096
+experts = 288
+top_k = 8
+scale = 1.5
+hash_layers = 0
+vocab = 129280
+"""
+
+
+def test_a_model_of_ones_own(options, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE)
+    found = options("--model-file", str(file), "--artifacts", "there")
+    assert list(found.models) == [Model("mine", 4096, 288, 8, 1.5, 0, 129280)]
+    found = options("--model-file", str(file), "--models", "dsv4-pro")
+    assert [model.name for model in found.models] == ["dsv4-pro", "mine"]
+
+
+def test_a_wrong_model_file_is_refused(bench, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE.replace("4096", "4000"))
+    result = bench("--model-file", str(file))
+    assert result.exit_code == 1
+    assert "mine.toml: hidden: expected a positive multiple of 64, found 4000" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -744,6 +799,7 @@ def test_every_option_reaches_the_run(options):
         (["--replays", "0"], "0 is not in the range"),
         (["--dry-run", "--alone"], "expected --dry-run without"),
         (["--dry-run", "--models", "dsv4-pro"], "expected --dry-run without"),
+        (["--dry-run", "--model-file", "mine.toml"], "expected --dry-run without"),
         (["--dry-run", "--variant", "a=b"], "expected --dry-run without"),
         (["--dry-run", "--artifacts", "x"], "expected --dry-run without"),
     ],
