@@ -30,11 +30,9 @@ from typing import Any
 
 from torch import Tensor
 
-from router_runtime.errors import install_extra
-from router_runtime.integrations.engines.contract import UnknownEngine
 from router_runtime.integrations.engines.layer import taken
+from router_runtime.integrations.engines.plugin import find_engine, restore, say_registered
 from router_runtime.integrations.engines.report import Report
-from router_runtime.integrations.engines.variables import DISABLE_VARIABLE, is_disabled
 from router_runtime.integrations.sglang.engine import (
     HASH_TOPK,
     HASH_TOPK_IN_TORCH,
@@ -129,28 +127,15 @@ def register() -> None:
     global _registration
     if _registration is not None:
         return
-    if is_disabled():
-        LOG.info("SGLang routes by itself: %s is set", DISABLE_VARIABLE)
-        return
-    try:
-        engine = load_engine()
-    except UnknownEngine as reason:
-        LOG.warning(
-            "SGLang routes by itself: %s; for an SGLang that this release knows, %s (a newer "
-            "release may know a newer one; %s=1 silences this)",
-            *(reason, install_extra("sglang"), DISABLE_VARIABLE),
-        )
+    engine = find_engine("SGLang", "an SGLang", LOG, load_engine)
+    if engine is None:
         return
     if engine.hooks not in _hooked:
         for function, (hook, kind) in _HOOKS.items():
             engine.hook(function, hook, engine.kinds[kind])
         _hooked.add(engine.hooks)
     _registration = _Registration(engine)
-    LOG.info(
-        "SGLang %s: DeepSeek-V4 routers will be served; after the first batch follows which layers "
-        "are",
-        engine.version,
-    )
+    say_registered("SGLang", engine.version, LOG)
 
 
 def layers() -> list[ServedLayer]:
@@ -180,7 +165,4 @@ def uninstall() -> list[str]:
     global _registration
     known = layers()
     _registration = None
-    names = [layer.name for layer in known if layer.is_serving]
-    for layer in known:
-        layer.restore()
-    return names
+    return restore(known)

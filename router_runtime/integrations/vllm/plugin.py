@@ -27,10 +27,9 @@ import logging
 import weakref
 from typing import Any
 
-from router_runtime.errors import install_extra
-from router_runtime.integrations.engines.contract import UnknownEngine
+from router_runtime.integrations.engines.plugin import find_engine, restore, say_registered
 from router_runtime.integrations.engines.report import Report, share_handlers
-from router_runtime.integrations.engines.variables import DISABLE_VARIABLE, is_disabled
+from router_runtime.integrations.engines.variables import DISABLE_VARIABLE
 from router_runtime.integrations.vllm.engine import Engine, load_engine
 from router_runtime.integrations.vllm.images import ImageMasks
 from router_runtime.integrations.vllm.reasons import is_deepseek_v4, why_not
@@ -78,17 +77,8 @@ def register() -> None:
     share_handlers(LOG, logging.getLogger("vllm"))
     if _registration is not None:
         return
-    if is_disabled():
-        LOG.info("vLLM routes by itself: %s is set", DISABLE_VARIABLE)
-        return
-    try:
-        engine = load_engine()
-    except UnknownEngine as reason:
-        LOG.warning(
-            "vLLM routes by itself: %s; for a vLLM that this release knows, %s (a newer release "
-            "may know a newer one; %s=1 silences this)",
-            *(reason, install_extra("vllm"), DISABLE_VARIABLE),
-        )
+    engine = find_engine("vLLM", "a vLLM", LOG, load_engine)
+    if engine is None:
         return
     taken = engine.registered.get(RUNNER)
     if taken is not None:
@@ -99,11 +89,7 @@ def register() -> None:
         )
         return
     _registration = _Registration(engine)
-    LOG.info(
-        "vLLM %s: DeepSeek-V4 routers will be served; after the first batch follows which layers "
-        "are",
-        engine.version,
-    )
+    say_registered("vLLM", engine.version, LOG)
 
 
 def layers() -> list[ServedLayer]:
@@ -136,7 +122,4 @@ def uninstall() -> list[str]:
     if is_ours(registered.get(RUNNER)):
         del registered[RUNNER]
     _registration = None
-    names = [layer.name for layer in known if layer.is_serving]
-    for layer in known:
-        layer.restore()
-    return names
+    return restore(known)
