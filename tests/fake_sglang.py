@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import fake_engine
 from tests.fake_vllm import softplus_topk
 
 MODEL = "sglang.srt.models.deepseek_v2"
@@ -309,26 +310,14 @@ def modules(version: str = "0.5.23") -> dict[str, types.ModuleType]:
         "sglang.kernels.ops.moe.dsv4": {"hash_topk": hash_topk},
         "sglang.srt.model_loader.weight_utils": {"default_weight_loader": default_weight_loader},
     }
-    made = {}
-    for name, values in contents.items():
-        made[name] = types.ModuleType(name)
-        vars(made[name]).update(values)
-    return made
+    return fake_engine.made(contents)
 
 
 @contextlib.contextmanager
 def installed(version: str = "0.5.23") -> Iterator[dict[str, types.ModuleType]]:
     """The double in place of SGLang, if that is installed or not."""
-    before = {name: each for name, each in sys.modules.items() if name.split(".")[0] == "sglang"}
-    for name in before:
-        del sys.modules[name]
     made = modules(version)
-    sys.modules.update(made)
     Process.valid, Process.physical_ids, Process.recorded = None, None, []
     Process.fakes_dispatch = False
-    try:
+    with fake_engine.in_place_of("sglang", made):
         yield made
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "sglang"]:
-            del sys.modules[name]
-        sys.modules.update(before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import types
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests import fake_engine
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -278,24 +279,12 @@ def modules(version: str = "0.33.0") -> dict[str, types.ModuleType]:
         f"{FUSED_MOE}.router.fused_topk_bias_router": {"FusedTopKBiasRouter": FusedTopKBiasRouter},
         f"{FUSED_MOE}.router.gate_linear": {"GateLinear": GateLinear},
     }
-    made = {}
-    for name, values in contents.items():
-        made[name] = types.ModuleType(name)
-        vars(made[name]).update(values)
-    return made
+    return fake_engine.made(contents)
 
 
 @contextlib.contextmanager
 def installed(version: str = "0.33.0") -> Iterator[dict[str, types.ModuleType]]:
     """The double in place of vLLM, if that is installed or not."""
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    for name in before:
-        del sys.modules[name]
     made = modules(version)
-    sys.modules.update(made)
-    try:
+    with fake_engine.in_place_of("vllm", made):
         yield made
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
-            del sys.modules[name]
-        sys.modules.update(before)

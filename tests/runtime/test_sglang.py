@@ -12,10 +12,8 @@ import importlib.metadata
 import logging
 import re
 import sys
-import tomllib
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +26,22 @@ from router_runtime.integrations.sglang import plugin
 from router_runtime.integrations.sglang.plugin import LOG
 from tests import fake_sglang
 from tests.fake_sglang import MODEL, HashTopK, MoEGate, Process, TopK, TopKConfig, TopKOutputFormat
+from tests.runtime.engine_layers import (
+    BIAS,
+    ENTRY_POINTS,
+    SCALE,
+    TABLE,
+    WEIGHT,
+    E,
+    H,
+    K,
+    draw,
+    load_entry_points,
+    states,
+    words,
+)
 from tests.runtime.routers import build_on_the_fake_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
-H, E, K, V, SCALE = 128, 24, 4, 50, 1.5
-ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
 KINDS = ("dense", "hash")
 
 
@@ -41,22 +50,6 @@ def no_grad() -> Iterator[None]:
     """As in the engine; its gates require grad."""
     with torch.no_grad():
         yield
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-WEIGHT, BIAS = draw(E, H).bfloat16() / 8, draw(E, seed=1)
-TABLE = torch.rand(V, E, generator=torch.Generator().manual_seed(3)).topk(K).indices.int()
-
-
-def states(tokens: int, seed: int = 0) -> Tensor:
-    return draw(tokens, H, seed=100 * tokens + seed).bfloat16()
-
-
-def words(tokens: int) -> Tensor:
-    return torch.arange(tokens) * 7 % V
 
 
 def make_block(engine: Any, kind: str = "dense", layer_id: int = 0, **given: Any) -> Any:
@@ -92,9 +85,7 @@ def engine() -> Iterator[dict[str, Any]]:
 
 def load_plugin() -> None:
     """What SGLang does in each of its processes."""
-    group = "sglang.srt.plugins"
-    for name, value in ENTRY_POINTS[group].items():
-        importlib.metadata.EntryPoint(name, value, group).load()()
+    load_entry_points("sglang.srt.plugins")
     sys.modules["sglang.srt.plugins.hook_registry"].HookRegistry.apply_hooks()
 
 

@@ -12,10 +12,8 @@ import importlib.metadata
 import logging
 import re
 import sys
-import tomllib
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,29 +30,24 @@ from router_runtime.integrations.vllm.plugin import LOG
 from router_runtime.routing.router import ROUTERS, Router
 from tests import fake_vllm
 from tests.fake_vllm import FusedTopKBiasRouter, GateLinear, forward_pass
+from tests.runtime.engine_layers import (
+    BIAS,
+    ENTRY_POINTS,
+    SCALE,
+    TABLE,
+    WEIGHT,
+    E,
+    H,
+    K,
+    draw,
+    load_entry_points,
+    states,
+    words,
+)
 from tests.runtime.routers import build_on_the_fake_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
-H, E, K, V, SCALE = 128, 24, 4, 50, 1.5
 FIRST_IMAGE = 40
-ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-WEIGHT, BIAS, IMAGE_BIAS = draw(E, H).bfloat16() / 8, draw(E, seed=1), draw(E, seed=2)
-TABLE = torch.rand(V, E, generator=torch.Generator().manual_seed(3)).topk(K).indices.int()
-
-
-def states(tokens: int, seed: int = 0) -> Tensor:
-    return draw(tokens, H, seed=100 * tokens + seed).bfloat16()
-
-
-def words(tokens: int) -> Tensor:
-    """Token ids, some of which stand for images where a layer knows of these."""
-    return torch.arange(tokens) * 7 % V
+IMAGE_BIAS = draw(E, seed=2)
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
@@ -100,9 +93,7 @@ def engine() -> Iterator[dict[str, Any]]:
 
 def load_plugin() -> None:
     """What vLLM does in each of its processes."""
-    group = "vllm.general_plugins"
-    for name, value in ENTRY_POINTS[group].items():
-        importlib.metadata.EntryPoint(name, value, group).load()()
+    load_entry_points("vllm.general_plugins")
 
 
 Pair = Callable[..., tuple[Any, Any]]
