@@ -30,3 +30,11 @@ def tree(weight: Sums, hidden: Sums, k_chunk: int) -> Sums:
             own = own + term
         total = total + own
     return total
+
+
+def uneven(hidden: Sums, k_chunk: int, generator: np.random.Generator) -> Sums:
+    """Return hidden states whose chunks have other sizes, so that a sum depends on its order."""
+    chunks = -(-hidden.shape[1] // k_chunk)
+    sizes = np.exp2(generator.permutation(np.linspace(0, 16, chunks).round()))
+    scaled: Sums = hidden * sizes.astype(np.float32).repeat(k_chunk)[: hidden.shape[1]]
+    return scaled

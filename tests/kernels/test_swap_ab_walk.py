@@ -24,9 +24,9 @@ from build_kernels.kernels.dense.forms import swap_ab
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES
 from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, SwapAbGeometry
 from build_kernels.kernels.dense.ring import Ring
-from tests.kernels.summation import chunk_sums, tree
+from tests.kernels.summation import chunk_sums, tree, uneven
 from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
-from tests.kernels.walk import Running, as_python, packed, plain
+from tests.kernels.walk import Running, as_python, packed, packed_place, plain, swizzled_place
 
 
 @pytest.fixture
@@ -61,13 +61,10 @@ class ModelMma:
         k = np.arange(K_BLOCK)
         first = self.shared + stage * g.stage_bytes - BASE
         words = self.running.shared.view(np.uint16)
-        expert = self.experts[:, None]
-        places = first + expert // 8 * 1024 + k // 8 * 128 + expert % 8 * 16 + k % 8 * 2
-        weight = bf16(words[places // 2])
+        weight = bf16(words[(first + packed_place(self.experts[:, None], k)) // 2])
         for n_tile in range(g.n_tiles):
             token = n_tile * N_TILE + self.tokens[:, None]
-            chunk = k // 8 ^ token % 8
-            places = first + g.weight_stage_bytes + token * 128 + chunk * 16 + k % 8 * 2
+            places = first + g.weight_stage_bytes + swizzled_place(token, k)
             product = (weight * bf16(words[places // 2])).sum(axis=1)
             self.partial[n_tile] = product if starts else self.partial[n_tile] + product
 
@@ -117,13 +114,11 @@ def test_every_logit_is_the_sum_in_order(
     generator = np.random.default_rng(9)
     tokens = g.tile_tokens * g.cluster_t - 3
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
-    # Chunks of other sizes: their sum depends on its order.
-    chunks = g.hidden // g.k_chunk
-    hidden *= np.exp2(generator.permutation(np.linspace(0, 16, chunks).round())).repeat(g.k_chunk)
+    hidden = uneven(hidden, g.k_chunk, generator)
     found = walk(g, running, packed(contract(constants), weight), hidden)
     expected = tree(weight, hidden, g.k_chunk)
     assert np.array_equal(found[:tokens], expected)
-    if chunks >= 8:
+    if g.hidden // g.k_chunk >= 8:
         one_by_one = functools.reduce(np.add, chunk_sums(weight, hidden, g.k_chunk))
         assert not np.array_equal(expected, one_by_one)
 

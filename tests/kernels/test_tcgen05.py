@@ -34,7 +34,7 @@ from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, 
 from build_kernels.kernels.dense.mma import interface, tcgen05_split_k, tcgen05_tile
 from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
-from tests.kernels.summation import tree
+from tests.kernels.summation import tree, uneven
 from tests.kernels.tensor_core import (
     BASE,
     Block,
@@ -380,9 +380,7 @@ def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
     generator = np.random.default_rng(8)
     tokens = g.tokens_tile * g.cluster_t - 5
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
-    # Chunks of other sizes: their sum depends on its order.
-    sizes = np.exp2(generator.permutation(np.linspace(0, 16, g.chunks).round()))
-    hidden *= sizes.repeat(g.k_chunk)[: g.hidden]
+    hidden = uneven(hidden, g.k_chunk, generator)
     memory = Memory()
     image = memory.add(packed(contract({**constants, **division}), weight))
     mma = plain(tcgen05_tile.TileTcgen05)(g)

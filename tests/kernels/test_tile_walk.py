@@ -22,9 +22,9 @@ from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
 from build_kernels.kernels.dense.mma import tile_registers
 from build_kernels.kernels.dense.ring import Ring
-from tests.kernels.summation import chunk_sums, tree
+from tests.kernels.summation import chunk_sums, tree, uneven
 from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
-from tests.kernels.walk import Running, as_python, packed, plain
+from tests.kernels.walk import Running, as_python, packed, packed_place, plain, swizzled_place
 
 
 class Registers(list[Any]):
@@ -57,13 +57,9 @@ class ModelStages:
     def multiply(self, accumulator: Registers, a_stage: int, b_stage: int, starts: bool) -> None:
         k = np.arange(K_BLOCK)
         words = self.running.shared.view(np.uint16)
-        row, column = self.rows[:, None], self.columns[:, None]
-        places = (
-            self.hidden.data_at(a_stage) - BASE + row * 128 + (k // 8 ^ row % 8) * 16 + k % 8 * 2
-        )
+        places = self.hidden.data_at(a_stage) - BASE + swizzled_place(self.rows[:, None], k)
         hidden = bf16(words[places // 2])
-        places = self.weight.data_at(b_stage) - BASE + column // 8 * 1024 + k // 8 * 128
-        places = places + column % 8 * 16 + k % 8 * 2
+        places = self.weight.data_at(b_stage) - BASE + packed_place(self.columns[:, None], k)
         product = (hidden * bf16(words[places // 2])).sum(axis=1)
         accumulator.store(product if starts else accumulator.load() + product)
 
@@ -97,9 +93,7 @@ def test_every_logit_is_the_sum_in_order(
     generator = np.random.default_rng(10)
     tokens = g.tokens_tile * g.cluster_t - 5
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
-    # Chunks of other sizes: their sum depends on its order.
-    sizes = np.exp2(generator.permutation(np.linspace(0, 16, g.chunks).round()))
-    hidden *= sizes.repeat(g.k_chunk)[: g.hidden]
+    hidden = uneven(hidden, g.k_chunk, generator)
     found = walk(g, running, packed(contract(constants), weight), hidden)
     expected = tree(weight, hidden, g.k_chunk)
     assert np.array_equal(found[:tokens, : g.experts], expected)

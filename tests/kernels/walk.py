@@ -88,3 +88,13 @@ def packed(launch: Contract, weight: Sums) -> Any:
     padded = np.zeros((recipe.rows, weight.shape[1]), np.float32)
     padded[: len(weight)] = weight
     return to_bf16(padded).reshape(recipe.shape).transpose(recipe.order)
+
+
+def packed_place(expert: Any, k: Any) -> Any:
+    """Where hidden element ``k`` of a packed expert lies in a stage of weights, in bytes."""
+    return expert // 8 * 1024 + k // 8 * 128 + expert % 8 * 16 + k % 8 * 2
+
+
+def swizzled_place(token: Any, k: Any) -> Any:
+    """Where hidden element ``k`` of a token lies in a stage of hidden states, in bytes."""
+    return token * 128 + (k // 8 ^ token % 8) * 16 + k % 8 * 2
