@@ -293,7 +293,8 @@ def checked_expert_map(
     counts = replica_counts.to(expert_map.device).long().unsqueeze(1)
     used = places < counts
     _check_range("expert_map", expert_map, 0, 2**31 - 1, used)
-    # i and i modulo the count lead to the same place, so the order does not depend on i.
+    # Kernels take the copy in place row modulo count, so the copy for row i goes to place i. That
+    # is right for every row, because (start + i * step) modulo count repeats after ``count`` rows.
     taken = torch.where(used, (start + places * step) % counts, places)
     return ExpertMap(expert_map.gather(1, taken), replica_counts)
 

@@ -189,7 +189,7 @@ def test_the_version_is_one_that_is_known() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gate_and_router_called_by_others(kind: str) -> None:
-    """Two-batch overlap: nothing is announced."""
+    """Two-batch overlap calls gate and router without the block, which would pass the token ids."""
     without = make_block(kind)
     load_plugin()
     with_us = make_block(kind)

@@ -196,7 +196,7 @@ def test_logits_of_another_gate(pair: Pair, engine: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gate_and_router_called_by_others(pair: Pair, kind: str) -> None:
-    """Two-batch overlap calls both without the block, so nothing is announced."""
+    """Two-batch overlap calls gate and router without the block, which would pass the token ids."""
     without, with_us = pair(kind)
     call(with_us, 9)
     x, given = states(9), {"input_ids": words(9)} if kind == "hash" else {}

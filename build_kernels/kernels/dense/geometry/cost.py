@@ -1,4 +1,4 @@
-"""How long one launch of a division takes, predicted by counting.
+"""Predicts how long one launch of a kernel takes, from the sizes of its tiles and clusters.
 
 A prediction adds up what a CTA waits for: bytes into its multiprocessor, partial sums from its
 cluster, MMA clocks, screening and ranking; then waves of clusters, and device memory. The constants
@@ -121,6 +121,14 @@ SELECT = 140
 #: counting. More candidates than lanes are ranked in rounds.
 MERGE = 1700
 
+#: Clocks for one token in the decode form: until the hidden states have arrived, from the last MMA
+#: until the sums are at the CTA that adds, adding and scoring, sending keys, storing the result.
+COPY = 560
+SEND = 190
+SCORE = 440
+SEND_KEYS = 270
+STORE = 200
+
 
 def _decode(g: DecodeGeometry, tokens: int, machine: Machine) -> float:
     """Clocks: copy, multiply, add and score, select, merge, store."""
@@ -139,7 +147,7 @@ def _decode(g: DecodeGeometry, tokens: int, machine: Machine) -> float:
     # Stores to peers leave at 8 bytes a clock.
     per_token = 0.85 * (sums / 8 + 2 * g.cta_hidden / machine.inlet)
     select = (SELECT + SELECT_ROUND * g.top_k) * ceil_div(held, g.warps)
-    clocks = LINK + 560 + multiply + 190 + 440 + 270 + select + 200
+    clocks = LINK + COPY + multiply + SEND + SCORE + SEND_KEYS + select + STORE
     clocks += more * per_token
     clocks += _merge(g)
     weights = 2 * g.cta_experts * g.cta_hidden / machine.inlet
