@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from build_kernels.compile import nvrtc, toolchain
+from build_kernels.emulation.sources import Source, emulated_jobs, sources
+from tests.builder.remembered import REMEMBERED
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +45,22 @@ PLANNED = (
 MODELS = """
 MODELS = MODELS[:2]
 """
+
+#: Module of the builder -> what it ends with, so that the answers of ``remembered.py`` are used.
+REMEMBERING = {
+    "compile/worker_process.py": """
+from build_kernels.compile import remembered
+WorkerProcess = remembered.remembering(WorkerProcess)
+""",
+    "compile/installed.py": """
+from build_kernels.compile import remembered
+altered = remembered.once(altered)
+""",
+    "compile/instructions.py": """
+from build_kernels.compile import remembered
+_disassembled = remembered.disassembled(_disassembled)
+""",
+}
 
 #: A case of the oracle suite for a small kernel, so that there can be evidence for it.
 SUITE = """
@@ -253,6 +273,9 @@ def write_project(root: Path) -> None:
     project.append("catalog/kernels.py", CATALOG)
     project.append("catalog/targets.py", TARGETS)
     project.append("catalog/models.py", MODELS)
+    shutil.copy(Path(__file__).with_name("remembered.py"), package / "compile")
+    for name, text in REMEMBERING.items():
+        project.append(name, text)
     with (root / "router_runtime" / "evidence" / "cases.py").open("a") as file:
         file.write(SUITE)
     (package / "catalog" / "latency.toml").write_text("tokens = [1]\n")
@@ -267,12 +290,36 @@ def write_project(root: Path) -> None:
         path.write_text(text)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let small projects share what their compilers answer (``remembered.py``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(REMEMBERED, str(tmp_path_factory.mktemp("remembered")))
+        yield
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small projects start compilers for every request, as real ones do."""
+    monkeypatch.setenv(REMEMBERED, "")
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small project's sources, unbuilt. Tests work on copies."""
     root = tmp_path_factory.mktemp("pristine") / "project"
     write_project(root)
+    _keep_bytecode(root)
     return root
+
+
+def _keep_bytecode(root: Path) -> None:
+    """Compile the modules of a project, so that no command in a copy does it again. By their
+    bytes, not by their time: tests change a source more than once in a second.
+    """
+    checked = py_compile.PycInvalidationMode.CHECKED_HASH
+    for package in ("build_kernels", "router_runtime"):
+        assert compileall.compile_dir(root / package, quiet=1, invalidation_mode=checked)
 
 
 @pytest.fixture(scope="session")
@@ -431,6 +478,8 @@ def committed(released: Released, tmp_path: Path) -> Project:
     """A clone of the committed project, unbuilt."""
     root = tmp_path / "clone"
     released.project.git("clone", "--quiet", "--template=", ".", str(root))
+    for cache in released.project.root.rglob("__pycache__"):
+        shutil.copytree(cache, root / cache.relative_to(released.project.root))
     return Project(root)
 
 
@@ -486,6 +535,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         )
         for path in (folder, *folder.rglob("*"))
     }
+
+
+@pytest.fixture(scope="session")
+def emulated() -> tuple[Source, ...]:
+    """The PTX of every kernel that is emulated, of this checkout."""
+    return tuple(sources(emulated_jobs(), 2))
 
 
 Compile = Callable[..., bytes]

@@ -108,6 +108,7 @@ def test_what_a_build_says(fresh: Project) -> None:
     assert lines[-1].startswith("6 cubins, ")
 
 
+@pytest.mark.usefixtures("compilers")
 def test_the_same_bytes_in_another_folder_and_another_environment(
     prebuilt: Path, fresh: Project, tmp_path: Path
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_killed_build_leaves_a_usable_folder(project: Project, target: str, st
     assert files == {*notes, *(e.file for e in manifest.entries)}
 
 
+@pytest.mark.usefixtures("compilers")
 def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -286,6 +288,7 @@ def test_workers_end_with_a_killed_build(fresh: Project, tmp_path: Path) -> None
     assert not any(temporary.iterdir())  # each worker removes its folder when it ends
 
 
+@pytest.mark.usefixtures("compilers")
 def test_an_interrupted_build_cleans_up(fresh: Project, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -440,6 +443,7 @@ def test_the_builder_never_imports_torch(fresh: Project) -> None:
     assert "No module named 'torch'" in fresh.python("import torch").stderr
 
 
+@pytest.mark.usefixtures("compilers")
 def test_the_builder_works_without_a_compiler_on_the_path(fresh: Project) -> None:
     assert shutil.which("sh")
     fresh.build("--target", "sm_90a", "--out", "out", env={"PATH": "/nonexistent"})

@@ -32,11 +32,6 @@ def library() -> str:
     return model()
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[Source]:
-    return sources(emulated_jobs(), 2)
-
-
 def module(body: str, target: str = "sm_100f") -> str:
     """A module with an entry function that has this body."""
     return (
@@ -300,15 +295,17 @@ def test_places_in_a_source_are_no_statements() -> None:
 # --- the kernels ---
 
 
-def test_every_target_has_kernels_to_emulate(kernels: list[Source]) -> None:
-    emulated = {job.key for source in kernels for job in source.jobs}
-    assert emulated == {job.key for job in emulated_jobs()}
+def test_every_target_has_kernels_to_emulate(emulated: tuple[Source, ...]) -> None:
+    found = {job.key for source in emulated for job in source.jobs}
+    assert found == {job.key for job in emulated_jobs()}
     for target in EMULATED:
-        assert sum(job.target == target for source in kernels for job in source.jobs) >= 9
-    assert all("tcgen05.mma" in source.ptx for source in kernels)
+        assert sum(job.target == target for source in emulated for job in source.jobs) >= 9
+    assert all("tcgen05.mma" in source.ptx for source in emulated)
 
 
-def test_every_kernel_is_translated_and_assembled(kernels: list[Source], library: str) -> None:
+def test_every_kernel_is_translated_and_assembled(
+    emulated: tuple[Source, ...], library: str
+) -> None:
     def one(source: Source) -> None:
         translated = translate(source.ptx, library)
         facts = cubin.read(assemble(translated.ptx, source.jobs[0].key), source.jobs[0].key)
@@ -322,7 +319,7 @@ def test_every_kernel_is_translated_and_assembled(kernels: list[Source], library
         }
 
     with ThreadPoolExecutor(2) as executor:
-        list(executor.map(one, kernels))
+        list(executor.map(one, emulated))
 
 
 def test_every_target_of_the_family_has_the_same_ptx() -> None:
@@ -336,8 +333,8 @@ def test_every_target_of_the_family_has_the_same_ptx() -> None:
     assert [job.target for job in source.jobs] == list(BLACKWELL)
 
 
-def test_the_same_source_gives_the_same_bytes(kernels: list[Source]) -> None:
-    source = min(kernels, key=lambda source: len(source.ptx))
+def test_the_same_source_gives_the_same_bytes(emulated: tuple[Source, ...]) -> None:
+    source = min(emulated, key=lambda source: len(source.ptx))
     made = {
         hashlib.sha256(assemble(translate(source.ptx, model()).ptx, "kernel")).hexdigest()
         for _ in range(2)
@@ -350,9 +347,9 @@ def test_keeping_the_ptx_changes_no_byte_of_the_cubin() -> None:
     first, second = WorkerProcess(job.target), WorkerProcess(job.target)
     try:
         alone = first.compile(job)
-        second.ptx(job)
+        ptx = second.ptx(job)
         assert second.compile(job) == alone
-        assert entry(second.ptx(job)).symbol == cubin.read(alone, job.key).symbol
+        assert entry(ptx).symbol == cubin.read(alone, job.key).symbol
     finally:
         first.close()
         second.close()
@@ -376,8 +373,8 @@ def instructions(source: Source) -> Iterator[Statement]:
             yield statement
 
 
-def test_barriers_have_the_roles_that_their_kernels_give_them(kernels: list[Source]) -> None:
-    for form, source in smallest(kernels).items():
+def test_barriers_have_the_roles_that_their_kernels_give_them(emulated: tuple[Source, ...]) -> None:
+    for form, source in smallest(emulated).items():
         roles = Code(source.ptx).roles
         waited = {
             roles.of(roles.statements[i])
@@ -390,8 +387,8 @@ def test_barriers_have_the_roles_that_their_kernels_give_them(kernels: list[Sour
         assert waited == expected, form
 
 
-def test_every_defect_changes_its_kernel(kernels: list[Source], library: str) -> None:
-    forms = {form: Code(source.ptx) for form, source in smallest(kernels).items()}
+def test_every_defect_changes_its_kernel(emulated: tuple[Source, ...], library: str) -> None:
+    forms = {form: Code(source.ptx) for form, source in smallest(emulated).items()}
     assert set(forms) == {"once", "ring", "tile"}
     assert len({defect.name for defect in DEFECTS}) == len(DEFECTS) >= 25
     for defect in DEFECTS:
@@ -404,10 +401,10 @@ def test_every_defect_changes_its_kernel(kernels: list[Source], library: str) ->
 
 @pytest.mark.parametrize("name", ["hidden_released_early.ring", "parity_of_weights.once"])
 def test_a_kernel_with_a_defect_is_assembled(
-    name: str, kernels: list[Source], library: str
+    name: str, emulated: tuple[Source, ...], library: str
 ) -> None:
     (defect,) = [defect for defect in DEFECTS if defect.name == name]
-    ptx = defect.inserted(Code(smallest(kernels)[defect.form].ptx))
+    ptx = defect.inserted(Code(smallest(emulated)[defect.form].ptx))
     assert ptx is not None
     assert assemble(translate(ptx, library).ptx, name)
 
@@ -423,8 +420,8 @@ def test_every_layer_is_one_that_there_is() -> None:
 # --- the second opinion ---
 
 
-def test_a_kernel_without_selection_is_the_same_until_it_ends(kernels: list[Source]) -> None:
-    for form, source in smallest(kernels).items():
+def test_a_kernel_without_selection_is_the_same_until_it_ends(emulated: tuple[Source, ...]) -> None:
+    for form, source in smallest(emulated).items():
         whole = entry(source.ptx).statements
         cut = entry(second_opinion.without_selection(source.ptx)).statements
         end = next(i for i, statement in enumerate(cut) if statement.name == "ret")

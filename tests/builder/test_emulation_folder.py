@@ -19,7 +19,7 @@ from build_kernels.compile.job import Job
 from build_kernels.emulation import emulate as emulation
 from build_kernels.emulation import standing
 from build_kernels.emulation.identity import model_sha256
-from build_kernels.emulation.sources import EMULATED, emulated_jobs, sources, without_target
+from build_kernels.emulation.sources import EMULATED, Source, emulated_jobs, without_target
 from build_kernels.errors import BuildError
 from build_kernels.out_folder import EMULATION_NAME
 from router_runtime.evidence.store import Evidence
@@ -41,7 +41,9 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return jobs
 
 
-def test_the_folder_says_what_a_record_needs(one_kernel: list[Job], tmp_path: Path) -> None:
+def test_the_folder_says_what_a_record_needs(
+    one_kernel: list[Job], emulated: tuple[Source, ...], tmp_path: Path
+) -> None:
     reuse = [ROOT / "artifacts"] if (ROOT / "artifacts" / "manifest.json").exists() else []
     manifest = emulation.emulate(tmp_path, 2, lambda line: None, reuse=reuse)
     document = json.loads((tmp_path / EMULATION_NAME).read_text())
@@ -53,7 +55,7 @@ def test_the_folder_says_what_a_record_needs(one_kernel: list[Job], tmp_path: Pa
     assert key in {entry.key for entry in loads((tmp_path / "manifest.json").read_bytes()).entries}
     assert {entry.key for entry in manifest.entries} > {key}
     # One emulated entry stands for the cubins of every target whose PTX is the same.
-    (source,) = sources(one_kernel, 2)
+    (source,) = [source for source in emulated if source.jobs == tuple(one_kernel)]
     assert [each["entry"] for each in facts["of"]] == [job.key for job in source.jobs]
     assert len(facts["of"]) == len(EMULATED)
     assert all(len(each["sha256"]) == 64 for each in facts["of"])

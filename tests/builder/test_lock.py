@@ -33,6 +33,7 @@ def test_a_plain_build_leaves_the_lock_alone(project: Project) -> None:
     assert (project.artifacts / "artifacts.lock").read_bytes() == before
 
 
+@pytest.mark.usefixtures("compilers")
 def test_check_passes_on_what_was_recorded(project: Project) -> None:
     before = snapshot(project.artifacts)
     result = project.run("check")

@@ -274,6 +274,7 @@ def test_the_notes_say_which_member_of_a_family_recorded(released: Released) -> 
         notes.require_verified("sm_100f", manifest, Evidence((stale,)))
 
 
+@pytest.mark.usefixtures("compilers")
 def test_the_same_bytes_in_another_folder_and_another_environment(
     released: Released, committed: Project, tmp_path: Path
 ) -> None:

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 from build_kernels.emulation.changes import Code
-from build_kernels.emulation.sources import Source, emulated_jobs, sources
+from build_kernels.emulation.sources import Source
 from build_kernels.emulation.statements import Statement
 from build_kernels.kernels.common.ptx.tcgen05_layout import ADDRESS_MASK
 
@@ -17,11 +15,6 @@ from build_kernels.kernels.common.ptx.tcgen05_layout import ADDRESS_MASK
 _START = re.compile(r"__dynamic_shmem__\w*")
 #: What an address may go through and still be one.
 _MOVES = ("mov.", "add.", "sub.", "selp.", "mad.lo.", "mapa.")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> list[Source]:
-    return sources(emulated_jobs(), 2)
 
 
 def addresses(code: Code) -> frozenset[str]:
@@ -50,9 +43,9 @@ def _summands(statement: Statement) -> frozenset[str]:
 
 
 def test_a_descriptor_gets_the_bits_of_an_address_that_its_field_has(
-    kernels: list[Source],
+    emulated: tuple[Source, ...],
 ) -> None:
-    for source in kernels:
+    for source in emulated:
         code = Code(source.ptx)
         made = [*code.issued(1), *code.issued(2)]
         assert made, source.jobs[0].key
@@ -70,9 +63,9 @@ def test_a_descriptor_gets_the_bits_of_an_address_that_its_field_has(
             assert masked == (low.strip(), str(ADDRESS_MASK)), source.jobs[0].key
 
 
-def test_shared_addresses_enter_no_other_arithmetic(kernels: list[Source]) -> None:
+def test_shared_addresses_enter_no_other_arithmetic(emulated: tuple[Source, ...]) -> None:
     """A shift, a mask, a comparison or a product would see the rank."""
-    for source in kernels:
+    for source in emulated:
         code = Code(source.ptx)
         held = addresses(code)
         assert held

@@ -31,11 +31,15 @@ def worker(request: pytest.FixtureRequest) -> Iterator[WorkerProcess]:
 def found_in(
     worker: WorkerProcess, kernel: str, model: str, variant: str
 ) -> tuple[Job, instructions.TensorCore]:
-    """Compile, and return the census. ``inspect`` has checked the contract, and here: no spills."""
+    """Compile, and return the census. ``inspect`` has checked the contract, and here: no spills,
+    and a symbol without traces of what the process compiled before.
+    """
     job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
     data = worker.compile(job)
     counts = instructions.census(instructions.sass(data, toolchain.nvdisasm()))
-    used = inspect(job, data, identify(job, data), counts).resources
+    facts = identify(job, data)
+    assert facts.symbol == f"dense_router_{job.constants['FORM']}_tcgen05_cutlass_0"
+    used = inspect(job, data, facts, counts).resources
     assert (used.spill_stores, used.spill_loads, used.local_memory) == (0, 0, 0)
     return job, instructions.tensor_core(counts)
 

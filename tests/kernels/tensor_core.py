@@ -9,6 +9,7 @@ order.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,6 +128,8 @@ class Barrier:
 
     def wait(self, parity: int) -> None:
         """Wait, as the hardware does, until the current phase has the other parity."""
+        if self.phases % 2 != parity:
+            return
         with self.turn:
             self.turn.wait_for(lambda: self.over or self.phases % 2 != parity, timeout=PATIENCE)
             assert self.phases % 2 != parity, "a wait for what never comes"
@@ -395,8 +398,15 @@ def together(cluster: Sequence[Block], tasks: Sequence[Callable[[], None]]) -> N
                 block.abandon()
 
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
-    for thread in threads:
-        thread.start()
+    processors = os.sched_getaffinity(0)
+    # Threads inherit it: Python runs one at a time, and handing over to another processor costs
+    # more than what most of them do in between.
+    os.sched_setaffinity(0, {min(processors)})
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        os.sched_setaffinity(0, processors)
     for thread in threads:
         thread.join()
     if failures:

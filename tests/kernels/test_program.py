@@ -47,12 +47,14 @@ def test_an_unknown_pair_is_refused(
         function(constants)
 
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100f"])
-def test_the_symbol_is_form_and_mma_alone(target: str) -> None:
-    """One process compiles all: no symbol or counter of one entry may change another."""
+def test_the_symbol_is_form_and_mma_alone() -> None:
+    """One process compiles all: no symbol or counter of one entry may change another. Those of
+    tcgen05 are in tests/builder/test_tensor_core.py.
+    """
+    target = "sm_90a"
     jobs = plan.plan(targets=[target], kernels=[kernel.name for kernel in DENSE])
     first = {pair_of(job): job for job in reversed(jobs)}
-    assert len(first) >= 3
+    assert len(first) >= 5
     worker = WorkerProcess(target)
     try:
         for (form, mma), job in first.items():

@@ -76,9 +76,16 @@ MODEL = Model("small", 0, 0, 6, 1.0, 0, 100)
         ({"HIDDEN": 1600, "EXPERTS": 40, "CLUSTER_E": 1, "CLUSTER_T": 1, "PASSES": 1}, 20),
         ({"HIDDEN": 2304, "EXPERTS": 64, "CLUSTER_E": 2, "CLUSTER_T": 1, "PASSES": 1}, 12),
         ({"HIDDEN": 2048, "EXPERTS": 32, "CLUSTER_E": 1, "CLUSTER_T": 2, "PASSES": 2}, 8),
+        ({"HIDDEN": 320, "EXPERTS": 32, "CLUSTER_E": 1, "CLUSTER_T": 1, "PASSES": 2}, 8),
         ({"HIDDEN": 192, "EXPERTS": 16, "CLUSTER_E": 1, "CLUSTER_T": 1, "PASSES": 1}, 0),
     ],
-    ids=["a short last chunk", "two parts, some kept", "two tiles and passes", "one short chunk"],
+    ids=[
+        "a short last chunk",
+        "two parts, some kept",
+        "two tiles and passes",
+        "passes over a short chunk",
+        "one short chunk",
+    ],
 )
 def test_every_logit_is_the_sum_in_order(
     division: dict[str, int], parked: int, monkeypatch: pytest.MonkeyPatch
