@@ -11,7 +11,9 @@ Startup: the checks on one model's files before its first token, each in fresh p
 
 Host: the time for which an eager call occupies its caller, with the GPU's queue never full; and the
 first call of a router, just built or warmed up, against its hundredth and one after the same pause,
-beside what torch takes for the first tensors of those sizes.
+beside what torch takes for the first tensors of those sizes. And what the plug-ins of vLLM and
+SGLang add to an eager call, which needs no GPU: ``--dry-run --parts host --replays 300`` measures
+it too.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from build_kernels.catalog.models import Model
 from router_runtime.evidence.choice import microseconds
 from router_runtime.format.manifest import Entry
 from tests.bench.contenders import MM, MM_TRITON, OURS, family
+from tests.bench.engines import PluginCell
 from tests.bench.host import OURS as HOST_OURS
 from tests.bench.host import PEER as HOST_PEER
 from tests.bench.host import HostCell
@@ -154,6 +155,7 @@ def document(
     facts: Mapping[str, Any],
     cells: Sequence[Cell],
     host: Sequence[HostCell],
+    plugins: Sequence[PluginCell],
     peers: Peers,
     entries: Sequence[Entry],
 ) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def document(
         "host_comparisons": [
             dataclasses.asdict(found) for found in compare_host(host, peers.host_bar)
         ],
+        "plugins": [{**dataclasses.asdict(cell), "added_us": cell.added_us} for cell in plugins],
     }
 
 
@@ -306,6 +309,25 @@ def host_table(cells: Sequence[HostCell], bar: float) -> list[str]:
         f"microseconds of the host for an eager call; bar: {bar} of {HOST_PEER}",
         "one whole call, waited for: first, warmed (the first after a warm-up), rested (a later",
         "one, after a pause such as the first had), 100th",
+        *aligned(rows),
+    ]
+
+
+def plugin_table(cells: Sequence[PluginCell], bar: float) -> list[str]:
+    rows = [["plug-in", "call", "router", "added", "met"]]
+    for cell in cells:
+        rows.append(
+            [
+                cell.engine,
+                _us(cell.call_us),
+                _us(cell.router_us),
+                _us(cell.added_us),
+                "yes" if cell.added_us <= bar else "NO",
+            ]
+        )
+    return [
+        "microseconds of the host that a plug-in adds to the eager op of a layer, the least of the",
+        f"batches, with a router whose results are ready; bar: {bar}",
         *aligned(rows),
     ]
 

@@ -21,8 +21,8 @@ import torch
 
 from build_kernels.catalog.models import Model
 from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from tests.bench import engines, plot, report, startup
 from tests.bench import peers as peers_
-from tests.bench import plot, report, startup
 from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.contenders import (
     Contender,
@@ -68,6 +68,7 @@ class Run:
         self._peers = peers_.load()
         self._cells: list[Cell] = []
         self._host: list[HostCell] = []
+        self._plugins: list[engines.PluginCell] = []
         self._startup: list[startup.StartupCell] = []
         self._routers: dict[str, int] = {}
         self._made: dict[str, dict[Mode, Path]] = {}
@@ -192,6 +193,8 @@ class Run:
             for tokens in HOST_TOKENS:
                 self._host += measure(self._machine, model, tokens, settings, batches)
         self._say(report.host_table(self._host, self._peers.host_bar))
+        self._plugins = engines.measure(batches)
+        self._say(report.plugin_table(self._plugins, engines.BAR_US))
         self._write()
 
     def _measure_latency(self) -> None:
@@ -232,7 +235,9 @@ class Run:
         }
         started = [dataclasses.asdict(cell) for cell in self._startup]
         facts = {**self._facts, "method": method, "startup": started}
-        document = report.document(facts, self._cells, self._host, self._peers, self._here)
+        document = report.document(
+            facts, self._cells, self._host, self._plugins, self._peers, self._here
+        )
         path = options.out / "bench.json"
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

@@ -27,7 +27,7 @@ from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.routing.router import ROUTERS
-from tests.bench import cli, host, peers, report, startup
+from tests.bench import cli, engines, host, peers, report, startup
 from tests.bench import run as run_
 from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.chain import CACHES, INPUT_BYTES, Output, make_chain, make_layers, plan
@@ -867,6 +867,23 @@ def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, m
     assert product[OURS].settings.folders["pdl"] == folder
 
 
+def test_what_plug_ins_add_is_held_against_the_bar():
+    cells = [engines.PluginCell("vLLM", 4.5, 1.5), engines.PluginCell("SGLang", 4.6, 1.5)]
+    assert [line.split() for line in report.plugin_table(cells, 3.0)[3:]] == [
+        ["vLLM", "4.50", "1.50", "3.00", "yes"],
+        ["SGLang", "4.60", "1.50", "3.10", "NO"],
+    ]
+
+
+def test_the_plug_ins_serve_while_they_are_measured_and_are_gone_afterwards():
+    for name, served in engines.ENGINES.items():
+        with served() as (layer, call):
+            assert layer.is_serving, name
+            weights, ids = call()
+            assert (weights.shape, ids.dtype) == ((engines.TOKENS, 4), torch.int32)
+        assert not layer.is_serving
+
+
 # --- a dry run ---
 
 
@@ -880,7 +897,7 @@ def test_dry_run_writes_the_document(bench):
     result, document = dry(bench, "--tokens", "2", "--replays", "3")
     assert set(document) == {
         *("format_version", "device", "software", "artifacts", "method", "peers", "startup"),
-        *("cells", "comparisons", "stated", "host", "host_comparisons"),
+        *("cells", "comparisons", "stated", "host", "host_comparisons", "plugins"),
     }
     assert document["format_version"] == report.FORMAT_VERSION
     assert document["device"]["name"] == "dry run on a CPU"
@@ -907,7 +924,7 @@ def test_dry_run_writes_the_document(bench):
 
 def test_parts_can_be_left_out(bench):
     _, document = dry(bench, "--parts", "latency", "--contenders", MM, "--modes", "pdl")
-    assert document["host"] == []
+    assert document["host"] == document["plugins"] == []
     assert [(c["contender"], c["mode"], c["tokens"]) for c in document["cells"]] == [
         (MM, "pdl", 1),
         (MM, "pdl", 3),
@@ -919,6 +936,11 @@ def test_parts_can_be_left_out(bench):
         assert (each["warmed_us"] is not None) is ours
         assert (each["rested_us"] is None) is (each["error"] is not None)
         assert (each["error"] is None) is (each["contender"] != host.PEER)
+    assert [cell["engine"] for cell in document["plugins"]] == ["vLLM", "SGLang"]
+    for cell in document["plugins"]:
+        assert cell["call_us"] > 0
+        assert cell["added_us"] == cell["call_us"] - cell["router_us"]
+    assert "that a plug-in adds to the eager op" in result.output
     assert "tiny: microseconds a router" not in result.output
 
 

@@ -763,7 +763,10 @@ def test_a_call_imports_nothing_and_does_not_wait(gpu_layer: Any, gpu: Any) -> N
 def test_results_live_as_long_as_their_logits(pair: Pair) -> None:
     _, runner = pair()
     logits, _ = runner.gate(states(3))
-    weights = weakref.ref(logits._dsv4_routed.weights)
+    found = layer.attached_to(logits, runner.dsv4_router)
+    assert found is not None
+    weights = weakref.ref(found[0])
+    del found
     assert weights() is not None
     del logits
     assert weights() is None

@@ -31,7 +31,7 @@ from torch.compiler import is_compiling
 
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.integrations.engines.report import Report
-from router_runtime.integrations.engines.sources import Sources
+from router_runtime.integrations.engines.sources import Sources, version_of
 from router_runtime.integrations.engines.variables import ACCEPT_VARIABLE
 from router_runtime.ops.functions import activation_topk
 from router_runtime.routing.call import Inputs
@@ -52,18 +52,9 @@ class Constants(NamedTuple):
     renormalize: bool
 
 
-class _Routed(NamedTuple):
-    layer: object
-    weights: Tensor
-    ids: Tensor
-    version: int
-
-
-class _Announced(NamedTuple):
-    """The token ids of the hidden states that the gate is about to be called with."""
-
-    hidden_states: Tensor
-    token_ids: Tensor
+#: A layer, its weights and ids, and the version of the logits at which these wait. A plain tuple,
+#: because one with names takes six times as long to make, and every call makes one.
+_Routed = tuple[object, Tensor, Tensor, int]
 
 
 def attached_to(logits: Tensor, layer: object) -> tuple[Tensor, Tensor] | None:
@@ -71,17 +62,20 @@ def attached_to(logits: Tensor, layer: object) -> tuple[Tensor, Tensor] | None:
     or where something has written into the logits since.
     """
     routed: _Routed | None = getattr(logits, _ROUTED, None)
-    if routed is None or routed.layer is not layer or routed.version != _version(logits):
+    if routed is None:
         return None
-    return routed.weights, routed.ids
+    owner, weights, ids, version = routed
+    if owner is not layer or version != version_of(logits):
+        return None
+    return weights, ids
 
 
 def taken(logits: Tensor, layer: object = None) -> tuple[Tensor, Tensor] | None:
     """As ``attached_to``, for a caller that writes into them, and finds them once. Without a layer:
     those of any gate.
     """
-    if layer is None:
-        layer = getattr(getattr(logits, _ROUTED, None), "layer", None)
+    if layer is None and (routed := getattr(logits, _ROUTED, None)) is not None:
+        layer = routed[0]
     found = attached_to(logits, layer)
     if found is not None:
         delattr(logits, _ROUTED)
@@ -123,7 +117,8 @@ class EngineLayer:
         self.needs_token_ids = hashed
         self._sources = Sources(gate, self._tensors, default_loader)
         self.served: Router | None = None
-        self._announced: _Announced | None = None
+        # Hidden states that the gate is about to be called with, and their token ids.
+        self._announced: tuple[Tensor, Tensor] | None = None
         self._no_logits = torch.empty(0)
         self._replaced: list[tuple[Any, str, Any, Any]] = []
         self._engines_gate = gate.forward
@@ -153,7 +148,7 @@ class EngineLayer:
     def announce(self, hidden_states: Tensor, token_ids: Tensor) -> None:
         """The token ids of hidden states that the gate is about to be called with."""
         if token_ids.shape[0] == hidden_states.shape[0]:
-            self._announced = _Announced(hidden_states, token_ids)
+            self._announced = hidden_states, token_ids
 
     def refresh(self) -> None:
         """Give the Router the values that the engine's tensors have now."""
@@ -203,12 +198,14 @@ class EngineLayer:
         announced, self._announced = self._announced, None
         if x.dtype is not torch.bfloat16 or x.dim() != 2 or is_compiling():
             return self._engines_gate(x, *arguments, **options)
-        router = self._current(x)
-        if router is None:
-            return self._engines_gate(x, *arguments, **options)
+        router = self.served
+        if router is None or self._sources.changed():
+            router = self._renewed(x)
+            if router is None:
+                return self._engines_gate(x, *arguments, **options)
         token_ids = None
-        if announced is not None and announced.hidden_states is x:
-            token_ids = announced.token_ids
+        if announced is not None and announced[0] is x:
+            token_ids = announced[1]
         if not self.hashed:
             logits = self._dense_gate(router, x, token_ids)
         elif token_ids is None or self._logits_are_needed():
@@ -221,17 +218,14 @@ class EngineLayer:
         if self.images and token_ids is None:
             return router.forward_with_logits(x)[2]
         weights, ids, logits = router.forward_with_logits(x, **self._inputs(x, token_ids))
-        self._attach(logits, weights, ids)
+        setattr(logits, _ROUTED, (self, weights, ids, version_of(logits)))
         return logits
 
     def _hash_gate(self, router: Router, x: Tensor, token_ids: Tensor) -> Tensor:
         weights, ids = router(x, token_ids, **self._inputs(x, token_ids))
         logits = self._no_logits.expand(x.shape[0], router.config.num_experts)
-        self._attach(logits, weights, ids)
+        setattr(logits, _ROUTED, (self, weights, ids, version_of(logits)))
         return logits
-
-    def _attach(self, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
-        setattr(logits, _ROUTED, _Routed(self, weights, ids, _version(logits)))
 
     def rank(self, logits: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weights and the ids by logits; the biases are read from the engine's tensors."""
@@ -248,13 +242,13 @@ class EngineLayer:
 
     # --- the Router ---
 
-    def _current(self, x: Tensor) -> Router | None:
-        """The Router with the weights as they are now, or None where it cannot be had."""
-        router = self.served
-        if router is not None and not self._sources.changed():
-            return router
+    def _renewed(self, x: Tensor) -> Router | None:
+        """The first Router, or the one that there is with the weights as they are now; None where
+        it cannot be had.
+        """
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # what is due waits for the device
+        router = self.served
         if router is None:
             return self._build(x)
         self._sources.find()
@@ -315,8 +309,3 @@ class EngineLayer:
     def _give_up(self, reason: str, level: int) -> None:
         self.restore()
         self._report.leave(self.name, reason, level)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often something has written into it; -1 where torch does not count that."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -51,7 +51,7 @@ class Sources:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors with the values that they have now; later changes count as such."""
-        self._seen = {name: (tensor, _version(tensor)) for name, tensor in self._known.items()}
+        self._seen = {name: (tensor, version_of(tensor)) for name, tensor in self._known.items()}
         return {name: tensor.detach() for name, tensor in self._known.items()}
 
     def changed(self) -> bool:
@@ -60,7 +60,9 @@ class Sources:
         if len(seen) != len(current):
             return True
         for name, tensor in current.items():
-            known, version = seen.get(name, (None, 0))
+            if name not in seen:
+                return True
+            known, version = seen[name]
             if tensor is not known or (version >= 0 and tensor._version != version):
                 return True
         return False
@@ -88,7 +90,7 @@ class Sources:
         self._loaded = None
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """How often something has written into it; -1 for inference tensors, which do not count that:
     for these there are the loaders.
     """

@@ -50,13 +50,18 @@ class Engine(NamedTuple):
     forward_pass: Callable[[], Any]
     skips_padding: bool
 
-    def padding(self, tokens: int) -> Tensor | None:
-        """Which rows of this forward pass are padding, bool ``[tokens]``, if that is known."""
+    def padding(self, rows: Tensor) -> Tensor | None:
+        """Which of these rows of this forward pass are padding, bool ``[tokens]``, if that is
+        known.
+        """
         if not self.skips_padding:
             return None
         found = self.forward_pass()
         mask: Tensor | None = None if found is None else found.is_padding
-        if mask is None or mask.shape[0] < tokens:
+        if mask is None:
+            return None
+        tokens = rows.shape[0]
+        if mask.shape[0] < tokens:
             return None
         return mask if mask.shape[0] == tokens else mask[:tokens]
 

@@ -63,8 +63,8 @@ class ServedLayer(EngineLayer):
         )
 
     def _inputs(self, rows: Tensor, token_ids: Tensor | None) -> Inputs:
-        inputs = Inputs()
-        padding = self._engine.padding(rows.shape[0])
+        inputs: Inputs = {}
+        padding = self._engine.padding(rows)
         if padding is not None:
             inputs["is_padding"] = padding
         if self._ids_dtype is not None:
