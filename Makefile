@@ -20,8 +20,8 @@ export PIP_CONSTRAINT = /dev/null
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build-cubins lock-cubins check-cubins environments release verify-release test \
-	test-builder test-runtime test-oldest test-gpu verify-gpu kill-trials lint format lock \
-	clean clean-venv
+	test-builder test-runtime test-oldest test-oldest-runtime test-oldest-oracle test-gpu verify-gpu \
+	kill-trials lint format lock clean clean-venv
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,9 +43,10 @@ verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER
 
 environments: .venv-test/.torch .venv-oldest/.torch ## Make the environments that have torch
 
-# Three runs, two at a time; each prints its output when it has ended.
+# Four runs, two at a time, the longest first; each prints its output when it has ended.
 test: .venv/.dev environments ## Run every test that this machine can run
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-builder test-runtime test-oldest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-runtime test-builder \
+	    test-oldest-runtime test-oldest-oracle
 
 test-builder: .venv/.dev ## Run the tests of the builder, the kernels and the import rules
 	.venv/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/builder tests/builder tests/kernels \
@@ -56,9 +57,11 @@ test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/runtime \
 	    tests/runtime tests/oracle tests/gpu
 
-test-oldest: .venv-oldest/.torch ## The same with the oldest torch and driver bindings
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) -o cache_dir=.pytest_cache/oldest \
-	    tests/runtime tests/oracle
+test-oldest: test-oldest-runtime test-oldest-oracle ## The same with the oldest torch and driver bindings
+
+test-oldest-runtime test-oldest-oracle: test-oldest-%: .venv-oldest/.torch
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) \
+	    -o cache_dir=.pytest_cache/oldest-$* tests/$*
 
 # VLLM_TARGET_DEVICE: vLLM's wheel is for GPUs, and imports without one if it is told so.
 .PHONY: test-engines
