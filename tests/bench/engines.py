@@ -1,9 +1,9 @@
-"""What a plug-in adds to the eager op of one layer call, in microseconds of the host.
+"""The host time that a plug-in adds to the eager op of one layer call, in microseconds.
 
 The engines are the doubles of the tests, and only what the plug-in has put into them is called: the
-gate's ``forward``, then the routing function, as the engine calls them. In the place of the Router
-is one whose results are ready, so the difference to calling that alone is the plug-in's own part,
-and the figure needs no GPU. It is the least of the batches: whatever disturbs a batch only adds.
+gate's ``forward``, then the routing function, as the engine calls them. A stand-in for the Router
+returns ready results. The plug-in's part is the time of a layer call less that of the stand-in
+alone, so no GPU is needed. Figures are minima over batches, since a disturbance only adds time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests import fake_sglang, fake_vllm
 from tests.bench.host import submit_times
 from tests.runtime.engine_layers import BIAS, SCALE, WEIGHT, E, H, K, load_entry_points, states
 
-#: A plug-in may add so many microseconds.
+#: Most microseconds that a plug-in may add.
 BAR_US = 3.0
 
 TOKENS = 4
@@ -36,7 +36,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class PluginCell:
-    """The least microseconds of a layer call, of the Router's part in it, and the difference."""
+    """Microseconds of a layer call, and of the stand-in alone: minima over batches."""
 
     engine: str
     call_us: float
@@ -48,7 +48,7 @@ class PluginCell:
 
 
 class ReadyRouter:
-    """Stands for a Router: returns the same results at every call."""
+    """A stand-in for a Router, which returns the same results at every call."""
 
     def __init__(self) -> None:
         self.results = (
@@ -62,7 +62,7 @@ class ReadyRouter:
 
 
 def measure(batches: int) -> list[PluginCell]:
-    """The parts of both plug-ins."""
+    """Return the figures of both plug-ins, each over that many batches of calls."""
     found = []
     for name, served in ENGINES.items():
         with served() as (layer, call):

@@ -326,8 +326,8 @@ def plugin_table(cells: Sequence[PluginCell], bar: float) -> list[str]:
             ]
         )
     return [
-        "microseconds of the host that a plug-in adds to the eager op of a layer, the least of the",
-        f"batches, with a router whose results are ready; bar: {bar}",
+        "microseconds of the host that a plug-in adds to the eager op of a layer: minimum over",
+        f"batches, with a stand-in for the router whose results are ready; bar: {bar}",
         *aligned(rows),
     ]
 

@@ -46,7 +46,7 @@ MODELS = """
 MODELS = MODELS[:2]
 """
 
-#: Module of the builder -> what it ends with, so that the answers of ``remembered.py`` are used.
+#: Module of the builder -> lines to append, which wrap its functions by those of remembered.py.
 REMEMBERING = {
     "compile/worker_process.py": """
 from build_kernels.compile import remembered
@@ -292,7 +292,7 @@ def write_project(root: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let small projects share what their compilers answer (``remembered.py``)."""
+    """Let small projects share a cache of compiler results (remembered.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(REMEMBERED, str(tmp_path_factory.mktemp("remembered")))
         yield
@@ -300,7 +300,7 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small projects start compilers for every request, as real ones do."""
+    """Turn that cache off: small projects start compilers for every request, as real ones do."""
     monkeypatch.setenv(REMEMBERED, "")
 
 
@@ -314,8 +314,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _keep_bytecode(root: Path) -> None:
-    """Compile the modules of a project, so that no command in a copy does it again. By their
-    bytes, not by their time: tests change a source more than once in a second.
+    """Write the bytecode of a project's modules, so that no command in a copy has to.
+
+    It is checked by the source's hash, not by its time: tests change a source more than once in a
+    second.
     """
     checked = py_compile.PycInvalidationMode.CHECKED_HASH
     for package in ("build_kernels", "router_runtime"):

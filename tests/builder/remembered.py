@@ -1,9 +1,9 @@
-"""What the tools answer to a small project's builder, shared by all tests of a run.
+"""A cache of what compilers and nvdisasm return to the builders of small test projects.
 
-``write_project`` copies this file into the project and hangs its functions into three modules.
-Where ``REMEMBERED`` names a folder, a worker process starts only for a request to which there is no
-answer yet: most tests build the same two kernels. An answer belongs to the request and to
-the bytes of all of the builder's files, so a changed source is compiled. Errors are not kept.
+All tests of a run share it, since most of them build the same two kernels. ``write_project`` copies
+this file into a project and wraps functions of three modules with those below. The environment
+variable ``REMEMBERED`` names the cache's folder. The key of a compiler's result is the request and
+the bytes of all of the builder's files, so a changed source is compiled. Errors are not cached.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 Disassembler = Callable[[bytes, Sequence[str], Path], str]
 
-#: The environment variable that names the folder of the answers. Empty: nothing is remembered.
+#: The environment variable that names the folder of the cache. Empty: nothing is cached.
 REMEMBERED = "SMALL_PROJECT_REMEMBERED"
 
 
 def remembering(process: type[WorkerProcess]) -> type[WorkerProcess]:
-    """Return the class of worker processes that ask for an answer once."""
+    """Return a worker process class that starts a process only for a result that is not cached."""
     known = _folder()
     if known is None:
         return process
@@ -57,8 +57,8 @@ def remembering(process: type[WorkerProcess]) -> type[WorkerProcess]:
 
 
 def once(altered: Callable[[Iterable[str]], list[str]]) -> Callable[[Iterable[str]], list[str]]:
-    """Return a comparison of packages with their RECORD that is made once for the same packages, if
-    it finds nothing.
+    """Return a comparison of packages with their RECORD that is not repeated for the same packages
+    once it has found no difference.
     """
     folder = _folder()
     if folder is None:
@@ -78,7 +78,7 @@ def once(altered: Callable[[Iterable[str]], list[str]]) -> Callable[[Iterable[st
 
 
 def disassembled(run: Disassembler) -> Disassembler:
-    """Return the disassembler, asked once for the same code and options."""
+    """Return a disassembler that runs once for the same code and options."""
     folder = _folder()
     if folder is None:
         return run

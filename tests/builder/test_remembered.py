@@ -1,4 +1,4 @@
-"""What small projects remember of their compilers: used for the same request, and for no other."""
+"""The cache of compiler results that small test projects share (remembered.py)."""
 
 from __future__ import annotations
 

@@ -31,8 +31,10 @@ def worker(request: pytest.FixtureRequest) -> Iterator[WorkerProcess]:
 def found_in(
     worker: WorkerProcess, kernel: str, model: str, variant: str
 ) -> tuple[Job, instructions.TensorCore]:
-    """Compile, and return the census. ``inspect`` has checked the contract, and here: no spills,
-    and a symbol without traces of what the process compiled before.
+    """Compile an entry. Return its job and its tensor-core instructions, counted.
+
+    ``inspect`` checks the contract. This checks that nothing spills, and that the symbol does not
+    depend on what the process compiled before.
     """
     job = JOBS[f"{kernel}/{model}/{worker.target}/{variant}"]
     data = worker.compile(job)

@@ -48,8 +48,9 @@ def test_an_unknown_pair_is_refused(
 
 
 def test_the_symbol_is_form_and_mma_alone() -> None:
-    """One process compiles all: no symbol or counter of one entry may change another. Those of
-    tcgen05 are in tests/builder/test_tensor_core.py.
+    """One process compiles all, so no symbol or counter of one entry may change another.
+
+    tests/builder/test_tensor_core.py checks the symbols of tcgen05 entries.
     """
     target = "sm_90a"
     jobs = plan.plan(targets=[target], kernels=[kernel.name for kernel in DENSE])

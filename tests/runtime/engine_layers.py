@@ -34,5 +34,5 @@ def states(tokens: int, seed: int = 0) -> Tensor:
 
 
 def words(tokens: int) -> Tensor:
-    """Token ids, some of which stand for images where a layer knows of these."""
+    """Token ids, spread over the vocabulary: some are image tokens to a layer with image biases."""
     return torch.arange(tokens) * 7 % V

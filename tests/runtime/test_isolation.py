@@ -170,7 +170,7 @@ def test_missing_bindings_are_named() -> None:
 
 
 def test_every_extra_that_an_error_names_is_one() -> None:
-    """And every one has an error that names it: by itself, or as the engine that was not found."""
+    """And some error names each extra: in its own remedy, or by ``find_engine`` for an engine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     sources = "".join(each.read_text() for each in (ROOT / "router_runtime").rglob("*.py"))
     named = set(re.findall(r"install_extra\(['\"](\w+)", sources))

@@ -52,8 +52,8 @@ class Constants(NamedTuple):
     renormalize: bool
 
 
-#: A layer, its weights and ids, and the version of the logits at which these wait. A plain tuple,
-#: because one with names takes six times as long to make, and every call makes one.
+#: What a gate attaches to its logits: the layer, weights and ids, and the logits' version at that
+#: time. A plain tuple: every call makes one, and a NamedTuple takes six times as long to make.
 _Routed = tuple[object, Tensor, Tensor, int]
 
 
@@ -243,8 +243,8 @@ class EngineLayer:
     # --- the Router ---
 
     def _renewed(self, x: Tensor) -> Router | None:
-        """The first Router, or the one that there is with the weights as they are now; None where
-        it cannot be had.
+        """Return the Router, built at the first call and given changed weights later. None: neither
+        is possible now.
         """
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # what is due waits for the device
