@@ -14,7 +14,8 @@ from build_kernels.compile.job import Job
 from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.entries import identify, inspect
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
-from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
 from router_runtime.format import elf
 
 STEPS = K_BLOCK // MMA_K
@@ -48,7 +49,7 @@ def found_in(
 
 def test_the_split_form_issues_every_step_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_decode", "dsv4-flash", "tcgen05")
-    g = SplitKTcgen05Geometry.of(job.constants)
+    g = SplitKGeometry.of(job.constants)
     assert found.multiplications == g.k_blocks * g.pairs * STEPS
     assert found.commits == g.cta_chunks
     assert found.loads == 1

@@ -8,7 +8,7 @@ from build_kernels import plan
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.compile.job import Job
 from build_kernels.compile.worker_process import WorkerProcess
-from build_kernels.kernels.dense.contract import contract, derive
+from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.geometry.table import GEOMETRIES
 from build_kernels.kernels.dense.program import PROGRAMS, program, symbol
 from router_runtime.format import cubin
@@ -30,7 +30,7 @@ def test_every_pair_has_a_geometry_and_a_program() -> None:
     assert named == set(PROGRAMS)
 
 
-@pytest.mark.parametrize("function", [contract, derive, program])
+@pytest.mark.parametrize("function", [contract, program])
 @pytest.mark.parametrize(
     ("constants", "found"),
     [

@@ -27,10 +27,11 @@ from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZL
 from build_kernels.kernels.dense import ring
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.exchange import split_k as exchange
-from build_kernels.kernels.dense.exchange.split_k_parts import SumsExchangeInParts
+from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.forms import split_k, tile
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
-from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
+from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
 from build_kernels.kernels.dense.mma import interface, tcgen05_split_k, tcgen05_tile
 from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
@@ -58,7 +59,7 @@ JOBS = {
 }
 
 
-SPLIT = {name: SplitKTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "split_k"}
+SPLIT = {name: SplitKGeometry.of(c) for name, c in JOBS.items() if c["FORM"] == "split_k"}
 TILE = {name: TileTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "tile"}
 
 #: (experts, tokens) of a stage.
@@ -136,7 +137,7 @@ def test_budgets_of_the_tile_form(g: TileTcgen05Geometry) -> None:
 
 
 @pytest.mark.parametrize("g", SPLIT.values(), ids=SPLIT)
-def test_budgets_of_the_split_form(g: SplitKTcgen05Geometry) -> None:
+def test_budgets_of_the_split_form(g: SplitKGeometry) -> None:
     columns = g.tensor_columns
     assert columns in (32, 64, 128, 256, 512)
     assert columns >= g.pairs * g.cta_chunks * g.tokens_tile
@@ -164,9 +165,7 @@ def test_blocks_of_one_multiprocessor_all_get_tensor_memory(experts: int, chunks
     served = 0
     for tokens in range(16, 257, 16):
         try:
-            g = SplitKTcgen05Geometry.of(
-                {**constants, "HIDDEN": 512 * chunks, "TOKENS_TILE": tokens}
-            )
+            g = SplitKGeometry.of({**constants, "HIDDEN": 512 * chunks, "TOKENS_TILE": tokens})
         except ValueError:
             continue
         served += 1
@@ -181,7 +180,7 @@ def test_wrong_geometries_are_refused() -> None:
         ({"CLUSTER_K": 3}, "divide evenly"),
     ):
         with pytest.raises(ValueError, match=said):
-            SplitKTcgen05Geometry.of({**constants, **wrong})
+            SplitKGeometry.of({**constants, **wrong})
     constants = JOBS["dense_router_prefill-dsv4-pro-tcgen05"]
     for division in ({"CLUSTER_E": 1}, {"PASSES": 2}):
         with pytest.raises(ValueError, match="one pass over at most 128 experts"):
@@ -241,7 +240,7 @@ def test_every_logit_comes_from_its_own_operands(
     """From the packed image and the tensor map to the logits' places, through stages, descriptors,
     MMAs, tensor memory, registers, staged rows and the owner's sums.
     """
-    g = SplitKTcgen05Geometry.of(constants)
+    g = SplitKGeometry.of(constants)
     assert not g.rings
     generator = np.random.default_rng(7)
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
@@ -262,7 +261,7 @@ def test_every_logit_comes_from_its_own_operands(
 
 
 def route(
-    g: SplitKTcgen05Geometry,
+    g: SplitKGeometry,
     running: Running,
     memory: Memory,
     image: int,
@@ -274,7 +273,7 @@ def route(
 ) -> dict[int, int]:
     """What one cluster stores to global memory, by address."""
     mma = plain(tcgen05_split_k.SplitKTcgen05)(g)
-    sender = plain(SumsExchangeInParts)(g, mma)
+    sender = plain(SumsExchange)(g, mma)
     kernel = plain(split_k.SplitK)(g, mma, sender)
     first_token = number * g.tokens_tile
     tile_tokens = min(len(hidden) - first_token, g.tokens_tile)

@@ -7,7 +7,7 @@ from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
 from build_kernels.kernels.dense.geometry.decode import MMA_SYNC_M, DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.geometry.table import GEOMETRIES, form_and_mma, geometry_of
+from build_kernels.kernels.dense.geometry.table import geometry_of
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
 from router_runtime.format.contract import (
     Constants,
@@ -24,26 +24,6 @@ WORKSPACE = Parameter("workspace", "ptr:u32")
 
 #: Most tokens of a launch whose form does not bound them.
 MAX_TOKENS = 1 << 22
-
-
-def derive(constants: Constants) -> Constants | None:
-    """Return the constants that divide a model which the catalog does not tune.
-
-    What is stated already stays. None: the form has no division for this model. Raises ValueError
-    if it should have one.
-    """
-    kind = GEOMETRIES[form_and_mma(constants)]
-    if issubclass(kind, DecodeGeometry):
-        g = kind.search(constants)
-        return g.constants("groups", "cluster_e", "cluster_k", "warp_m")
-    if issubclass(kind, SplitKGeometry):
-        if "TOKENS_TILE" in constants:
-            return {}
-        found = kind.search(constants)
-        return found.constants("groups", "cluster_k", "tokens_tile") if found else None
-    if issubclass(kind, TileGeometry):
-        return kind.search(constants)
-    return {}
 
 
 def contract(constants: Constants) -> Contract:

@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_ptr
 
 from build_kernels.kernels.common.parameters import ROUTING, Routing
 from build_kernels.kernels.dense.contract import contract
-from build_kernels.kernels.dense.exchange.split_k_parts import SumsExchangeInParts
+from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.forms.decode import Decode
 from build_kernels.kernels.dense.forms.split_k import SplitK
 from build_kernels.kernels.dense.forms.swap_ab import SwapAb
@@ -30,7 +30,7 @@ def _decode(g: Any) -> Decode:
 
 def _split_k_tcgen05(g: Any) -> SplitK:
     mma = SplitKTcgen05(g)
-    return SplitK(g, mma, SumsExchangeInParts(g, mma))
+    return SplitK(g, mma, SumsExchange(g, mma))
 
 
 def _swap_ab_wgmma(g: Any) -> SwapAb:

@@ -18,13 +18,13 @@ Term = TypeVar("Term")
 
 
 def slice_chunks(chunks: int) -> list[range]:
-    """Return the chunks of each slice. Of fewer chunks than slices, some slices have none."""
-    bounds = [number * chunks // SLICES for number in range(SLICES + 1)]
-    return [range(first, end) for first, end in itertools.pairwise(bounds) if first < end]
+    """Return the chunks of each slice. Fewer chunks than slices are one slice each."""
+    bounds = [slice_end(number - 1, chunks) for number in range(min(SLICES, chunks) + 1)]
+    return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
 def slice_end(number: Any, chunks: int) -> Any:
-    """Return the chunk behind slice ``number``, of those that have chunks."""
+    """Return the chunk behind slice ``number``."""
     if chunks < SLICES:
         return number + 1
     return (number + 1) * chunks // SLICES

@@ -7,11 +7,6 @@ from build_kernels.kernels.dense import contract as dense
 from router_runtime.format.contract import Constants, Contract
 
 
-def derive(constants: Constants) -> Constants | None:
-    """Return the constants that divide a model which the catalog does not tune."""
-    return dense.derive(constants)
-
-
 def contract(constants: Constants) -> Contract:
     """Return the contract of an entry."""
     return dense.contract(constants)

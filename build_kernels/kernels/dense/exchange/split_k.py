@@ -1,8 +1,9 @@
 """Exchange of the split-K form: all partial sums of a token go to one CTA of the cluster.
 
 The sums are staged in shared memory, a row per token, in the place of the operands; one bulk copy
-per row sends them. An mbarrier of the receiver counts the bytes that its peers send. A row that a
-CTA keeps is copied by one warp, whose 32 lanes arrive at the same mbarrier.
+per row sends them. The tile's tokens are sent in parts, each with an mbarrier of the receiver that
+counts the bytes that its peers send. A row that a CTA keeps is copied by one warp, whose 32 lanes
+arrive at the same mbarrier.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ CONSUMERS = 1
 
 
 class SumsExchange:
-    """The exchange when all sums of a tile can be staged at once."""
+    """The exchange of one CTA.
+
+    Shared memory has room for ``staged_parts`` parts at a time. A later part is staged where an
+    earlier one was, after a cluster barrier: then all CTAs have received the earlier part.
+    """
 
     def __init__(self, geometry: SplitKGeometry, mma: SplitKMma) -> None:
         self.g, self.mma = geometry, mma
@@ -67,30 +72,45 @@ class SumsExchange:
         warp: Int32,
         lane: Int32,
     ) -> None:
-        """Send this warp's sums, and wait until this CTA has received the sums of its tokens.
+        """Send this warp's partial sums part by part, and wait for those sent to this CTA.
 
-        All consumer warps call this when they have read their operands. Received sums lie from
-        ``shared`` on: for each slot, chunk and expert an FP32 number. This arrives at the cluster
-        barrier once more at its end, and the caller waits on that barrier before it exits: until
-        then the copies to peers may still read what this CTA has staged.
+        All consumer warps call this. Received sums lie from ``shared`` on: for each slot, chunk and
+        expert an FP32 number. It begins with a cluster barrier, after which every CTA has
+        read its operands. Another one comes before each part that takes the place of an earlier
+        part. It ends with an arrival at a cluster barrier, whose wait is left to the caller:
+        until then the copies to peers may still read what this CTA has staged.
         """
         g = self.g
-        # Every CTA has read its operands. Relaxed: it orders completed reads, publishes nothing.
         cute.arch.cluster_arrive_relaxed()
         cute.arch.cluster_wait()
-        staged = shared + g.staged_offset
-        self.stage(sums, staged, 0, g.tokens_tile, warp, lane)
-        async_copy.fence_async_shared()
-        self.sync_consumers()
-        self.send(staged, shared, sums_full, 0, g.tokens_tile, k_rank, tile_tokens, warp, lane)
-        mbarrier.wait_first(sums_full)
+        for part in cutlass.range_constexpr(g.parts):
+            if cutlass.const_expr(part >= g.staged_parts):
+                mbarrier.wait_first(sums_full + BARRIER_BYTES * (part - g.staged_parts))
+                cute.arch.cluster_arrive_relaxed()
+                cute.arch.cluster_wait()
+            buffer = shared + g.staged_offset + part % g.staged_parts * g.part_bytes
+            full = sums_full + BARRIER_BYTES * part
+            begin = part * g.part_tokens
+            self.stage(sums, buffer, begin, g.part_tokens, warp, lane)
+            async_copy.fence_async_shared()
+            self.sync_consumers()
+            self.send(buffer, shared, full, begin, g.part_tokens, k_rank, tile_tokens, warp, lane)
+        for part in cutlass.range_constexpr(g.parts - g.staged_parts, g.parts):
+            mbarrier.wait_first(sums_full + BARRIER_BYTES * part)
         cute.arch.cluster_arrive_relaxed()
 
     def follow(self) -> None:
-        """Take part in the cluster barriers of ``run``, in a warp that is no consumer.
+        """Go through the cluster barriers of ``run``, up to the arrival at the last.
 
-        This form without a producer warp has no such warp, so there is nothing to do.
+        The producer warp calls this if it is no consumer, because a cluster barrier counts all
+        warps. It does nothing if there is no such warp.
         """
+        if not self.g.rings:
+            return
+        for _ in range(1 + self.g.parts - self.g.staged_parts):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        cute.arch.cluster_arrive_relaxed()
 
     def stage(
         self,

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from build_kernels.kernels.dense.geometry.common import (
     BARRIER_BYTES,
     LANES,
-    MAX_CLUSTER,
     MAX_SHARED_BYTES,
     MMA_K,
     GroupedGeometry,
     ceil_div,
 )
-from router_runtime.format.contract import Constants
 
 #: Rows (experts) and columns (tokens) of one ``mma.sync``.
 MMA_SYNC_M = 16
@@ -21,9 +19,6 @@ MMA_SYNC_N = 8
 
 #: Most tokens of a tile: enough independent chains of MMAs, few enough registers.
 MAX_TILE = 32
-
-#: Most clusters that ``search`` divides the experts among.
-MAX_GROUPS = 16
 
 #: Shared memory that a CTA requests at least. It is more than the largest split but one of the
 #: memory that shared memory and L1 share. A multiprocessor changes its split only while it is idle,
@@ -48,37 +43,6 @@ class DecodeGeometry(GroupedGeometry):
     cluster_e: int
     cluster_k: int
     warp_m: int
-
-    @classmethod
-    def search(cls, constants: Constants) -> DecodeGeometry:
-        """Return a geometry for a model that the catalog does not tune.
-
-        It has the fewest CTAs that hold the weights. ``constants`` lack the four that say how the
-        weights are divided. Raises ValueError where no cluster of at most 16 CTAs fits the
-        registers and shared memory.
-        """
-        candidates = (
-            cls.of(
-                {
-                    **constants,
-                    "GROUPS": groups,
-                    "CLUSTER_E": cluster_e,
-                    "CLUSTER_K": cluster_k,
-                    "WARP_M": warp_m,
-                }
-            )
-            for groups in range(1, MAX_GROUPS + 1)
-            for cluster_e in (1, 2, 4)
-            for cluster_k in range(1, MAX_CLUSTER // cluster_e + 1)
-            for warp_m in (1, 2)
-        )
-        fitting = [candidate for candidate in candidates if candidate.fits]
-        if not fitting:
-            raise ValueError(
-                f"expected a router whose weights fit {MAX_GROUPS} clusters of {MAX_CLUSTER} CTAs, "
-                f"found hidden {int(constants['HIDDEN'])}, experts {int(constants['EXPERTS'])}"
-            )
-        return min(fitting, key=lambda g: (g.groups, g.ctas, g.padded_experts, g.warp_m))
 
     @property
     def fits(self) -> bool:

@@ -24,7 +24,7 @@ from build_kernels.kernels.dense.geometry.decode import REGISTERS, DecodeGeometr
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
 from build_kernels.kernels.dense.geometry.table import GEOMETRIES
-from build_kernels.kernels.dense.geometry.tile import TileGeometry
+from build_kernels.kernels.dense.geometry.tile import MOST_KEPT, TileGeometry
 from router_runtime.format.contract import Constants
 
 #: More groups of experts would take longer to merge than they save.
@@ -116,6 +116,7 @@ def fits(g: Geometry, mma: str) -> bool:
     assert isinstance(g, TileGeometry)
     return (
         not _serialises(g, mma)
+        and (g.parked_sums == 0 or g.sums - g.parked_sums <= MOST_KEPT)
         and g.cluster <= MAX_CLUSTER
         and g.image_bias_offset + g.bias_bytes <= g.bias_offset
         and g.shared_bytes <= MAX_SHARED_BYTES

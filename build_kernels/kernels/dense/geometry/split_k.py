@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
 
+from build_kernels.kernels.common.ptx import tcgen05_layout
 from build_kernels.kernels.dense.geometry.common import (
     BARRIER_BYTES,
     K_BLOCK,
     LANES,
-    MAX_CLUSTER,
     MAX_SHARED_BYTES,
     MMA_M,
     WARPGROUP,
     GroupedGeometry,
     ceil_div,
 )
-from router_runtime.format.contract import Constants
 
-#: What ``search`` may choose: more threads would leave too few registers for a tile's sums.
-MAX_GROUPS = 8
-MAX_THREADS = 512
-
-#: Tokens of a tile that ``search`` chooses.
-SEARCHED_TILE = 32
+#: ``tokens_tile`` is a multiple of the first, ``m_tiles`` of the second: an MMA takes a multiple
+#: of 16 tokens, and 128 experts.
+TOKEN_STEP = 16
+M_TILE_STEP = tcgen05_layout.MMA_M // MMA_M
 
 
 @dataclass(frozen=True)
@@ -31,76 +27,39 @@ class SplitKGeometry(GroupedGeometry):
     """``groups`` clusters of ``cluster_k`` CTAs route one tile of ``tokens_tile`` tokens.
 
     A cluster holds a group of 64 * ``m_tiles`` experts over the whole hidden dimension; a CTA holds
-    a share, which is some of its chunks; a warpgroup multiplies 64 experts over one chunk: 32 KiB
-    of weights, in shared memory before the hidden states exist. A token's chunks are added by one
-    CTA of the cluster.
+    a share, which is some of its chunks; a warpgroup has the sums of 64 experts over one chunk,
+    whose 32 KiB of weights are in shared memory before the hidden states exist. A pair of
+    warpgroups shares the accumulator of 128 experts, in tensor memory. A token's chunks are added
+    by one CTA of the cluster.
 
-    All operands of a CTA are in shared memory at once. The partial sums, received and staged, then
-    take their place.
+    The hidden states of a large tile pass through a ring, whose producer is a warp of its own. The
+    partial sums, received and staged, take the operands' place; they are staged and sent in parts,
+    of which at most ``staged_parts`` are in flight.
     """
 
     cluster_k: int
     tokens_tile: int
 
-    #: ``tokens_tile`` is a multiple of this, ``m_tiles`` of that.
-    token_step: ClassVar[int] = 8
-    m_tile_step: ClassVar[int] = 1
-
     def check(self) -> None:
-        """Raise ValueError unless all stages, and the staged sums, fit shared memory."""
-        self.check_division()
-        # Several warpgroups that share a ring side by side could take the phase before the last one
-        # of a stage for the one that they wait for.
-        if self.hidden_stages < self.k_blocks:
-            raise ValueError(
-                f"expected a tile of which all {self.k_blocks} stages of hidden states fit at "
-                f"once, found {self.tokens_tile} tokens, {self.hidden_stages} stages"
-            )
-        if self.staged_bytes > self.staging_room:
-            raise ValueError(
-                f"expected sums that fit {MAX_SHARED_BYTES} bytes, found {self.tokens_tile} tokens "
-                f"of {self.group_experts} experts"
-            )
-
-    def check_division(self) -> None:
-        """Raise ValueError unless CTAs have equal chunks and the MMA can do the tile's tokens."""
-        if self.hidden % (self.k_chunk * self.cluster_k) or self.tokens_tile % self.token_step:
+        """Raise ValueError unless CTAs have equal chunks and all fits shared memory."""
+        if self.hidden % (self.k_chunk * self.cluster_k) or self.tokens_tile % TOKEN_STEP:
             raise ValueError(
                 f"expected chunks of {self.k_chunk} that divide evenly among {self.cluster_k} CTAs "
-                f"and tiles of a multiple of {self.token_step} tokens, "
+                f"and tiles of a multiple of {TOKEN_STEP} tokens, "
                 f"found hidden {self.hidden}, tokens {self.tokens_tile}"
             )
-
-    @classmethod
-    def search(cls, constants: Constants) -> Self | None:
-        """Return the division for a model that the catalog does not tune.
-
-        It has the fewest groups of experts, then the fewest hidden elements per CTA, that fit. None
-        if there is no such division.
-        """
-        chunks = int(constants["HIDDEN"]) // int(constants["K_CHUNK"])
-        for groups in range(1, MAX_GROUPS + 1):
-            for cluster_k in reversed(range(1, MAX_CLUSTER + 1)):
-                if chunks % cluster_k:
-                    continue
-                division = {
-                    "GROUPS": groups,
-                    "CLUSTER_K": cluster_k,
-                    "TOKENS_TILE": SEARCHED_TILE,
-                }
-                try:
-                    g = cls.of({**constants, **division})
-                except ValueError:
-                    continue
-                if g.threads <= MAX_THREADS:
-                    return g
-        return None
+        # A stage for each chunk and one in flight, and room for a part of the sums.
+        if self.hidden_stages < min(self.cta_chunks + 1, self.k_blocks) or self.staged_parts < 1:
+            raise ValueError(
+                f"expected a tile that fits {MAX_SHARED_BYTES} bytes, found {self.tokens_tile} "
+                f"tokens, {self.warpgroups} warpgroups"
+            )
 
     # --- experts ---
     @property
     def m_tiles(self) -> int:
         """Tiles of 64 experts of a group."""
-        return ceil_div(self.experts, MMA_M * self.groups * self.m_tile_step) * self.m_tile_step
+        return ceil_div(self.experts, MMA_M * self.groups * M_TILE_STEP) * M_TILE_STEP
 
     @property
     def group_experts(self) -> int:
@@ -145,15 +104,35 @@ class SplitKGeometry(GroupedGeometry):
         return self.consumer_threads // LANES
 
     @property
+    def rings(self) -> bool:
+        """Whether stages of hidden states take the place of earlier ones."""
+        return self.hidden_stages < self.k_blocks
+
+    @property
     def producer_warp(self) -> int:
-        """The warp that requests operands. It is a consumer too: nothing has to be waited for, and
-        one more warp would shrink the registers of every thread."""
-        return 0
+        """One more warp if it has to wait for stages to be released. Otherwise a consumer: one more
+        warp would shrink the registers of a thread from 128 to 96."""
+        return self.consumer_warps if self.rings else 0
 
     @property
     def threads(self) -> int:
-        """Threads of a CTA."""
-        return self.consumer_threads
+        """Threads of a CTA: the consumers, and a producer warp if stages are filled again."""
+        return self.consumer_threads + (LANES if self.rings else 0)
+
+    # --- tensor memory ---
+    @property
+    def pairs(self) -> int:
+        """Tiles of 128 experts of a group."""
+        return self.group_experts // tcgen05_layout.MMA_M
+
+    @property
+    def tensor_columns(self) -> int:
+        """An accumulator of ``tokens_tile`` columns for every pair and chunk of the share.
+
+        All CTAs that share a multiprocessor get theirs: 64 KiB of weights come with each
+        accumulator, so shared memory runs out first.
+        """
+        return tcgen05_layout.allocation(self.pairs * self.cta_chunks * self.tokens_tile)
 
     # --- tokens ---
     @property
@@ -221,8 +200,16 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def part_tokens(self) -> int:
-        """Tokens whose sums are staged at a time."""
-        return self.tokens_tile
+        """Tokens staged at a time: all of them, or the most that fit twice."""
+        if self.tokens_tile * self.sums_row_bytes <= self.staging_room:
+            return self.tokens_tile
+        fitting = (
+            tokens
+            for tokens in range(8, self.tokens_tile, 8)
+            if self.tokens_tile % tokens == 0
+            and 2 * tokens * self.sums_row_bytes <= self.staging_room
+        )
+        return max(fitting, default=self.tokens_tile)
 
     @property
     def parts(self) -> int:
@@ -230,9 +217,19 @@ class SplitKGeometry(GroupedGeometry):
         return self.tokens_tile // self.part_tokens
 
     @property
-    def staged_bytes(self) -> int:
-        """Bytes of the staged sums."""
+    def part_bytes(self) -> int:
+        """Bytes of one part's staged sums."""
         return self.part_tokens * self.sums_row_bytes
+
+    @property
+    def staged_parts(self) -> int:
+        """Parts that are staged at a time."""
+        return min(self.parts, self.staging_room // self.part_bytes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the parts that are staged at a time."""
+        return self.staged_parts * self.part_bytes
 
     # --- then biases and barriers ---
     @property
@@ -249,7 +246,7 @@ class SplitKGeometry(GroupedGeometry):
     @property
     def barrier_offset(self) -> int:
         """Full barriers of the weights; full, then empty barriers of the hidden states; then those
-        that count received sums."""
+        that count received sums, and those of finished accumulators."""
         return self.bias_offset + self.bias_bytes
 
     @property
@@ -268,11 +265,17 @@ class SplitKGeometry(GroupedGeometry):
         return self.parts
 
     @property
-    def end_offset(self) -> int:
-        """The end of the barriers above."""
+    def accumulated_offset(self) -> int:
+        """Barriers of finished accumulators, one per chunk of the share."""
         return self.sums_barrier_offset + BARRIER_BYTES * self.sums_barriers
+
+    @property
+    def tensor_address_offset(self) -> int:
+        """Where the address of the tensor memory is stored."""
+        return self.accumulated_offset + BARRIER_BYTES * self.cta_chunks
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a CTA requests."""
-        return self.barrier_offset + ceil_div(self.end_offset - self.barrier_offset, 16) * 16
+        size = self.tensor_address_offset + 8 - self.barrier_offset
+        return self.barrier_offset + ceil_div(size, 16) * 16

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 from build_kernels.kernels.dense.geometry.common import Geometry
 from build_kernels.kernels.dense.geometry.decode import DecodeGeometry
+from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import SplitKTcgen05Geometry, TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry, TileMmaSyncGeometry
 from router_runtime.format.contract import Constants
 
 GEOMETRIES: Mapping[tuple[str, str], type[Geometry]] = {
     ("decode", "mma_sync"): DecodeGeometry,
-    ("split_k", "tcgen05"): SplitKTcgen05Geometry,
+    ("split_k", "tcgen05"): SplitKGeometry,
     ("swap_ab", "wgmma"): SwapAbGeometry,
     ("swap_ab", "mma_sync"): SwapAbGeometry,
     ("tile", "wgmma"): TileGeometry,

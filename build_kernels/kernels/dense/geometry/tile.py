@@ -15,10 +15,12 @@ from build_kernels.kernels.dense.geometry.common import (
     Geometry,
     ceil_div,
 )
-from router_runtime.format.contract import Constants
 
 #: Stages of a ring, at least.
 MIN_STAGES = 3
+
+#: Most registers of a thread for totals, if they do not all fit beside the other sums.
+MOST_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,11 @@ class TileGeometry(Geometry):
     #: Most experts of a CTA whose sums of a chunk and of a slice fit the registers, in one pass.
     most_experts: ClassVar[int] = 192
 
+    #: Registers of a thread that sums of a chunk and of a slice and totals may take together.
+    most_sums: ClassVar[int] = 192
+
     #: The MMA's number of experts is a multiple of this.
     expert_step: ClassVar[int] = 8
-
-    @classmethod
-    def search(cls, constants: Constants) -> dict[str, int]:
-        """Return the division, as constants, for a model that the catalog does not tune."""
-        experts = int(constants["EXPERTS"])
-        cluster_e = next(e for e in (1, 2, 4, 8) if ceil_div(experts, e) <= cls.most_experts)
-        return {"CLUSTER_E": cluster_e, "CLUSTER_T": 1, "PASSES": 1}
 
     # --- tiles ---
     @property
@@ -161,8 +159,12 @@ class TileGeometry(Geometry):
 
     @property
     def parked_sums(self) -> int:
-        """Of these, those whose totals wait in shared memory: as many as the smallest rings leave
-        room for. The others have registers for their totals, too."""
+        """Of these, those whose totals wait in shared memory; the others have registers for their
+        totals, too. None if all fit registers, else as many as the smallest rings leave room for.
+        """
+        chunk_sums = self.sums // self.passes
+        if chunk_sums + 2 * self.sums <= self.most_sums:
+            return 0
         stages = max(MIN_STAGES, self.chunk_k_blocks if self.passes > 1 else 0)
         least = stages * self.hidden_stage_bytes + MIN_STAGES * self.weight_stage_bytes
         room = (MAX_SHARED_BYTES - self.bias_bytes - 512 - least) // (4 * self.consumer_threads)
@@ -253,3 +255,4 @@ class TileMmaSyncGeometry(TileGeometry):
     """The tile form with ``mma.sync``, which needs registers for its operands, too."""
 
     most_experts: ClassVar[int] = 128
+    most_sums: ClassVar[int] = 160

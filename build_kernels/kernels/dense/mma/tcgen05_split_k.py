@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, cute
 from build_kernels.kernels.common.ptx import arith, mbarrier, memory, tcgen05, tcgen05_layout
 from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, MMA_K
+from build_kernels.kernels.dense.geometry.split_k import M_TILE_STEP
 from build_kernels.kernels.dense.mma.interface import SplitKMma
 from build_kernels.kernels.dense.ring import Ring
 
@@ -59,12 +60,12 @@ class SplitKTcgen05(SplitKMma):
     def first_row(self, warp: Int32) -> Int32:
         """Return the first of the 16 experts of the group whose sums a warp loads."""
         # 128 experts are two m-tiles: the warpgroup of the first has half 0 of every 32 rows.
-        pair = arith.quotient(self.task(warp)[0], self.g.m_tile_step)
+        pair = arith.quotient(self.task(warp)[0], M_TILE_STEP)
         return pair * tcgen05_layout.MMA_M + self.first_lane(warp)
 
     def first_lane(self, warp: Int32) -> Int32:
         """Return the first of the 16 lanes of tensor memory that a warp loads."""
-        half = arith.remainder(self.task(warp)[0], self.g.m_tile_step)
+        half = arith.remainder(self.task(warp)[0], M_TILE_STEP)
         return tcgen05_layout.first_lane(arith.remainder(warp, 4), half)
 
     @cute.jit
@@ -86,7 +87,7 @@ class SplitKTcgen05(SplitKMma):
         m_tile, chunk = self.task(warp)
         mbarrier.wait(shared + g.accumulated_offset + BARRIER_BYTES * chunk, Int32(0))
         tcgen05.fence_after()
-        pair = arith.quotient(m_tile, g.m_tile_step)
+        pair = arith.quotient(m_tile, M_TILE_STEP)
         column = (chunk * g.pairs + pair) * g.tokens_tile
         sums = tcgen05.load(tensor + column + (self.first_lane(warp) << 16), g.tokens_tile)
         tcgen05.fence_before()
