@@ -152,7 +152,7 @@ def test_swap_ab(monkeypatch: pytest.MonkeyPatch, numbers: np.random.Generator) 
     exact = padded[:, : 2 * K_BLOCK] @ hidden[:, : 2 * K_BLOCK].T
     lane = np.arange(LANES)
     for warp in range(g.consumer_warps):
-        mma = SwapAbMmaSync(g).bind(0, warp)
+        mma: Any = SwapAbMmaSync(g).stages(0, warp)
         mma.multiply(1, starts=True)
         mma.multiply(2, starts=False)
         for n_tile in range(g.n_tiles):

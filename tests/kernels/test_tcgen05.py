@@ -32,7 +32,12 @@ from build_kernels.kernels.dense.forms import split_k, tile
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
-from build_kernels.kernels.dense.mma import interface, tcgen05_split_k, tcgen05_tile
+from build_kernels.kernels.dense.mma import (
+    interface,
+    tcgen05_accumulators,
+    tcgen05_split_k,
+    tcgen05_tile,
+)
 from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
 from tests.kernels.summation import tree, uneven
@@ -220,9 +225,14 @@ def test_swizzled_steps_stay_in_their_rows() -> None:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
-    return as_python(
-        monkeypatch, exchange, interface, ring, split_k, tcgen05_split_k, tcgen05_tile, tile
+    proxy = as_python(
+        monkeypatch,
+        *(exchange, interface, ring, split_k, tile),
+        *(tcgen05_accumulators, tcgen05_split_k, tcgen05_tile),
     )
+    written = tcgen05_accumulators.allocate.__wrapped__
+    monkeypatch.setattr(tcgen05_accumulators, "allocate", written)
+    return proxy
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from build_kernels.kernels.dense.geometry.table import form_and_mma, geometry_of
 from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync
 from build_kernels.kernels.dense.mma.mma_sync_stages import SwapAbMmaSync, TileMmaSync
 from build_kernels.kernels.dense.mma.tcgen05_split_k import SplitKTcgen05
+from build_kernels.kernels.dense.mma.tcgen05_swap_ab import SwapAbTcgen05
 from build_kernels.kernels.dense.mma.tcgen05_tile import TileTcgen05
 from build_kernels.kernels.dense.mma.wgmma import SwapAbWgmma, TileWgmma
 from router_runtime.format.contract import Constants
@@ -41,6 +42,10 @@ def _swap_ab_mma_sync(g: Any) -> SwapAb:
     return SwapAb(g, SwapAbMmaSync(g))
 
 
+def _swap_ab_tcgen05(g: Any) -> SwapAb:
+    return SwapAb(g, SwapAbTcgen05(g))
+
+
 def _tile_wgmma(g: Any) -> Tile:
     return Tile(g, TileWgmma(g))
 
@@ -59,6 +64,7 @@ PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("split_k", "tcgen05"): _split_k_tcgen05,
     ("swap_ab", "wgmma"): _swap_ab_wgmma,
     ("swap_ab", "mma_sync"): _swap_ab_mma_sync,
+    ("swap_ab", "tcgen05"): _swap_ab_tcgen05,
     ("tile", "wgmma"): _tile_wgmma,
     ("tile", "mma_sync"): _tile_mma_sync,
     ("tile", "tcgen05"): _tile_tcgen05,

@@ -44,11 +44,16 @@ class SwapAbEpilogue:
             routing, images, token, shared + g.bias_offset, shared + g.image_bias_offset
         )
 
-    def lay_out_logits(self, totals: cute.Tensor, shared: Int32, warp: Int32, lane: Int32) -> None:
-        """Store this thread's logits in the rows of the held tokens."""
+    def lay_out_logits(
+        self, totals: cute.Tensor, shared: Int32, first_row: Int32, lane: Int32
+    ) -> None:
+        """Store this thread's logits in the rows of the held tokens.
+
+        ``first_row`` is the first of the CTA's experts whose logits this warp has.
+        """
         g = self.g
         for i in range(4):
-            expert = warp * 16 + arith.quotient(lane, 4) + 8 * (i // 2)
+            expert = first_row + arith.quotient(lane, 4) + 8 * (i // 2)
             token = (lane & 3) * 2 + i % 2
             place = shared + token * g.logit_row_bytes + expert * 4
             for n_tile in range(g.held_n_tiles):

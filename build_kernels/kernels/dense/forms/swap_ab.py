@@ -9,8 +9,8 @@ tokens. A launch:
 1. two producer warps fill a ring of stages, 64 hidden elements each: the tile's weights by bulk
    copies of the packed image, already before the wait on the previous kernel, and its hidden states
    by the tensor map. CTAs that need the same data fetch it in turns and multicast;
-2. each consumer warpgroup multiplies 64 experts by all tokens of the tile, one chunk at a time, in
-   one accumulator;
+2. the MMA object multiplies the experts by all tokens of the tile, one chunk at a time, each from
+   zero; a consumer warp has the sums of 16 experts;
 3. the partial sums of a chunk are added to those of its slice, and the slices to the totals
    (summation.py). If the hidden dimension is split, the CTAs of the k ranks multiply neighbouring
    slices at a time and exchange their sums: each adds some of the tokens (exchange/swap_ab.py);
@@ -19,14 +19,14 @@ tokens. A launch:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from build_kernels.kernels.common.parameters import Routing
-from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
+from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier
 from build_kernels.kernels.dense import biases, cluster
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.epilogue.swap_ab import SwapAbEpilogue
@@ -39,7 +39,7 @@ from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, 
 from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, PRODUCER_REGISTERS, SwapAbGeometry
 from build_kernels.kernels.dense.hidden_map import hidden_map
 from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
-from build_kernels.kernels.dense.ring import CountedRingState, Ring, TurnState
+from build_kernels.kernels.dense.ring import Ring, TurnState
 
 
 class SwapAb:
@@ -130,8 +130,8 @@ class SwapAb:
         if thread == 0:
             for stage in cutlass.range_constexpr(g.stages):
                 mbarrier.init(full + BARRIER_BYTES * stage, 1)
-                mbarrier.init(hidden.empty_at(stage), g.consumer_warps * g.cluster_e)
-                mbarrier.init(weight.empty_at(stage), g.consumer_warps * g.cluster_t)
+                mbarrier.init(hidden.empty_at(stage), self.mma.hidden_releases * g.cluster_e)
+                mbarrier.init(weight.empty_at(stage), self.mma.weight_releases * g.cluster_t)
             if cutlass.const_expr(g.split_k > 1):
                 for buffer in cutlass.range_constexpr(g.buffers):
                     for number in cutlass.range_constexpr(g.consumer_warps):
@@ -142,6 +142,7 @@ class SwapAb:
             # The first filling of every stage; thread 0 expects each later one in time.
             for stage in cutlass.range_constexpr(g.stages):
                 mbarrier.arrive_expect_tx(full + BARRIER_BYTES * stage, Int32(g.stage_bytes))
+        self.mma.allocate(shared, warp)
         biases.load(
             bias.toint(),
             bias_row,
@@ -160,6 +161,7 @@ class SwapAb:
 
         if warp >= g.consumer_warps:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            self.mma.issue(shared, hidden, weight, cta, warp)
             if warp == g.consumer_warps:
                 if lane == 0:
                     tensor_map = async_copy.tensor_map_address(hidden_states)
@@ -180,7 +182,7 @@ class SwapAb:
             # read.
             self.epilogue.sync_consumers()
             self.arrive_ring_free()
-            self.epilogue.lay_out_logits(totals, shared, warp, lane)
+            self.epilogue.lay_out_logits(totals, shared, self.mma.first_row(warp), lane)
             self.epilogue.sync_consumers()
             # It returns at once, because the producer has waited already. Each thread waits for
             # itself, so that it may read global memory (masks, counts, ids) from here on.
@@ -309,17 +311,16 @@ class SwapAb:
         All consumer threads call this. On return this warp has read all stages.
         """
         g = self.g
-        mma = self.mma.bind(shared, warp)
+        mma = self.mma.bind(shared, hidden, weight, cta, warp, thread)
         totals = cute.make_rmem_tensor(4 * g.held_n_tiles, Float32)
-        rings = (hidden, weight, cta, lane, thread)
-        state = CountedRingState(g.stages)
         sums = cute.make_rmem_tensor(4 * g.n_tiles, Float32)
+        state = mma.begin()
         self.clear(totals)
         if cutlass.const_expr(g.split_k == 1):
             for chunks, slices in g.alike_slices:
                 for _ in cutlass.range(slices, unroll=1):
                     self.clear(sums)
-                    state = self.chunks(mma, rings, state, sums, chunks)
+                    state = self.chunks(mma, state, sums, chunks)
                     for i in cutlass.range_constexpr(4 * g.n_tiles):
                         totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
         else:
@@ -330,11 +331,11 @@ class SwapAb:
                 if cutlass.const_expr(number >= g.buffers):
                     # The peers' sums that the buffer held before are added under the first chunk.
                     add = partial(exchange.add, totals, buffer, phase - 1)
-                    state = self.chunk(mma, rings, state, add)
-                    self.promote(mma, sums)
-                    state = self.chunks(mma, rings, state, sums, chunks - 1)
+                    state = mma.chunk(state, add)
+                    mma.add_to(state, sums)
+                    state = self.chunks(mma, state, sums, chunks - 1)
                 else:
-                    state = self.chunks(mma, rings, state, sums, chunks)
+                    state = self.chunks(mma, state, sums, chunks)
                 exchange.send(sums, buffer, phase)
             for number in cutlass.range_constexpr(g.cta_slices - g.buffers, g.cta_slices):
                 exchange.add(totals, number % g.buffers, Int32(number // g.buffers))
@@ -349,78 +350,12 @@ class SwapAb:
     def chunks(
         self,
         mma: BoundSwapAbMma,
-        rings: tuple[Ring, Ring, Cta, Int32, Int32],
-        state: CountedRingState,
+        state: Any,
         sums: cute.Tensor,
         count: cutlass.Constexpr[int],
-    ) -> CountedRingState:
-        """Multiply that many chunks and add each to ``sums``. Returns the ring's state behind."""
+    ) -> Any:
+        """Multiply that many chunks and add each to ``sums``. Returns the state behind them."""
         for _ in cutlass.range(count, unroll=1):
-            state = self.chunk(mma, rings, state, None)
-            self.promote(mma, sums)
+            state = mma.chunk(state, None)
+            mma.add_to(state, sums)
         return state
-
-    def promote(self, mma: BoundSwapAbMma, sums: cute.Tensor) -> None:
-        """Add the chunk's partial sums to those of the slice."""
-        for n_tile in range(self.g.n_tiles):
-            for i, term in enumerate(mma.n_tile(n_tile), 4 * n_tile):
-                sums[i] = arith.add_rn(Float32(sums[i]), term)
-
-    def chunk(
-        self,
-        mma: BoundSwapAbMma,
-        rings: tuple[Ring, Ring, Cta, Int32, Int32],
-        state: CountedRingState,
-        meanwhile: Callable[[], None] | None,
-    ) -> CountedRingState:
-        """Multiply a chunk, from the ring's ``state`` on. Returns the state behind it.
-
-        ``meanwhile`` runs under the chunk's MMAs. A stage is released one block later, when its
-        MMAs are known to have completed.
-        """
-        g = self.g
-        before = state
-        # When to add the peers' sums: at once with two buffers, where they were sent a chunk ago;
-        # half a chunk later with one, where they were sent at the end of the chunk before.
-        moment = 0 if g.buffers > 1 else g.chunk_k_blocks // 2
-        for block in range(g.chunk_k_blocks):
-            mbarrier.wait(rings[0].full_at(state.stage), state.phase)
-            self.expect(rings, state.stage, state.count)
-            mma.multiply(state.stage, starts=block == 0)
-            if block > 0:
-                mma.wait(1)
-                self.release(rings, before.stage, before.count)
-            if block == moment and meanwhile is not None:
-                meanwhile()
-            before, state = state, state.next()
-        mma.wait(0)
-        self.release(rings, before.stage, before.count)
-        return state
-
-    @cute.jit
-    def expect(
-        self, rings: tuple[Ring, Ring, Cta, Int32, Int32], stage: Int32, number: Int32
-    ) -> None:
-        """Announce the bytes of a stage's next filling to its full barrier.
-
-        Called when the present filling has arrived, and before the stage is released.
-        """
-        g = self.g
-        hidden, _, _, _, thread = rings
-        if thread == 0 and number + g.stages < g.k_blocks:
-            mbarrier.arrive_expect_tx(hidden.full_at(stage), Int32(g.stage_bytes))
-
-    @cute.jit
-    def release(
-        self, rings: tuple[Ring, Ring, Cta, Int32, Int32], stage: Int32, number: Int32
-    ) -> None:
-        """Release a stage to the two CTAs that will fill it again, after filling ``number``."""
-        g = self.g
-        hidden, weight, cta, lane, _ = rings
-        following = number + g.stages
-        if lane < 2 and following < g.k_blocks:
-            first = arith.equal(lane, Int32(0))
-            barrier = arith.select(first, hidden.empty, weight.empty) + BARRIER_BYTES * stage
-            e = arith.select(first, arith.remainder(following, g.cluster_e), cta.e_rank)
-            t = arith.select(first, cta.t_rank, arith.remainder(following, g.cluster_t))
-            mbarrier.arrive_remote(memory.map_shared(barrier, g.cta_rank(e, cta.k_rank, t)))

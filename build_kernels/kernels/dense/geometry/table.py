@@ -8,7 +8,7 @@ from build_kernels.kernels.dense.geometry.common import Geometry
 from build_kernels.kernels.dense.geometry.decode import DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.tcgen05 import SwapAbTcgen05Geometry, TileTcgen05Geometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry, TileMmaSyncGeometry
 from router_runtime.format.contract import Constants
 
@@ -17,6 +17,7 @@ GEOMETRIES: Mapping[tuple[str, str], type[Geometry]] = {
     ("split_k", "tcgen05"): SplitKGeometry,
     ("swap_ab", "wgmma"): SwapAbGeometry,
     ("swap_ab", "mma_sync"): SwapAbGeometry,
+    ("swap_ab", "tcgen05"): SwapAbTcgen05Geometry,
     ("tile", "wgmma"): TileGeometry,
     ("tile", "mma_sync"): TileMmaSyncGeometry,
     ("tile", "tcgen05"): TileTcgen05Geometry,

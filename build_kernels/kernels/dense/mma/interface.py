@@ -8,12 +8,13 @@ whole.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, cute
 
 from build_kernels.kernels.common.ptx import arith
+from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import LANES, WARPGROUP
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
@@ -56,33 +57,65 @@ class SplitKMma(ABC):
 
 
 class SwapAbMma(ABC):
-    """Multiplies the experts of a CTA by the tile's tokens, one stage at a time."""
+    """Multiplies the experts of a CTA by the tile's tokens, one chunk at a time."""
 
     def __init__(self, geometry: SwapAbGeometry) -> None:
-        self.g = geometry
+        self.g: Any = geometry
+
+    @property
+    @abstractmethod
+    def hidden_releases(self) -> int:
+        """Arrivals of one CTA that release the hidden states of a stage."""
+
+    @property
+    @abstractmethod
+    def weight_releases(self) -> int:
+        """Arrivals of one CTA that release the weights of a stage."""
+
+    def allocate(self, shared: Int32, warp: Int32) -> None:
+        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        return
+
+    def issue(self, shared: Int32, hidden: Ring, weight: Ring, cta: Cta, warp: Int32) -> None:
+        """Issue the MMAs, if a warp of its own does. All producer warps call this."""
+        return
 
     @abstractmethod
-    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAbMma:
-        """Return the multiplication of a consumer warp, with stages from the address ``shared`` on.
+    def first_row(self, warp: Int32) -> Int32:
+        """Return the first of the 16 experts of the CTA whose sums a warp has."""
 
-        All consumer threads call this first.
-        """
+    @abstractmethod
+    def bind(
+        self, shared: Int32, hidden: Ring, weight: Ring, cta: Cta, warp: Int32, thread: Int32
+    ) -> BoundSwapAbMma:
+        """Return the multiplication of a consumer warp. All consumer threads call this first."""
 
 
 class BoundSwapAbMma(ABC):
-    """The multiplication of one consumer warp: 16 experts x the tile's tokens."""
+    """The multiplication as one consumer warp sees it: 16 experts x the tile's tokens.
+
+    A state says which chunk comes next. The DSL carries it through loops.
+    """
 
     @abstractmethod
-    def multiply(self, stage: Int32, starts: bool) -> None:
-        """Begin to multiply a stage that has arrived; ``starts`` the chunk's sums from zero."""
+    def begin(self) -> Any:
+        """Return the state before the first chunk."""
 
     @abstractmethod
-    def wait(self, pending: int) -> None:
-        """Wait until all but the last ``pending`` stages have been read and added."""
+    def chunk(self, state: Any, meanwhile: Callable[[], None] | None) -> Any:
+        """Multiply the next chunk from zero. Returns the state behind it.
+
+        It waits for the stages, and they are released when the MMAs have read them. ``meanwhile``
+        is called once, under the MMAs.
+        """
 
     @abstractmethod
-    def n_tile(self, n_tile: int) -> list[Float32]:
-        """Return this thread's four sums of an n-tile of 8 tokens, in the layout of mma.m16n8."""
+    def add_to(self, state: Any, sums: cute.Tensor) -> None:
+        """Add the sums of the chunk before ``state`` to this thread's ``sums``.
+
+        They are four for each n-tile of 8 tokens, in the layout of mma.m16n8. Called once after
+        each chunk.
+        """
 
 
 class TileMma(ABC):

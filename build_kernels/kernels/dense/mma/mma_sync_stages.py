@@ -21,7 +21,7 @@ from build_kernels.kernels.common.ptx import arith, mma_sync
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
-from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
+from build_kernels.kernels.dense.mma.swap_ab_registers import SwapAbInRegisters
 from build_kernels.kernels.dense.mma.tile_registers import TileInRegisters
 from build_kernels.kernels.dense.ring import Ring
 
@@ -117,16 +117,21 @@ def multiply_stage(
                         sums[place] = value
 
 
-class SwapAbMmaSync(SwapAbMma):
+class SwapAbMmaSync(SwapAbInRegisters):
     """16 experts of one warp x the tile's tokens, one stage at a time."""
 
-    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAbMmaSync:
-        """Return the multiplication of this warp, with stages from the address ``shared`` on."""
-        return BoundSwapAbMmaSync(self.g, shared, warp)
+    @property
+    def all_lanes_release(self) -> bool:
+        """As ``TileMmaSync.weight_lanes`` says. Weights that are multicast are not reported."""
+        return bool(self.g.cluster_t == 1)
+
+    def stages(self, shared: Int32, warp: Int32) -> SwapAbStagesMmaSync:
+        """Return the multiplication of this warp."""
+        return SwapAbStagesMmaSync(self.g, shared, warp)
 
 
-class BoundSwapAbMmaSync(BoundSwapAbMma):
-    """What ``SwapAbMmaSync.bind`` returns."""
+class SwapAbStagesMmaSync:
+    """What ``SwapAbMmaSync.stages`` returns."""
 
     def __init__(self, g: SwapAbGeometry, shared: Int32, warp: Int32) -> None:
         self.g = g

@@ -20,14 +20,13 @@ from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZL
 from build_kernels.kernels.dense import summation
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.tcgen05 import ACCUMULATORS, TileTcgen05Geometry
+from build_kernels.kernels.dense.mma import tcgen05_accumulators
 from build_kernels.kernels.dense.mma.interface import TileMma
+from build_kernels.kernels.dense.mma.tcgen05_accumulators import LOADED
 from build_kernels.kernels.dense.ring import Ring, RingState
 
 #: Named barrier of the consumer warps.
 CONSUMERS = 1
-
-#: Columns that are loaded from tensor memory at a time: few registers beside the totals.
-LOADED = 32
 
 
 class TileTcgen05(TileMma):
@@ -47,30 +46,11 @@ class TileTcgen05(TileMma):
     def allocate(self, shared: Int32, warp: Int32) -> None:
         """Allocate both accumulators in tensor memory and initialise their barriers.
 
-        All threads call this, before the CTA's first barrier; the issuing warp does the work. A
-        full barrier has one arrival per phase, that of a commit; an empty one has one per consumer
-        warp.
+        All threads call this, before the CTA's first barrier; the issuing warp does the work.
         """
-        g = self.g
         if warp == self.issuer:
-            accumulators = self.accumulators(shared)
-            if cute.arch.lane_idx() == 0:
-                for stage in cutlass.range_constexpr(ACCUMULATORS):
-                    mbarrier.init(accumulators.full_at(stage), 1)
-                    mbarrier.init(accumulators.empty_at(stage), g.consumer_warps)
-            mbarrier.fence_init()
-            tcgen05.allocate(shared + g.tensor_address_offset, g.tensor_columns)
-            tcgen05.relinquish()
+            tcgen05_accumulators.allocate(self.g, shared)
         tcgen05.fence_before()
-
-    def accumulators(self, shared: Int32) -> Ring:
-        """Return the barriers of the accumulators, a ring whose stages lie in tensor memory."""
-        return Ring.of(shared, 0, 0, ACCUMULATORS, shared + self.g.accumulator_offset)
-
-    def tensor_address(self, shared: Int32) -> Int32:
-        """Return the address of the CTA's tensor memory."""
-        tcgen05.fence_after()
-        return memory.load_shared_b32(shared + self.g.tensor_address_offset)
 
     # --- the issuing warp -------------------------------------------------------------------------
 
@@ -81,8 +61,8 @@ class TileTcgen05(TileMma):
         """Multiply all chunks, then free the tensor memory when it has been read."""
         g = self.g
         if warp == self.issuer:
-            tensor = self.tensor_address(shared)
-            accumulators = self.accumulators(shared)
+            tensor = tcgen05_accumulators.address(g, shared)
+            accumulators = tcgen05_accumulators.barriers(g, shared)
             peers = (
                 Int32((1 << g.cluster_e) - 1) << (t_rank * g.cluster_e),
                 Int32(sum(1 << (i * g.cluster_e) for i in range(g.cluster_t))) << e_rank,
@@ -104,20 +84,12 @@ class TileTcgen05(TileMma):
                     h,
                     w,
                 )
-            self.drain(accumulators, g.chunks)
+            tcgen05_accumulators.drain(accumulators, g.chunks)
             if cutlass.const_expr(g.cluster > 1):
                 # A peer's commit may still be in flight; its target must not have exited.
-                self.drain(hidden, g.k_blocks)
-                self.drain(weight, g.k_blocks)
-            cute.arch.sync_warp()
-            tcgen05.fence_after()
-            tcgen05.deallocate(tensor, g.tensor_columns)
-
-    def drain(self, ring: Ring, fillings: int) -> None:
-        """Wait until all stages of a ring have been released, after ``fillings`` fillings."""
-        for stage in range(min(ring.stages, fillings)):
-            last = (fillings - 1 - stage) // ring.stages
-            mbarrier.wait(ring.empty_at(stage), Int32(last % 2))
+                tcgen05_accumulators.drain(hidden, g.k_blocks)
+                tcgen05_accumulators.drain(weight, g.k_blocks)
+            tcgen05_accumulators.free(g, tensor)
 
     def issue_chunk(
         self,
@@ -177,11 +149,11 @@ class TileTcgen05(TileMma):
     ) -> list[StoredLogits]:
         """Add all chunks and store the logits. Returns a view of the stored ones, one pass."""
         g = self.g
-        tensor = self.tensor_address(shared)
+        tensor = tcgen05_accumulators.address(g, shared)
         warp = cute.arch.make_warp_uniform(arith.quotient(thread, LANES))
         lane = arith.remainder(thread, LANES)
         lanes = self.first_lane(warp)
-        accumulators = self.accumulators(shared)
+        accumulators = tcgen05_accumulators.barriers(g, shared)
         size = g.accumulator_columns // 2
         totals = cute.make_rmem_tensor(size, Float32)
         sums = cute.make_rmem_tensor(size, Float32)

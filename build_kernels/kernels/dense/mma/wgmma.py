@@ -19,7 +19,7 @@ from build_kernels.kernels.dense.geometry.common import (
     WARPGROUP,
 )
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
+from build_kernels.kernels.dense.mma.swap_ab_registers import SwapAbInRegisters
 from build_kernels.kernels.dense.mma.tile_registers import TileInRegisters
 from build_kernels.kernels.dense.ring import Ring
 
@@ -101,16 +101,16 @@ class Wgmma:
         warpgroup.wait_group(pending)
 
 
-class SwapAbWgmma(SwapAbMma):
+class SwapAbWgmma(SwapAbInRegisters):
     """64 experts of one warpgroup x the tile's tokens, one stage at a time."""
 
-    def bind(self, shared: Int32, warp: Int32) -> BoundSwapAbWgmma:
-        """Return the multiplication of this warp, with stages from the address ``shared`` on."""
-        return BoundSwapAbWgmma(self.g, shared, warp)
+    def stages(self, shared: Int32, warp: Int32) -> SwapAbStagesWgmma:
+        """Return the multiplication of this warp's warpgroup."""
+        return SwapAbStagesWgmma(self.g, shared, warp)
 
 
-class BoundSwapAbWgmma(BoundSwapAbMma):
-    """What ``SwapAbWgmma.bind`` returns."""
+class SwapAbStagesWgmma:
+    """What ``SwapAbWgmma.stages`` returns."""
 
     def __init__(self, g: SwapAbGeometry, shared: Int32, warp: Int32) -> None:
         own = shared + arith.quotient(warp, WARPGROUP // LANES) * (MMA_M * K_BLOCK * 2)
