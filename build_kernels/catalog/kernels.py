@@ -194,15 +194,32 @@ _SWAP_AB_PORTABLE = _table(
     ("portable_1024", "dsv41-flash",  192,         40,         4,        2),
     ("portable_1024", "dsv41-dspark", 128,         40,         1,        4),
     ("portable_4096", "dsv4-flash",   128,         72,         2,        1),
-    ("portable_4096", "dsv4-pro",     128,         96,         1,        1),
-    ("portable_4096", "dsv41-flash",  128,         96,         1,        1),
+    ("portable_4096", "dsv4-pro",     128,         104,        1,        1),
+    ("portable_4096", "dsv41-flash",  128,         104,        1,        1),
     ("portable_4096", "dsv41-dspark", 128,         72,         2,        2),
+)
+
+#: The same with tcgen05: divisions by the cost model, since no device has measured one.
+_SWAP_AB_TCGEN05 = _table(
+    "variant         model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("tcgen05_1024", "dsv4-flash",   128,         80,         1,        4),
+    ("tcgen05_1024", "dsv4-pro",     128,         160,        1,        4),
+    ("tcgen05_1024", "dsv41-flash",  128,         160,        1,        4),
+    ("tcgen05_1024", "dsv41-dspark", 128,         48,         2,        4),
+    ("tcgen05_4096", "dsv4-flash",   128,         144,        1,        2),
+    ("tcgen05_4096", "dsv4-pro",     128,         128,        1,        1),
+    ("tcgen05_4096", "dsv41-flash",  128,         128,        1,        1),
+    ("tcgen05_4096", "dsv41-dspark", 128,         144,        2,        4),
+    ("tcgen05",      "dsv4-flash",   128,         112,        1,        1),
+    ("tcgen05",      "dsv4-pro",     128,         160,        1,        1),
+    ("tcgen05",      "dsv41-flash",  128,         160,        1,        1),
+    ("tcgen05",      "dsv41-dspark", 128,         112,        2,        1),
 )
 
 #: Tile: a CTA routes 128 tokens over its part of the experts and the whole hidden dimension.
 _TILE = _table(
     "variant       model           CLUSTER_E CLUSTER_T PASSES",
-    ("wgmma_wide", "dsv4-flash",   1,        2,        2),
+    ("wgmma_wide", "dsv4-flash",   2,        1,        1),
     ("wgmma_wide", "dsv4-pro",     2,        1,        1),
     ("wgmma_wide", "dsv41-flash",  2,        1,        1),
     ("wgmma_wide", "dsv41-dspark", 1,        2,        1),
@@ -210,10 +227,6 @@ _TILE = _table(
     ("portable",   "dsv4-pro",     4,        1,        1),
     ("portable",   "dsv41-flash",  4,        1,        1),
     ("portable",   "dsv41-dspark", 1,        1,        1),
-    ("tcgen05",    "dsv4-flash",   2,        2,        1),
-    ("tcgen05",    "dsv4-pro",     4,        1,        1),
-    ("tcgen05",    "dsv41-flash",  4,        1,        1),
-    ("tcgen05",    "dsv41-dspark", 1,        2,        1),
 )
 
 # fmt: on
@@ -238,8 +251,10 @@ _PREFILL_CLASSES: _Classes = {
     "portable_1024": ((1024,), ("swap_ab", "tile")),
     "portable_4096": ((4096,), ("swap_ab", "tile")),
     "portable": ((16384,), ("swap_ab", "tile")),
-    "tcgen05_256": ((128, 256), ("split_k", "tile")),
-    "tcgen05": ((1024, 4096, 16384), ("tile",)),
+    "tcgen05_256": ((128, 256), ("split_k", "swap_ab")),
+    "tcgen05_1024": ((512, 1024), ("swap_ab",)),
+    "tcgen05_4096": ((4096,), ("swap_ab",)),
+    "tcgen05": ((16384,), ("swap_ab",)),
 }
 
 
@@ -332,7 +347,7 @@ KERNELS = (
             *_prefill(_SWAP_AB_PORTABLE, form="swap_ab", mma="mma_sync"),
             *_prefill(_TILE, "portable", form="tile", mma="mma_sync"),
             *_prefill(_SPLIT_K, "tcgen05_256", form="split_k", mma="tcgen05", targets=BLACKWELL),
-            *_prefill(_TILE, "tcgen05", form="tile", mma="tcgen05", targets=BLACKWELL),
+            *_prefill(_SWAP_AB_TCGEN05, form="swap_ab", mma="tcgen05", targets=BLACKWELL),
         ),
     ),
 )

@@ -16,8 +16,8 @@ from build_kernels.emulation.roles import (
 from build_kernels.emulation.statements import Statement, entry
 
 #: Forms of a kernel, by what it does with its accumulators and stages. ``once``: every stage is
-#: filled once. ``ring``: stages of hidden states are filled again. ``tile``: accumulators too.
-Form = Literal["once", "ring", "tile"]
+#: filled once. ``ring``: stages of hidden states are filled again. ``turns``: accumulators too.
+Form = Literal["once", "ring", "turns"]
 
 Edit = tuple[int, int, str]
 
@@ -34,7 +34,7 @@ class Code:
     def form(self) -> Form:
         """Return the kernel's form."""
         if self.roles.waits("sums_empty"):
-            return "tile"
+            return "turns"
         return "ring" if self.roles.waits("hidden_empty") else "once"
 
     def named(self, *beginnings: str) -> list[Statement]:

@@ -58,7 +58,9 @@ DEFECTS: tuple[Defect, ...] = (
         "weights_stride", "once", "bits", changes.other_descriptor, 1, lambda high: high ^ 0x60
     ),
     _defect("weights_leading", "once", "bits", changes.other_leading),
-    _defect("hidden_stride", "tile", "bits", changes.other_descriptor, 2, lambda high: high ^ 0x60),
+    _defect(
+        "hidden_stride", "turns", "bits", changes.other_descriptor, 2, lambda high: high ^ 0x60
+    ),
     _defect(
         "hidden_not_swizzled",
         "once",
@@ -84,7 +86,7 @@ DEFECTS: tuple[Defect, ...] = (
         lambda high: high & ~(7 << 14),
     ),
     _defect("descriptor_not_masked", "once", "bits", changes.unmasked_descriptor),
-    _defect("descriptor_not_masked", "tile", "bits", changes.unmasked_descriptor),
+    _defect("descriptor_not_masked", "turns", "bits", changes.unmasked_descriptor),
     _defect("hidden_step", "once", "bits", changes.other_step),
     _defect(
         "instruction_columns",
@@ -104,10 +106,10 @@ DEFECTS: tuple[Defect, ...] = (
     # Tensor memory.
     _defect("lanes_of_the_other_half", "once", "error:lane", changes.other_address, 16 << 16),
     _defect("lanes_of_another_warp", "once", "error:lane", changes.other_address, 32 << 16),
-    _defect("other_columns", "tile", "bits", changes.other_address, 8),
+    _defect("other_columns", "turns", "bits", changes.other_address, 8),
     _defect(
         "few_columns_allocated",
-        "tile",
+        "turns",
         "error:unallocated",
         changes.other_columns,
         "tcgen05.alloc.",
@@ -126,7 +128,7 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     _defect(
         "half_given_back",
-        "tile",
+        "turns",
         "error:still_allocated",
         changes.other_columns,
         "tcgen05.dealloc.",
@@ -134,31 +136,31 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     # Waits.
     _defect("no_wait_for_weights", "once", "bits:late", changes.no_wait, "weights_full"),
-    _defect("no_wait_for_weights", "tile", "bits:late", changes.no_wait, "weights_full"),
+    _defect("no_wait_for_weights", "turns", "bits:late", changes.no_wait, "weights_full"),
     _defect("no_wait_for_hidden", "once", "bits:late", changes.no_wait, "hidden_full"),
-    _defect("no_wait_for_hidden", "tile", "bits:late", changes.no_wait, "hidden_full"),
+    _defect("no_wait_for_hidden", "turns", "bits:late", changes.no_wait, "hidden_full"),
     _defect("no_wait_for_full_sums", "once", "bits:late", changes.no_wait, "sums_full"),
-    _defect("no_wait_for_full_sums", "tile", "bits:late", changes.no_wait, "sums_full"),
-    _defect("no_wait_for_empty_sums", "tile", "bits:slowed", changes.no_wait, "sums_empty"),
+    _defect("no_wait_for_full_sums", "turns", "bits:late", changes.no_wait, "sums_full"),
+    _defect("no_wait_for_empty_sums", "turns", "bits:slowed", changes.no_wait, "sums_empty"),
     _defect("no_wait_for_empty_hidden", "ring", "bits:late", changes.no_wait, "hidden_empty"),
-    _defect("no_wait_for_empty_hidden", "tile", "bits:late", changes.no_wait, "hidden_empty"),
-    _defect("no_wait_for_empty_weights", "tile", "bits:late", changes.no_wait, "weights_empty"),
+    _defect("no_wait_for_empty_hidden", "turns", "bits:late", changes.no_wait, "hidden_empty"),
+    _defect("no_wait_for_empty_weights", "turns", "bits:late", changes.no_wait, "weights_empty"),
     _defect("no_wait_for_loads", "once", "translation", changes.without, "tcgen05.wait::ld"),
-    _defect("no_wait_for_loads", "tile", "translation", changes.without, "tcgen05.wait::ld"),
+    _defect("no_wait_for_loads", "turns", "translation", changes.without, "tcgen05.wait::ld"),
     # Commits and arrivals.
     _defect("no_commit_of_sums", "once", "error:timeout", changes.no_commit, "sums_full"),
     _defect("no_commit_of_hidden", "ring", "error:timeout", changes.no_commit, "hidden_empty"),
     _defect("sums_handed_over_early", "once", "bits:late", changes.arrive_early, "sums_full"),
-    _defect("sums_handed_over_early", "tile", "bits:late", changes.arrive_early, "sums_full"),
+    _defect("sums_handed_over_early", "turns", "bits:late", changes.arrive_early, "sums_full"),
     _defect("hidden_released_early", "ring", "bits:deep", changes.arrive_early, "hidden_empty"),
-    _defect("hidden_released_early", "tile", "bits:deep", changes.arrive_early, "hidden_empty"),
-    _defect("weights_released_early", "tile", "bits:deep", changes.arrive_early, "weights_empty"),
-    _defect("sums_released_by_one_warp", "tile", "bits:slowed", changes.one_warp_releases),
-    _defect("sums_released_before_loads", "tile", "bits:slowed", changes.arrive_first),
-    _defect("sums_committed_twice", "tile", "error:timeout", changes.commit_twice, "sums_full"),
+    _defect("hidden_released_early", "turns", "bits:deep", changes.arrive_early, "hidden_empty"),
+    _defect("weights_released_early", "turns", "bits:deep", changes.arrive_early, "weights_empty"),
+    _defect("sums_released_by_one_warp", "turns", "bits:slowed", changes.one_warp_releases),
+    _defect("sums_released_before_loads", "turns", "bits:slowed", changes.arrive_first),
+    _defect("sums_committed_twice", "turns", "error:timeout", changes.commit_twice, "sums_full"),
     _defect(
         "commit_to_itself_only",
-        "tile",
+        "turns",
         "error:timeout",
         changes.other_mask,
         "tcgen05.commit.",
@@ -166,7 +168,7 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     _defect(
         "commit_beyond_the_cluster",
-        "tile",
+        "turns",
         "error:mask",
         changes.other_mask,
         "tcgen05.commit.",
@@ -174,7 +176,7 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     _defect(
         "copy_to_itself_only",
-        "tile",
+        "turns",
         "error:timeout",
         changes.other_mask,
         "cp.async.bulk.",
@@ -183,9 +185,9 @@ DEFECTS: tuple[Defect, ...] = (
     # Parities and bytes.
     _defect("parity_of_weights", "once", "bits:late", changes.other_parity, "weights_full"),
     _defect("parity_of_sums", "once", "bits:late", changes.other_parity, "sums_full"),
-    _defect("parity_of_full_sums", "tile", "bits", changes.other_parity, "sums_full"),
-    _defect("parity_of_empty_sums", "tile", "error:timeout", changes.other_parity, "sums_empty"),
-    _defect("parity_of_hidden", "tile", "bits", changes.other_parity, "hidden_full"),
+    _defect("parity_of_full_sums", "turns", "bits", changes.other_parity, "sums_full"),
+    _defect("parity_of_empty_sums", "turns", "error:timeout", changes.other_parity, "sums_empty"),
+    _defect("parity_of_hidden", "turns", "bits", changes.other_parity, "hidden_full"),
     _defect(
         "too_few_bytes_of_weights", "once", "bits:late", changes.other_bytes, "weights_full", _HALF
     ),

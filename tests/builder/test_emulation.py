@@ -383,13 +383,13 @@ def test_barriers_have_the_roles_that_their_kernels_give_them(emulated: tuple[So
         }
         expected = {"weights_full", "hidden_full", "sums_full"}
         expected |= {"hidden_empty"} if form != "once" else set()
-        expected |= {"weights_empty", "sums_empty"} if form == "tile" else {"peers_full"}
+        expected |= {"weights_empty", "sums_empty"} if form == "turns" else {"peers_full"}
         assert waited == expected, form
 
 
 def test_every_defect_changes_its_kernel(emulated: tuple[Source, ...], library: str) -> None:
     forms = {form: Code(source.ptx) for form, source in smallest(emulated).items()}
-    assert set(forms) == {"once", "ring", "tile"}
+    assert set(forms) == {"once", "ring", "turns"}
     assert len({defect.name for defect in DEFECTS}) == len(DEFECTS) >= 25
     for defect in DEFECTS:
         ptx = defect.inserted(forms[defect.form])
@@ -431,7 +431,7 @@ def test_a_kernel_without_selection_is_the_same_until_it_ends(emulated: tuple[So
         names = [statement.name for statement in whole]
         last = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
         exchanged = [i for i, name in enumerate(names) if name == last]
-        assert bool(exchanged) == (form != "tile")
+        assert bool(exchanged) == (form != "turns")
         assert all(i < added for i in exchanged)
         assert all(i < added for i, name in enumerate(names) if name.startswith("tcgen05."))
         # A wait follows each arrival at the cluster's barrier.

@@ -15,7 +15,7 @@ from build_kernels.compile.worker_process import WorkerProcess
 from build_kernels.entries import identify, inspect
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.tcgen05 import SwapAbTcgen05Geometry
 from router_runtime.format import elf
 
 STEPS = K_BLOCK // MMA_K
@@ -58,12 +58,12 @@ def test_the_split_form_issues_every_step_once(worker: WorkerProcess) -> None:
 
 def test_the_form_for_many_tokens_issues_every_step_of_a_chunk_once(worker: WorkerProcess) -> None:
     job, found = found_in(worker, "dense_router_prefill", "dsv4-flash", "tcgen05")
-    g = TileTcgen05Geometry.of(job.constants)
-    assert g.last_k_blocks == 0
+    g = SwapAbTcgen05Geometry.of(job.constants)
+    assert g.split_k == 1
     assert found.multiplications == g.chunk_k_blocks * g.row_tiles * STEPS
-    # Two rings' stages, and the accumulator.
+    # Hidden states and weights of every stage, and the accumulator.
     assert found.commits == 2 * g.chunk_k_blocks + 1
-    assert found.loads == g.accumulator_columns // 32
+    assert found.loads == -(-g.tile_tokens // 32)
     assert (found.allocations > 0, found.releases) == (True, 1)
 
 
@@ -97,5 +97,6 @@ def test_every_model_has_them_on_every_target_of_the_family() -> None:
     for model in (model.name for model in MODELS):
         for target in BLACKWELL:
             assert f"dense_router_decode/{model}/{target}/tcgen05" in JOBS
-            assert f"dense_router_prefill/{model}/{target}/tcgen05" in JOBS
+            for variant in ("tcgen05_256", "tcgen05_1024", "tcgen05_4096", "tcgen05"):
+                assert f"dense_router_prefill/{model}/{target}/{variant}" in JOBS
     assert not any("sm_90a" in key for key in JOBS)

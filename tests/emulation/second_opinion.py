@@ -45,7 +45,7 @@ def without_selection(ptx: str) -> str:
     """
     code = Code(ptx)
     statements = code.statements
-    if code.form == "tile":
+    if code.form == "turns":
         # The warps that multiply pass the cluster's last barriers elsewhere: these are the same.
         freed = _last(statements, "tcgen05.dealloc.")
         loaded = next(i for i in range(freed, len(statements)) if _is(statements[i], "tcgen05.ld."))

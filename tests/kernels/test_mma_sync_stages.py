@@ -191,13 +191,3 @@ def test_tile(monkeypatch: pytest.MonkeyPatch, numbers: np.random.Generator) -> 
             token = warp * 16 + lane // 4 + 8 * (i % 4 // 2)
             expert = i // 4 * 8 + lane % 4 * 2 + i % 2
             assert (found == exact[token, expert]).all()
-
-
-def test_geometries_leave_room_for_operands() -> None:
-    """Sums and totals take fewer registers than with wgmma, which reads its operands elsewhere."""
-    for experts in (8, 128, 160, 256, 288, 384, 896, 1024):
-        shape = {**CONSTANTS, **SHAPE, "EXPERTS": experts, "FORM": "tile", "MMA": "mma_sync"}
-        division = type(geometry_of(TILE)).search(shape)  # type: ignore[attr-defined]
-        g: Any = geometry_of({**shape, **division})
-        assert g.mma_n <= 128
-        assert g.padded_experts >= experts

@@ -14,7 +14,6 @@ from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES
 from build_kernels.kernels.dense.geometry.swap_ab import (
     LISTED,
     N_TILE,
-    PRODUCER_REGISTERS,
     RANKED,
     SwapAbGeometry,
 )
@@ -52,7 +51,7 @@ def test_budgets(g: SwapAbGeometry) -> None:
     assert g.epilogue_bytes <= g.ring_bytes
     assert g.ring_bytes % 1024 == 0
     assert g.stage_bytes % 1024 == 0
-    registers = g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS
+    registers = g.consumer_threads * g.consumer_registers + 128 * g.producer_registers
     assert registers <= 65536
     # Partial sums, totals, the sums of its own columns; and some 40 for everything else.
     kept = 4 * g.held_n_tiles * (1 + (g.buffers if g.split_k > 1 else 0))
@@ -63,7 +62,7 @@ def test_a_cta_requests_no_more_registers_than_it_was_launched_with() -> None:
     """``setmaxnreg`` would wait forever for more than the CTA was launched with."""
     g = SwapAbGeometry.of(constants(TILE_EXPERTS=256))
     launched = 65536 // g.threads // 8 * 8 * g.threads
-    assert g.consumer_threads * g.consumer_registers + 128 * PRODUCER_REGISTERS <= launched
+    assert g.consumer_threads * g.consumer_registers + 128 * g.producer_registers <= launched
 
 
 def test_contract(g: SwapAbGeometry) -> None:

@@ -8,12 +8,10 @@ as its manual says.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +26,16 @@ from build_kernels.kernels.dense import ring
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.exchange import split_k as exchange
 from build_kernels.kernels.dense.exchange.split_k import SumsExchange
-from build_kernels.kernels.dense.forms import split_k, tile
+from build_kernels.kernels.dense.forms import split_k
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.tcgen05 import SwapAbTcgen05Geometry
 from build_kernels.kernels.dense.mma import (
     interface,
-    tcgen05_accumulators,
     tcgen05_split_k,
-    tcgen05_tile,
 )
 from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
-from tests.kernels.summation import tree, uneven
 from tests.kernels.tensor_core import (
     BASE,
     Block,
@@ -48,7 +43,6 @@ from tests.kernels.tensor_core import (
     exact,
     operand_address,
     to_bf16,
-    together,
 )
 from tests.kernels.walk import Running, as_python, packed, plain
 
@@ -65,11 +59,11 @@ JOBS = {
 
 
 SPLIT = {name: SplitKGeometry.of(c) for name, c in JOBS.items() if c["FORM"] == "split_k"}
-TILE = {name: TileTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "tile"}
+SWAP_AB = {name: SwapAbTcgen05Geometry.of(c) for name, c in JOBS.items() if c["FORM"] == "swap_ab"}
 
 #: (experts, tokens) of a stage.
 STAGES = {(g.group_experts, g.tokens_tile) for g in SPLIT.values()}
-STAGES |= {(g.cta_experts, g.tokens_tile) for g in TILE.values()}
+STAGES |= {(g.tile_experts, g.tile_tokens) for g in SWAP_AB.values()}
 
 
 @pytest.fixture(scope="module")
@@ -116,29 +110,20 @@ def test_descriptors_and_fragments_are_those_of_the_dsl(
             assert place == [tcgen05_layout.first_lane(warp, 0) + row, column]
 
 
-@pytest.mark.parametrize("g", TILE.values(), ids=TILE)
-def test_budgets_of_the_tile_form(g: TileTcgen05Geometry) -> None:
-    assert g.tensor_columns in (128, 256, 512)
-    assert g.tensor_columns >= 2 * g.row_tiles * g.tokens_tile
-    # One block fills a multiprocessor, so all of its tensor memory is there for it.
+@pytest.mark.parametrize("g", SWAP_AB.values(), ids=SWAP_AB)
+def test_budgets_of_the_swapped_form(g: SwapAbTcgen05Geometry) -> None:
+    assert g.tensor_columns in (64, 128, 256, 512)
+    assert g.tensor_columns >= 2 * g.row_tiles * g.tile_tokens
+    # One CTA fills a multiprocessor, so all of its tensor memory is there for it.
     assert 2 * (g.shared_bytes + 1024) > 228 * 1024
     assert g.shared_bytes <= 227 * 1024
-    # Idle rows read what the block has.
-    end = g.weight_offset + (g.weight_stages - 1) * g.weight_stage_bytes
-    assert end + g.row_tiles * 128 * K_BLOCK * 2 <= g.shared_bytes
-    assert g.hidden_stages >= 2
-    assert g.weight_stages >= 2
-    assert g.weight_offset % 1024 == 0
-    assert g.weight_stage_bytes % 1024 == 0
-    # Two barriers an accumulator and the address, behind the rings' barriers.
-    assert g.accumulator_offset == g.barrier_offset + 16 * (g.hidden_stages + g.weight_stages)
+    # Barriers and the address lie behind the ring's barriers and those of the exchange.
+    assert g.accumulator_offset >= g.exchange_barrier_offset
     assert g.accumulator_offset % 8 == 0
     assert g.tensor_address_offset == g.accumulator_offset + 32
     assert g.tensor_address_offset + 4 <= g.shared_bytes
-    # What replaces the rings ends before the biases.
-    assert g.image_bias_offset + g.padded_experts * 4 <= g.bias_offset
-    # A warpgroup's threads hold 64 rows of a tile of 128 experts, all tokens.
-    assert g.row_tiles * 128 * g.tokens_tile == 2 * 128 * (g.accumulator_columns // 2)
+    # The warps of a pair of warpgroups hold the rows of 128 experts, all tokens.
+    assert g.row_tiles * 128 * g.tile_tokens == g.consumer_threads * 4 * g.n_tiles
 
 
 @pytest.mark.parametrize("g", SPLIT.values(), ids=SPLIT)
@@ -187,9 +172,9 @@ def test_wrong_geometries_are_refused() -> None:
         with pytest.raises(ValueError, match=said):
             SplitKGeometry.of({**constants, **wrong})
     constants = JOBS["dense_router_prefill-dsv4-pro-tcgen05"]
-    for division in ({"CLUSTER_E": 1}, {"PASSES": 2}):
-        with pytest.raises(ValueError, match="one pass over at most 128 experts"):
-            TileTcgen05Geometry.of({**constants, **division})
+    for division in ({"TILE_EXPERTS": 192}, {"TILE_TOKENS": 40}, {"TILE_EXPERTS": 256}):
+        with pytest.raises(ValueError, match="columns of tensor memory, found"):
+            SwapAbTcgen05Geometry.of({**constants, **division})
 
 
 @pytest.mark.parametrize("columns", [0, 513])
@@ -225,14 +210,7 @@ def test_swizzled_steps_stay_in_their_rows() -> None:
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
-    proxy = as_python(
-        monkeypatch,
-        *(exchange, interface, ring, split_k, tile),
-        *(tcgen05_accumulators, tcgen05_split_k, tcgen05_tile),
-    )
-    written = tcgen05_accumulators.allocate.__wrapped__
-    monkeypatch.setattr(tcgen05_accumulators, "allocate", written)
-    return proxy
+    return as_python(monkeypatch, exchange, interface, ring, split_k, tcgen05_split_k)
 
 
 @pytest.mark.parametrize(
@@ -369,96 +347,3 @@ def route(
             block.shared[:] = before  # the scores would take the place of sums
         stored |= block.stored
     return stored
-
-
-@pytest.mark.parametrize(
-    ("constants", "division"),
-    [
-        (JOBS["dense_router_prefill-dsv4-flash-tcgen05"], {"HIDDEN": 1600, "CLUSTER_T": 2}),
-        (JOBS["dense_router_prefill-dsv4-pro-tcgen05"], {"HIDDEN": 640}),
-        (JOBS["dense_router_prefill-own-tcgen05"], {"HIDDEN": 192}),
-    ],
-    ids=["two tiles", "two parts with idle rows", "one block, one short chunk"],
-)
-def test_every_logit_of_a_tile_reaches_the_thread_that_screens_it(
-    constants: Constants, division: Mapping[str, int], running: Running
-) -> None:
-    """The walk of the form for many tokens, all its warps at once: rings that wrap, stages that
-    blocks fill for each other, accumulators that take turns, a last chunk that is short."""
-    g = TileTcgen05Geometry.of({**constants, **division})
-    generator = np.random.default_rng(8)
-    tokens = g.tokens_tile * g.cluster_t - 5
-    weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
-    hidden = uneven(hidden, g.k_chunk, generator)
-    memory = Memory()
-    image = memory.add(packed(contract({**constants, **division}), weight))
-    mma = plain(tcgen05_tile.TileTcgen05)(g)
-    kernel = plain(tile.Tile)(g, mma)
-    cluster: list[Block] = []
-    found = np.full((g.tokens_tile * g.cluster_t, g.padded_experts), np.nan, np.float32)
-    barriers = g.barrier_offset
-    hidden_empty = barriers + 8 * g.hidden_stages
-    weight_full = hidden_empty + 8 * g.hidden_stages
-    weight_empty = weight_full + 8 * g.weight_stages
-    assert weight_full == g.weight_barrier_offset
-
-    def rings_of(block: Block) -> tuple[Ring, Ring]:
-        hidden = (g.hidden_stage_bytes, g.hidden_stages, block.base + barriers)
-        weight = (g.weight_stage_bytes, g.weight_stages, block.base + weight_full)
-        return Ring.of(block.base, 0, *hidden), Ring.of(block.base, g.weight_offset, *weight)
-
-    consumers = g.consumer_warps * LANES
-
-    def tasks(block: Block) -> list[Callable[[], None]]:
-        t_rank, e_rank = divmod(block.rank, g.cluster_e)
-        rings = rings_of(block)
-        empty = [block.base + hidden_empty, block.base + weight_empty]
-        assert [found.empty for found in rings] == empty
-
-        def load_hidden() -> None:
-            running.as_thread(block, consumers)
-            first = t_rank * g.tokens_tile
-            kernel.load_hidden(0, rings[0], first, e_rank, t_rank)
-
-        def load_weight() -> None:
-            running.as_thread(block, consumers + LANES)
-            kernel.load_weight(image, rings[1], e_rank, t_rank)
-
-        def issue() -> None:
-            running.as_thread(block, mma.issuer * LANES)
-            mma.issue(block.base, *rings, e_rank, t_rank, mma.issuer)
-
-        def add(thread: int) -> None:
-            running.as_thread(block, thread)
-            (logits,) = mma.multiply(block.base, *rings, e_rank, t_rank, thread)
-            warp, lane = divmod(thread, LANES)
-            for number, logit in enumerate(logits):
-                pair, half, i = number // 4, number // 2 % 2, number % 2
-                row = t_rank * g.tokens_tile + warp * 16 + lane // 4 + 8 * half
-                column = e_rank * g.cta_experts + 8 * pair + 2 * (lane % 4) + i
-                assert np.isnan(found[row, column])
-                found[row, column] = logit
-
-        adders = [functools.partial(add, thread) for thread in range(consumers)]
-        return [load_hidden, load_weight, issue, *adders]
-
-    for _ in range(g.cluster):
-        block = Block(cluster, memory, to_bf16(hidden), g.owned_tokens)
-        block.side_by_side(consumers)
-        running.as_thread(block, mma.issuer * LANES)
-        for stage in range(g.hidden_stages):
-            block.barrier_init(block.base + barriers + 8 * stage, 1)
-            block.barrier_init(block.base + hidden_empty + 8 * stage, mma.releases * g.cluster_e)
-        for stage in range(g.weight_stages):
-            block.barrier_init(block.base + weight_full + 8 * stage, 1)
-            block.barrier_init(block.base + weight_empty + 8 * stage, mma.weight_releases)
-        mma.allocate(block.base, mma.issuer)
-        # Idle rows read NaN.
-        block.shared[: g.barrier_offset].view(np.uint16)[:] = 0x7FC0
-        block.at(block.base + g.tensor_address_offset, 4)[:] = 0
-
-    together(cluster, [task for block in cluster for task in tasks(block)])
-    assert all(block.tensor is None for block in cluster)
-    assert np.array_equal(found[:tokens, : g.experts], tree(weight, hidden, g.k_chunk))
-    for block in cluster:
-        assert all(barrier.left == barrier.arrivals for barrier in block.barriers.values())

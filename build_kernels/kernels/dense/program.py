@@ -20,7 +20,6 @@ from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync
 from build_kernels.kernels.dense.mma.mma_sync_stages import SwapAbMmaSync, TileMmaSync
 from build_kernels.kernels.dense.mma.tcgen05_split_k import SplitKTcgen05
 from build_kernels.kernels.dense.mma.tcgen05_swap_ab import SwapAbTcgen05
-from build_kernels.kernels.dense.mma.tcgen05_tile import TileTcgen05
 from build_kernels.kernels.dense.mma.wgmma import SwapAbWgmma, TileWgmma
 from router_runtime.format.contract import Constants
 
@@ -54,10 +53,6 @@ def _tile_mma_sync(g: Any) -> Tile:
     return Tile(g, TileMmaSync(g))
 
 
-def _tile_tcgen05(g: Any) -> Tile:
-    return Tile(g, TileTcgen05(g))
-
-
 #: (form, MMA) -> what makes the form's object of a geometry.
 PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("decode", "mma_sync"): _decode,
@@ -67,7 +62,6 @@ PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("swap_ab", "tcgen05"): _swap_ab_tcgen05,
     ("tile", "wgmma"): _tile_wgmma,
     ("tile", "mma_sync"): _tile_mma_sync,
-    ("tile", "tcgen05"): _tile_tcgen05,
 }
 
 #: The DSL's type of a contract's element, and the alignment in bytes of a pointer to it.

@@ -36,7 +36,7 @@ from build_kernels.kernels.dense.exchange.swap_ab import (
     first_n_tile,
 )
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, LANES
-from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, PRODUCER_REGISTERS, SwapAbGeometry
+from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, SwapAbGeometry
 from build_kernels.kernels.dense.hidden_map import hidden_map
 from build_kernels.kernels.dense.mma.interface import BoundSwapAbMma, SwapAbMma
 from build_kernels.kernels.dense.ring import Ring, TurnState
@@ -160,7 +160,7 @@ class SwapAb:
         cute.arch.sync_threads()
 
         if warp >= g.consumer_warps:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(g.producer_registers)
             self.mma.issue(shared, hidden, weight, cta, warp)
             if warp == g.consumer_warps:
                 if lane == 0:

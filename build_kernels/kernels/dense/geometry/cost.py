@@ -18,7 +18,6 @@ from build_kernels.kernels.dense.geometry.common import (
     K_BLOCK,
     LANES,
     MMA_K,
-    MMA_M,
     Geometry,
     GroupedGeometry,
     ceil_div,
@@ -26,7 +25,6 @@ from build_kernels.kernels.dense.geometry.common import (
 from build_kernels.kernels.dense.geometry.decode import MMA_SYNC_N, DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import TileTcgen05Geometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
 
 #: Bytes a clock that ``ldmatrix`` reads from shared memory.
@@ -67,7 +65,7 @@ class Machine:
         return self.resident[min(listed for listed in self.resident if listed >= size)]
 
 
-H100 = Machine(clock=1755, resident={1: 132, 2: 66, 3: 36, 4: 30, 6: 18, 8: 15, 16: 7})
+H100 = Machine(clock=1755, resident={1: 132, 2: 66, 3: 42, 4: 30, 6: 18, 8: 15, 16: 7})
 
 #: Predicted: the same inlet, and as many clusters of 4 and more.
 B200 = Machine(
@@ -212,7 +210,9 @@ def _swap_ab(g: SwapAbGeometry, mma: str, clusters: int, machine: Machine) -> fl
         multiply = g.consumer_warps * (16 + g.tile_tokens) * K_BLOCK * 2 / SHARED_READ
     else:
         products = g.tile_experts * g.tile_tokens * K_BLOCK
-        multiply = max(products / machine.products, WGMMA_ALONE / g.warpgroups)
+        multiply = products / machine.products
+        if mma == "wgmma":
+            multiply = max(multiply, WGMMA_ALONE / g.warpgroups)
     fetched = g.cluster // g.cluster_t * g.weight_stage_bytes
     fetched += g.split_k * g.cluster_t * g.hidden_stage_bytes
     stage = max(
@@ -232,10 +232,7 @@ def _tile(g: TileGeometry, mma: str, clusters: int, machine: Machine) -> float:
         warps = g.consumer_warps
         multiply = warps * (16 + g.mma_n) * K_BLOCK * 2 / SHARED_READ * g.passes
     else:
-        experts = g.cta_experts
-        if isinstance(g, TileTcgen05Geometry):
-            experts = g.row_tiles * 2 * MMA_M
-        multiply = experts * g.tokens_tile * K_BLOCK / machine.products
+        multiply = g.cta_experts * g.tokens_tile * K_BLOCK / machine.products
     # One stage is being multiplied while the others of the ring are on their way.
     waits = g.passes * LATENCY / (g.weight_stages - 1)
     stage_bytes = g.hidden_stage_bytes + g.passes * g.weight_stage_bytes

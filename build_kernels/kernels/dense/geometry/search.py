@@ -33,9 +33,12 @@ MAX_GROUPS = 16
 #: Consumer threads of the form split_k: more would leave too few registers for a tile's sums.
 MAX_THREADS = 512
 
+#: Most tokens of a tile of swap_ab: columns of an MMA.
+MAX_TILE = 256
+
 #: Registers of a thread besides its sums: addresses, counters, the masks of screening; with
-#: ``mma.sync`` operands as well.
-OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 52}
+#: ``mma.sync`` operands as well, with ``tcgen05`` what is loaded from tensor memory at a time.
+OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 52, "tcgen05": 56}
 
 _Division = dict[str, int]
 
@@ -109,8 +112,13 @@ def fits(g: Geometry, mma: str) -> bool:
         if _spills(g, mma):
             return False
         # Sums of a chunk, of a slice, totals and those that arrive, 4 registers for each n-tile.
+        # With ``tcgen05`` those of a chunk are in tensor memory.
         own = 2 if g.split_k > 1 else min(g.cta_slices, 2)
+        if mma == "tcgen05":
+            own -= 1
         kept = g.held_n_tiles * (g.buffers if g.split_k > 1 else 1)
+        if mma == "tcgen05" and g.split_k > 1:
+            kept += g.held_n_tiles
         sums = 4 * (own * g.n_tiles + kept)
         return sums + OTHER_REGISTERS[mma] <= g.consumer_registers
     assert isinstance(g, TileGeometry)
@@ -171,10 +179,10 @@ def _split_k(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Divisi
 
 
 def _swap_ab(kind: type[Geometry], shape: Mapping[str, int]) -> Iterator[_Division]:
-    """Two or three warpgroups of experts; one suffices for 64 experts."""
-    widths = (64,) if shape["EXPERTS"] <= 64 else (128, 192)
+    """Two to four warpgroups of experts; one suffices for 64 experts."""
+    widths = (64, 128) if shape["EXPERTS"] <= 64 else (128, 192, 256)
     for experts, tile, cluster_t, split_k in itertools.product(
-        widths, range(16, 145, 8), (1, 2, 4, 8), range(1, MAX_CLUSTER + 1)
+        widths, range(16, MAX_TILE + 1, 8), (1, 2, 4, 8), range(1, MAX_CLUSTER + 1)
     ):
         if ceil_div(shape["EXPERTS"], experts) * cluster_t * split_k <= MAX_CLUSTER:
             yield {

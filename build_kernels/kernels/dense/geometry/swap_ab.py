@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from build_kernels.kernels.common.numerics import SLICES
 from build_kernels.kernels.dense import summation
@@ -32,11 +32,9 @@ RANKED = 32
 #: Stages that hide the latency of memory.
 MIN_STAGES = 4
 
-#: Registers of a multiprocessor; most that ``setmaxnreg`` gives a consumer thread here, and what a
-#: producer thread keeps.
+#: Registers of a multiprocessor, and most that ``setmaxnreg`` gives a consumer thread here.
 REGISTERS = 65536
 MAX_CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,9 @@ class SwapAbGeometry(Geometry):
     tile_tokens: int
     cluster_t: int
     split_k: int
+
+    #: Registers that a producer thread keeps.
+    producer_registers: ClassVar[int] = 24
 
     def check(self) -> None:
         """Raise ValueError unless the tile divides evenly and fits cluster and shared memory."""
@@ -139,7 +140,7 @@ class SwapAbGeometry(Geometry):
         """Registers of a consumer thread: what the producers leave of those that the CTA was
         launched with. A request for more would wait forever."""
         launched = REGISTERS // self.threads // 8 * 8 * self.threads
-        left = launched - WARPGROUP * PRODUCER_REGISTERS
+        left = launched - WARPGROUP * self.producer_registers
         return min(MAX_CONSUMER_REGISTERS, left // self.consumer_threads // 8 * 8)
 
     # --- hidden dimension ---

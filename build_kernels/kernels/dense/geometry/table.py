@@ -8,7 +8,7 @@ from build_kernels.kernels.dense.geometry.common import Geometry
 from build_kernels.kernels.dense.geometry.decode import DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
-from build_kernels.kernels.dense.geometry.tcgen05 import SwapAbTcgen05Geometry, TileTcgen05Geometry
+from build_kernels.kernels.dense.geometry.tcgen05 import SwapAbTcgen05Geometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry, TileMmaSyncGeometry
 from router_runtime.format.contract import Constants
 
@@ -20,7 +20,6 @@ GEOMETRIES: Mapping[tuple[str, str], type[Geometry]] = {
     ("swap_ab", "tcgen05"): SwapAbTcgen05Geometry,
     ("tile", "wgmma"): TileGeometry,
     ("tile", "mma_sync"): TileMmaSyncGeometry,
-    ("tile", "tcgen05"): TileTcgen05Geometry,
 }
 
 
