@@ -136,9 +136,8 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     # Waits.
     _defect("no_wait_for_weights", "once", "bits:late", changes.no_wait, "weights_full"),
-    _defect("no_wait_for_weights", "turns", "bits:late", changes.no_wait, "weights_full"),
+    _defect("no_wait_for_stages", "turns", "bits:late", changes.no_wait, "stages_full"),
     _defect("no_wait_for_hidden", "once", "bits:late", changes.no_wait, "hidden_full"),
-    _defect("no_wait_for_hidden", "turns", "bits:late", changes.no_wait, "hidden_full"),
     _defect("no_wait_for_full_sums", "once", "bits:late", changes.no_wait, "sums_full"),
     _defect("no_wait_for_full_sums", "turns", "bits:late", changes.no_wait, "sums_full"),
     _defect("no_wait_for_empty_sums", "turns", "bits:slowed", changes.no_wait, "sums_empty"),
@@ -187,7 +186,7 @@ DEFECTS: tuple[Defect, ...] = (
     _defect("parity_of_sums", "once", "bits:late", changes.other_parity, "sums_full"),
     _defect("parity_of_full_sums", "turns", "bits", changes.other_parity, "sums_full"),
     _defect("parity_of_empty_sums", "turns", "error:timeout", changes.other_parity, "sums_empty"),
-    _defect("parity_of_hidden", "turns", "bits", changes.other_parity, "hidden_full"),
+    _defect("parity_of_stages", "turns", "bits", changes.other_parity, "stages_full"),
     _defect(
         "too_few_bytes_of_weights", "once", "bits:late", changes.other_bytes, "weights_full", _HALF
     ),

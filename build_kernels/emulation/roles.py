@@ -13,7 +13,7 @@ from typing import Literal
 from build_kernels.emulation.statements import Statement
 
 #: - ``weights_full``, ``hidden_full``: completed by the bytes of contiguous copies from global
-#:   memory, or of boxes of a tensor map.
+#:   memory, or of boxes of a tensor map; ``stages_full``: by both.
 #: - ``weights_empty``, ``hidden_empty``: what the issuer of such a copy waits for before it.
 #: - ``sums_full``: what is waited for before loads of tensor memory.
 #: - ``sums_empty``: where threads arrive after such loads.
@@ -21,6 +21,7 @@ from build_kernels.emulation.statements import Statement
 Role = Literal[
     "weights_full",
     "hidden_full",
+    "stages_full",
     "weights_empty",
     "hidden_empty",
     "sums_full",
@@ -90,26 +91,54 @@ class Roles:
         """Return the offset of each barrier whose role shows directly: the first one of a ring, or
         every one where the ring's loop is unrolled.
         """
-        events = self.events
         found: dict[int, Role] = {}
-        for before, event, after in zip([None, *events], events, [*events[1:], None], strict=False):
-            role: Role | None = None
-            next_name = after.name if after is not None else ""
+        following = [*self.events[1:], None]
+        for event, after in zip(self.events, following, strict=True):
             if is_copy(event):
-                role = "hidden_full" if event.name.startswith(_TILE) else "weights_full"
-            elif is_wait(event) and next_name.startswith(_EXPECT):
-                copies = (s for s in events[events.index(event) :] if is_copy(s))
-                tile = next(copies).name.startswith(_TILE)
-                role = "hidden_empty" if tile else "weights_empty"
-            elif is_wait(event) and next_name.startswith(_LOAD):
-                role = "sums_full"
-            elif is_arrival(event) and before is not None and before.name.startswith(_LOAD):
-                role = "sums_empty"
-            elif event.name.startswith(_EXPECT) and not (after is not None and is_copy(after)):
-                role = "peers_full"
-            if role is not None:
-                found.setdefault(self.offset(barrier_operand(event)), role)
+                offset = self.offset(barrier_operand(event))
+                role = _filled(event, "hidden_full", "weights_full")
+                found[offset] = role if found.get(offset, role) == role else "stages_full"
+            elif is_wait(event) and after is not None and is_copy(after):
+                empty = _filled(after, "hidden_empty", "weights_empty")
+                found.setdefault(self.offset(barrier_operand(event)), empty)
+        for before, event, after in zip([None, *self.events], self.events, following, strict=False):
+            offset = self.offset(barrier_operand(event))
+            shown = self._shown(before, event, after)
+            starts = [start for start in found if start <= offset]
+            # Stages that other CTAs fill, too, are expected apart from their copies.
+            if shown == "peers_full" and starts and found[max(starts)] == "stages_full":
+                continue
+            if shown is not None:
+                found.setdefault(offset, shown)
         return found
+
+    def _shown(
+        self, before: Statement | None, event: Statement, after: Statement | None
+    ) -> Role | None:
+        """Return the role of the barrier of an instruction that is no copy, if those before and
+        behind it show it."""
+        next_name = after.name if after is not None else ""
+        if is_wait(event) and after is not None and next_name.startswith(_EXPECT):
+            if self._same(event, after):
+                return None
+            copies = (s for s in self.events[self.events.index(event) :] if is_copy(s))
+            return _filled(next(copies), "hidden_empty", "weights_empty")
+        if is_wait(event) and next_name.startswith(_LOAD):
+            return "sums_full"
+        if is_arrival(event) and before is not None and before.name.startswith(_LOAD):
+            return "sums_empty"
+        if event.name.startswith(_EXPECT) and not (after is not None and is_copy(after)):
+            return "peers_full"
+        return None
+
+    def _same(self, one: Statement, other: Statement) -> bool:
+        """Whether two instructions name the same barrier, or two of one ring."""
+        return self.offset(barrier_operand(one)) == self.offset(barrier_operand(other))
+
+
+def _filled(copy: Statement, by_boxes: Role, by_bytes: Role) -> Role:
+    """Return one of two roles, by the kind of a copy."""
+    return by_boxes if copy.name.startswith(_TILE) else by_bytes
 
 
 def _is_event(statement: Statement) -> bool:
