@@ -152,10 +152,6 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv4-pro",     64,        32,         3,     14),
     ("tcgen05",     "dsv41-flash",  64,        32,         3,     10),
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
-    ("tcgen05_256", "dsv4-flash",   256,       32,         1,     16),
-    ("tcgen05_256", "dsv4-pro",     256,       128,        3,     14),
-    ("tcgen05_256", "dsv41-flash",  256,       128,        3,     10),
-    ("tcgen05_256", "dsv41-dspark", 256,       48,         1,     10),
 )
 
 #: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 128
@@ -202,6 +198,10 @@ _SWAP_AB_PORTABLE = _table(
 #: The same with tcgen05: divisions by the cost model, since no device has measured one.
 _SWAP_AB_TCGEN05 = _table(
     "variant         model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("tcgen05_256",  "dsv4-flash",   128,         32,         1,        4),
+    ("tcgen05_256",  "dsv4-pro",     128,         48,         1,        4),
+    ("tcgen05_256",  "dsv41-flash",  128,         48,         1,        4),
+    ("tcgen05_256",  "dsv41-dspark", 128,         32,         1,        4),
     ("tcgen05_1024", "dsv4-flash",   128,         80,         1,        4),
     ("tcgen05_1024", "dsv4-pro",     128,         160,        1,        4),
     ("tcgen05_1024", "dsv41-flash",  128,         160,        1,        4),
@@ -251,7 +251,7 @@ _PREFILL_CLASSES: _Classes = {
     "portable_1024": ((1024,), ("swap_ab", "tile")),
     "portable_4096": ((4096,), ("swap_ab", "tile")),
     "portable": ((16384,), ("swap_ab", "tile")),
-    "tcgen05_256": ((128, 256), ("split_k", "swap_ab")),
+    "tcgen05_256": ((128, 256), ("swap_ab",)),
     "tcgen05_1024": ((512, 1024), ("swap_ab",)),
     "tcgen05_4096": ((4096,), ("swap_ab",)),
     "tcgen05": ((16384,), ("swap_ab",)),
@@ -346,7 +346,6 @@ KERNELS = (
             *_prefill(_TILE, "wgmma_wide", form="tile", mma="wgmma", targets=HOPPER),
             *_prefill(_SWAP_AB_PORTABLE, form="swap_ab", mma="mma_sync"),
             *_prefill(_TILE, "portable", form="tile", mma="mma_sync"),
-            *_prefill(_SPLIT_K, "tcgen05_256", form="split_k", mma="tcgen05", targets=BLACKWELL),
             *_prefill(_SWAP_AB_TCGEN05, form="swap_ab", mma="tcgen05", targets=BLACKWELL),
         ),
     ),

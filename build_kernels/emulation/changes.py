@@ -15,9 +15,9 @@ from build_kernels.emulation.roles import (
 )
 from build_kernels.emulation.statements import Statement, entry
 
-#: Forms of a kernel, by what it does with its accumulators and stages. ``once``: every stage is
-#: filled once. ``ring``: stages of hidden states are filled again. ``turns``: accumulators too.
-Form = Literal["once", "ring", "turns"]
+#: Forms of a kernel, by what it does with its stages and accumulators. ``once``: all are filled
+#: once. ``turns``: they are filled again when they have been read.
+Form = Literal["once", "turns"]
 
 Edit = tuple[int, int, str]
 
@@ -33,9 +33,7 @@ class Code:
     @property
     def form(self) -> Form:
         """Return the kernel's form."""
-        if self.roles.waits("sums_empty"):
-            return "turns"
-        return "ring" if self.roles.waits("hidden_empty") else "once"
+        return "turns" if self.roles.waits("sums_empty") else "once"
 
     def named(self, *beginnings: str) -> list[Statement]:
         """Return the instructions whose opcode begins with one of these."""

@@ -95,10 +95,18 @@ def emulate(
 
 
 def smallest(found: Sequence[Source]) -> dict[Form, Source]:
-    """Return the kernel of each form with the least code: the one that defects are put into."""
+    """Return the kernel of each form that defects are put into.
+
+    It is the one with the least code that has a place for each of them: the copies of a cluster of
+    one CTA, for one, are no multicasts.
+    """
     forms: dict[Form, Source] = {}
     for source in sorted(found, key=lambda source: (len(source.ptx), source.jobs[0].key)):
-        forms.setdefault(Code(source.ptx).form, source)
+        code = Code(source.ptx)
+        if code.form not in forms and all(
+            defect.edits(code) for defect in DEFECTS if defect.form == code.form
+        ):
+            forms[code.form] = source
     return forms
 
 

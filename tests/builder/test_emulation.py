@@ -368,7 +368,6 @@ def test_the_model_has_no_settings_that_the_runner_does_not_know(library: str) -
 
 WAITED = {
     "once": {"weights_full", "hidden_full", "sums_full", "peers_full"},
-    "ring": {"weights_full", "hidden_full", "hidden_empty", "sums_full", "peers_full"},
     "turns": {"stages_full", "hidden_empty", "weights_empty", "sums_full", "sums_empty"},
 }
 
@@ -393,7 +392,7 @@ def test_barriers_have_the_roles_that_their_kernels_give_them(emulated: tuple[So
 
 def test_every_defect_changes_its_kernel(emulated: tuple[Source, ...], library: str) -> None:
     forms = {form: Code(source.ptx) for form, source in smallest(emulated).items()}
-    assert set(forms) == {"once", "ring", "turns"}
+    assert set(forms) == {"once", "turns"}
     assert len({defect.name for defect in DEFECTS}) == len(DEFECTS) >= 25
     for defect in DEFECTS:
         ptx = defect.inserted(forms[defect.form])
@@ -403,7 +402,7 @@ def test_every_defect_changes_its_kernel(emulated: tuple[Source, ...], library: 
         assert bool(translated.unwaited) == (defect.layer == "translation"), defect.name
 
 
-@pytest.mark.parametrize("name", ["hidden_released_early.ring", "parity_of_weights.once"])
+@pytest.mark.parametrize("name", ["hidden_released_early.turns", "parity_of_weights.once"])
 def test_a_kernel_with_a_defect_is_assembled(
     name: str, emulated: tuple[Source, ...], library: str
 ) -> None:

@@ -33,7 +33,7 @@ from tests.emulation.launches import (
 from tests.emulation.library import load
 
 #: Tokens of a launch: the last tile is ragged.
-TOKENS = {"once": 60, "ring": 250, "turns": 300}
+TOKENS = {"once": 60, "turns": 300}
 #: Launches in each mode, and milliseconds after which a wait does not end.
 REPEATS, LIMIT_MS = 2, 500
 #: Seconds without an answer after which a defect's process is stopped. The first answer takes

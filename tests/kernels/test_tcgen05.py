@@ -34,7 +34,6 @@ from build_kernels.kernels.dense.mma import (
     interface,
     tcgen05_split_k,
 )
-from build_kernels.kernels.dense.ring import Ring
 from router_runtime.format.contract import Constants
 from tests.kernels.tensor_core import (
     BASE,
@@ -135,11 +134,11 @@ def test_budgets_of_the_split_form(g: SplitKGeometry) -> None:
     # Barriers and the address, 8 bytes each, lie behind everything else.
     places = {g.accumulated_offset + 8 * chunk for chunk in range(g.cta_chunks)}
     places.add(g.tensor_address_offset)
-    assert min(places) >= g.barrier_offset + 8 * (g.k_blocks + 2 * g.hidden_stages + g.parts)
+    assert min(places) >= g.barrier_offset + 8 * (2 * g.k_blocks + 1)
     assert max(places) + 8 <= g.shared_bytes
     assert g.barrier_offset % 8 == 0
     # A warp reads 16 of the 128 rows of a pair; together the warps read every sum once.
-    assert g.consumer_threads == g.group_experts * g.cta_chunks * 2
+    assert g.threads == g.group_experts * g.cta_chunks * 2
 
 
 @pytest.mark.parametrize(("experts", "chunks"), [(128, 1), (256, 1), (384, 1), (128, 2)])
@@ -233,7 +232,6 @@ def test_every_logit_comes_from_its_own_operands(
     MMAs, tensor memory, registers, staged rows and the owner's sums.
     """
     g = SplitKGeometry.of(constants)
-    assert not g.rings
     generator = np.random.default_rng(7)
     weight, hidden = exact((g.experts, g.hidden), generator), exact((tokens, g.hidden), generator)
     memory = Memory()
@@ -273,26 +271,20 @@ def route(
     sums: dict[tuple[int, int], list[np.float32]] = {}
     weight_full = g.barrier_offset
     hidden_full = weight_full + 8 * g.k_blocks
-    hidden_empty = hidden_full + 8 * g.hidden_stages
-    sums_full = hidden_empty + 8 * g.hidden_stages
-    assert sums_full == g.sums_barrier_offset
+    sums_full = hidden_full + 8 * g.k_blocks
+    assert (hidden_full, sums_full) == (g.hidden_barrier_offset, g.sums_barrier_offset)
     for k_rank in range(g.cluster_k):
         block = Block(cluster, memory, hidden, box)
         shared = block.base
-        stages = Ring.of(
-            shared, g.weight_bytes, g.hidden_stage_bytes, g.hidden_stages, shared + hidden_full
-        )
-        assert stages.empty == shared + hidden_empty
+        full = [shared + weight_full, shared + hidden_full, shared + sums_full]
         running.as_thread(block, tcgen05_split_k.ALLOCATOR * LANES)
-        kernel.init_barriers(shared + weight_full, stages, shared + sums_full, k_rank, tile_tokens)
-        kernel.load_weight(image, shared, shared + weight_full, k_rank, group)
+        kernel.init_barriers(*full, k_rank, tile_tokens)
+        kernel.load_weight(image, shared, full[0], k_rank, group)
         mma.allocate(shared, tcgen05_split_k.ALLOCATOR)
-        kernel.load_hidden(0, stages, first_token, k_rank)
-        for thread in range(g.consumer_threads):
+        kernel.load_hidden(0, shared, full[1], first_token, k_rank)
+        for thread in range(g.threads):
             running.as_thread(block, thread)
-            sums[k_rank, thread] = mma.multiply(
-                shared, shared + weight_full, stages, thread // LANES
-            )
+            sums[k_rank, thread] = mma.multiply(shared, *full[:2], thread // LANES)
             mma.issue = block.nothing
         del mma.issue
         mma.free(shared, tcgen05_split_k.ALLOCATOR)
@@ -300,43 +292,37 @@ def route(
         assert all(
             barrier.phases == 1
             for address, barrier in block.barriers.items()
-            if not hidden_empty <= address - BASE < sums_full + 8 * g.parts
+            if address - BASE != sums_full
         )
-    for part in range(g.parts):
-        for k_rank, block in enumerate(cluster):
-            shared = block.base
-            staged = shared + g.staged_offset + part % g.staged_parts * g.part_bytes
-            running.as_thread(block, 0)
-            for thread in range(g.consumer_threads):
-                begin = part * g.part_tokens
-                sender.stage(
-                    sums[k_rank, thread], staged, begin, g.part_tokens, *divmod(thread, LANES)
+    for k_rank, block in enumerate(cluster):
+        shared = block.base
+        staged = shared + g.staged_offset
+        running.as_thread(block, 0)
+        for thread in range(g.threads):
+            sender.stage(sums[k_rank, thread], staged, *divmod(thread, LANES))
+        # As ``send`` does, one row a token.
+        for token in range(tile_tokens):
+            slot, owner = divmod(token, g.cluster_k)
+            target = shared + slot * g.slot_bytes + k_rank * g.sums_bytes
+            source = staged + token * g.sums_row_bytes
+            counted = shared + sums_full
+            if owner == k_rank:
+                block.at(target, g.sums_bytes)[:] = block.at(source, g.sums_bytes)
+                for _ in range(LANES):
+                    block.barrier_arrive(counted)
+            else:
+                block.copy_bulk_to_peer(
+                    block.map_shared(target, owner),
+                    source,
+                    g.sums_bytes,
+                    block.map_shared(counted, owner),
                 )
-            # As ``send`` does, one row a token.
-            for token in range(min(g.part_tokens, tile_tokens - part * g.part_tokens)):
-                slot, owner = divmod(part * g.part_tokens + token, g.cluster_k)
-                target = shared + slot * g.slot_bytes + k_rank * g.sums_bytes
-                source = staged + token * g.sums_row_bytes
-                counted = shared + sums_full + 8 * part
-                if owner == k_rank:
-                    block.at(target, g.sums_bytes)[:] = block.at(source, g.sums_bytes)
-                    for _ in range(LANES):
-                        block.barrier_arrive(counted)
-                else:
-                    block.copy_bulk_to_peer(
-                        block.map_shared(target, owner),
-                        source,
-                        g.sums_bytes,
-                        block.map_shared(counted, owner),
-                    )
     stored: dict[int, int] = {}
     for k_rank, block in enumerate(cluster):
         shared = block.base
         running.as_thread(block, 0)
-        for part in range(g.parts):
-            block.barrier_wait(shared + sums_full + 8 * part, 0)
-        sender.sync_consumers = block.nothing
-        for thread in range(g.consumer_threads):
+        block.barrier_wait(shared + sums_full, 0)
+        for thread in range(g.threads):
             before = block.shared.copy()
             kernel.score(
                 shared,

@@ -51,6 +51,8 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Ru
         sync_warp=lambda: proxy.sync_warp(),
         make_warp_uniform=lambda value: value,
         barrier=lambda barrier_id, number_of_threads: proxy.sync_consumers(),
+        # Walks through code that calls it run one thread after the other.
+        sync_threads=lambda: None,
     )
     cute = types.SimpleNamespace(
         arch=arch, make_rmem_tensor=lambda size, kind: [None] * size, size=len

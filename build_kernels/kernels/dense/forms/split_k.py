@@ -6,8 +6,8 @@ It is for batches whose tiles, with all of the hidden dimension, would not fill 
 1. before the wait on the previous kernel, a CTA requests all of its weights, by bulk copies of the
    packed image;
 2. after it, the CTA's share of the tile's hidden states, by the tensor map, 64 elements per stage;
-3. each warpgroup multiplies 64 experts by all tokens of the tile over one chunk: experts are the
-   rows of the MMA, tokens its columns, k ascending, one accumulator;
+3. the MMA object multiplies the experts by all tokens of the tile, one accumulator for each chunk:
+   experts are the rows of the MMA, tokens its columns, k ascending;
 4. when every CTA of the cluster has read its operands, partial sums take their place, and those of
    a token go to one CTA of the cluster (exchange/split_k.py);
 5. that CTA adds the chunks (summation.py) and scores; one warp per token selects;
@@ -30,7 +30,10 @@ from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, 
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
 from build_kernels.kernels.dense.hidden_map import hidden_map
 from build_kernels.kernels.dense.mma.interface import SplitKMma
-from build_kernels.kernels.dense.ring import Ring
+
+#: The warp that requests the operands. It multiplies, too: one more warp would shrink the registers
+#: of every thread.
+PRODUCER = 0
 
 
 class SplitK:
@@ -116,21 +119,15 @@ class SplitK:
         shared = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint())
         bias_row = shared + g.bias_offset
         weight_full = shared + g.barrier_offset
-        hidden = Ring.of(
-            shared,
-            g.weight_bytes,
-            g.hidden_stage_bytes,
-            g.hidden_stages,
-            shared + g.hidden_barrier_offset,
-        )
+        hidden_full = shared + g.hidden_barrier_offset
         sums_full = shared + g.sums_barrier_offset
 
         cute.arch.griddepcontrol_launch_dependents()
 
         # --- 1. Before the wait on the previous kernel: only buffers that the router owns. ---
-        if warp == g.producer_warp and lane == 0:
+        if warp == PRODUCER and lane == 0:
             async_copy.prefetch_tensor_map(async_copy.tensor_map_address(hidden_states))
-            self.init_barriers(weight_full, hidden, sums_full, k_rank, tile_tokens)
+            self.init_barriers(weight_full, hidden_full, sums_full, k_rank, tile_tokens)
             self.load_weight(packed_weight.toint(), shared, weight_full, k_rank, group)
         biases.load(
             bias.toint(),
@@ -147,51 +144,51 @@ class SplitK:
         cute.arch.griddepcontrol_wait()
 
         # --- 2. hidden states -> shared memory ---
-        if warp == g.producer_warp:
+        if warp == PRODUCER:
             if lane == 0:
                 tensor_map = async_copy.tensor_map_address(hidden_states)
-                self.load_hidden(tensor_map, hidden, first_token, k_rank)
+                self.load_hidden(tensor_map, shared, hidden_full, first_token, k_rank)
             cute.arch.sync_warp()
-        if warp < g.consumer_warps:
-            # --- 3. multiply, and 4. send the partial sums to the CTA that adds them ---
-            sums = self.mma.multiply(shared, weight_full, hidden, warp)
-            self.exchange.run(sums, shared, sums_full, k_rank, tile_tokens, warp, lane)
 
-            # --- 5. add the chunks, score, select ---
-            slots = self.exchange.owned(tile_tokens, k_rank)
-            self.score(
-                shared, bias_row, logits_out.toint(), slots, first_token, k_rank, group, thread
-            )
-            self.exchange.sync_consumers()
-            self.mma.free(shared, warp)
+        # --- 3. multiply, and 4. send the partial sums to the CTA that adds them ---
+        sums = self.mma.multiply(shared, weight_full, hidden_full, warp)
+        self.exchange.run(sums, shared, sums_full, k_rank, tile_tokens, warp, lane)
 
-            def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
-                row = shared + slot * g.slot_bytes
-                return row, row + g.group_experts * 8, first_token + slot * g.cluster_k + k_rank
+        # --- 5. add the chunks, score, select ---
+        slots = self.exchange.owned(tile_tokens, k_rank)
+        self.score(shared, bias_row, logits_out.toint(), slots, first_token, k_rank, group, thread)
+        cute.arch.sync_threads()
+        self.mma.free(shared, warp)
 
-            epilogue.route_all(
-                routing,
-                workspace.toint(),
-                (warp, slots, g.consumer_warps),
-                locate,
-                group,
-                self.expert_groups,
-                lane,
-                cute.arch.cluster_wait,
-            )
-        else:
-            self.exchange.follow()
-            cute.arch.cluster_wait()
+        def locate(slot: Int32) -> tuple[Int32, Int32, Int32]:
+            row = shared + slot * g.slot_bytes
+            return row, row + g.group_experts * 8, first_token + slot * g.cluster_k + k_rank
+
+        epilogue.route_all(
+            routing,
+            workspace.toint(),
+            (warp, slots, g.warps),
+            locate,
+            group,
+            self.expert_groups,
+            lane,
+            cute.arch.cluster_wait,
+        )
 
     # --- the producer: one thread -----------------------------------------------------------------
 
     def init_barriers(
-        self, weight_full: Int32, hidden: Ring, sums_full: Int32, k_rank: Int32, tile_tokens: Int32
+        self,
+        weight_full: Int32,
+        hidden_full: Int32,
+        sums_full: Int32,
+        k_rank: Int32,
+        tile_tokens: Int32,
     ) -> None:
         """Initialise all barriers of the form, and expect the sums that will be received."""
         for stage in range(self.g.k_blocks):
             mbarrier.init(weight_full + BARRIER_BYTES * stage, 1)
-        hidden.init(releases=1)
+            mbarrier.init(hidden_full + BARRIER_BYTES * stage, 1)
         owned = self.exchange.init(sums_full, k_rank, tile_tokens)
         mbarrier.fence_init()
         self.exchange.expect(sums_full, owned)
@@ -214,22 +211,24 @@ class SplitK:
                 full,
             )
 
-    def load_hidden(self, tensor_map: Int64, ring: Ring, first_token: Int32, k_rank: Int32) -> None:
-        """Request the share of the hidden states in blocks of 64, one of each chunk in turn.
-
-        Where the ring has fewer stages than the share, it waits until a stage has been released.
-        """
+    def load_hidden(
+        self,
+        tensor_map: Int64,
+        shared: Int32,
+        hidden_full: Int32,
+        first_token: Int32,
+        k_rank: Int32,
+    ) -> None:
+        """Request the share of the hidden states in blocks of 64, one of each chunk in turn."""
         g = self.g
         for number in range(g.k_blocks):
-            lap, stage = divmod(number, ring.stages)
-            if lap > 0:
-                mbarrier.wait(ring.empty_at(stage), Int32((lap - 1) % 2))
-            full = ring.full_at(stage)
+            stage = g.stage_of(number)
+            full = hidden_full + BARRIER_BYTES * stage
             mbarrier.arrive_expect_tx(full, Int32(g.hidden_stage_bytes))
             async_copy.tile(
-                ring.data_at(stage),
+                shared + g.weight_bytes + stage * g.hidden_stage_bytes,
                 tensor_map,
-                (k_rank * g.k_blocks + g.stage_of(number)) * K_BLOCK,
+                (k_rank * g.k_blocks + stage) * K_BLOCK,
                 first_token,
                 full,
             )
@@ -250,7 +249,7 @@ class SplitK:
     ) -> None:
         """Add the chunks of every (slot, expert), and store keys and scores.
 
-        All consumer threads call this. ``received`` is the address of the received sums. The (key,
+        All threads call this. ``received`` is the address of the received sums. The (key,
         score) pairs take the place of a slot's first sums, as ``epilogue.route_all`` reads them.
         ``logits_out`` is 0 if the logits are not wanted.
         """
@@ -258,7 +257,7 @@ class SplitK:
         items = slots * g.group_experts
         results = []
         for number in cutlass.range_constexpr(g.score_passes):
-            item = thread + number * g.consumer_threads
+            item = thread + number * g.threads
             inside = arith.min_s32(item, Int32(g.slots * g.group_experts - 1))
             slot = arith.quotient(inside, g.group_experts)
             place = arith.remainder(inside, g.group_experts)
@@ -285,7 +284,7 @@ class SplitK:
             )
             results.append((item, received + slot * g.slot_bytes + pair * 8, key, score))
         # The pairs take the place of the sums of two chunks, which all threads have read by then.
-        self.exchange.sync_consumers()
+        cute.arch.sync_threads()
         for item, target, key, score in results:
             if item < items:
                 memory.store_shared_v2(target, key, arith.bits(score))

@@ -179,7 +179,7 @@ def _split_k(g: SplitKGeometry, tokens: int, machine: Machine) -> float:
     # MMAs, staging and the bulk copies' start have the size of the tile whatever it holds.
     per_slot = 32 * g.warpgroups / 4 + 30 * g.sums_bytes / 1024
     per_token = 2 * g.k_blocks * K_BLOCK / machine.inlet + 64 * g.sums_bytes / 1024
-    held = ceil_div(ceil_div(here, g.cluster_k), g.consumer_warps)
+    held = ceil_div(ceil_div(here, g.cluster_k), g.warps)
     clocks = LINK + 4300 + per_slot * g.tokens_tile + per_token * here
     clocks += (SELECT + SELECT_ROUND * g.top_k) * held
     clocks += _merge(g)

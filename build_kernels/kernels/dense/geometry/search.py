@@ -30,7 +30,7 @@ from router_runtime.format.contract import Constants
 #: More groups of experts would take longer to merge than they save.
 MAX_GROUPS = 16
 
-#: Consumer threads of the form split_k: more would leave too few registers for a tile's sums.
+#: Threads of the form split_k: more would leave too few registers for a tile's sums.
 MAX_THREADS = 512
 
 #: Most tokens of a tile of swap_ab: columns of an MMA.
@@ -107,7 +107,7 @@ def fits(g: Geometry, mma: str) -> bool:
     if isinstance(g, DecodeGeometry):
         return g.fits
     if isinstance(g, SplitKGeometry):
-        return g.consumer_threads <= MAX_THREADS and g.shared_bytes <= MAX_SHARED_BYTES
+        return g.threads <= MAX_THREADS
     if isinstance(g, SwapAbGeometry):
         if _spills(g, mma):
             return False

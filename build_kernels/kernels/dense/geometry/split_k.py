@@ -32,9 +32,8 @@ class SplitKGeometry(GroupedGeometry):
     warpgroups shares the accumulator of 128 experts, in tensor memory. A token's chunks are added
     by one CTA of the cluster.
 
-    The hidden states of a large tile pass through a ring, whose producer is a warp of its own. The
-    partial sums, received and staged, take the operands' place; they are staged and sent in parts,
-    of which at most ``staged_parts`` are in flight.
+    All operands of a CTA are in shared memory at once. The partial sums, received and staged, then
+    take their place.
     """
 
     cluster_k: int
@@ -48,11 +47,10 @@ class SplitKGeometry(GroupedGeometry):
                 f"and tiles of a multiple of {TOKEN_STEP} tokens, "
                 f"found hidden {self.hidden}, tokens {self.tokens_tile}"
             )
-        # A stage for each chunk and one in flight, and room for a part of the sums.
-        if self.hidden_stages < min(self.cta_chunks + 1, self.k_blocks) or self.staged_parts < 1:
+        if self.shared_bytes > MAX_SHARED_BYTES:
             raise ValueError(
-                f"expected a tile that fits {MAX_SHARED_BYTES} bytes, found {self.tokens_tile} "
-                f"tokens, {self.warpgroups} warpgroups"
+                f"expected operands and sums that fit {MAX_SHARED_BYTES} bytes, found "
+                f"{self.shared_bytes}: {self.tokens_tile} tokens, {self.group_experts} experts"
             )
 
     # --- experts ---
@@ -90,34 +88,18 @@ class SplitKGeometry(GroupedGeometry):
     # --- threads ---
     @property
     def warpgroups(self) -> int:
-        """Consumer warpgroups: one for each m-tile and chunk of the share."""
+        """Warpgroups: one for each m-tile and chunk of the share."""
         return self.m_tiles * self.cta_chunks
 
     @property
-    def consumer_threads(self) -> int:
-        """Threads of the consumer warpgroups."""
+    def threads(self) -> int:
+        """Threads of a CTA."""
         return self.warpgroups * WARPGROUP
 
     @property
-    def consumer_warps(self) -> int:
-        """Warps of the consumer warpgroups."""
-        return self.consumer_threads // LANES
-
-    @property
-    def rings(self) -> bool:
-        """Whether stages of hidden states take the place of earlier ones."""
-        return self.hidden_stages < self.k_blocks
-
-    @property
-    def producer_warp(self) -> int:
-        """One more warp if it has to wait for stages to be released. Otherwise a consumer: one more
-        warp would shrink the registers of a thread from 128 to 96."""
-        return self.consumer_warps if self.rings else 0
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA: the consumers, and a producer warp if stages are filled again."""
-        return self.consumer_threads + (LANES if self.rings else 0)
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.threads // LANES
 
     # --- tensor memory ---
     @property
@@ -144,7 +126,7 @@ class SplitKGeometry(GroupedGeometry):
     @property
     def score_passes(self) -> int:
         """(token, expert) pairs that a thread adds and scores."""
-        return ceil_div(self.slots * self.group_experts, self.consumer_threads)
+        return ceil_div(self.slots * self.group_experts, self.threads)
 
     # --- shared memory, in bytes: first the operands ---
     @property
@@ -163,14 +145,9 @@ class SplitKGeometry(GroupedGeometry):
         return self.tokens_tile * K_BLOCK * 2
 
     @property
-    def room(self) -> int:
-        """What biases and barriers leave."""
-        return MAX_SHARED_BYTES - self.bias_bytes - 512
-
-    @property
-    def hidden_stages(self) -> int:
-        """Stages of hidden states that fit besides the weights, at most ``k_blocks``."""
-        return min(self.k_blocks, (self.room - self.weight_bytes) // self.hidden_stage_bytes)
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of a CTA, all in shared memory at once."""
+        return self.k_blocks * self.hidden_stage_bytes
 
     # --- then, in the same place, the sums that were received, and those staged to be sent ---
     @property
@@ -194,42 +171,9 @@ class SplitKGeometry(GroupedGeometry):
         return self.slots * self.slot_bytes
 
     @property
-    def staging_room(self) -> int:
-        """What the received sums leave for staged ones."""
-        return self.room - self.staged_offset
-
-    @property
-    def part_tokens(self) -> int:
-        """Tokens staged at a time: all of them, or the most that fit twice."""
-        if self.tokens_tile * self.sums_row_bytes <= self.staging_room:
-            return self.tokens_tile
-        fitting = (
-            tokens
-            for tokens in range(8, self.tokens_tile, 8)
-            if self.tokens_tile % tokens == 0
-            and 2 * tokens * self.sums_row_bytes <= self.staging_room
-        )
-        return max(fitting, default=self.tokens_tile)
-
-    @property
-    def parts(self) -> int:
-        """Parts in which the tile's sums are staged and sent."""
-        return self.tokens_tile // self.part_tokens
-
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of one part's staged sums."""
-        return self.part_tokens * self.sums_row_bytes
-
-    @property
-    def staged_parts(self) -> int:
-        """Parts that are staged at a time."""
-        return min(self.parts, self.staging_room // self.part_bytes)
-
-    @property
     def staged_bytes(self) -> int:
-        """Bytes of the parts that are staged at a time."""
-        return self.staged_parts * self.part_bytes
+        """Bytes of the staged sums."""
+        return self.tokens_tile * self.sums_row_bytes
 
     # --- then biases and barriers ---
     @property
@@ -240,13 +184,13 @@ class SplitKGeometry(GroupedGeometry):
     @property
     def bias_offset(self) -> int:
         """Offset of the biases, behind the operands and the sums that take their place."""
-        operands = self.weight_bytes + self.hidden_stages * self.hidden_stage_bytes
+        operands = self.weight_bytes + self.hidden_bytes
         return max(operands, self.staged_offset + self.staged_bytes)
 
     @property
     def barrier_offset(self) -> int:
-        """Full barriers of the weights; full, then empty barriers of the hidden states; then those
-        that count received sums, and those of finished accumulators."""
+        """Full barriers of the weights, then of the hidden states; then the one that counts
+        received sums, and those of finished accumulators."""
         return self.bias_offset + self.bias_bytes
 
     @property
@@ -256,18 +200,13 @@ class SplitKGeometry(GroupedGeometry):
 
     @property
     def sums_barrier_offset(self) -> int:
-        """Offset of the barriers that count received sums."""
-        return self.hidden_barrier_offset + 2 * BARRIER_BYTES * self.hidden_stages
-
-    @property
-    def sums_barriers(self) -> int:
-        """Barriers that count received sums, one per part."""
-        return self.parts
+        """Offset of the barrier that counts received sums."""
+        return self.hidden_barrier_offset + BARRIER_BYTES * self.k_blocks
 
     @property
     def accumulated_offset(self) -> int:
         """Barriers of finished accumulators, one per chunk of the share."""
-        return self.sums_barrier_offset + BARRIER_BYTES * self.sums_barriers
+        return self.sums_barrier_offset + BARRIER_BYTES
 
     @property
     def tensor_address_offset(self) -> int:

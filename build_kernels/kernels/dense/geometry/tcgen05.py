@@ -32,7 +32,6 @@ class SwapAbTcgen05Geometry(SwapAbGeometry):
 
     def check(self) -> None:
         """Raise ValueError unless the MMA and the tensor memory can do the tile, too."""
-        SwapAbGeometry.check(self)
         if (
             self.tile_experts % tcgen05_layout.MMA_M
             or self.tile_tokens % COLUMN_STEP
@@ -45,6 +44,7 @@ class SwapAbTcgen05Geometry(SwapAbGeometry):
                 f"{tcgen05_layout.COLUMNS} columns of tensor memory, found {self.tile_experts} "
                 f"experts, {self.tile_tokens} tokens"
             )
+        SwapAbGeometry.check(self)
 
     @property
     def cta_chunks(self) -> int:

@@ -34,12 +34,13 @@ class SplitKMma(ABC):
 
     @abstractmethod
     def multiply(
-        self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32
+        self, shared: Int32, weight_full: Int32, hidden_full: Int32, warp: Int32
     ) -> Sequence[Float32]:
         """Return this warp's partial sums of 16 experts x the tile's tokens.
 
-        All consumer warps call this. It waits for the operands: the weights' stages begin at
-        ``shared``, and their full barriers at ``weight_full``.
+        All warps call this. It waits for the operands: the weights' stages begin at ``shared``,
+        those of the hidden states behind them; their full barriers at ``weight_full`` and
+        ``hidden_full``.
         """
 
     @abstractmethod
@@ -47,7 +48,7 @@ class SplitKMma(ABC):
         """Return the first of the 16 experts of the group whose sums a warp has."""
 
     def free(self, shared: Int32, warp: Int32) -> None:
-        """Give back what ``allocate`` took. Consumer warps, after a barrier behind ``multiply``."""
+        """Give back what ``allocate`` took. All warps, after a barrier behind ``multiply``."""
         return
 
     def task(self, warp: Int32) -> tuple[Int32, Int32]:

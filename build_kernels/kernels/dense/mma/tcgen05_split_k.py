@@ -15,7 +15,6 @@ from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZL
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, MMA_K
 from build_kernels.kernels.dense.geometry.split_k import M_TILE_STEP
 from build_kernels.kernels.dense.mma.interface import SplitKMma
-from build_kernels.kernels.dense.ring import Ring
 
 #: The warp that issues the MMAs, and the one that allocates their accumulators.
 ISSUER = 0
@@ -23,7 +22,7 @@ ALLOCATOR = 1
 
 
 class SplitKTcgen05(SplitKMma):
-    """One warp issues, and every consumer warp loads the sums of 16 experts."""
+    """One warp issues, and every warp loads the sums of 16 experts."""
 
     @cute.jit
     def allocate(self, shared: Int32, warp: Int32) -> None:
@@ -46,7 +45,7 @@ class SplitKTcgen05(SplitKMma):
     def free(self, shared: Int32, warp: Int32) -> None:
         """Free the tensor memory.
 
-        Consumer warps call this, after a barrier behind ``multiply``: all of them have read their
+        All warps call this, after a barrier behind ``multiply``: all of them have read their
         sums by then.
         """
         if warp == ALLOCATOR:
@@ -70,20 +69,19 @@ class SplitKTcgen05(SplitKMma):
 
     @cute.jit
     def multiply(
-        self, shared: Int32, weight_full: Int32, hidden: Ring, warp: Int32
+        self, shared: Int32, weight_full: Int32, hidden_full: Int32, warp: Int32
     ) -> list[Float32]:
         """Return this warp's partial sums of 16 experts x the tile's tokens, FP32.
 
-        All consumer warps call this. The issuing warp waits at the full barriers of weights and
-        hidden states, and releases stages that are filled again; every warp then waits at the
-        barrier of its chunk's accumulator, which the commit behind the chunk's last MMA completes.
-        On return the sums are in registers.
+        All warps call this. The issuing warp waits at the full barriers of weights and hidden
+        states; every warp then waits at the barrier of its chunk's accumulator, which the commit
+        behind the chunk's last MMA completes. On return the sums are in registers.
         """
         g = self.g
         tcgen05.fence_after()
         tensor = self.tensor_address(shared)
         if warp == ISSUER:
-            self.issue(shared, weight_full, hidden, tensor)
+            self.issue(shared, weight_full, hidden_full, tensor)
         m_tile, chunk = self.task(warp)
         mbarrier.wait(shared + g.accumulated_offset + BARRIER_BYTES * chunk, Int32(0))
         tcgen05.fence_after()
@@ -93,7 +91,7 @@ class SplitKTcgen05(SplitKMma):
         tcgen05.fence_before()
         return sums
 
-    def issue(self, shared: Int32, weight_full: Int32, hidden: Ring, tensor: Int32) -> None:
+    def issue(self, shared: Int32, weight_full: Int32, hidden_full: Int32, tensor: Int32) -> None:
         """Issue the MMAs of all chunks, in the order in which their operands were requested.
 
         The issuing warp calls this. Within a chunk, k ascends, and the first MMA starts the sums.
@@ -101,18 +99,17 @@ class SplitKTcgen05(SplitKMma):
         g = self.g
         instruction = tcgen05_layout.instruction_descriptor(g.tokens_tile)
         weight = tcgen05.operand(PACKED_STAGE.descriptor, shared)
-        rows = tcgen05.operand(SWIZZLED_ROWS.descriptor, hidden.data)
+        rows = tcgen05.operand(SWIZZLED_ROWS.descriptor, shared + g.weight_bytes)
         for number in range(g.k_blocks):
-            weight_stage = g.stage_of(number)
-            chunk, block = divmod(weight_stage, g.chunk_k_blocks)
-            lap, stage = divmod(number, hidden.stages)
-            mbarrier.wait(weight_full + BARRIER_BYTES * weight_stage, Int32(0))
-            mbarrier.wait(hidden.full_at(stage), Int32(lap % 2))
+            stage = g.stage_of(number)
+            chunk, block = divmod(stage, g.chunk_k_blocks)
+            mbarrier.wait(weight_full + BARRIER_BYTES * stage, Int32(0))
+            mbarrier.wait(hidden_full + BARRIER_BYTES * stage, Int32(0))
             cute.arch.sync_warp()
             tcgen05.fence_after()
             for pair in range(g.pairs):
                 for step in range(K_BLOCK // MMA_K):
-                    a = weight_stage * g.weight_stage_bytes
+                    a = stage * g.weight_stage_bytes
                     a += pair * (tcgen05_layout.MMA_M * K_BLOCK * 2)
                     b = stage * g.hidden_stage_bytes
                     tcgen05.mma(
@@ -122,8 +119,5 @@ class SplitKTcgen05(SplitKMma):
                         instruction,
                         block > 0 or step > 0,
                     )
-            # Only a stage that will be filled again needs to be released.
-            if number + hidden.stages < g.k_blocks:
-                tcgen05.commit(hidden.empty_at(stage))
             if block == g.chunk_k_blocks - 1:
                 tcgen05.commit(shared + g.accumulated_offset + BARRIER_BYTES * chunk)
