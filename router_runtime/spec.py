@@ -24,13 +24,23 @@ Results are ``(weights fp32, ids int32)``.
 A call may change the steps of some tokens:
 
 - An image token is selected by another bias, in step 4.
-- Given ids take the place of steps 4 and 5, in their order. An id outside [0, E) is no expert.
+- Given ids take the place of steps 4 and 5, in their order, for all tokens or for those that a mask
+  marks. An id outside [0, E) is no expert.
 - No expert: its score is 0, its weight 0, its id the sentinel.
-- An expert map replaces each id at the end: ``physical id = map[id, row modulo count[id]]``, taken
-  as it is. No expert is not mapped.
+- An expert map replaces each id at the end: ``physical id = map[id, place modulo count[id]]``, taken
+  as it is, where ``place = (start + step * row) modulo 2^32``: the row itself, unless said
+  otherwise. No expert is not mapped.
+- Shared experts follow the k experts of each token: consecutive ids, all with one given weight. A
+  padding token has the sentinel and the weight 0 there too.
 - Mode ``hash``: ``ids = table[token]`` with weights 1/k, in place of all steps but the last. Mode
   ``hash_gate``: ``ids = table[token]``, and weights by steps 1 to 3 and 6 at these experts. A token
   outside the vocabulary gets k times no expert.
+
+It may also want to know what was routed:
+
+- The load of each physical id, a number of expert choices: those of padding tokens, and no expert,
+  do not count, nor do shared experts.
+- The logical ids, with the sentinel for no expert, as they are before the expert map.
 """
 
 from __future__ import annotations
@@ -141,27 +151,37 @@ def activation_topk(
     image_mask: Tensor | None = None,
     image_bias: Tensor | None = None,
     given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Steps 2 to 7: from fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``.
 
-    ``image_mask`` and ``padding`` are bool ``[N]``; ``image_bias`` fp32 ``[E]``; ``given_ids``
-    integers ``[N, k]``. No expert is ``NO_EXPERT``.
+    ``image_mask``, ``given_mask`` and ``padding`` are bool ``[N]``; ``image_bias`` fp32 ``[E]``;
+    ``given_ids`` integers ``[N, k]``. No expert is ``NO_EXPERT``.
     """
     scores = sqrt_softplus(logits)
-    if given_ids is None:
-        ids = topk_select(selection_keys(scores, bias, logits), k)[1]
-        if image_mask is not None and image_bias is not None:
-            of_images = topk_select(selection_keys(scores, image_bias, logits), k)[1]
-            ids = torch.where(image_mask.unsqueeze(1), of_images, ids)
-    else:
-        exists = (given_ids >= 0) & (given_ids < logits.shape[1])
-        ids = torch.where(exists, given_ids, torch.full_like(given_ids, NO_EXPERT)).int()
+    ids = topk_select(selection_keys(scores, bias, logits), k)[1]
+    if image_mask is not None and image_bias is not None:
+        of_images = topk_select(selection_keys(scores, image_bias, logits), k)[1]
+        ids = torch.where(image_mask.unsqueeze(1), of_images, ids)
+    if given_ids is not None:
+        ids = with_given(ids, given_ids, given_mask, logits.shape[1])
     if padding is not None:
         ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, NO_EXPERT), ids)
     chosen = scores.gather(1, ids.clamp(min=0).long())
     chosen = torch.where(ids >= 0, chosen, torch.zeros_like(chosen))
     return routing_weights(chosen, scale, renormalize), ids
+
+
+def with_given(
+    ids: Tensor, given_ids: Tensor, given_mask: Tensor | None, experts: int
+) -> Tensor:
+    """``ids`` ``[N, k]`` in which the rows of ``given_mask``, bool ``[N]``, are those of
+    ``given_ids``: all rows without a mask. A given id outside [0, experts) becomes ``NO_EXPERT``.
+    """
+    exists = (given_ids >= 0) & (given_ids < experts)
+    given = torch.where(exists, given_ids, torch.full_like(given_ids, NO_EXPERT)).int()
+    return given if given_mask is None else torch.where(given_mask.unsqueeze(1), given, ids)
 
 
 def padding_rows(
@@ -179,18 +199,67 @@ def padding_rows(
 
 
 def physical_ids(
-    ids: Tensor, rows: Tensor, expert_map: Tensor, replica_counts: Tensor, sentinel: int
+    ids: Tensor,
+    rows: Tensor,
+    expert_map: Tensor,
+    replica_counts: Tensor,
+    sentinel: int,
+    start: int = 0,
+    step: int = 1,
 ) -> Tensor:
-    """``expert_map[id, row modulo replica_counts[id]]``; the sentinel for ``NO_EXPERT``.
+    """``expert_map[id, place modulo replica_counts[id]]`` with ``place = (start + step * row) modulo
+    2^32``; the sentinel for ``NO_EXPERT``.
 
     ``ids`` ``[N, k]``, ``rows`` their numbers in the batch ``[N]``, ``expert_map`` ``[E, R]``,
     ``replica_counts`` ``[E]``. A count outside [1, R] counts as the nearest one in it. An entry of
-    the map is returned as it is: a negative one has no meaning here.
+    the map is returned as it is: a negative one has no meaning here. ``start`` and ``step`` are in
+    [0, 2^32), and rows in [0, 2^31).
     """
     experts = ids.clamp(min=0).long()
     counts = replica_counts[experts].clamp(1, expert_map.shape[1])
-    mapped = expert_map[experts, (rows.unsqueeze(1) % counts).long()]
+    places = (start + step * rows.long()) % 2**32
+    mapped = expert_map[experts, (places.unsqueeze(1) % counts).long()]
     return torch.where(ids >= 0, mapped.int(), torch.full_like(ids, sentinel, dtype=torch.int32))
+
+
+def expert_load(physical: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """How often each physical id was chosen, int32 ``[experts]``.
+
+    ``physical`` ``[N, k]`` are the physical ids, ``ids`` ``[N, k]`` those before the map, of which
+    ``NO_EXPERT`` does not count. Nor does a physical id outside [0, experts).
+    """
+    counted = (ids >= 0) & (physical >= 0) & (physical < experts)
+    return torch.bincount(physical[counted].long(), minlength=experts).int()
+
+
+def with_shared_experts(
+    weights: Tensor,
+    ids: Tensor,
+    padding: Tensor,
+    first: int,
+    weight: float,
+    count: int,
+    sentinel: int,
+) -> tuple[Tensor, Tensor]:
+    """``(weights [N, k + count], ids [N, k + count])``: the ``count`` shared experts from the id
+    ``first`` on follow in each row, each with ``weight``; the sentinel with 0 where ``padding``,
+    bool ``[N]``.
+    """
+    shared = torch.arange(first, first + count, device=ids.device).to(ids.dtype)
+    rows = padding.unsqueeze(1)
+    shared_ids = torch.where(rows, torch.full_like(shared, sentinel), shared)
+    shared_weights = torch.where(rows, 0.0, torch.full_like(weights[:, :1], weight))
+    return torch.cat((weights, shared_weights.expand(-1, count)), 1), torch.cat(
+        (ids, shared_ids), 1
+    )
+
+
+def packed(weights: Tensor, ids: Tensor) -> Tensor:
+    """``(id << 16) | bits of bf16(weight)`` in 32 bits: int32 of the shape of ``ids``. Of an id, the
+    lower 16 bits are there; a weight is rounded to the nearest, ties to even.
+    """
+    halves = weights.bfloat16().view(torch.int16).int() & 0xFFFF
+    return (ids.int() << 16) | halves
 
 
 def with_sentinel(ids: Tensor, sentinel: int) -> Tensor:
@@ -250,13 +319,17 @@ def hash_gate(
     *,
     image_mask: Tensor | None = None,
     image_bias: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``ids = table[token]``, as they are there; weights by steps 1 to 3 and 6 at these experts.
 
     A token outside [0, vocab) gets the sentinel in every id and zero weights, and so does one of
     ``padding`` (bool ``[N]``). An image token (``image_mask``, bool ``[N]``) is not looked up: it
-    gets the k experts of largest key, with ``image_bias`` (fp32 ``[E]``) as the bias.
+    gets the k experts of largest key, with ``image_bias`` (fp32 ``[E]``) as the bias. Nor is a token
+    whose experts are given: ``given_ids``, integers ``[N, k]``, of all tokens or of those in
+    ``given_mask``, bool ``[N]``.
     """
     ids = hash_router(token_ids, table, table.shape[1], sentinel)[1]
     routed = (token_ids >= 0) & (token_ids < table.shape[0])
@@ -264,11 +337,15 @@ def hash_gate(
         selected = dense_router(hidden_states, weight, image_bias, table.shape[1], scale)[1]
         ids = torch.where(image_mask.unsqueeze(1), selected, ids)
         routed = routed | image_mask
+    exists = routed.unsqueeze(1).expand_as(ids)
+    if given_ids is not None:
+        given = with_given(torch.where(exists, ids, NO_EXPERT), given_ids, given_mask, len(weight))
+        exists = given >= 0
+        ids = torch.where(exists, given, torch.full_like(given, sentinel))
     if padding is not None:
         ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, sentinel), ids)
-        routed = routed & ~padding
-    routed = routed.unsqueeze(1)
-    experts = torch.where(routed, ids, torch.zeros_like(ids))
+        exists = exists & ~padding.unsqueeze(1)
+    experts = torch.where(exists, ids, torch.zeros_like(ids))
     scores = sqrt_softplus(gathered_logits64(hidden_states, weight, experts).float())
-    weights = routing_weights(scores, scale, renormalize)
-    return torch.where(routed, weights, torch.zeros_like(weights)), ids
+    scores = torch.where(exists, scores, torch.zeros_like(scores))
+    return routing_weights(scores, scale, renormalize), ids

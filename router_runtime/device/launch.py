@@ -35,6 +35,7 @@ from router_runtime.format.manifest import Entry
 _TORCH_NAMES = {
     "bf16": "bfloat16",
     "f32": "float32",
+    "i16": "int16",
     "i32": "int32",
     "i64": "int64",
     "u8": "uint8",

@@ -23,6 +23,7 @@ PARAMETER_TYPES: Mapping[str, tuple[int, int]] = types.MappingProxyType(
     {
         "ptr:bf16": (8, 8),
         "ptr:f32": (8, 8),
+        "ptr:i16": (8, 8),
         "ptr:i32": (8, 8),
         "ptr:i64": (8, 8),
         "ptr:u8": (8, 8),

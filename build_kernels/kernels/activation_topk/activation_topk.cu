@@ -11,7 +11,7 @@
 //
 // The ids are always distinct and in [0, experts); all-zero scores give zero weights. With serving
 // inputs (common/serving.cuh) step 4 takes the image bias for an image token, and given ids replace
-// steps 4 and 5: those experts get weights, in their order.
+// steps 4 and 5 for their tokens: those experts get weights, in their order.
 //
 // Grid: a CTA has TOKENS_PER_BLOCK warps and as many tokens. Warps share nothing and no barrier
 // spans the CTA; shuffles and __syncwarp order the exchanges of a warp.
@@ -95,7 +95,11 @@ activation_topk(const float* logits, const float* bias, int experts, long long r
                 const unsigned char* image_mask, const float* image_bias, const int* expert_map,
                 const int* replica_counts, const int* given_ids_i32,
                 const long long* given_ids_i64, long long* ids_out_i64, int* logical_ids_out,
-                long long* logical_ids_out_i64) {
+                long long* logical_ids_out_i64, int replica_start, int replica_step,
+                const unsigned char* given_mask, int weights_stride, int ids_stride,
+                int* packed_out, int* expert_load, int load_experts,
+                const unsigned char* record_load, short* captured_ids_i16, int* captured_ids_i32,
+                int captured_stride, int shared_experts, int shared_id, float shared_weight) {
     __shared__ SelectionScratch scratch[TOKENS_PER_BLOCK];
     const unsigned warp = threadIdx.x / WARP;
     const unsigned lane = threadIdx.x % WARP;
@@ -109,17 +113,35 @@ activation_topk(const float* logits, const float* bias, int experts, long long r
     const unsigned num_experts = static_cast<unsigned>(experts);
     const unsigned k = static_cast<unsigned>(top_k);
     const long long output = token * top_k + lane;  // of this lane, if lane < k
-    const Serving call = {sentinel,         first_row,           replicas,      is_padding,
-                          num_valid_tokens, image_mask,          expert_map,    replica_counts,
-                          given_ids_i32,    given_ids_i64,       ids_out,       ids_out_i64,
-                          logical_ids_out,  logical_ids_out_i64};
+    const Serving call = {serving,
+                          sentinel,
+                          first_row,
+                          replicas,
+                          is_padding,
+                          num_valid_tokens,
+                          image_mask,
+                          expert_map,
+                          replica_counts,
+                          given_ids_i32,
+                          given_ids_i64,
+                          weights_out,
+                          ids_out,
+                          ids_out_i64,
+                          logical_ids_out,
+                          logical_ids_out_i64,
+                          static_cast<unsigned>(replica_start),
+                          static_cast<unsigned>(replica_step),
+                          given_mask,
+                          {weights_stride, ids_stride, packed_out, expert_load, load_experts,
+                           record_load, captured_ids_i16, captured_ids_i32, captured_stride,
+                           shared_experts, shared_id, shared_weight}};
 
     bool selects = true;  // the same in all lanes, because it depends on the token only
     int expert = -1;      // of rank `lane`; -1: no expert
     if (serving != 0) {
         if (call.is_padding_token(token)) {
             selects = false;
-        } else if (call.has_given_ids()) {
+        } else if (call.is_given_token(token)) {
             selects = false;
             if (lane < k) expert = call.given_expert(output, num_experts);
         } else if (call.is_image_token(token)) {
@@ -132,10 +154,10 @@ activation_topk(const float* logits, const float* bias, int experts, long long r
     const float score = lane < k && expert >= 0 ? score_of(logits_row[expert]) : 0.0f;
     const float weight = routing_weight(score, k, scale, renormalize != 0);
     if (lane < k) {
-        weights_out[output] = weight;
         if (serving != 0) {
-            call.store_expert(token, output, expert);
+            call.store(token, k, lane, weight, expert);
         } else {
+            weights_out[output] = weight;
             ids_out[output] = expert;
         }
     }

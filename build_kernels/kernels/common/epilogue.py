@@ -25,7 +25,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from build_kernels.kernels.common import scoring, selection
-from build_kernels.kernels.common.parameters import Routing
+from build_kernels.kernels.common.parameters import WITH_OPTIONS, Routing
 from build_kernels.kernels.common.ptx import arith, memory, warp_ops
 
 LANES = 32
@@ -173,7 +173,7 @@ def serve(
         cute.arch.sync_warp()
         last = arith.select(arith.equal(group, Int32(0)), Int32(1), Int32(0))
     else:
-        if replays(routing) != 0:
+        if is_given(routing, token) != 0:
             replay_given(routing, row, scratch, token, group, expert_groups, lane)
         else:
             if is_image(routing, token) != 0:
@@ -214,14 +214,16 @@ def is_image(routing: Routing, token: Int32) -> Int32:
 
 
 @cute.jit
-def replays(routing: Routing) -> Int32:
-    """Return 1 if the caller gives the experts, else 0."""
-    replay = Int32(0)
+def is_given(routing: Routing, token: Int32) -> Int32:
+    """Return a number other than 0 for a token whose experts the caller gives."""
+    given = Int32(0)
     if routing.given_ids_i32.toint() != 0:
-        replay = Int32(1)
+        given = Int32(1)
     if routing.given_ids_i64.toint() != 0:
-        replay = Int32(1)
-    return replay
+        given = Int32(1)
+    if given != 0 and routing.given_mask.toint() != 0:
+        given = memory.load_global_u8(routing.given_mask.toint() + Int64(token))
+    return given
 
 
 @cute.jit
@@ -339,12 +341,16 @@ def _store_served(
         # Clamped, so that no content of the map can lead outside it.
         count = memory.load_global_b32(routing.replica_counts.toint() + Int64(expert) * 4)
         count = arith.max_s32(arith.min_s32(count, routing.replicas), Int32(1))
-        replica = arith.modulo(routing.first_row + token, count)
+        row = routing.first_row + token
+        replica = arith.modulo(routing.replica_start + routing.replica_step * row, count)
         entry = Int64(expert) * Int64(routing.replicas) + Int64(replica)
         physical = memory.load_global_b32(routing.expert_map.toint() + entry * 4)
-    memory.store_global_b32(routing.weights_out.toint() + place * 4, arith.bits(weight))
-    _put_id(routing.ids_out.toint(), routing.ids_out_i64.toint(), place, physical)
     _put_id(routing.logical_ids_out.toint(), routing.logical_ids_out_i64.toint(), place, logical)
+    if routing.serving != WITH_OPTIONS:
+        memory.store_global_b32(routing.weights_out.toint() + place * 4, arith.bits(weight))
+        _put_id(routing.ids_out.toint(), routing.ids_out_i64.toint(), place, physical)
+    else:
+        _store_with_options(routing, token, rank, top_k, weight, expert, logical, physical)
 
 
 @cute.jit
@@ -353,6 +359,66 @@ def _put_id(narrow: Int64, wide: Int64, place: Int64, expert: Int32) -> None:
         memory.store_global_b64(wide + place * 8, Int64(expert))
     elif narrow != 0:
         memory.store_global_b32(narrow + place * 4, expert)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@cute.jit
+def _store_with_options(
+    routing: Routing,
+    token: Int32,
+    rank: Int32,
+    top_k: cutlass.Constexpr[int],
+    weight: Float32,
+    expert: Int32,
+    logical: Int32,
+    physical: Int32,
+) -> None:
+    """Store one rank of a token, and what else its call wants of it.
+
+    All code of the options is here and in what this calls. ``expert`` is -1 for no expert, whose
+    ``logical`` and ``physical`` id are the sentinel.
+    """
+    _put_column(routing, token, rank, weight, physical)
+    if routing.expert_load.toint() != 0 and expert >= 0:
+        _record(routing, physical)
+    place = Int64(token) * Int64(routing.captured_stride) + Int64(rank)
+    if routing.captured_ids_i16.toint() != 0:
+        memory.store_global_b16(routing.captured_ids_i16.toint() + place * 2, logical)
+    if routing.captured_ids_i32.toint() != 0:
+        memory.store_global_b32(routing.captured_ids_i32.toint() + place * 4, logical)
+    if rank < routing.shared_experts:
+        # The lane of rank i stores the shared expert i: there are at most as many as ranks.
+        shared, shared_weight = routing.shared_id + rank, routing.shared_weight
+        if is_padding(routing, token) != 0:
+            shared, shared_weight = routing.sentinel, Float32(0.0)
+        _put_column(routing, token, rank + top_k, shared_weight, shared)
+
+
+@cute.jit
+def _put_column(
+    routing: Routing, token: Int32, column: Int32, weight: Float32, expert: Int32
+) -> None:
+    """Store weight and id of one column of a token's row, in the form that the call wants."""
+    place = Int64(token) * Int64(routing.ids_stride) + Int64(column)
+    if routing.packed_out.toint() != 0:
+        word = (expert << 16) | arith.bf16_bits(weight)
+        memory.store_global_b32(routing.packed_out.toint() + place * 4, word)
+    else:
+        row = routing.weights_out.toint() + Int64(token) * Int64(routing.weights_stride) * 4
+        memory.store_global_b32(row + Int64(column) * 4, arith.bits(weight))
+        _put_id(routing.ids_out.toint(), routing.ids_out_i64.toint(), place, expert)
+
+
+@cute.jit
+def _record(routing: Routing, physical: Int32) -> None:
+    """Count one expert of a token under its physical id. An id outside the counts is left out."""
+    wanted = Int32(1)
+    if routing.record_load.toint() != 0:
+        wanted = memory.load_global_u8(routing.record_load.toint())
+    if wanted != 0 and physical >= 0 and physical < routing.load_experts:
+        memory.add_relaxed(routing.expert_load.toint() + Int64(physical) * 4, Int32(1))
 
 
 # --- groups of experts ----------------------------------------------------------------------------

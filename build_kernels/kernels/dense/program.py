@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
+from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from build_kernels.kernels.common.parameters import ROUTING, Routing
@@ -68,12 +68,13 @@ PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
 _ELEMENTS = {
     "bf16": BFloat16,
     "f32": Float32,
+    "i16": Int16,
     "i32": Int32,
     "u32": Int32,
     "i64": Int64,
     "u8": Uint8,
 }
-_ALIGNMENTS = {"bf16": 16, "f32": 4, "i32": 4, "u32": 16, "i64": 8, "u8": 1}
+_ALIGNMENTS = {"bf16": 16, "f32": 4, "i16": 2, "i32": 4, "u32": 16, "i64": 8, "u8": 1}
 
 
 def program(constants: Constants) -> tuple[Callable[..., None], tuple[object, ...]]:

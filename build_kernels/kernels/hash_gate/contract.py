@@ -44,8 +44,7 @@ def contract(constants: Constants) -> Contract:
     Returns:
         Parameters: ``hidden_states`` ``[tokens, HIDDEN]`` with ``row_stride`` elements from row to
         row, ``token_ids`` ``[tokens]`` as int32 or int64, ``weight`` ``[EXPERTS, HIDDEN]``,
-        ``table`` ``[vocab, TOP_K]``, then those of common/parameters.py except the given ids: only
-        the dense kernels and activation_topk take those. Grid: one CTA per token.
+        ``table`` ``[vocab, TOP_K]``, then those of common/parameters.py. Grid: one CTA per token.
 
     """
     return Contract(
@@ -57,7 +56,7 @@ def contract(constants: Constants) -> Contract:
             Parameter("table", "ptr:i32"),
             Parameter("row_stride", "i64"),
             Parameter("vocab", "i32"),
-            *(parameter for parameter in ROUTING if not parameter.name.startswith("given_ids")),
+            *ROUTING,
         ),
         grid=(
             GridAxis("ceil", argument="tokens"),

@@ -12,6 +12,7 @@
 //   7     padding tokens                          the sentinel and zero weights
 //
 // A token id outside [0, vocab) counts as padding: neither the table nor a weight row is read.
+// Given ids (common/serving.cuh) take the place of the table's row, and of an image token's choice.
 // Image tokens (only if IMAGES is 1) do not use their token id: their ids are the TOP_K experts by
 // steps 1 to 5 over all experts, with the image bias. That code is compiled only into the variant
 // that serves calls with an image mask, because it makes all other calls slower (NOTES.md).
@@ -73,6 +74,17 @@ __device__ __forceinline__ void load_table_row(const int* row, int (&ids)[TOP_K]
             ids[WIDTH * i + j] = reinterpret_cast<const int*>(&entries)[j];
         }
     }
+}
+
+// Loads the given experts of a token into every lane: 0 for an id that is no expert, whose sums are
+// not used. Returns to lane j the expert of rank j, -1 for none. The full warp calls it. Shuffles
+// instead of a load for each id keep the code short that plain calls jump over.
+__device__ __forceinline__ int load_given_experts(const Serving& call, long long token,
+                                                  unsigned lane, int (&ids)[TOP_K]) {
+    const int own = lane < TOP_K ? call.given_expert(token * TOP_K + lane, EXPERTS) : -1;
+#pragma unroll
+    for (unsigned j = 0; j < TOP_K; ++j) ids[j] = max(__shfl_sync(ALL_LANES, own, j), 0);
+    return own;
 }
 
 // Computes this warp's chunks of the dots of one token with the experts ids[0] to ids[COUNT - 1],
@@ -176,13 +188,19 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
           float* weights_out, int* ids_out, int tokens, float scale, int renormalize, int serving,
           int sentinel, int first_row, int replicas, const unsigned char* is_padding,
           const int* num_valid_tokens, const unsigned char* image_mask, const float* image_bias,
-          const int* expert_map, const int* replica_counts, long long* ids_out_i64,
-          int* logical_ids_out, long long* logical_ids_out_i64) {
+          const int* expert_map, const int* replica_counts, const int* given_ids_i32,
+          const long long* given_ids_i64, long long* ids_out_i64, int* logical_ids_out,
+          long long* logical_ids_out_i64, int replica_start, int replica_step,
+          const unsigned char* given_mask, int weights_stride, int ids_stride, int* packed_out,
+          int* expert_load, int load_experts, const unsigned char* record_load,
+          short* captured_ids_i16, int* captured_ids_i32, int captured_stride, int shared_experts,
+          int shared_id, float shared_weight) {
     __shared__ Shared shared;
     const unsigned warp = threadIdx.x / WARP;
     const unsigned lane = threadIdx.x % WARP;
     const long long token = blockIdx.x;
-    const Serving call = {sentinel,
+    const Serving call = {serving,
+                          sentinel,
                           first_row,
                           replicas,
                           is_padding,
@@ -190,12 +208,19 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
                           image_mask,
                           expert_map,
                           replica_counts,
-                          nullptr,  // given_ids_i32: only the dense kernels and activation_topk
-                          nullptr,  // given_ids_i64
+                          given_ids_i32,
+                          given_ids_i64,
+                          weights_out,
                           ids_out,
                           ids_out_i64,
                           logical_ids_out,
-                          logical_ids_out_i64};
+                          logical_ids_out_i64,
+                          static_cast<unsigned>(replica_start),
+                          static_cast<unsigned>(replica_step),
+                          given_mask,
+                          {weights_stride, ids_stride, packed_out, expert_load, load_experts,
+                           record_load, captured_ids_i16, captured_ids_i32, captured_stride,
+                           shared_experts, shared_id, shared_weight}};
 
     griddepcontrol_launch_dependents();
     if (ROUNDS == 1 && warp == 0) {
@@ -212,19 +237,28 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
     bool routed = true;
     if (serving != 0 && call.is_padding_token(token)) {
         routed = false;
-    } else if (IMAGES != 0 && serving != 0 && call.is_image_token(token)) {
+    } else if (IMAGES != 0 && serving != 0 && call.is_image_token(token) &&
+               !call.is_given_token(token)) {
         select_image_experts(x_row, weight, image_bias, warp, lane, shared, id, logit);
     } else {
-        const long long token_id = load_i32_or_i64(token_ids_i32, token_ids_i64, token);
-        routed = token_id >= 0 && token_id < vocab;
+        int ids[TOP_K];
+        if (serving != 0 && call.is_given_token(token)) {
+            id = load_given_experts(call, token, lane, ids);
+        } else {
+            const long long token_id = load_i32_or_i64(token_ids_i32, token_ids_i64, token);
+            routed = token_id >= 0 && token_id < vocab;
+            if (routed) {
+                const int* table_row = table + token_id * TOP_K;
+                load_table_row(table_row, ids);
+                if (warp == 0 && lane < TOP_K) id = table_row[lane];
+            }
+        }
         if (routed) {
-            const int* table_row = table + token_id * TOP_K;
-            int ids[TOP_K];
-            load_table_row(table_row, ids);
-            if (warp == 0 && lane < TOP_K) id = table_row[lane];
             compute_chunk_sums<TOP_K, BATCH>(x_row, weight, ids, 0, warp, lane, shared);
             __syncthreads();
             if (warp == 0 && lane < TOP_K) logit = logit_of_column(shared, lane);
+            // The score of a NaN is 0: that of a given id that is no expert.
+            if (serving != 0 && id < 0) logit = __int_as_float(NAN_LOGIT_BITS);
         }
     }
     if (warp != 0) return;
@@ -232,11 +266,11 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
     const float score = routed && lane < TOP_K ? score_of(logit) : 0.0f;
     const float result = routing_weight(score, TOP_K, scale, renormalize != 0);
     if (lane < TOP_K) {
-        const long long output = token * TOP_K + lane;
-        weights_out[output] = result;
         if (serving != 0) {
-            call.store_expert(token, output, id);
+            call.store(token, TOP_K, lane, result, id);
         } else {
+            const long long output = token * TOP_K + lane;
+            weights_out[output] = result;
             ids_out[output] = routed ? id : sentinel;
         }
     }

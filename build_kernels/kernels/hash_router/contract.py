@@ -8,7 +8,10 @@ from router_runtime.format.contract import Constants, Contract, GridAxis, Parame
 
 #: The parameters of common/parameters.py that it does not need, because it scores nothing.
 _SCORING_ONLY = frozenset(
-    ("scale", "renormalize", "image_mask", "image_bias", "given_ids_i32", "given_ids_i64")
+    (
+        *("scale", "renormalize", "image_mask", "image_bias"),
+        *("given_ids_i32", "given_ids_i64", "given_mask"),
+    )
 )
 
 

@@ -58,17 +58,16 @@ __device__ __forceinline__ void route(const int* token_ids_i32, const long long*
 // CTA call it.
 __device__ __forceinline__ void route_serving(const int* token_ids_i32,
                                               const long long* token_ids_i64, const int* table,
-                                              float* weights_out, long long first_token,
-                                              unsigned cta_tokens, int vocab, unsigned top_k,
-                                              const Serving& call) {
+                                              long long first_token, unsigned cta_tokens, int vocab,
+                                              unsigned top_k, const Serving& call) {
     const float weight = __fdiv_rn(1.0f, static_cast<float>(top_k));
     for (unsigned i = threadIdx.x; i < cta_tokens * top_k; i += THREADS) {
         const long long token = first_token + i / top_k;
-        const long long output = first_token * top_k + i;
+        const unsigned rank = i % top_k;
         const long long token_id = load_i32_or_i64(token_ids_i32, token_ids_i64, token);
         const bool known = token_id >= 0 && token_id < vocab && !call.is_padding_token(token);
-        weights_out[output] = known ? weight : 0.0f;
-        call.store_expert(token, output, known ? table[token_id * top_k + i % top_k] : -1);
+        call.store(token, top_k, rank, known ? weight : 0.0f,
+                   known ? table[token_id * top_k + rank] : -1);
     }
 }
 
@@ -86,7 +85,11 @@ hash_router(const int* token_ids_i32, const long long* token_ids_i64, const int*
             int top_k, float* weights_out, int* ids_out, int tokens, int serving, int sentinel,
             int first_row, int replicas, const unsigned char* is_padding,
             const int* num_valid_tokens, const int* expert_map, const int* replica_counts,
-            long long* ids_out_i64, int* logical_ids_out, long long* logical_ids_out_i64) {
+            long long* ids_out_i64, int* logical_ids_out, long long* logical_ids_out_i64,
+            int replica_start, int replica_step, int weights_stride, int ids_stride,
+            int* packed_out, int* expert_load, int load_experts, const unsigned char* record_load,
+            short* captured_ids_i16, int* captured_ids_i32, int captured_stride,
+            int shared_experts, int shared_id, float shared_weight) {
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();
     const long long first = static_cast<long long>(blockIdx.x) * TOKENS_PER_BLOCK;
@@ -94,7 +97,8 @@ hash_router(const int* token_ids_i32, const long long* token_ids_i64, const int*
         static_cast<unsigned>(min(tokens - first, static_cast<long long>(TOKENS_PER_BLOCK)));
     const unsigned k = static_cast<unsigned>(top_k);
     if (serving != 0) {
-        const Serving call = {sentinel,
+        const Serving call = {serving,
+                              sentinel,
                               first_row,
                               replicas,
                               is_padding,
@@ -104,12 +108,18 @@ hash_router(const int* token_ids_i32, const long long* token_ids_i64, const int*
                               replica_counts,
                               nullptr,  // given_ids_i32
                               nullptr,  // given_ids_i64
+                              weights_out,
                               ids_out,
                               ids_out_i64,
                               logical_ids_out,
-                              logical_ids_out_i64};
-        route_serving(token_ids_i32, token_ids_i64, table, weights_out, first, count, vocab, k,
-                      call);
+                              logical_ids_out_i64,
+                              static_cast<unsigned>(replica_start),
+                              static_cast<unsigned>(replica_step),
+                              nullptr,  // given_mask
+                              {weights_stride, ids_stride, packed_out, expert_load, load_experts,
+                               record_load, captured_ids_i16, captured_ids_i32, captured_stride,
+                               shared_experts, shared_id, shared_weight}};
+        route_serving(token_ids_i32, token_ids_i64, table, first, count, vocab, k, call);
     } else if (can_vectorize(4, k, table, weights_out, ids_out)) {
         route<4>(token_ids_i32, token_ids_i64, table, weights_out, ids_out, first, count, vocab, k,
                  sentinel);

@@ -89,6 +89,12 @@ def from_bits(a: Int32) -> Float32:
     return Float32(pure(T.f32(), [a], "mov.b32 $0, $1;", "=f,r"))
 
 
+def bf16_bits(a: Float32) -> Int32:
+    """Return the 16 bits of the bfloat16 next to ``a``, ties to even, with zeros above them."""
+    text = "{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; cvt.u32.u16 $0, h; }"
+    return Int32(pure(T.i32(), [a], text, "=r,f"))
+
+
 def max_u32(a: Int32, b: Int32) -> Int32:
     """Return the larger of two words, compared as unsigned numbers."""
     return Int32(pure(T.i32(), [a, b], "max.u32 $0, $1, $2;", "=r,r,r"))
@@ -124,7 +130,7 @@ def remainder(a: Int32, b: int) -> Int32:
 
 
 def modulo(a: Int32, b: Int32) -> Int32:
-    """Return a % b, for a >= 0 and b > 0 that is not a constant."""
+    """Return a % b as unsigned numbers; b is neither 0 nor a constant."""
     return Int32(arith.remui(a.ir_value(), b.ir_value()))
 
 

@@ -137,6 +137,16 @@ def load_global_f32(address: Int64) -> Float32:
     return Float32(asm(T.f32(), [address], "ld.global.f32 $0, [$1];", "=f,l"))
 
 
+def store_global_b16(address: Int64, value: Int32) -> None:
+    """Store the lower half of a word; the address is a multiple of 2."""
+    asm(
+        None,
+        [address, value],
+        "{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.b16 [$0], h; }",
+        "l,r,~{memory}",
+    )
+
+
 def store_global_b32(address: Int64, value: Int32) -> None:
     """Store one word; the address is a multiple of 4."""
     asm(None, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
@@ -183,3 +193,8 @@ def atomic_add_relaxed(address: Int64, value: Int32) -> Int32:
             "=r,l,r,~{memory}",
         )
     )
+
+
+def add_relaxed(address: Int64, value: Int32) -> None:
+    """Add to a word of global memory, atomically for the whole GPU; orders nothing else."""
+    asm(None, [address, value], "red.relaxed.gpu.global.add.u32 [$0], $1;", "l,r,~{memory}")

@@ -242,7 +242,7 @@ class SwapAbEpilogue:
                 if routing.image_mask.toint() != 0:
                     images = Int32(1)
                 bias_row = self.biases_of(routing, shared, images, token)
-                given = epilogue.replays(routing)
+                given = epilogue.is_given(routing, token)
                 padding = epilogue.is_padding(routing, token)
             ranked = arith.both(valid, arith.equal(given | padding, Int32(0)))
             logits = []

@@ -142,7 +142,7 @@ class TileEpilogue:
         given, padding = Int32(0), Int32(0)
         if routing.serving != 0 and valid:
             bias_row = self.biases_of(routing, shared, token)
-            given = epilogue.replays(routing)
+            given = epilogue.is_given(routing, token)
             padding = epilogue.is_padding(routing, token)
         ranked = arith.both(valid, arith.equal(given | padding, Int32(0)))
         own_e_rank = arith.quotient(member, 2)
