@@ -27,8 +27,8 @@ A call may change the steps of some tokens:
 - Given ids take the place of steps 4 and 5, in their order, for all tokens or for those that a mask
   marks. An id outside [0, E) is no expert.
 - No expert: its score is 0, its weight 0, its id the sentinel.
-- An expert map replaces each id at the end: ``physical id = map[id, place modulo count[id]]``, taken
-  as it is, where ``place = (start + step * row) modulo 2^32``: the row itself, unless said
+- An expert map replaces each id at the end: ``physical id = map[id, place modulo count[id]]``,
+  taken as it is, where ``place = (start + step * row) modulo 2^32``: the row itself, unless said
   otherwise. No expert is not mapped.
 - Shared experts follow the k experts of each token: consecutive ids, all with one given weight. A
   padding token has the sentinel and the weight 0 there too.
@@ -173,9 +173,7 @@ def activation_topk(
     return routing_weights(chosen, scale, renormalize), ids
 
 
-def with_given(
-    ids: Tensor, given_ids: Tensor, given_mask: Tensor | None, experts: int
-) -> Tensor:
+def with_given(ids: Tensor, given_ids: Tensor, given_mask: Tensor | None, experts: int) -> Tensor:
     """``ids`` ``[N, k]`` in which the rows of ``given_mask``, bool ``[N]``, are those of
     ``given_ids``: all rows without a mask. A given id outside [0, experts) becomes ``NO_EXPERT``.
     """
@@ -207,8 +205,8 @@ def physical_ids(
     start: int = 0,
     step: int = 1,
 ) -> Tensor:
-    """``expert_map[id, place modulo replica_counts[id]]`` with ``place = (start + step * row) modulo
-    2^32``; the sentinel for ``NO_EXPERT``.
+    """``expert_map[id, place modulo replica_counts[id]]``, the sentinel for ``NO_EXPERT``; the
+    place is ``(start + step * row) modulo 2^32``.
 
     ``ids`` ``[N, k]``, ``rows`` their numbers in the batch ``[N]``, ``expert_map`` ``[E, R]``,
     ``replica_counts`` ``[E]``. A count outside [1, R] counts as the nearest one in it. An entry of
@@ -255,8 +253,8 @@ def with_shared_experts(
 
 
 def packed(weights: Tensor, ids: Tensor) -> Tensor:
-    """``(id << 16) | bits of bf16(weight)`` in 32 bits: int32 of the shape of ``ids``. Of an id, the
-    lower 16 bits are there; a weight is rounded to the nearest, ties to even.
+    """``(id << 16) | bits of bf16(weight)`` in 32 bits: int32 of the shape of ``ids``. Of an id
+    there are the lower 16 bits; a weight is rounded to the nearest, ties to even.
     """
     halves = weights.bfloat16().view(torch.int16).int() & 0xFFFF
     return (ids.int() << 16) | halves
@@ -327,8 +325,8 @@ def hash_gate(
 
     A token outside [0, vocab) gets the sentinel in every id and zero weights, and so does one of
     ``padding`` (bool ``[N]``). An image token (``image_mask``, bool ``[N]``) is not looked up: it
-    gets the k experts of largest key, with ``image_bias`` (fp32 ``[E]``) as the bias. Nor is a token
-    whose experts are given: ``given_ids``, integers ``[N, k]``, of all tokens or of those in
+    gets the k experts of largest key, with ``image_bias`` (fp32 ``[E]``) as the bias. Nor is a
+    token whose experts are given: ``given_ids``, integers ``[N, k]``, of all tokens or of those in
     ``given_mask``, bool ``[N]``.
     """
     ids = hash_router(token_ids, table, table.shape[1], sentinel)[1]

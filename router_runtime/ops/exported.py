@@ -19,7 +19,7 @@ from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import EXPORTED, ROUTERS, Router
 from router_runtime.routing.weights import NAMES
 
-#: The tensors of a gate, in the order of ``EXPORTED``, and its configuration.
+#: The tensors of a gate, in the order of ``EXPORTED``, and what ``Router.exported`` says beside.
 Gate = tuple[list[Tensor | None], str]
 
 _lock = threading.RLock()
@@ -27,23 +27,25 @@ _lock = threading.RLock()
 
 def exported_router(gate: Gate) -> Router:
     """The router of an exported program's gate. Raises what the constructor of Router raises."""
-    tensors, config = gate
+    tensors, text = gate
     given = {
         name: tensor for name, tensor in zip(EXPORTED, tensors, strict=True) if tensor is not None
     }
     key = given.get("weight", given.get("table"))
     assert key is not None  # every mode has one of them
     with _lock:
-        return ROUTERS.find(key) or _built(RouterConfig(**json.loads(config)), given, key)
+        return ROUTERS.find(key) or _built(json.loads(text), given, key)
 
 
-def _built(config: RouterConfig, given: dict[str, Tensor], key: Tensor) -> Router:
+def _built(described: dict[str, Any], given: dict[str, Tensor], key: Tensor) -> Router:
     """A new router, which is findable by ``key`` for as long as that lives."""
     values: dict[str, Any] = {name: given[name] for name in NAMES if name in given}
-    router = Router(config, **values, device=key.device)
+    router = Router(RouterConfig(**described["config"]), **values, device=key.device)
     router.weights.watch(values, of_module=True)
     if "expert_map" in given:
-        router.set_expert_map(given["expert_map"], given["replica_counts"])
+        router.set_expert_map(
+            given["expert_map"], given["replica_counts"], **described["replica_order"]
+        )
     ROUTERS.adopt(router, key)
     weakref.finalize(key, _let_go, router).atexit = False
     return router

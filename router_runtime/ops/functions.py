@@ -3,8 +3,16 @@
 A function costs no measurable time over its op (keyword arguments, which torch takes long to parse,
 are passed on only if there are any) and works under ``torch.compile``. The ops have further forms
 without a function: ``torch.ops.dsv4.NAME.mapped`` applies an expert map and returns ``(weights,
-physical ids, ..., logical ids)``; ``torch.ops.dsv4.NAME.out`` writes ``weights_out``, ``ids_out``
-and ``logical_ids_out`` (and ``logits_out``), contiguous tensors of the caller.
+physical ids, ..., logical ids)``; ``torch.ops.dsv4.NAME.packed`` returns ``(id << 16) | bf16
+weight``, int32; ``torch.ops.dsv4.NAME.out`` writes ``weights_out``, ``ids_out`` and
+``logical_ids_out`` (and ``logits_out``), tensors of the caller, and records in ``expert_load`` and
+``captured_ids``. ``Router.forward_mapped``, ``forward_packed`` and ``forward_out`` say what these
+arguments mean.
+
+All functions take ``shared_experts`` (1 or 2), for so many experts that every token has: they
+follow the k own ones in each row, have the ids ``shared_id`` (without it the number of experts) and
+the one after it, and each has the weight ``shared_weight`` (without it 1); padding has the sentinel
+and 0 there.
 
 Steps are those of ``router_runtime/spec.py``. No op has a backward: inputs that require grad in
 grad mode are refused. Rows may have any stride between them; the elements of a row are copied
@@ -38,6 +46,8 @@ _activation_topk_replay = torch.ops.dsv4.activation_topk_replay.default
 
 #: The arguments of functions that count something or number something.
 _NUMBERS = frozenset({"router_id", "num_experts", "top_k", "k", "sentinel"})
+#: The same, for those that may be None.
+_OPTIONAL_NUMBERS = frozenset({"shared_experts", "shared_id"})
 #: An int, or what may stand for one: the int of a traced function, of NumPy or of a tensor.
 _AS_INT = (int, torch.SymInt, SupportsIndex)
 
@@ -84,10 +94,17 @@ def _refuse_as_numbers(arguments: Mapping[str, Any]) -> None:
             continue
         if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, _AS_INT)):
             raise wrong_value(name, "an int", value)
-        if name == "scale" and isinstance(value, bool):
+        if name in _OPTIONAL_NUMBERS and value is not None and type(value) is not int:
+            raise wrong_value(name, "an int or None", value)
+        if name in ("scale", "shared_weight") and isinstance(value, bool):
             raise wrong_value(name, "a float", value)
         if name == "ids_dtype" and not (value is None or isinstance(value, torch.dtype)):
             raise wrong_value(name, "torch.int32 or torch.int64", value)
+
+
+def _used(**inputs: Any) -> dict[str, Any]:
+    """Those of ``inputs`` that are not None: torch takes long to read keyword arguments."""
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _refuse_other_than_bool(renormalize: object) -> None:
@@ -107,6 +124,11 @@ def dense_router(
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
     image_mask: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route hidden states by the gate of a registered Router of mode ``dense`` (steps 1 to 7).
 
@@ -123,6 +145,13 @@ def dense_router(
         num_valid_tokens: int32, one element on the device; the rows from that number on are
             padding. The kernel reads it, at each replay of a captured graph again.
         image_mask: bool ``[tokens]``; those rows are selected by the router's ``image_bias``.
+        given_ids: int32 or int64 ``[tokens, k]``: experts to weigh, in their order, instead of
+            selecting; of all rows, or of those in ``given_mask``. An id outside [0, E) becomes the
+            sentinel, with weight 0, and is left out of the sum.
+        given_mask: bool ``[tokens]``, beside ``given_ids``.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])`` in rank order: k distinct ids in [0, E).
@@ -134,18 +163,18 @@ def dense_router(
         DriverError: the launch failed.
 
     """
-    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
-        return _dense_router(hidden_states, router_id, num_experts, top_k)  # type: ignore[no-any-return]
-    return _dense_router(  # type: ignore[no-any-return]
-        hidden_states,
-        router_id,
-        num_experts,
-        top_k,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
         image_mask=image_mask,
+        given_ids=given_ids,
+        given_mask=given_mask,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
     )
+    return _dense_router(hidden_states, router_id, num_experts, top_k, **inputs)  # type: ignore[no-any-return]
 
 
 @_calls(_dense_router_logits)
@@ -159,6 +188,11 @@ def dense_router_logits(
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
     image_mask: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route as ``dense_router`` does, and return the logits that it routed by.
 
@@ -170,18 +204,18 @@ def dense_router_logits(
         ``[tokens, E]``, a NaN stored as 0x7fffffff (step 1), also for padding tokens.
 
     """
-    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
-        return _dense_router_logits(hidden_states, router_id, num_experts, top_k)  # type: ignore[no-any-return]
-    return _dense_router_logits(  # type: ignore[no-any-return]
-        hidden_states,
-        router_id,
-        num_experts,
-        top_k,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
         image_mask=image_mask,
+        given_ids=given_ids,
+        given_mask=given_mask,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
     )
+    return _dense_router_logits(hidden_states, router_id, num_experts, top_k, **inputs)  # type: ignore[no-any-return]
 
 
 @_calls(_dense_router_replay)
@@ -195,6 +229,9 @@ def dense_router_replay(
     ids_dtype: torch.dtype | None = None,
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weigh experts that were chosen before, by the gate of a registered dense Router: steps 1 to 3
     and 6, at the given experts.
@@ -209,6 +246,9 @@ def dense_router_replay(
         ids_dtype: as of ``dense_router``.
         is_padding: as of ``dense_router``.
         num_valid_tokens: as of ``dense_router``.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])``. Given the ids of ``dense_router``, its
@@ -219,18 +259,15 @@ def dense_router_replay(
         DriverError: the launch failed.
 
     """
-    if ids_dtype is None and is_padding is num_valid_tokens is None:
-        return _dense_router_replay(hidden_states, given_ids, router_id, num_experts, top_k)  # type: ignore[no-any-return]
-    return _dense_router_replay(  # type: ignore[no-any-return]
-        hidden_states,
-        given_ids,
-        router_id,
-        num_experts,
-        top_k,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
     )
+    return _dense_router_replay(hidden_states, given_ids, router_id, num_experts, top_k, **inputs)  # type: ignore[no-any-return]
 
 
 @_calls(_hash_router)
@@ -242,6 +279,9 @@ def hash_router(
     ids_dtype: torch.dtype | None = None,
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Look the experts of tokens up in the table of a registered Router of mode ``hash``:
     ``ids = table[token]``, each with the weight 1/k.
@@ -254,6 +294,9 @@ def hash_router(
         ids_dtype: as of ``dense_router``.
         is_padding: as of ``dense_router``.
         num_valid_tokens: as of ``dense_router``.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])``, in the table's order.
@@ -263,16 +306,15 @@ def hash_router(
         DriverError: the launch failed.
 
     """
-    if ids_dtype is None and is_padding is num_valid_tokens is None:
-        return _hash_router(token_ids, router_id, top_k)  # type: ignore[no-any-return]
-    return _hash_router(  # type: ignore[no-any-return]
-        token_ids,
-        router_id,
-        top_k,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
     )
+    return _hash_router(token_ids, router_id, top_k, **inputs)  # type: ignore[no-any-return]
 
 
 @_calls(_hash_gate)
@@ -287,6 +329,11 @@ def hash_gate(
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
     image_mask: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Look the experts of tokens up in the table of a registered Router of mode ``hash_gate``, and
     weigh them by its gate's scores (steps 1 to 3 and 6 at those experts).
@@ -303,6 +350,13 @@ def hash_gate(
         num_valid_tokens: as of ``dense_router``.
         image_mask: bool ``[tokens]``; those tokens are not looked up: they get the k experts of
             largest key (steps 4 and 5) by the router's ``image_bias``.
+        given_ids: int32 or int64 ``[tokens, k]``: experts to weigh, in their order, instead of
+            looking up; of all rows, or of those in ``given_mask``. An id outside [0, E) becomes the
+            sentinel, with weight 0, and is left out of the sum.
+        given_mask: bool ``[tokens]``, beside ``given_ids``.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])``, in the table's order (image tokens: in rank
@@ -313,19 +367,18 @@ def hash_gate(
         DriverError: the launch failed.
 
     """
-    if ids_dtype is None and is_padding is num_valid_tokens is image_mask is None:
-        return _hash_gate(hidden_states, token_ids, router_id, num_experts, top_k)  # type: ignore[no-any-return]
-    return _hash_gate(  # type: ignore[no-any-return]
-        hidden_states,
-        token_ids,
-        router_id,
-        num_experts,
-        top_k,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
         image_mask=image_mask,
+        given_ids=given_ids,
+        given_mask=given_mask,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
     )
+    return _hash_gate(hidden_states, token_ids, router_id, num_experts, top_k, **inputs)  # type: ignore[no-any-return]
 
 
 @_calls(_topk_select)
@@ -366,7 +419,12 @@ def activation_topk(
     num_valid_tokens: Tensor | None = None,
     image_mask: Tensor | None = None,
     image_bias: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
     sentinel: int = -1,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route by logits that are there already: steps 2 to 7, without a Router.
 
@@ -389,7 +447,14 @@ def activation_topk(
         image_mask: bool ``[tokens]``; those rows are selected by ``image_bias``, which is required
             with it.
         image_bias: as ``bias``.
+        given_ids: int32 or int64 ``[tokens, k]``: experts to weigh, in their order, instead of
+            selecting; of all rows, or of those in ``given_mask``. An id outside [0, E) becomes the
+            sentinel, with weight 0, and is left out of the sum.
+        given_mask: bool ``[tokens]``, beside ``given_ids``.
         sentinel: the id of padding, an int32.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])`` in rank order: k distinct ids in [0, E),
@@ -405,32 +470,34 @@ def activation_topk(
 
     """
     if (
-        type(k) is not int
-        or type(scale) is not float
-        or type(sentinel) is not int
-        or ids_dtype is not None
-    ):
-        _refuse_as_numbers({"k": k, "scale": scale, "sentinel": sentinel, "ids_dtype": ids_dtype})
-    _refuse_other_than_bool(renormalize)
-    if (
         sentinel == -1
+        and is_padding is num_valid_tokens is image_mask is image_bias is given_ids is None
         and ids_dtype is None
-        and is_padding is num_valid_tokens is image_mask is image_bias is None
+        and given_mask is None
+        and shared_experts is shared_id is None
+        and shared_weight is None
+        and type(k) is int
+        and type(scale) is float
+        and type(sentinel) is int
     ):
+        _refuse_other_than_bool(renormalize)
         return _activation_topk(logits, bias, k, scale, renormalize)  # type: ignore[no-any-return]
-    return _activation_topk(  # type: ignore[no-any-return]
-        logits,
-        bias,
-        k,
-        scale,
-        renormalize,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
         image_mask=image_mask,
         image_bias=image_bias,
-        sentinel=sentinel,
+        given_ids=given_ids,
+        given_mask=given_mask,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
+        sentinel=None if sentinel == -1 else sentinel,
     )
+    _refuse_as_numbers({"k": k, "scale": scale, "sentinel": sentinel, **inputs})
+    _refuse_other_than_bool(renormalize)
+    return _activation_topk(logits, bias, k, scale, renormalize, **inputs)  # type: ignore[no-any-return]
 
 
 @explains_arguments
@@ -444,6 +511,9 @@ def activation_topk_replay(
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
     sentinel: int = -1,
+    shared_experts: int | None = None,
+    shared_id: int | None = None,
+    shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weigh experts that were chosen before, by logits: steps 2, 3 and 6 at the given experts.
 
@@ -457,6 +527,9 @@ def activation_topk_replay(
         is_padding: as of ``activation_topk``.
         num_valid_tokens: as of ``activation_topk``.
         sentinel: as of ``activation_topk``.
+        shared_experts: see this module.
+        shared_id: see this module.
+        shared_weight: see this module.
 
     Returns:
         ``(weights fp32 [tokens, k], ids [tokens, k])``. Given the ids of ``activation_topk``, its
@@ -466,18 +539,15 @@ def activation_topk_replay(
         The errors of ``activation_topk``.
 
     """
-    if type(scale) is not float or type(sentinel) is not int or ids_dtype is not None:
-        _refuse_as_numbers({"scale": scale, "sentinel": sentinel, "ids_dtype": ids_dtype})
-    _refuse_other_than_bool(renormalize)
-    if sentinel == -1 and ids_dtype is None and is_padding is num_valid_tokens is None:
-        return _activation_topk_replay(logits, given_ids, scale, renormalize)  # type: ignore[no-any-return]
-    return _activation_topk_replay(  # type: ignore[no-any-return]
-        logits,
-        given_ids,
-        scale,
-        renormalize,
+    inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
         num_valid_tokens=num_valid_tokens,
-        sentinel=sentinel,
+        shared_experts=shared_experts,
+        shared_id=shared_id,
+        shared_weight=shared_weight,
+        sentinel=None if sentinel == -1 else sentinel,
     )
+    _refuse_as_numbers({"scale": scale, "sentinel": sentinel, **inputs})
+    _refuse_other_than_bool(renormalize)
+    return _activation_topk_replay(logits, given_ids, scale, renormalize, **inputs)  # type: ignore[no-any-return]

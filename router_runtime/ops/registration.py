@@ -173,19 +173,27 @@ def _forms(
         call = Call.taking(inputs, logits=logits, mapped=True)
         return serve(*arguments, call=call, **inputs).given()
 
+    def packed(*arguments: Any, mapped: bool = False, **inputs: Any) -> Tensor:
+        _refuse_none(names, arguments, inputs)
+        call = Call.taking(inputs, mapped=mapped, packed=True)
+        (words,) = serve(*arguments, call=call, **inputs).given()
+        return words
+
     def out(
         *arguments: Any,
         weights_out: Tensor,
         ids_out: Tensor,
         logits_out: Tensor | None = None,
         logical_ids_out: Tensor | None = None,
+        mapped: bool = False,
         **inputs: Any,
     ) -> None:
         _refuse_none(names, arguments, {"weights_out": weights_out, "ids_out": ids_out, **inputs})
         outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
-        serve(*arguments, call=Call.taking(inputs, outputs=outputs), **inputs)
+        call = Call.taking(inputs, mapped=mapped, outputs=outputs)
+        serve(*arguments, call=call, **inputs)
 
-    return {"": default, "mapped": mapped, "out": out}
+    return {"": default, "mapped": mapped, "packed": packed, "out": out}
 
 
 # FRAGMENT, not DEF: an engine may add ops of its own to the namespace.

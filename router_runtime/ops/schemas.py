@@ -1,9 +1,12 @@
 """The forms of each custom op: their schemas, and what they return, for tracing.
 
-An op that routes has three forms. ``name`` returns weights and ids (and logits). ``name.mapped``
+An op that routes has four forms. ``name`` returns weights and ids (and logits). ``name.mapped``
 applies the expert map: its ids are physical ones, and the logical ones follow after the other
-results. ``name.out`` returns nothing and writes ``weights_out`` and ``ids_out`` (and
-``logits_out``); with ``logical_ids_out`` it applies the expert map too.
+results. ``name.packed`` returns one tensor, with id and weight in each word. ``name.out`` returns
+nothing and writes ``weights_out`` and ``ids_out`` (and ``logits_out``), and what a call records is
+written by this form only. The latter two apply the expert map if they are called with
+``mapped=True``, or where there is no router with an ``expert_map``; ``name.out`` also if it is
+called with ``logical_ids_out``.
 
 An op of a Router has each form three times: for callers, with the number ``router_id``; for
 ``torch.compile``, with ``buffer``, the router's weight (or its table in mode ``hash``), under the
@@ -30,6 +33,13 @@ from router_runtime.routing.checks import (
 )
 
 NAMESPACE = "dsv4"
+
+#: The forms of an op that routes, and what all of them take for experts that every token has.
+FORMS = ("", "mapped", "packed", "out")
+_SHARED = ", int? shared_experts=None, int? shared_id=None, float? shared_weight=None"
+
+#: What the form ``out`` records beside its results.
+_RECORDS = ", Tensor(e!)? expert_load=None, Tensor? record_load=None, Tensor(f!)? captured_ids=None"
 
 #: The argument of an op that says which router -> how the names of those forms end.
 ROUTER_ARGUMENTS = {
@@ -72,12 +82,16 @@ class RoutingOp(NamedTuple):
     logits: bool = False
 
     def forms(self) -> dict[tuple[str, str], str]:
-        """The schema of each form, by (``""``, ``"mapped"`` or ``"out"``, how its name ends)."""
-        serving = "Tensor? is_padding=None, Tensor? num_valid_tokens=None" + self.inputs
+        """The schema of each form, by (one of ``FORMS``, how its name ends)."""
+        serving = f"Tensor? is_padding=None, Tensor? num_valid_tokens=None{self.inputs}{_SHARED}"
         results = "Tensor, Tensor" + ", Tensor" * self.logits
-        owned = not self.takes_router
-        given = ", Tensor expert_map, Tensor replica_counts" * owned
-        if_any = ", Tensor? expert_map=None, Tensor? replica_counts=None" * owned
+        given = if_wanted = ""
+        if not self.takes_router:
+            order = ", int replica_start=0, int replica_step=1"
+            given = f", Tensor expert_map, Tensor replica_counts{order}"
+            if_wanted = f", Tensor? expert_map=None, Tensor? replica_counts=None{order}"
+        else:
+            if_wanted = ", bool mapped=False"
         outputs = "Tensor(a!) weights_out, Tensor(b!) ids_out" + (
             ", Tensor(c!) logits_out" * self.logits + ", Tensor(d!)? logical_ids_out=None"
         )
@@ -89,7 +103,8 @@ class RoutingOp(NamedTuple):
                 ("", end): f"({positional}, *, {dtype}, {serving}) -> ({results})",
                 ("mapped", end): f"({positional}, *, {dtype}, {serving}{given})"
                 f" -> ({results}, Tensor)",
-                ("out", end): f"({positional}, *, {serving}{if_any}, {outputs}) -> ()",
+                ("packed", end): f"({positional}, *, {serving}{if_wanted}) -> Tensor",
+                ("out", end): f"({positional}, *, {serving}{if_wanted}, {outputs}{_RECORDS}) -> ()",
             }
         return schemas
 
@@ -118,21 +133,29 @@ class RoutingOp(NamedTuple):
             refuse_several_devices({**dict(zip(names, arguments, strict=True)), **inputs})
             return self.shape(*arguments)
 
+        def columns(top_k: int, shared_experts: int | None = None, **_: Any) -> int:
+            return top_k + (shared_experts or 0)
+
         def default(*arguments: Any, ids_dtype: Any = None, **inputs: Any) -> tuple[Tensor, ...]:
             rows, experts, top_k = shape(*arguments, **inputs)
-            results = outputs_like(rows, top_k, ids_dtype or torch.int32)
+            results = outputs_like(rows, columns(top_k, **inputs), ids_dtype or torch.int32)
             if not logits:
                 return results
             return *results, rows.new_empty((rows.shape[0], experts), dtype=torch.float32)
 
         def mapped(*arguments: Any, **inputs: Any) -> tuple[Tensor, ...]:
             results = default(*arguments, **inputs)
-            return *results, torch.empty_like(results[1])
+            rows, _, top_k = self.shape(*arguments)
+            return *results, results[1].new_empty((rows.shape[0], top_k))
+
+        def packed(*arguments: Any, **inputs: Any) -> Tensor:
+            rows, _, top_k = shape(*arguments, **inputs)
+            return outputs_like(rows, columns(top_k, **inputs), torch.int32)[1]
 
         def out(*arguments: Any, **inputs: Any) -> None:
             shape(*arguments, **inputs)
 
-        return {"": default, "mapped": mapped, "out": out}
+        return {"": default, "mapped": mapped, "packed": packed, "out": out}
 
 
 def refuse_several_devices(arguments: Mapping[str, Any]) -> None:
@@ -213,20 +236,22 @@ def _activation_topk_replay(
 
 _STATES, _SIZES = "Tensor hidden_states", "int num_experts, int top_k"
 _IMAGES = ", Tensor? image_mask=None"
+_GIVEN = ", Tensor? given_ids=None, Tensor? given_mask=None"
+_SCORED = _IMAGES + _GIVEN
 
 ROUTING_OPS = (
-    RoutingOp("dense_router", _STATES, _SIZES, _dense_router, inputs=_IMAGES),
-    RoutingOp("dense_router_logits", _STATES, _SIZES, _dense_router, inputs=_IMAGES, logits=True),
+    RoutingOp("dense_router", _STATES, _SIZES, _dense_router, inputs=_SCORED),
+    RoutingOp("dense_router_logits", _STATES, _SIZES, _dense_router, inputs=_SCORED, logits=True),
     RoutingOp("dense_router_replay", f"{_STATES}, Tensor given_ids", _SIZES, _dense_router_replay),
     RoutingOp("hash_router", "Tensor token_ids", "int top_k", _hash_router),
-    RoutingOp("hash_gate", f"{_STATES}, Tensor token_ids", _SIZES, _hash_gate, inputs=_IMAGES),
+    RoutingOp("hash_gate", f"{_STATES}, Tensor token_ids", _SIZES, _hash_gate, inputs=_SCORED),
     RoutingOp(
         "activation_topk",
         "Tensor logits, Tensor bias",
         "int k, float scale, bool renormalize",
         _activation_topk,
         takes_router=False,
-        inputs=f"{_IMAGES}, Tensor? image_bias=None, int sentinel=-1",
+        inputs=f"{_IMAGES}, Tensor? image_bias=None{_GIVEN}, int sentinel=-1",
     ),
     RoutingOp(
         "activation_topk_replay",

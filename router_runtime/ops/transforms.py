@@ -93,15 +93,22 @@ def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
         if not count:
             zeros = {name: _slice_of_zeros(values[name], place) for name, place in places.items()}
             results = again({**values, **zeros})
-            slices_of_none = [each.new_empty((0, *each.shape)) for each in results]
-            return tuple(_add_batch_dim(each, 0, level) for each in slices_of_none)
-        for number in range(count):
-            cut = {name: values[name].select(place, number) for name, place in places.items()}
-            slices.append(again({**values, **cut}))
-        if not places:
-            return slices[0]
-        stacked = [torch.stack(each) for each in zip(*slices, strict=True)]
-    return tuple(_add_batch_dim(each, 0, level) for each in stacked)
+            stacked = [each.new_empty((0, *each.shape)) for each in _as_tuple(results)]
+        else:
+            for number in range(count):
+                cut = {name: values[name].select(place, number) for name, place in places.items()}
+                slices.append(again({**values, **cut}))
+            results = slices[0]
+            if not places:
+                return results
+            stacked = [torch.stack(each) for each in zip(*map(_as_tuple, slices), strict=True)]
+    batches = tuple(_add_batch_dim(each, 0, level) for each in stacked)
+    return batches[0] if isinstance(results, Tensor) else batches
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    """What an op returns, also where it is one tensor."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def _slice_of_zeros(tensor: Tensor, place: int) -> Tensor:

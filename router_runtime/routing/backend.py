@@ -9,11 +9,12 @@ from torch import Tensor
 
 from router_runtime.device.kernels import Kernels
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.call import Call, ExpertMap, Results
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cpu import CpuDense, CpuHash, CpuHashGate
 from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash, CudaHashGate
+from router_runtime.routing.expert_map import ExpertMap
 from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
 

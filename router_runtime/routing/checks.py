@@ -160,6 +160,13 @@ def readable_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     return copy, copy.data_ptr(), copy.shape[1]
 
 
+def address(tensor: Tensor | None, dtype: torch.dtype, row: int = 0) -> int:
+    """The address of a row of ``tensor`` if it is of that dtype, else null."""
+    if tensor is None or tensor.dtype is not dtype:
+        return 0
+    return tensor.data_ptr() + (row * tensor.stride(0) * tensor.element_size() if row else 0)
+
+
 def wrong_tensor(name: str, expected: str, tensor: object) -> InputError:
     """The error for a tensor of the wrong kind."""
     if isinstance(tensor, Tensor):

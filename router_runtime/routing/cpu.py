@@ -11,9 +11,11 @@ from torch import Tensor
 
 from router_runtime import spec
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.call import Call, ExpertMap, Results
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import check_activations, check_token_ids, wrong_token_ids
 from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.expert_map import ExpertMap
+from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import CPU
 from router_runtime.routing.weights import Weights
 
@@ -24,6 +26,7 @@ class _CpuBackend:
 
     def __init__(self, config: RouterConfig, weights: Weights) -> None:
         self._config, self._weights = config, weights
+        self._sizes = Sizes.of(config, weights)
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
         """Nothing: no CUDA graph captures work of a CPU."""
@@ -40,15 +43,14 @@ class CpuDense(_CpuBackend):
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``route``, and the logits, fp32 ``[tokens, num_experts]``."""
-        weights, ids, logits, _ = self.serve(tensor, Call(logits=True), None)
+        weights, ids, logits, *_ = self.serve(tensor, Call(logits=True), None)
         return weights, ids, typing.cast(Tensor, logits)
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
         """The results of a call with serving inputs."""
         config, weights = self._config, self._weights.current()
         tokens = check_activations(tensor, config.hidden_size, CPU.device)
-        call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
-        results = call.results(CPU, tokens, config.top_k, config.num_experts)
+        results = call.prepare(CPU, tokens, self._sizes)
         logits = spec.dense_logits(tensor, weights.weight)
         result = spec.activation_topk(
             logits,
@@ -59,6 +61,7 @@ class CpuDense(_CpuBackend):
             image_mask=call.image_mask,
             image_bias=weights.image_bias,
             given_ids=call.given_ids,
+            given_mask=call.given_mask,
             padding=call.padding(torch.arange(tokens)),
         )
         if results.logits is not None:
@@ -77,8 +80,7 @@ class CpuHash(_CpuBackend):
         """The results of a call with serving inputs."""
         config = self._config
         tokens = check_token_ids(tensor, CPU.device)
-        call.check(tokens, config.top_k, CPU.device, image_bias=False)
-        results = call.results(CPU, tokens, config.top_k, config.num_experts)
+        results = call.prepare(CPU, tokens, self._sizes)
         padding = call.padding(torch.arange(tokens))
         table = self._weights.current().table
         result = spec.hash_router(tensor, table, config.top_k, spec.NO_EXPERT, padding)
@@ -102,8 +104,7 @@ class CpuHashGate(_CpuBackend):
         tokens = check_activations(hidden_states, config.hidden_size, CPU.device)
         token_ids = typing.cast(Tensor, call.token_ids)
         check_token_ids(token_ids, CPU.device, tokens)
-        call.check(tokens, config.top_k, CPU.device, weights.image_bias is not None)
-        results = call.results(CPU, tokens, config.top_k, config.num_experts)
+        results = call.prepare(CPU, tokens, self._sizes)
         result = spec.hash_gate(
             hidden_states,
             token_ids,
@@ -114,6 +115,8 @@ class CpuHashGate(_CpuBackend):
             spec.NO_EXPERT,
             image_mask=call.image_mask,
             image_bias=weights.image_bias,
+            given_ids=call.given_ids,
+            given_mask=call.given_mask,
             padding=call.padding(torch.arange(tokens)),
         )
         return call.store(results, *result, config.sentinel, expert_map)

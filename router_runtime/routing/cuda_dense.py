@@ -14,9 +14,12 @@ from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
 from router_runtime.device.tensor_map import Matrix
 from router_runtime.evidence.choice import DENSE, TokenRange
-from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import check_activations, readable_rows
 from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.expert_map import ExpertMap
+from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
@@ -63,7 +66,7 @@ class DenseLauncher:
         weights: int,
         ids: int,
         logits: int,
-        served: tuple[int, ...] | None = None,
+        served: Served | None = None,
     ) -> None:
         """Launch on ``stream``.
 
@@ -75,7 +78,7 @@ class DenseLauncher:
             weights: where the weights go, fp32 ``[tokens, top_k]``.
             ids: where int32 ids go; 0 if they are int64, which ``served`` has the address of.
             logits: where the logits go, fp32 ``[tokens, num_experts]``; 0 for none.
-            served: the values of ``call.SERVED``, if the call has serving inputs.
+            served: what the call has beside, if it is no plain one.
 
         """
         rows: int | Matrix = address
@@ -129,7 +132,7 @@ class CudaDense:
     ) -> None:
         self._hidden_size, self._experts = config.hidden_size, config.num_experts
         self._top_k = config.top_k
-        self._images = weights.image_bias is not None
+        self._sizes = Sizes.of(config, weights)
         self._weights = weights
         self.placement = Placement(weights.weight.device)
         requests = [
@@ -184,15 +187,14 @@ class CudaDense:
         if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(tensor, call, expert_map)
-        call.check(tokens, self._top_k, placement.device, self._images)
-        results = call.results(placement, tokens, self._top_k, self._experts)
+        results = call.prepare(placement, tokens, self._sizes)
         plan = self.plan
         if results.logits is not None:
             self._logits_dispatch.require()
             plan = self.logits_plan
         for rows in plan.parts(tokens):
             part = results.part(rows)
-            served = call.arguments(rows, part, expert_map)
+            served = Served.of(call, rows, part, expert_map)
             self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3], served)
         return results
 
@@ -218,7 +220,7 @@ class CudaDense:
         weights: Tensor,
         ids: Tensor,
         logits: Tensor | None,
-        served: tuple[int, ...] | None = None,
+        served: Served | None = None,
     ) -> None:
         own = self._weights
         if own.key._version != own.version:

@@ -13,7 +13,7 @@ from torch import Tensor
 from router_runtime.device.kernels import Kernels
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import (
     NoMemory,
     check_activations,
@@ -22,6 +22,9 @@ from router_runtime.routing.checks import (
     wrong_token_ids,
 )
 from router_runtime.routing.config import HASH_GATE, HASH_ROUTER, RouterConfig
+from router_runtime.routing.expert_map import ExpertMap
+from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
@@ -39,7 +42,7 @@ class CudaHash:
         kernels: Kernels,
         selection: Selection,
     ) -> None:
-        self._top_k, self._experts = config.top_k, config.num_experts
+        self._top_k, self._sizes = config.top_k, Sizes.of(config, weights)
         self._weights, table = weights, weights.table
         self.placement = Placement(table.device)
         kernel = kernels.load(selection.request(HASH_ROUTER, {}, {"top_k": config.top_k}))
@@ -83,14 +86,13 @@ class CudaHash:
         if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(tensor, call, expert_map)
-        call.check(tokens, self._top_k, placement.device, image_bias=False)
-        results = call.results(placement, tokens, self._top_k, self._experts)
+        results = call.prepare(placement, tokens, self._sizes)
         if tokens:
             self._weights.current()
             words = tensor.contiguous()
             narrow, wide = _both_widths(words)
             given = narrow, wide, results.weights.data_ptr(), narrow_ids(results.ids), tokens
-            served = call.arguments(slice(0, tokens), results, expert_map)
+            served = Served.of(call, slice(0, tokens), results, expert_map)
             self._launch.serve(placement.stream(), given, served)
         return results
 
@@ -109,10 +111,11 @@ class CudaHashGate:
         kernels: Kernels,
         selection: Selection,
     ) -> None:
-        self._hidden_size, self._experts = config.hidden_size, config.num_experts
-        self._top_k, self._weights = config.top_k, weights
+        self._hidden_size, self._top_k = config.hidden_size, config.top_k
+        self._weights, self._sizes = weights, Sizes.of(config, weights)
         self.placement = Placement(weights.table.device)
-        shape = {"HIDDEN": self._hidden_size, "EXPERTS": self._experts, "TOP_K": self._top_k}
+        experts = config.num_experts
+        shape = {"HIDDEN": self._hidden_size, "EXPERTS": experts, "TOP_K": self._top_k}
         constants = shape | {"IMAGES": 0}
         request = selection.request(HASH_GATE, constants)
         self.token_ranges = kernels.dispatch([request]).require()
@@ -192,8 +195,7 @@ class CudaHashGate:
         if placement.several and placement.elsewhere():
             with placement.current():
                 return self.serve(hidden_states, call, expert_map)
-        call.check(tokens, self._top_k, placement.device, self._images is not None)
-        results = call.results(placement, tokens, self._top_k, self._experts)
+        results = call.prepare(placement, tokens, self._sizes)
         if tokens == 0:
             return results
         self._weights.current()
@@ -206,7 +208,7 @@ class CudaHashGate:
         launch.serve(
             placement.stream(),
             (address, row_stride, *_both_widths(words), *addresses, tokens),
-            call.arguments(slice(0, tokens), results, expert_map),
+            Served.of(call, slice(0, tokens), results, expert_map),
         )
         return results
 

@@ -5,6 +5,8 @@ their dtypes, into which new values are written in place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Self
@@ -17,9 +19,9 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from router_runtime.arguments import checks_arguments, explain_failure
 from router_runtime.checkpoint.tensors import TENSORS
 from router_runtime.errors import InputError, explain
-from router_runtime.routing.call import ExpertMap, checked_expert_map
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
+from router_runtime.routing.expert_map import ExpertMap, checked_expert_map
 from router_runtime.routing.placement import quiet
 from router_runtime.routing.weights import NAMES, Weights, checked_values
 
@@ -49,6 +51,8 @@ class GateModule(nn.Module):
         device: where the tensors are.
         weights: the tensors, and the copies in the orders in which kernels read them.
         expert_map: the map of ``set_expert_map`` as the kernels read it, or None. Read only.
+        described: the configuration, and the order in which rows take the copies of an expert, as
+            JSON for exported programs. Read only.
 
     """
 
@@ -64,6 +68,7 @@ class GateModule(nn.Module):
         self.config = config
         self.device = device
         self.expert_map: ExpertMap | None = None
+        self.described = self._describe()
         self.weights = Weights(config, device, image_bias)
         self._buffers = _Buffers(self.weights)
         for name in NAMES:
@@ -106,9 +111,10 @@ class GateModule(nn.Module):
         """Give every logical expert its physical ids.
 
         A token in row i of its batch gets, of the n physical ids of an expert, the one in place
-        ``(replica_start + i * replica_step)`` modulo n: without these two, i modulo n; with the
-        number of the rank and 23333, the rule of DeepGEMM and TileKernels. The first call fixes the
-        number of replicas; from then on this is ``update_expert_map``. The map is no part of
+        ``((replica_start + i * replica_step) modulo 2^32) modulo n``: without these two, i modulo
+        n; with 0 and 2654435769, the rule of vLLM; with the number of the rank and 23333, that of
+        DeepGEMM and TileKernels. The first call fixes these two and the number of replicas, which
+        captured graphs keep; from then on this is ``update_expert_map``. The map is no part of
         ``state_dict``.
 
         Args:
@@ -123,46 +129,52 @@ class GateModule(nn.Module):
             InputError: a shape, a dtype or a value does not fit; a graph capture is in progress.
 
         """
-        if self.expert_map is not None:
-            self.update_expert_map(
-                expert_map,
-                replica_counts,
-                replica_start=replica_start,
-                replica_step=replica_step,
-            )
-            return
         checked = checked_expert_map(
             expert_map, replica_counts, self.config.num_experts, replica_start, replica_step
         )
+        if self.expert_map is not None:
+            if self.expert_map[2:] != checked[2:]:
+                given = {"replica_start": replica_start, "replica_step": replica_step}
+                expected = "those of the first call, {} and {}".format(*self.expert_map[2:])
+                raise wrong_value("replica_start and replica_step", expected, given)
+            self._update_map(self.expert_map, checked)
+            return
         with quiet(self.device, "set_expert_map"):
-            stored = ExpertMap(
-                *(torch.zeros(t.shape, dtype=torch.int32, device=self.device) for t in checked)
+            physical, counts = (
+                torch.zeros(tensor.shape, dtype=torch.int32, device=self.device)
+                for tensor in checked[:2]
             )
+            stored = ExpertMap(physical, counts, *checked[2:])
             _copy_map(stored, checked)
         self.expert_map = stored
+        self.described = self._describe()
+
+    def _describe(self) -> str:
+        order = {}
+        if self.expert_map is not None:
+            order = {
+                "replica_start": self.expert_map.start,
+                "replica_step": self.expert_map.step,
+            }
+        return json.dumps({"config": dataclasses.asdict(self.config), "replica_order": order})
 
     @checks_arguments
-    def update_expert_map(
-        self,
-        expert_map: Tensor,
-        replica_counts: Tensor,
-        *,
-        replica_start: int = 0,
-        replica_step: int = 1,
-    ) -> None:
-        """Replace the expert map in place: captured graphs stay valid and use the new one, in the
-        order that this call's ``replica_start`` and ``replica_step`` say.
+    def update_expert_map(self, expert_map: Tensor, replica_counts: Tensor) -> None:
+        """Replace the expert map in place: captured graphs stay valid and use the new one.
 
-        The shape stays. Everything is checked before anything is written; ordered with launches as
-        ``update_weights`` is. Raises InputError as ``set_expert_map`` does, and if there is no map.
+        The shape stays, and the order in which rows take the copies. Everything is checked before
+        anything is written; ordered with launches as ``update_weights`` is. Raises InputError as
+        ``set_expert_map`` does, and if there is no map.
         """
         stored = self.expert_map
         if stored is None:
             raise wrong_value("update_expert_map", "a router with an expert map", "one without")
-        checked = checked_expert_map(
-            expert_map, replica_counts, self.config.num_experts, replica_start, replica_step
-        )
-        if checked[0].shape != stored.physical.shape:
+        experts = self.config.num_experts
+        checked = checked_expert_map(expert_map, replica_counts, experts, *stored[2:])
+        self._update_map(stored, checked)
+
+    def _update_map(self, stored: ExpertMap, checked: ExpertMap) -> None:
+        if checked.physical.shape != stored.physical.shape:
             raise wrong_value("expert_map", list(stored.physical.shape), list(checked[0].shape))
         with quiet(self.device, "update_expert_map"):
             _copy_map(stored, checked)
@@ -383,6 +395,6 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.device, shared
 
 
-def _copy_map(stored: ExpertMap, checked: tuple[Tensor, Tensor]) -> None:
-    for buffer, values in zip(stored, checked, strict=True):
-        buffer.copy_(values)
+def _copy_map(stored: ExpertMap, checked: ExpertMap) -> None:
+    stored.physical.copy_(checked.physical)
+    stored.counts.copy_(checked.counts)

@@ -8,8 +8,6 @@ need is loaded, so that a call does nothing but allocate its two outputs and lau
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import logging
 import os
 import typing
@@ -27,10 +25,11 @@ from router_runtime.device.kernels import Kernels
 from router_runtime.errors import InputError, RouterRuntimeError, explain
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import DenseBackend, make_backend
-from router_runtime.routing.call import Call, Inputs, Results
+from router_runtime.routing.call import Call, Inputs, ReplayInputs, Results
 from router_runtime.routing.checks import NoMemory, wrong_token_ids, wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.module import GateModule
+from router_runtime.routing.options import Records
 from router_runtime.routing.placement import kernels_for, resolved_device
 from router_runtime.routing.registry import Registry
 from router_runtime.routing.selection import Selection
@@ -75,7 +74,16 @@ class Router(GateModule):
     - ``is_padding``: bool ``[tokens]``; those rows get the sentinel and zero weights (step 7);
     - ``num_valid_tokens``: int32, one element; the rows from that number on are padding. The
       kernel reads it, so a captured graph can be replayed with another number;
-    - ``image_mask``: bool ``[tokens]``; those rows are selected by ``image_bias``.
+    - ``image_mask``: bool ``[tokens]``; those rows are selected by ``image_bias``;
+    - ``given_ids``: int32 or int64 ``[tokens, top_k]``: (logical) experts to weigh instead of
+      selecting or looking up, in their order, of all rows or of those in ``given_mask``. An id
+      outside [0, num_experts) becomes the sentinel, with weight 0. Not in mode ``hash``;
+    - ``given_mask``: bool ``[tokens]``, beside ``given_ids``;
+    - ``shared_experts``: 1 or 2: so many columns follow the ``top_k`` of the results, for experts
+      that every token has. Padding has the sentinel and 0 there;
+    - ``shared_id``: the id of the first of these; ``num_experts`` without it. The next has the id
+      after it;
+    - ``shared_weight``: the weight of each; 1 without it.
 
     Attributes:
         config: what the router computes.
@@ -144,7 +152,6 @@ class Router(GateModule):
         kernels = kernels_for(resolved, artifacts)
         values = checked_values(config, tensors)
         super().__init__(config, resolved, "image_bias" in tensors)
-        self._exported_config = json.dumps(dataclasses.asdict(config))
         self._artifacts, self._selection = artifacts, selection
         self.backend = make_backend(config, self.weights, kernels, selection)
         # Only now: the kernels' contracts say in which orders the weight is stored.
@@ -229,7 +236,7 @@ class Router(GateModule):
             if peek_interpreter_stack() is not None:
                 return self._traced("", "by_buffer", rows, inputs)  # type: ignore[no-any-return]
             if inputs:
-                return self.serve(tensor, Call(**inputs, token_ids=token_ids))[:2]
+                return self.serve(tensor, _call(inputs, token_ids=token_ids))[:2]
             return self.backend.route(*rows)
         except Exception as error:
             ours = isinstance(error, RouterRuntimeError) and not isinstance(error, NoMemory)
@@ -252,7 +259,7 @@ class Router(GateModule):
         if _through_an_op():
             return self._traced("_logits", "by_buffer", (tensor,), inputs)  # type: ignore[no-any-return]
         if inputs:
-            weights, ids, logits, _ = self.serve(tensor, Call(**inputs, logits=True))
+            weights, ids, logits, *_ = self.serve(tensor, _call(inputs, logits=True))
             return weights, ids, typing.cast(Tensor, logits)
         return typing.cast(DenseBackend, self.backend).route_with_logits(tensor)
 
@@ -268,13 +275,38 @@ class Router(GateModule):
         rows = self._rows(tensor, token_ids)
         if _through_an_op():
             return self._traced("", "mapped_by_buffer", rows, inputs)  # type: ignore[no-any-return]
-        call = Call(**inputs, token_ids=token_ids, mapped=True)
-        weights, ids, _, logical = self.serve(tensor, call)
+        call = _call(inputs, token_ids=token_ids, mapped=True)
+        weights, ids, _, logical, _ = self.serve(tensor, call)
         return weights, ids, typing.cast(Tensor, logical)
 
     @explains_arguments
+    def forward_packed(
+        self,
+        tensor: Tensor,
+        token_ids: Tensor | None = None,
+        *,
+        mapped: bool = False,
+        **inputs: Unpack[Inputs],
+    ) -> Tensor:
+        """As ``forward``, with id and weight in one word: int32 ``[tokens, top_k]``, or with the
+        columns of shared experts.
+
+        A word is ``(id << 16) | bits of bf16(weight)``: the lower 16 bits of the id, and the weight
+        rounded to the nearest, ties to even. With ``mapped`` the ids are the physical ones.
+        ``ids_dtype`` has no meaning here and is refused.
+        """
+        if inputs.get("ids_dtype") is not None:
+            raise wrong_value("ids_dtype of forward_packed", "none", inputs["ids_dtype"])
+        rows = self._rows(tensor, token_ids)
+        if _through_an_op():
+            options = {**inputs, "mapped": True} if mapped else inputs
+            return self._traced("", "packed_by_buffer", rows, options)  # type: ignore[no-any-return]
+        call = _call(inputs, token_ids=token_ids, mapped=mapped, packed=True)
+        return typing.cast(Tensor, self.serve(tensor, call).packed)
+
+    @explains_arguments
     def replay(
-        self, tensor: Tensor, given_ids: Tensor, **inputs: Unpack[Inputs]
+        self, tensor: Tensor, given_ids: Tensor, **inputs: Unpack[ReplayInputs]
     ) -> tuple[Tensor, Tensor]:
         """The weights of given (logical) experts of a dense router, and those ids.
 
@@ -287,7 +319,7 @@ class Router(GateModule):
             raise wrong_value("given_ids of replay", "a torch.Tensor", None)
         if _through_an_op():
             return self._traced("_replay", "by_buffer", (tensor, given_ids), inputs)  # type: ignore[no-any-return]
-        return self.serve(tensor, Call(**inputs, given_ids=given_ids))[:2]
+        return self.serve(tensor, _call({**inputs, "given_ids": given_ids}))[:2]
 
     @explains_arguments
     def forward_out(
@@ -299,41 +331,58 @@ class Router(GateModule):
         ids_out: Tensor,
         logits_out: Tensor | None = None,
         logical_ids_out: Tensor | None = None,
-        given_ids: Tensor | None = None,
+        mapped: bool = False,
+        expert_load: Tensor | None = None,
+        record_load: Tensor | None = None,
+        captured_ids: Tensor | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
-        """As the other methods, into the caller's own tensors, which must be contiguous.
+        """As the other methods, into the caller's own tensors, and record what was routed.
 
         Args:
             tensor: as of ``forward``.
             token_ids: as of ``forward``.
-            weights_out: fp32 ``[tokens, top_k]``.
-            ids_out: int32 or int64 ``[tokens, top_k]``; physical ids with ``logical_ids_out``.
-            logits_out: fp32 ``[tokens, num_experts]``, for the logits of a dense router.
-            logical_ids_out: int32 or int64 ``[tokens, top_k]``, for a call with the expert map.
-            given_ids: int32 or int64 ``[tokens, top_k]``, for a replay by a dense router.
+            weights_out: fp32 ``[tokens, top_k]``, or with the columns of shared experts; its rows
+                may be apart.
+            ids_out: int32 or int64, as ``weights_out``.
+            logits_out: fp32 ``[tokens, num_experts]``, contiguous, for the logits of a dense
+                router.
+            logical_ids_out: int32 or int64 ``[tokens, top_k]``, contiguous, for a call with the
+                expert map, whose other ids are the physical ones.
+            mapped: whether the ids are physical ones; True with ``logical_ids_out``.
+            expert_load: int32 ``[physical experts]``, contiguous: 1 is added for each expert of
+                each token at its physical id (without the map: its id), but not for padding, nor
+                for shared experts, nor for an id beyond its end.
+            record_load: bool, one element: False leaves ``expert_load`` as it is. The kernel reads
+                it, at each replay of a captured graph again.
+            captured_ids: int16 or int32 ``[tokens or more, top_k]``, whose rows may be apart: its
+                first rows become the logical ids, those before the expert map.
             **inputs: see the class; the dtype of the ids is that of the tensors.
 
         """
-        if logits_out is not None or given_ids is not None:
-            self._require_dense("forward_out with logits_out or given_ids")
+        if logits_out is not None:
+            self._require_dense("forward_out with logits_out")
         rows = self._rows(tensor, token_ids)
-        outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
+        records: Records = {
+            "expert_load": expert_load,
+            "record_load": record_load,
+            "captured_ids": captured_ids,
+        }
         if _through_an_op():
-            what = ""
-            if given_ids is not None:
-                what, rows = "_replay", (tensor, given_ids)
-            elif logits_out is not None:
-                what = "_logits"
-            names = ("weights_out", "ids_out", "logits_out", "logical_ids_out")
+            what = "" if logits_out is None else "_logits"
             named = {
-                name: output
-                for name, output in zip(names, outputs, strict=True)
-                if output is not None
+                "weights_out": weights_out,
+                "ids_out": ids_out,
+                "logits_out": logits_out,
+                "logical_ids_out": logical_ids_out,
+                **records,
             }
-            self._traced(what, "out_by_buffer", rows, {**inputs, **named})
+            given = {name: value for name, value in named.items() if value is not None}
+            wanted = {"mapped": True} if mapped else {}
+            self._traced(what, "out_by_buffer", rows, {**inputs, **given, **wanted})
             return
-        call = Call(**inputs, given_ids=given_ids, token_ids=token_ids, outputs=outputs)
+        outputs = Results(weights_out, ids_out, logits_out, logical_ids_out)
+        call = _call({**inputs, **records}, token_ids=token_ids, mapped=mapped, outputs=outputs)
         self.serve(tensor, call)
 
     @explains_arguments
@@ -371,11 +420,11 @@ class Router(GateModule):
 
     def exported(self) -> tuple[list[Tensor | None], str]:
         """What the custom ops of an exported program have in place of this router: the tensors in
-        the order of ``EXPORTED``, and the configuration.
+        the order of ``EXPORTED``, and ``GateModule.described``.
         """
-        expert_map = (None, None) if self.expert_map is None else self.expert_map
+        expert_map = (None, None) if self.expert_map is None else self.expert_map[:2]
         tensors = [self.weight, self.bias, self.image_bias, self.table, *expert_map]
-        return tensors, self._exported_config
+        return tensors, self.described
 
     def _key(self) -> Tensor:
         """The buffer by which the custom ops find this router."""
@@ -527,7 +576,8 @@ class Router(GateModule):
         )
         memo[id(self)] = copied
         if self.expert_map is not None:
-            copied.set_expert_map(*self.expert_map)
+            expert_map, counts, start, step = self.expert_map
+            copied.set_expert_map(expert_map, counts, replica_start=start, replica_step=step)
         # The rest is nn.Module's (hooks, the training flag) or the user's.
         built = vars(copied).keys() - vars(nn.Module()).keys()
         for name, value in vars(self).items():
@@ -539,6 +589,17 @@ class Router(GateModule):
         sources = self.weights.sources()
         copied.weights.watch({name: copy.deepcopy(sources[name], memo) for name in sources})
         return copied
+
+
+def _call(inputs: Mapping[str, Any], **wanted: Any) -> Call:
+    """The call that these keyword arguments of a method mean. TypeError for one that none has."""
+    rest = dict(inputs)
+    call = Call.taking(rest, **wanted)
+    if not isinstance(call.mapped, bool):
+        raise wrong_value("mapped", "True or False", call.mapped)
+    if rest:
+        raise TypeError(f"unexpected keyword arguments {sorted(rest)}")
+    return call
 
 
 def _through_an_op() -> bool:

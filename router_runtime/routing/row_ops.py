@@ -17,7 +17,7 @@ from router_runtime import spec
 from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
-from router_runtime.routing.call import Call, ExpertMap, Results, ServingLaunch, narrow_ids
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import (
     MAX_EXPERTS,
     MAX_ROW_LENGTH,
@@ -30,6 +30,9 @@ from router_runtime.routing.checks import (
     wrong_tensor,
     wrong_value,
 )
+from router_runtime.routing.expert_map import ExpertMap, check_order
+from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import CPU, Placement, refuse_capture
 
 _log = logging.getLogger(__name__)
@@ -189,10 +192,9 @@ def serve_activation_cpu(
 ) -> Results:
     """``activation_topk`` of CPU tensors. ``rules`` are the keywords of ``_check_rules``."""
     check_activate(logits, bias, k, scale)
-    image_bias, sentinel, expert_map = _check_rules(logits, call.mapped, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, call, **rules)
     tokens, experts = logits.shape
-    call.check(tokens, k, CPU.device, image_bias is not None)
-    results = call.results(CPU, tokens, k, experts)
+    results = call.prepare(CPU, tokens, Sizes(k, experts, sentinel, image_bias is not None))
     result = spec.activation_topk(
         logits.float(),
         bias.float(),
@@ -202,6 +204,7 @@ def serve_activation_cpu(
         image_mask=call.image_mask,
         image_bias=image_bias,
         given_ids=call.given_ids,
+        given_mask=call.given_mask,
         padding=call.padding(torch.arange(tokens)),
     )
     return call.store(results, *result, sentinel, expert_map)
@@ -222,10 +225,9 @@ def serve_activation_cuda(
     if placement.several and placement.elsewhere():
         with placement.current():
             return serve_activation_cuda(logits, bias, k, scale, renormalize, call=call, **rules)
-    image_bias, sentinel, expert_map = _check_rules(logits, call.mapped, **rules)
+    image_bias, sentinel, expert_map = _check_rules(logits, call, **rules)
     tokens, experts = logits.shape
-    call.check(tokens, k, logits.device, image_bias is not None)
-    results = call.results(placement, tokens, k, experts)
+    results = call.prepare(placement, tokens, Sizes(k, experts, sentinel, image_bias is not None))
     if tokens:
         logits, bias = _readable(logits), _fp32(bias)
         given = (
@@ -242,7 +244,7 @@ def serve_activation_cuda(
             sentinel,
             0 if image_bias is None else image_bias.data_ptr(),
         )
-        served = call.arguments(slice(0, tokens), results, expert_map)
+        served = Served.of(call, slice(0, tokens), results, expert_map)
         kernel.launcher(experts, k).serve(placement.stream(), given, served)
     return results
 
@@ -275,15 +277,17 @@ def _replayed(
 
 def _check_rules(
     logits: Tensor,
-    mapped: bool,
+    call: Call,
     image_bias: Tensor | None = None,
     sentinel: int = -1,
     expert_map: Tensor | None = None,
     replica_counts: Tensor | None = None,
+    replica_start: int = 0,
+    replica_step: int = 1,
 ) -> tuple[Tensor | None, int, ExpertMap | None]:
     """The bias for image tokens, the sentinel and the expert map of a call, which a Router would
-    own. Raises InputError for one that does not fit ``logits``, or for none where the call is
-    ``mapped``.
+    own. A call with an expert map is a mapped one. Raises InputError for one that does not fit
+    ``logits``, or for none where the call is mapped already.
 
     The values of an expert map are not checked: that would wait for the device. A count outside
     [1, replicas] counts as the nearest in it. An entry is returned as it is, also a negative one,
@@ -295,9 +299,10 @@ def _check_rules(
         check_logits_bias("image_bias", image_bias, logits)
         image_bias = _fp32(image_bias)
     if expert_map is None or replica_counts is None:
-        if mapped or expert_map is not None or replica_counts is not None:
+        if call.mapped or expert_map is not None or replica_counts is not None:
             raise wrong_value("expert_map", "expert_map and replica_counts", "not both of them")
         return image_bias, sentinel, None
+    check_order(replica_start, replica_step)
     for name, tensor, shape in (
         ("expert_map", expert_map, (experts, expert_map.shape[-1])),
         ("replica_counts", replica_counts, (experts,)),
@@ -309,7 +314,10 @@ def _check_rules(
             or tensor.device != device
         ):
             raise wrong_tensor(name, f"torch.int32 {list(shape)} on {device}", tensor)
-    return image_bias, sentinel, ExpertMap(expert_map.contiguous(), replica_counts.contiguous())
+    call.mapped = True
+    order = replica_start, replica_step
+    mapped = ExpertMap(expert_map.contiguous(), replica_counts.contiguous(), *order)
+    return image_bias, sentinel, mapped
 
 
 def _readable(logits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.errors import ArtifactError, explain
 from router_runtime.routing.call import SERVED
+from router_runtime.routing.options import OPTIONS
 from router_runtime.routing.weights import repacked
 from router_runtime.verification.inputs import Inputs
 
@@ -57,7 +58,8 @@ class KernelRun:
             wide = isinstance(tensor, Tensor) and tensor.dtype is torch.int64
             arguments[name] = None if wide else tensor
             arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
-        arguments = dict.fromkeys(SERVED, 0) | {"sentinel": -1, "image_bias": None} | arguments
+        absent = dict.fromkeys((*SERVED, *OPTIONS), 0)
+        arguments = absent | {"replica_step": 1, "sentinel": -1, "image_bias": None} | arguments
         arguments["serving"] = int("wide_ids" in inputs)
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
         # An address: a contract may declare the workspace as a pointer to any type.

@@ -11,7 +11,10 @@ SERVED = (
     " serving=i32 sentinel=i32 first_row=i32 replicas=i32 is_padding=ptr:u8 "
     "num_valid_tokens=ptr:i32 image_mask=ptr:u8 image_bias=ptr:f32 expert_map=ptr:i32 "
     "replica_counts=ptr:i32 given_ids_i32=ptr:i32 given_ids_i64=ptr:i64 ids_out_i64=ptr:i64 "
-    "logical_ids_out=ptr:i32 logical_ids_out_i64=ptr:i64"
+    "logical_ids_out=ptr:i32 logical_ids_out_i64=ptr:i64 replica_start=i32 replica_step=i32 "
+    "given_mask=ptr:u8 weights_stride=i32 ids_stride=i32 packed_out=ptr:i32 expert_load=ptr:i32 "
+    "load_experts=i32 record_load=ptr:u8 captured_ids_i16=ptr:i16 captured_ids_i32=ptr:i32 "
+    "captured_stride=i32 shared_experts=i32 shared_id=i32 shared_weight=f32"
 )
 
 ONE = GridAxis("constant")
@@ -24,13 +27,15 @@ def parameters(text: str) -> tuple[Parameter, ...]:
 
 def hash_contract() -> Contract:
     """The contract of hash_router."""
+    scoring = ("image_mask", "image_bias", "given_ids_i32", "given_ids_i64", "given_mask")
     return Contract(
-        parameters=parameters(
-            "token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 table=ptr:i32 weights_out=ptr:f32 "
-            "ids_out=ptr:i32 tokens=i32 vocab=i32 top_k=i32 serving=i32 sentinel=i32 first_row=i32 "
-            "replicas=i32 is_padding=ptr:u8 num_valid_tokens=ptr:i32 expert_map=ptr:i32 "
-            "replica_counts=ptr:i32 ids_out_i64=ptr:i64 logical_ids_out=ptr:i32 "
-            "logical_ids_out_i64=ptr:i64"
+        parameters=tuple(
+            parameter
+            for parameter in parameters(
+                "token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 table=ptr:i32 weights_out=ptr:f32 "
+                "ids_out=ptr:i32 tokens=i32 vocab=i32 top_k=i32" + SERVED
+            )
+            if parameter.name not in scoring
         ),
         grid=(GridAxis("ceil", argument="tokens", divisor=128), GridAxis("constant"), ONE),
         block=(128, 1, 1),
@@ -41,14 +46,10 @@ def hash_contract() -> Contract:
 def gate_contract() -> Contract:
     """The contract of hash_gate."""
     return Contract(
-        parameters=tuple(
-            parameter
-            for parameter in parameters(
-                "hidden_states=ptr:bf16 token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 "
-                "weight=ptr:bf16 table=ptr:i32 row_stride=i64 vocab=i32 weights_out=ptr:f32 "
-                "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
-            )
-            if not parameter.name.startswith("given_ids")
+        parameters=parameters(
+            "hidden_states=ptr:bf16 token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 "
+            "weight=ptr:bf16 table=ptr:i32 row_stride=i64 vocab=i32 weights_out=ptr:f32 "
+            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
         ),
         grid=(GridAxis("ceil", argument="tokens"), ONE, ONE),
         block=(64, 1, 1),

@@ -49,6 +49,7 @@ def _run_gate(a: Any, entry: Entry) -> None:
         view(a.table, torch.int32, a.vocab, a.top_k),
         a.scale,
         bool(a.renormalize),
+        spec.NO_EXPERT,
         **served,
     )
     _store(a, a.tokens, result)
@@ -109,14 +110,16 @@ def _served(a: Any, experts: int = 0) -> dict[str, Any]:
     for name, dtype in (("given_ids_i32", torch.int32), ("given_ids_i64", torch.int64)):
         if address := getattr(a, name, 0):
             inputs["given_ids"] = view(address, dtype, a.tokens, a.top_k)
+    if "given_ids" in inputs and a.given_mask:
+        inputs["given_mask"] = view(a.given_mask, torch.bool, a.tokens)
     return inputs
 
 
 def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Write weights and ids ``[count, k]`` where the launch wants them, logical ids included."""
+    """Write weights and ids ``[count, k]`` where the launch wants them, and what else it wants."""
     weights, ids = result
-    view(a.weights_out, torch.float32, count, a.top_k).copy_(weights)
     if not getattr(a, "serving", 0):
+        view(a.weights_out, torch.float32, count, a.top_k).copy_(weights)
         stored = spec.with_sentinel(ids, getattr(a, "sentinel", -1))
         view(a.ids_out, torch.int32, count, a.top_k).copy_(stored)
         return
@@ -126,14 +129,46 @@ def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> Non
         counts = view(a.replica_counts, torch.int32, entries)
         expert_map = view(a.expert_map, torch.int32, entries, a.replicas)
         rows = torch.arange(a.first_row, a.first_row + count)
-        physical = spec.physical_ids(ids, rows, expert_map, counts, a.sentinel)
-    for kept, narrow, wide in (
-        (physical, a.ids_out, a.ids_out_i64),
-        (logical, a.logical_ids_out, a.logical_ids_out_i64),
+        order = a.replica_start % 2**32, a.replica_step % 2**32
+        physical = spec.physical_ids(ids, rows, expert_map, counts, a.sentinel, *order)
+    _put(a.logical_ids_out, a.logical_ids_out_i64, logical, a.top_k)
+    strides = a.top_k, a.top_k
+    if a.serving == 2:
+        _record(a, ids, logical, physical)
+        weights, physical = spec.with_shared_experts(
+            *(weights, physical, _served(a)["padding"]),
+            *(a.shared_id, a.shared_weight, a.shared_experts, a.sentinel),
+        )
+        strides = a.weights_stride, a.ids_stride
+        if a.packed_out:
+            assert a.weights_out == a.ids_out == a.ids_out_i64 == 0
+            _put(a.packed_out, 0, spec.packed(weights, physical), a.ids_stride)
+            return
+    else:
+        assert a.serving == 1
+    columns = weights.shape[1]
+    view(a.weights_out, torch.float32, count, columns, stride=strides[0]).copy_(weights)
+    _put(a.ids_out, a.ids_out_i64, physical, strides[1])
+
+
+def _record(a: Any, ids: torch.Tensor, logical: torch.Tensor, physical: torch.Tensor) -> None:
+    """Do what a launch's options say about loads and captured ids."""
+    if a.expert_load and (not a.record_load or bool(view(a.record_load, torch.bool, 1))):
+        load = view(a.expert_load, torch.int32, a.load_experts)
+        load += spec.expert_load(physical, ids, a.load_experts)
+    for address, dtype in (
+        (a.captured_ids_i16, torch.int16),
+        (a.captured_ids_i32, torch.int32),
     ):
+        if address:
+            view(address, dtype, *logical.shape, stride=a.captured_stride).copy_(logical)
+
+
+def _put(narrow: int, wide: int, ids: torch.Tensor, stride: int) -> None:
+    """Write ids to the address that is not null, if one is not."""
+    if address := wide or narrow:
         dtype = torch.int64 if wide else torch.int32
-        if address := wide or narrow:
-            view(address, dtype, count, a.top_k).copy_(kept)
+        view(address, dtype, *ids.shape, stride=stride).copy_(ids)
 
 
 #: Kernel -> executes a launch: the arguments by name, ``raw`` bytes among them, and the entry.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import router_runtime as rt
 from router_runtime import InputError, Router, RouterConfig
 from router_runtime.integrations import transformers as integration
-from router_runtime.routing.call import Call, Inputs
+from router_runtime.routing.call import Call, Inputs, ReplayInputs
 from router_runtime.routing.module import GateModule
 
 H, E, K, V = 64, 16, 4, 30
@@ -55,6 +55,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "torch.dtype | None": (*NUMBERS, "int64", int, [torch.int64], numpy.array([torch.int64])),
     "int": (None, 1.5, True, *OTHERS, torch.zeros(2, 2), *LARGE, *CODES),
     "float": (None, True, *OTHERS, torch.zeros(2, 2), *LARGE[2:], *CODES),
+    "float | None": (True, *OTHERS, torch.zeros(2, 2), *LARGE[2:], *CODES),
     "bool": (None, 1, "yes", [True]),
     "int | None": (1.5, True, *OTHERS, *LARGE, *CODES),
     "int | str": (None, 1.5, True, [1], {}),
@@ -153,6 +154,7 @@ def table() -> Iterator[dict[str, tuple[Callable[..., Any], dict[str, Any]]]]:
         "Router.forward_with_logits": (router.forward_with_logits, {"tensor": X}),
         "Router.forward_mapped": (router.forward_mapped, {"tensor": X}),
         "Router.replay": (router.replay, {"tensor": X, "given_ids": GIVEN}),
+        "Router.forward_packed": (router.forward_packed, {"tensor": X}),
         "Router.forward_out": (router.forward_out, {"tensor": X, **outputs()}),
         "Router.serve": (router.serve, {"tensor": X, "call": Call()}),
         "Router.set_expert_map": (router.set_expert_map, MAP),
@@ -220,8 +222,9 @@ def parameters(function: Callable[..., Any]) -> dict[str, str]:
     """The annotation of each parameter, as it is written."""
     found: dict[str, str] = {}
     for parameter in signature(function).parameters.values():
-        if parameter.annotation == "Unpack[Inputs]":
-            found |= {name: each.__forward_arg__ for name, each in Inputs.__annotations__.items()}
+        if parameter.annotation in ("Unpack[Inputs]", "Unpack[ReplayInputs]"):
+            inputs = Inputs if parameter.annotation == "Unpack[Inputs]" else ReplayInputs
+            found |= {name: each.__forward_arg__ for name, each in inputs.__annotations__.items()}
         elif parameter.name != "self":
             found[parameter.name] = parameter.annotation
     return found

@@ -48,18 +48,20 @@ def test_schemas_are_exact() -> None:
     dense = f"(Tensor hidden_states, {numbers}"
     serving = ", *, ScalarType? ids_dtype=None, Tensor? is_padding=None, "
     serving += "Tensor? num_valid_tokens=None"
-    images = ", Tensor? image_mask=None"
-    rules = f"{images}, Tensor? image_bias=None, int sentinel=-1"
+    images, given = ", Tensor? image_mask=None", ", Tensor? given_ids=None, Tensor? given_mask=None"
+    rules = f"{images}, Tensor? image_bias=None{given}, int sentinel=-1"
+    shared = ", int? shared_experts=None, int? shared_id=None, float? shared_weight=None"
     expected = {
-        "dense_router": f"{dense}{serving}{images})",
-        "dense_router_logits": f"{dense}{serving}{images})",
-        "dense_router_replay": f"(Tensor hidden_states, Tensor given_ids, {numbers}{serving})",
-        "hash_router": f"(Tensor token_ids, SymInt router_id, int top_k{serving})",
+        "dense_router": f"{dense}{serving}{images}{given}{shared})",
+        "dense_router_logits": f"{dense}{serving}{images}{given}{shared})",
+        "dense_router_replay": f"(Tensor hidden_states, Tensor given_ids, {numbers}{serving}"
+        f"{shared})",
+        "hash_router": f"(Tensor token_ids, SymInt router_id, int top_k{serving}{shared})",
         "topk_select": "(Tensor scores, int k)",
         "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize"
-        f"{serving}{rules})",
+        f"{serving}{rules}{shared})",
         "activation_topk_replay": "(Tensor logits, Tensor given_ids, float scale, "
-        f"bool renormalize{serving}, int sentinel=-1)",
+        f"bool renormalize{serving}, int sentinel=-1{shared})",
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default

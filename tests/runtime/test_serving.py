@@ -17,10 +17,11 @@ from router_runtime import spec
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError
 from router_runtime.routing import row_ops as rows
-from router_runtime.routing.call import Call, ExpertMap, Results
+from router_runtime.routing.call import Call, Results
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cuda_dense import CudaDense
 from router_runtime.routing.cuda_hash import CudaHash
+from router_runtime.routing.expert_map import ExpertMap
 from router_runtime.routing.router import Router
 from router_runtime.routing.selection import Selection
 from router_runtime.routing.weights import Weights
@@ -412,24 +413,41 @@ def test_a_used_place_without_a_physical_id_is_refused(dense: Router) -> None:
 
 
 #: Rows of a batch that is cut into launches are numbered on, so the order holds beyond the first.
-@pytest.mark.parametrize(("start", "step"), [(0, 1), (3, 23333), (1, 0), (2**32 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(
+    ("start", "step"), [(0, 1), (3, 23333), (0, 2654435769), (1, 0), (2**32 - 1, 2**32 - 1)]
+)
 def test_the_order_in_which_copies_are_taken(
     gpu: Any, dense: Router, hashed: Router, start: int, step: int
 ) -> None:
     order = {"replica_start": start, "replica_step": step}
     backends = paths(gpu)
-    for name, router, x in (("dense", dense, hidden(100)), ("hash", hashed, token_ids(100))):
-        for change in (router.set_expert_map, router.update_expert_map):
-            change(FILLED + 7, COUNTS)
-            change(FILLED, COUNTS, **order)
+    for name, of_kind, x in (("dense", dense, hidden(100)), ("hash", hashed, token_ids(100))):
+        tensors: dict[str, Any] = of_kind.weights.tensors
+        router = Router(of_kind.config, **tensors, device="cpu")
+        router.set_expert_map(FILLED + 7, COUNTS, **order)
+        for change in (
+            lambda own=router: own.set_expert_map(FILLED, COUNTS, **order),
+            lambda own=router: own.update_expert_map(FILLED, COUNTS),
+        ):
+            change()
             _, physical, logical = router.forward_mapped(x)
             for i in range(100):
                 for id, found in zip(logical[i].tolist(), physical[i].tolist(), strict=True):
-                    place = (start + i * step) % int(COUNTS[id])
+                    place = (start + i * step) % 2**32 % int(COUNTS[id])
                     assert found == (SENTINEL if id == SENTINEL else int(FILLED[id, place]))
         launched = backends[name].serve(x, Call(mapped=True), router.expert_map)
         assert torch.equal(launched.ids, physical)
         assert torch.equal(copy.deepcopy(router).forward_mapped(x)[1], physical)
+
+
+def test_the_order_of_copies_stays(dense: Router) -> None:
+    """Captured graphs keep it, so a later call cannot seem to change it."""
+    before = dense.forward_mapped(hidden(5))
+    for order in ({"replica_start": 1}, {"replica_step": 2654435769}):
+        expected = "replica_start and replica_step: expected those of the first call, 0 and 1"
+        with pytest.raises(InputError, match=expected):
+            dense.set_expert_map(PHYSICAL + 1, COUNTS, **order)
+    same(dense.forward_mapped(hidden(5)), before)
 
 
 @pytest.mark.parametrize(
@@ -443,18 +461,17 @@ def test_the_order_in_which_copies_are_taken(
 )
 def test_a_bad_order_leaves_the_old_map(dense: Router, order: Any, message: str) -> None:
     before = dense.forward_mapped(hidden(5))
-    for change in (dense.set_expert_map, dense.update_expert_map):
-        with pytest.raises(InputError, match=message):
-            change(PHYSICAL + 1, COUNTS, **order)
+    with pytest.raises(InputError, match=message):
+        dense.set_expert_map(PHYSICAL + 1, COUNTS, **order)
     same(dense.forward_mapped(hidden(5)), before)
 
 
 def test_a_map_is_updated_in_place(dense: Router) -> None:
     assert dense.expert_map is not None
-    addresses = [tensor.data_ptr() for tensor in dense.expert_map]
+    addresses = [tensor.data_ptr() for tensor in dense.expert_map[:2]]
     before = dense.forward_mapped(hidden(5))
     dense.update_expert_map(PHYSICAL + 7, COUNTS)
-    assert [tensor.data_ptr() for tensor in dense.expert_map] == addresses
+    assert [tensor.data_ptr() for tensor in dense.expert_map[:2]] == addresses
     after = dense.forward_mapped(hidden(5))
     same(after, (before[0], before[1] + 7, before[2]))
 
@@ -530,9 +547,11 @@ def test_refused_replays(dense: Router, hashed: Router, given: Tensor, message: 
     [
         ({"weights_out": torch.empty(5, K).double()}, "weights_out: expected torch.float32"),
         ({"weights_out": torch.empty(4, K)}, r"weights_out: expected .*\[5, 4\]"),
-        ({"weights_out": torch.empty(K, 5).T}, "weights_out: expected .*contiguous"),
+        ({"weights_out": torch.empty(K, 5).T}, "weights_out: expected .*side by side"),
+        ({"weights_out": torch.empty(8).as_strided((5, K), (1, 1))}, "weights_out: expected"),
         ({"ids_out": torch.empty(5, K)}, "ids_out: expected torch.int32 or torch.int64"),
-        ({"ids_out": torch.empty(5, 2 * K).int()[:, ::2]}, "ids_out: expected .*contiguous"),
+        ({"ids_out": torch.empty(5, 2 * K).int()[:, ::2]}, "ids_out: expected .*side by side"),
+        ({"logical_ids_out": torch.empty(K, 5).int().T}, "logical_ids_out: expected .*contiguous"),
         ({"logits_out": torch.empty(5, E + 1)}, r"logits_out: expected .*\[5, 24\]"),
         ({"logical_ids_out": torch.empty(5, 1).int()}, "logical_ids_out: expected"),
         ({"ids_out": torch.empty(5, K, device="meta").int()}, "ids_out: expected .* on cpu"),
