@@ -100,10 +100,7 @@ def _served(a: Any, experts: int = 0) -> dict[str, Any]:
     """The serving inputs of a launch, under the names of ``spec.activation_topk``."""
     if not a.serving:
         return {}
-    rows = torch.arange(a.first_row, a.first_row + a.tokens)
-    marks = view(a.is_padding, torch.bool, a.tokens) if a.is_padding else None
-    count = view(a.num_valid_tokens, torch.int32, 1) if a.num_valid_tokens else None
-    inputs: dict[str, Any] = {"padding": spec.padding_rows(rows, marks, count)}
+    inputs: dict[str, Any] = {"padding": _padding(a)}
     if getattr(a, "image_mask", 0):
         inputs["image_mask"] = view(a.image_mask, torch.bool, a.tokens)
         inputs["image_bias"] = view(a.image_bias, torch.float32, experts)
@@ -113,6 +110,14 @@ def _served(a: Any, experts: int = 0) -> dict[str, Any]:
     if "given_ids" in inputs and a.given_mask:
         inputs["given_mask"] = view(a.given_mask, torch.bool, a.tokens)
     return inputs
+
+
+def _padding(a: Any) -> torch.Tensor:
+    """Which rows of a launch with serving inputs are padding."""
+    rows = torch.arange(a.first_row, a.first_row + a.tokens)
+    marks = view(a.is_padding, torch.bool, a.tokens) if a.is_padding else None
+    count = view(a.num_valid_tokens, torch.int32, 1) if a.num_valid_tokens else None
+    return spec.padding_rows(rows, marks, count)
 
 
 def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -136,7 +141,7 @@ def _store(a: Any, count: int, result: tuple[torch.Tensor, torch.Tensor]) -> Non
     if a.serving == 2:
         _record(a, ids, logical, physical)
         weights, physical = spec.with_shared_experts(
-            *(weights, physical, _served(a)["padding"]),
+            *(weights, physical, _padding(a)),
             *(a.shared_id, a.shared_weight, a.shared_experts, a.sentinel),
         )
         strides = a.weights_stride, a.ids_stride

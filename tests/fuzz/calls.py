@@ -3,17 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.fuzz.call import Call
 from tests.fuzz.draw import Draw
+from tests.fuzz.options import Options
 from tests.fuzz.routers import Routers
+
+
+@dataclass
+class Given:
+    """Experts that a call gives for some of its rows, ``mask``, or for all.
+
+    ``ids`` are what is returned there, int64 ``[rows, k]``; ``none`` marks those that are no
+    expert.
+    """
+
+    mask: Tensor
+    ids: Tensor
+    none: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        draw: Draw,
+        keywords: dict[str, Any],
+        sizes: tuple[int, int, int],
+        padding: Tensor | None,
+        sentinel: int,
+    ) -> Given | None:
+        """For a third of the calls, whose ``keywords`` get the tensors. ``sizes`` are rows, k and
+        experts.
+        """
+        rows, k, experts = sizes
+        if draw.choose.random() < 2 / 3:
+            return None
+        ids, mask = draw.ids(experts, rows, k), draw.maybe(lambda: draw.mask(rows))
+        keywords["given_ids"] = ids
+        if mask is None:
+            mask = torch.ones(rows, dtype=torch.bool, device=ids.device)
+        else:
+            keywords["given_mask"] = mask
+        none = (ids < 0) | (ids >= experts)
+        if padding is not None:
+            none = none | padding.unsqueeze(1)
+        return cls(mask, torch.where(none, sentinel, ids.long()), none & mask.unsqueeze(1))
+
+    def known(self) -> dict[str, Any]:
+        """What a ``Call`` is told of them."""
+        return {"exact": self.ids, "known": self.mask, "none": self.none}
 
 
 def dense_router(routers: Routers, draw: Draw, rows: int) -> Call:
     router = draw.choose.choice(routers.dense)
     keywords, padding = routers.serving(draw, rows, images=True)
+    sizes, sentinel = (rows, routers.k, routers.experts), router.config.sentinel
+    given = Given.draw(draw, keywords, sizes, padding, sentinel)
     logits = draw.choose.random() < 0.3
     return Call(
         "dense_router_logits" if logits else "dense_router",
@@ -23,6 +72,8 @@ def dense_router(routers: Routers, draw: Draw, rows: int) -> Call:
         logits,
         routers.maybe_mapped(draw),
         draw.ids_dtype(),
+        options=Options.draw(draw, routers.k, routers.experts, sentinel),
+        **({} if given is None else given.known()),
     )
 
 
@@ -31,9 +82,9 @@ def dense_router_replay(routers: Routers, draw: Draw, rows: int) -> Call:
     keywords, padding = routers.serving(draw, rows, images=False)
     given = draw.ids(routers.experts, rows, routers.k)
     exists = (given >= 0) & (given < routers.experts)
-    exact = torch.where(exists, given, router.config.sentinel)
     if padding is not None:
-        exact = torch.where(padding.unsqueeze(1), router.config.sentinel, exact)
+        exists = exists & ~padding.unsqueeze(1)
+    exact = torch.where(exists, given, router.config.sentinel)
     return Call(
         "dense_router_replay",
         [draw.bf16(rows, routers.hidden), given, router.router_id, routers.experts, routers.k],
@@ -41,6 +92,8 @@ def dense_router_replay(routers: Routers, draw: Draw, rows: int) -> Call:
         *(rows, routers.k, routers.experts, router.config.sentinel, padding),
         distinct=False,
         exact=exact,
+        none=~exists,
+        options=Options.draw(draw, routers.k, routers.experts, router.config.sentinel),
     )
 
 
@@ -61,6 +114,8 @@ def hash_router(routers: Routers, draw: Draw, rows: int) -> Call:
         ids_dtype=draw.ids_dtype(),
         distinct=False,
         exact=torch.where(known.unsqueeze(1), looked_up, router.config.sentinel),
+        none=~known.unsqueeze(1).expand(rows, routers.k),
+        options=Options.draw(draw, routers.k, routers.experts, router.config.sentinel),
     )
 
 
@@ -69,21 +124,34 @@ def hash_gate(routers: Routers, draw: Draw, rows: int) -> Call:
     keywords, padding = routers.serving(draw, rows, images=True)
     token_ids = draw.ids(routers.vocab, rows)
     known = (token_ids >= 0) & (token_ids < routers.vocab)
-    exact = None
-    if "image_mask" not in keywords:
-        looked_up = table[torch.where(known, token_ids, 0).long()]
-        if padding is not None:
-            known = known & ~padding
-        exact = torch.where(known.unsqueeze(1), looked_up, router.config.sentinel)
+    looked_up = table[torch.where(known, token_ids, 0).long()]
+    if padding is not None:
+        known = known & ~padding
+    sizes, sentinel = (rows, routers.k, routers.experts), router.config.sentinel
+    exact = torch.where(known.unsqueeze(1), looked_up, sentinel)
+    none = ~known.unsqueeze(1).expand_as(exact)
+    # Nothing is known of image tokens.
+    sure = None if (images := keywords.get("image_mask")) is None else ~images
+    given = Given.draw(draw, keywords, sizes, padding, sentinel)
+    if given is not None:
+        rows_given = given.mask.unsqueeze(1)
+        exact = torch.where(rows_given, given.ids, exact)
+        none = torch.where(rows_given, given.none, none)
+        sure = None if sure is None else sure | given.mask
+    if sure is not None:
+        none = none & sure.unsqueeze(1)
     return Call(
         "hash_gate",
         [draw.bf16(rows, routers.hidden), token_ids, router.router_id, routers.experts, routers.k],
         keywords,
-        *(rows, routers.k, routers.experts, router.config.sentinel, padding),
+        *(rows, routers.k, routers.experts, sentinel, padding),
         mapped=routers.maybe_mapped(draw),
         ids_dtype=draw.ids_dtype(),
         distinct=False,
         exact=exact,
+        known=sure,
+        none=none,
+        options=Options.draw(draw, routers.k, routers.experts, sentinel),
     )
 
 
@@ -103,8 +171,11 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
         width = draw.choose.randint(1, 4)
         table = draw.integers(-(2**31), 2**31, experts, width).int()
         counts = draw.ids(width, experts).clamp(-(2**31), 2**31 - 1).int()
+        start, step = (draw.choose.choice((0, 1, 23333, 2654435769, 2**32 - 1)) for _ in range(2))
         keywords |= {"expert_map": table, "replica_counts": counts}
-        mapped = table, counts
+        keywords |= {"replica_start": start, "replica_step": step}
+        mapped = table, counts, start, step
+    given = Given.draw(draw, keywords, (rows, k, experts), padding, sentinel)
     scale = draw.choose.choice((0.0, 1e-30, 1.0, 1.5, 1e18))
     return Call(
         "activation_topk",
@@ -123,6 +194,8 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
         padding,
         mapped=mapped,
         ids_dtype=draw.ids_dtype(),
+        options=Options.draw(draw, k, experts, sentinel),
+        **({} if given is None else given.known()),
     )
 
 

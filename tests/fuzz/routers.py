@@ -15,7 +15,7 @@ from tests.fuzz.draw import Draw
 @dataclass
 class Routers:
     """The registered routers of one model that are tested, by mode, with the tensors that decide
-    their ids: the expert map with its counts, and the table of each hash router.
+    their ids: the expert map with its counts and its order, and the table of each hash router.
     """
 
     device: str
@@ -24,7 +24,7 @@ class Routers:
     hidden: int
     vocab: int
     dense: list[Router]
-    maps: tuple[Tensor, Tensor]
+    maps: tuple[Tensor, Tensor, int, int]
     hashed: list[tuple[Router, Tensor]]
     gated: list[tuple[Router, Tensor]]
 
@@ -34,7 +34,11 @@ class Routers:
         hidden, experts, k = model
         vocab = 977
         counts = draw.integers(1, 4, experts).int()
-        table = draw.integers(0, 2**31 - 1, experts, 3).int()
+        # Physical experts as engines number them, and any id.
+        table = draw.integers(0, 3 * experts, experts, 3).int()
+        table = torch.where(draw.mask(experts).unsqueeze(1), table * 1000 + 7, table)
+        start, step = draw.choose.choice(((0, 1), (0, 2654435769), (5, 23333)))
+        order = {"replica_start": start, "replica_step": step}
         dense = []
         for number, sentinel in enumerate((-1, 2**31 - 1, 3)):
             weight = draw.normal(experts, hidden) * hidden**-0.5
@@ -54,7 +58,7 @@ class Routers:
                 image_bias=biases[1],
                 device=device,
             )
-            router.set_expert_map(table, counts)
+            router.set_expert_map(table, counts, **order)
             register_router(router)
             dense.append(router)
         hashed = []
@@ -64,7 +68,7 @@ class Routers:
                 hidden, experts, k, 1.5, mode="hash", vocab_size=vocab, sentinel=sentinel
             )
             router = Router(config, table=ids, device=device)
-            router.set_expert_map(table, counts)
+            router.set_expert_map(table, counts, **order)
             register_router(router)
             hashed.append((router, ids))
         gated = []
@@ -79,10 +83,11 @@ class Routers:
                 image_bias=bias.nan_to_num(0.0, 3e38, -3e38),
                 device=device,
             )
-            router.set_expert_map(table, counts)
+            router.set_expert_map(table, counts, **order)
             register_router(router)
             gated.append((router, ids))
-        return cls(device, experts, k, hidden, vocab, dense, (table, counts), hashed, gated)
+        maps = table, counts, start, step
+        return cls(device, experts, k, hidden, vocab, dense, maps, hashed, gated)
 
     def close(self) -> None:
         """Unregister all of them."""
@@ -105,6 +110,6 @@ class Routers:
             keywords["image_mask"] = mask
         return keywords, padding
 
-    def maybe_mapped(self, draw: Draw) -> tuple[Tensor, Tensor] | None:
-        """The expert map and its counts for three calls in ten, which then store logical ids."""
+    def maybe_mapped(self, draw: Draw) -> tuple[Tensor, Tensor, int, int] | None:
+        """The expert map for three calls in ten, which then store logical ids."""
         return self.maps if draw.choose.random() < 0.3 else None

@@ -71,6 +71,42 @@ def other_nan(given, out):
         out["logits_out"][0, 0] = torch.nan  # 0x7fc00000
 
 
+def other_shared_id(given, out):
+    if "shared_experts" in given:
+        out["ids_out"][0, -1] += 1
+
+
+def other_shared_weight(given, out):
+    if "shared_experts" in given:
+        out["weights_out"][0, -1] += 1
+
+
+def counts_once_too_often(given, out):
+    if "expert_load" in given:
+        given["expert_load"][-1] += 1
+
+
+def ignores_the_flag(given, out):
+    if "record_load" in given and not given["record_load"]:
+        given["expert_load"] += 1
+
+
+def captures_physical_ids(given, out):
+    if "captured_ids" in given and "logical_ids_out" in out:
+        given["captured_ids"][: len(out["ids_out"])] = out["ids_out"][:, : out["k"]]
+
+
+def captures_too_many_rows(given, out):
+    captured = given.get("captured_ids", out["ids_out"])
+    captured[len(out["ids_out"]) :] = 0
+
+
+def writes_between_rows(given, out):
+    ids = out["ids_out"]
+    if ids.stride(0) > ids.shape[1] and len(ids) > 1:
+        ids.as_strided((1,), (1,), ids.storage_offset() + ids.shape[1])[0] = 0
+
+
 def writes_behind(given, out):
     beside(out["ids_out"], 0).fill_(0)
 
@@ -115,9 +151,14 @@ class Broken:
             def out(self, *arguments, **keywords):
                 broken.calls += 1
                 out = {key: value for key, value in keywords.items() if key.endswith("_out")}
-                out["poison"] = int(out["weights_out"].view(torch.int32).view(-1)[0])
+                wide = keywords.get("logical_ids_out", keywords["ids_out"])
+                out["k"] = wide.shape[1]
+                out["poison"] = int(out["weights_out"].view(torch.int32)[0, 0])
                 real.out(*arguments, **keywords)
                 broken._fault({**keywords, "rows": arguments[0]}, out)
+
+            def packed(self, *arguments, **keywords):
+                return real.packed(*arguments, **keywords)
 
         return Op()
 
@@ -135,6 +176,13 @@ class Broken:
         (nothing_valid_ignored, "a padding row has an expert or a weight"),
         (another_replica, "a physical id is not the map's"),
         (other_nan, "a NaN logit is stored under other bits"),
+        (other_shared_id, "a shared expert has another id or another weight"),
+        (other_shared_weight, "a shared expert has another id or another weight"),
+        (counts_once_too_often, "a load is not the number of choices of its expert"),
+        (ignores_the_flag, "a load is not the number of choices of its expert"),
+        (captures_physical_ids, "a captured id is not the logical one"),
+        (captures_too_many_rows, "wrote between the rows of captured_ids, or behind them"),
+        (writes_between_rows, "wrote between the rows of ids_out, or behind them"),
         (writes_behind, "wrote outside its outputs: ids_out"),
         (writes_before, "wrote outside its outputs: weights_out"),
         (writes_to_its_input, "wrote outside its outputs: 0"),
@@ -147,7 +195,28 @@ def test_broken_promises_are_found(fault, message):
         run("cpu", 30000, model=MODEL, ops=Broken(fault), largest=33)
 
 
-@pytest.mark.parametrize("name", ["hash_router", "dense_router_replay"])
+def test_a_packed_word_that_is_not_the_results_is_found():
+    class Ops:
+        def __getattr__(self, name):
+            real = getattr(torch.ops.dsv4, name)
+
+            class Op:
+                def __call__(self, *arguments):
+                    return real(*arguments)
+
+                def out(self, *arguments, **keywords):
+                    real.out(*arguments, **keywords)
+
+                def packed(self, *arguments, **keywords):
+                    return real.packed(*arguments, **keywords) ^ 1
+
+            return real if name == "topk_select" else Op()
+
+    with pytest.raises(AssertionError, match="a packed word is not the id and the weight"):
+        run("cpu", 30000, model=MODEL, ops=Ops(), largest=33)
+
+
+@pytest.mark.parametrize("name", ["hash_router", "dense_router_replay", "hash_gate"])
 def test_ids_that_are_known_are_compared(name):
     def another(given, out):
         ids = out.get("logical_ids_out", out["ids_out"])
@@ -172,6 +241,9 @@ def test_an_affected_next_call_is_found():
                 def out(self, *arguments, **keywords):
                     ops.calls += 1
                     real.out(*arguments, **keywords)
+
+                def packed(self, *arguments, **keywords):
+                    return real.packed(*arguments, **keywords)
 
             return Op() if name == "dense_router" else real
 
