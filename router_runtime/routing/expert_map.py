@@ -30,11 +30,14 @@ class ExpertMap(NamedTuple):
     step: int = 1
 
     def arguments(self) -> tuple[int, ...]:
-        """What a kernel gets of it: two addresses, the number of replicas, and the order, whose
-        numbers have no sign but come as integers with one.
-        """
-        start, step = (number - 2**32 if number >= 2**31 else number for number in self[2:])
-        return self.physical.data_ptr(), self.counts.data_ptr(), self.physical.shape[1], start, step
+        """What a kernel gets of it: two addresses, the number of replicas, start and step."""
+        addresses = self.physical.data_ptr(), self.counts.data_ptr()
+        return *addresses, self.physical.shape[1], signed(self.start), signed(self.step)
+
+
+def signed(number: int) -> int:
+    """The number with a sign that has the 32 bits of one without: what kernels are given."""
+    return number - 2**32 if number >= 2**31 else number
 
 
 def check_order(start: int, step: int) -> None:

@@ -111,7 +111,8 @@ def check_physical_ids(inputs: Inputs, ids: Tensor, logical_ids: Tensor) -> list
     if bool((known >= expert_map.shape[0]).any()):
         return []  # reported as wrong ids
     rows = torch.arange(len(ids))
-    expected = spec.physical_ids(known, rows, expert_map, counts, sentinel)
+    order = int(inputs["replica_start"]), int(inputs["replica_step"])
+    expected = spec.physical_ids(known, rows, expert_map, counts, sentinel, *order)
     wrong = (ids != expected).any(dim=1)
     return [report(wrong, "wrong physical ids", ids, expected)] if wrong.any() else []
 

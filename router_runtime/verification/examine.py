@@ -1,7 +1,8 @@
 """Run one case of the oracle suite on a kernel, between guard bands, and judge the outputs.
 
 Beyond the mathematics (``judge.py``) a kernel must write every element of its outputs and nothing
-else, leave its inputs unchanged, give the same bits twice, and, where the case says so, give a
+else, leave its inputs unchanged, give the same bits twice, have results with options that follow
+from those without (``option_checks.py``), and, where the case says so, give a
 token the same bits at every row position, in every batch size and beside any neighbour.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from router_runtime.evidence.cases import Case
 from router_runtime.verification.arrangements import arrangements
 from router_runtime.verification.inputs import ROW_INPUT, Inputs
 from router_runtime.verification.judge import Verdict, judge
+from router_runtime.verification.option_checks import option_checks
 from router_runtime.verification.trial import Trial, copied, whole_storage
 
 #: 32-bit words before and after each output: 256 bytes keep the output's alignment.
@@ -34,10 +36,10 @@ class Run(Protocol):
     """Launches a kernel on inputs on its device and writes the outputs.
 
     The outputs are values and ids, then the logits if they are requested (only kernels that can
-    store them); ``logical_ids`` is passed only where the inputs have an expert map.
+    store them). ``more`` are ``logical_ids`` where the inputs have an expert map, and options.
     """
 
-    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None:
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **more: Any) -> None:
         """Launch on the current stream."""
 
 
@@ -58,6 +60,9 @@ def examine(trial: Trial, run: Run, largest_batch: int, logits: bool = False) ->
         without, more = _run_twice(case, run, inputs, False)
         same = _same_bits(without, {name: found[name] for name in without})
         checks += [*more, _Check("storing logits changes the other outputs", same)]
+    if case.serving:
+        count = len(found["ids"])
+        checks += [_Check(*each) for each in option_checks(run, inputs, count, found)]
     before, after = _bytes(trial.on_device), _bytes(inputs)
     checks += [
         _Check(f"changed its input {name}", (data == after[name]).all())

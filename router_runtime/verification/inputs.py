@@ -269,6 +269,7 @@ def _serving(case: Case, random: Random) -> Inputs:
     if "map" in case.serving:
         found["expert_map"] = random.integers(0, 2**20, experts, 3).int()
         found["replica_counts"] = random.integers(1, 4, experts).int()
+        found |= {"replica_start": 5, "replica_step": 2654435769}
     if "replay" in case.serving:
         given = random.integers(0, experts, tokens, top_k)
         edges = [-1, experts, 2**31 - 1, -(2**31)]

@@ -188,6 +188,8 @@ def _replay_findings(oracle: Oracle, expected: Tensor, weights: Tensor, ids: Ten
 def _judge_gate(oracle: Oracle, weights: Tensor, ids: Tensor) -> Verdict:
     """Judge weights and logical ids of hash_gate."""
     inputs, (expected, clear) = oracle.inputs, oracle.expected_ids
+    if "given_ids" in inputs:
+        return _replay_findings(oracle, expected, weights, ids).verdict(clear, weights, ids)
     ranked, reference = oracle.ranked, oracle.reference
     # The look-up's own weights are zero where there is no expert.
     routed = ranked | (oracle.looked_up[0] > 0).any(dim=1)

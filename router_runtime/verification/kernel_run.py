@@ -10,7 +10,8 @@ from torch import Tensor
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.errors import ArtifactError, explain
 from router_runtime.routing.call import SERVED
-from router_runtime.routing.options import OPTIONS
+from router_runtime.routing.expert_map import signed
+from router_runtime.routing.options import OPTIONS, row_stride
 from router_runtime.routing.weights import repacked
 from router_runtime.verification.inputs import Inputs
 
@@ -34,13 +35,14 @@ class KernelRun:
         self._weight: object = None
         self._packed: dict[str, Tensor] = {}
 
-    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None:
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **more: Any) -> None:
         """Launch on torch's current stream.
 
         Args:
             inputs: Of one case, on the device.
             outputs: Values and ids ``[N, k]``, then the logits ``[N, E]`` if they are to be stored.
-            logical_ids: ``logical_ids=`` ``[N, k]``, where the inputs have an expert map.
+                With options their rows may be apart; without elements they are not stored.
+            more: ``logical_ids`` ``[N, k]``, where the inputs have an expert map, and options.
 
         Raises:
             ArtifactError: The contract has an argument that the suite has no value for.
@@ -51,17 +53,19 @@ class KernelRun:
         arguments |= {"weights_out": values, "values_out": values}
         arguments["logits_out"] = rest[0] if rest else None
         for name, tensor in (
-            ("ids_out", ids),
-            ("logical_ids_out", logical_ids.get("logical_ids")),
+            ("ids_out", ids if ids.numel() else None),
+            ("logical_ids_out", more.pop("logical_ids", None)),
             ("given_ids_i32", inputs.get("given_ids")),
         ):
             wide = isinstance(tensor, Tensor) and tensor.dtype is torch.int64
             arguments[name] = None if wide else tensor
             arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
         absent = dict.fromkeys((*SERVED, *OPTIONS), 0)
-        arguments = absent | {"replica_step": 1, "sentinel": -1, "image_bias": None} | arguments
+        arguments = absent | {"sentinel": -1, "image_bias": None} | arguments
         arguments["serving"] = int("wide_ids" in inputs)
-        arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[1]}
+        arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[-1]}
+        if more:
+            arguments |= _option_arguments(values, ids, more)
         # An address: a contract may declare the workspace as a pointer to any type.
         arguments["workspace"] = self._workspace.data_ptr()
         unknown = sorted(set(self._kernel.arguments) - set(arguments))
@@ -84,11 +88,13 @@ class KernelRun:
             wide = token_ids.dtype == torch.int64
             arguments["token_ids_i64"] = token_ids if wide else None
             arguments["token_ids_i32"] = None if wide else token_ids
-        for name in ("is_padding", "image_mask"):
+        for name in ("is_padding", "image_mask", "given_mask"):
             if isinstance(mask := inputs.get(name), Tensor):
                 arguments[name] = mask.view(torch.uint8)
         if isinstance(expert_map := inputs.get("expert_map"), Tensor):
             arguments["replicas"] = expert_map.shape[1]
+            for name in ("replica_start", "replica_step"):
+                arguments[name] = signed(int(inputs[name]))
         if isinstance(table := inputs.get("table"), Tensor):
             arguments["vocab"] = table.shape[0]
         for name, columns in _COLUMNS.items():
@@ -102,3 +108,27 @@ class KernelRun:
                 self._weight = weight
             arguments |= self._packed
         return arguments
+
+
+def _option_arguments(values: Tensor, ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch with options: those of ``option_checks.Run``, of which some have
+    other names in a contract.
+    """
+    packed, captured = options.get("packed_out"), options.pop("captured_ids", None)
+    stored = ids if packed is None else packed
+    narrow = captured is not None and captured.dtype is torch.int16
+    arguments = {
+        "serving": 2,
+        "tokens": len(stored),
+        "top_k": stored.shape[1] - options["shared_experts"],
+        "weights_out": values if packed is None else None,
+        "weights_stride": row_stride(values),
+        "ids_stride": row_stride(stored),
+        "load_experts": len(options["expert_load"]),
+        "captured_ids_i16": captured if narrow else None,
+        "captured_ids_i32": None if narrow else captured,
+        "captured_stride": 0 if captured is None else row_stride(captured),
+    }
+    if "record_load" in options:
+        options["record_load"] = options["record_load"].view(torch.uint8)
+    return {**options, **arguments}

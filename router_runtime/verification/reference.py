@@ -134,7 +134,14 @@ class Oracle:
         """
         images = self.inputs.get("image_mask", self.padding.new_zeros(1))
         assert isinstance(images, Tensor)
-        return images & ~self.padding
+        return images & ~self.padding & ("given_ids" not in self.inputs)
+
+    @functools.cached_property
+    def given(self) -> Tensor:
+        """The given ids as they are returned, ``[N, k]``: the sentinel for no expert."""
+        ids = self.tensor("given_ids")
+        exists = (ids >= 0) & (ids < self.case.sizes["experts"]) & ~self.padding.unsqueeze(1)
+        return torch.where(exists, ids, int(self.inputs["sentinel"])).int()
 
     @functools.cached_property
     def expected_ids(self) -> tuple[Tensor, Tensor]:
@@ -202,18 +209,18 @@ def _serving_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
     """``expected_ids`` of a scoring case with serving inputs: the sentinel for no expert."""
     inputs, padding = oracle.inputs, oracle.padding
     if "given_ids" in inputs:
-        ids = oracle.tensor("given_ids")
-        exists = (ids >= 0) & (ids < oracle.case.sizes["experts"])
-        ids = torch.where(exists, ids, torch.full_like(ids, spec.NO_EXPERT)).int()
-        clear = torch.ones_like(padding)
-    else:
-        ids, clear = oracle.reference.ids, oracle.reference.clear | padding
+        return oracle.given, torch.ones_like(padding)
+    ids, clear = oracle.reference.ids, oracle.reference.clear | padding
     ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, spec.NO_EXPERT), ids)
     return spec.with_sentinel(ids, int(inputs["sentinel"])), clear
 
 
 def _gate_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
-    """``expected_ids`` of hash_gate: the rows of the table, and the ranked ids of images."""
+    """``expected_ids`` of hash_gate: the given ids, or the rows of the table and the ranked ids of
+    images.
+    """
+    if "given_ids" in oracle.inputs:
+        return oracle.given, torch.ones_like(oracle.padding)
     ranked, ids = oracle.ranked, oracle.looked_up[1]
     if not bool(ranked.any()):
         return ids, torch.ones_like(ranked)

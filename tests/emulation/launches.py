@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ class TimedRun:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.launches = 0
 
-    def __call__(self, inputs: Inputs, *outputs: Tensor, **logical_ids: Tensor) -> None:
+    def __call__(self, inputs: Inputs, *outputs: Tensor, **more: Any) -> None:
         """Launch on the current stream."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        self._run(inputs, *outputs, **logical_ids)
+        self._run(inputs, *outputs, **more)
         end.record()
         self._events.append((begin, end))
         self.launches += 1

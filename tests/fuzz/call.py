@@ -78,7 +78,7 @@ class Call:
         if options.record is not None:
             keywords["record_load"] = guard("record_load", options.record)
         columns, gaps = self.k + options.shared, options.gaps
-        wanted = {
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype, int]] = {
             "weights_out": ((self.rows, columns), torch.float32, gaps[0]),
             "ids_out": ((self.rows, columns), self.ids_dtype, gaps[1]),
         }
@@ -89,8 +89,8 @@ class Call:
         if options.load is not None:
             wanted["expert_load"] = (tuple(options.load.shape), torch.int32, 0)
         if options.captured is not None:
-            shape = (self.rows + options.more_rows, self.k)
-            wanted["captured_ids"] = (shape, options.captured, gaps[0])
+            rows = self.rows + options.more_rows
+            wanted["captured_ids"] = ((rows, self.k), options.captured, gaps[0])
         for name, (shape, dtype, gap) in wanted.items():
             apart = (*shape[:-1], shape[-1] + gap)
             guarded[name] = Guarded(None, pattern, shape=apart, dtype=dtype, device=device)

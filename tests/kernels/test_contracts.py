@@ -22,6 +22,7 @@ CONSTANTS: Mapping[str, Mapping[str, int]] = {
 }
 TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
     "unsigned char*": "ptr:u8",
+    "short*": "ptr:i16",
     "bf16*": "ptr:bf16",
     "int": "i32",
     "long long": "i64",

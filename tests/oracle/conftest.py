@@ -14,6 +14,9 @@ else:
     import torch
 
 
+_MAY_HAVE = ("image_mask", "image_bias", "given_ids", "given_mask")
+
+
 def oracle_outputs(case, inputs):
     """What a correct kernel writes for a case."""
     from router_runtime import spec
@@ -68,8 +71,9 @@ def served_outputs(case, inputs):
         values, ids = spec.hash_gate(
             *(given.hidden_states, given.token_ids, given.weight, given.table, given.scale),
             bool(given.renormalize),
+            spec.NO_EXPERT,
             padding=padding,
-            **{name: inputs.get(name) for name in ("image_mask", "image_bias")},
+            **{name: inputs.get(name) for name in _MAY_HAVE},
         )
     else:
         logits = inputs.get("logits")
@@ -82,12 +86,13 @@ def served_outputs(case, inputs):
             given.scale,
             bool(given.renormalize),
             padding=padding,
-            **{name: inputs.get(name) for name in ("image_mask", "image_bias", "given_ids")},
+            **{name: inputs.get(name) for name in _MAY_HAVE},
         )
     if "expert_map" not in inputs:
         return values, spec.with_sentinel(ids, given.sentinel)
     maps = given.expert_map, given.replica_counts
-    physical = spec.physical_ids(ids, rows, *maps, given.sentinel)
+    order = given.replica_start, given.replica_step
+    physical = spec.physical_ids(ids, rows, *maps, given.sentinel, *order)
     return values, physical, spec.with_sentinel(ids, given.sentinel)
 
 

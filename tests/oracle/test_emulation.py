@@ -36,6 +36,7 @@ from tests.emulation import defects, launches, recording, suite
 from tests.emulation.launches import differences
 from tests.emulation.library import Report
 from tests.emulation.recording import Recorder
+from tests.oracle.writing import write
 
 AXIS = GridAxis("constant")
 
@@ -97,23 +98,19 @@ def machine(
             values: torch.Tensor,
             ids: torch.Tensor,
             *logits: torch.Tensor,
-            logical_ids: torch.Tensor | None = None,
+            **more: Any,
         ) -> None:
             self.launches += 1
             case = SimpleNamespace(
                 kernel="dense_router_decode",
                 serving="sentinel" in given,
-                sizes={"top_k": ids.shape[1]},
+                sizes={"top_k": self.entry.constants["TOP_K"]},
             )
-            found_values, found_ids, *mapped = outputs(case, given)
-            values.copy_(found_values)
-            ids.copy_(found_ids)
-            if logical_ids is not None:
-                logical_ids.copy_(mapped[0])
+            write(given, outputs(case, given), values, ids, **more)
             for stored in logits:
                 stored.copy_(spec.dense_logits(given["hidden_states"], given["weight"], 128))
             if self.entry is not SIBLING and self.entry.variant == EMULATED.variant:
-                if state.broken == "one bit":
+                if state.broken == "one bit" and values.numel():
                     values.view(torch.int32)[-1, 0] += 1
                 if state.broken == "launch":
                     raise RuntimeError("an illegal instruction was encountered")
@@ -143,7 +140,7 @@ def test_every_mode_of_a_correct_kernel_passes(machine: SimpleNamespace) -> None
     assert len(passed) == len(machine.lines) == 2
     assert all(EMULATED.key in line and "mmas 3" in line for line in passed)
     launched = [int(line.split("launches ")[1].split()[0]) for line in passed]
-    assert launched[1] > 3 * launched[0]  # the batches that are rearranged
+    assert launched[1] > 2 * launched[0]  # the batches that are rearranged
     assert machine.totals["mmas"] == 6
     assert machine.totals["GPU seconds"] == 1.0
 

@@ -16,6 +16,7 @@ from router_runtime.verification import inputs
 from router_runtime.verification.examine import examine
 from router_runtime.verification.trial import Trial
 from tests.oracle.fp32 import fl32
+from tests.oracle.writing import write
 
 CONSTANTS = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4, "IMAGES": 1}
 
@@ -88,6 +89,8 @@ def correct(given, **changes):
         *(given["scale"], bool(given["renormalize"]), given["sentinel"]),
         image_mask=given.get("image_mask"),
         image_bias=given.get("image_bias"),
+        given_ids=given.get("given_ids"),
+        given_mask=given.get("given_mask"),
         padding=spec.padding_rows(rows, given.get("is_padding"), given.get("num_valid_tokens")),
     )
 
@@ -157,17 +160,17 @@ def problems(outputs):
     for case in suite.cases("hash_gate", CONSTANTS, {"tokens": (1, 64)}):
         given = inputs.make_inputs(case)
 
-        def run(given, values, ids, logical_ids=None):
+        def run(given, values, ids, **more):
             weights, chosen = outputs(given)
-            values.copy_(weights)
-            if logical_ids is not None:
-                logical_ids.copy_(chosen)
+            found = [weights, chosen]
+            if "expert_map" in given:
                 none = chosen == given["sentinel"]
                 known = torch.where(none, torch.full_like(chosen, -1), chosen)
                 rows = torch.arange(len(chosen))
                 maps = given["expert_map"], given["replica_counts"]
-                chosen = spec.physical_ids(known, rows, *maps, given["sentinel"])
-            ids.copy_(chosen)
+                order = given["replica_start"], given["replica_step"]
+                found[1:] = spec.physical_ids(known, rows, *maps, given["sentinel"], *order), chosen
+            write(given, found, values, ids, **more)
 
         found = examine(Trial(case, given, "cpu"), run, 64).problems
         if found:

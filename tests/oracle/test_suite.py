@@ -17,6 +17,7 @@ from router_runtime.verification.bounds import TOLERANCES
 from router_runtime.verification.examine import examine
 from router_runtime.verification.reference import Oracle
 from router_runtime.verification.trial import Trial
+from tests.oracle.writing import write
 
 DENSE, GATE = "dense_router_decode", "hash_gate"
 SHAPES = {
@@ -36,12 +37,8 @@ def runner(outputs):
     """A Run that writes what ``outputs(case, inputs)`` returns."""
 
     def for_case(case):
-        def run(given, values, ids, logical_ids=None):
-            found = outputs(case, given)
-            values.copy_(found[0])
-            ids.copy_(found[1])
-            if logical_ids is not None:
-                logical_ids.copy_(found[-1])
+        def run(given, values, ids, **more):
+            write(given, outputs(case, given), values, ids, **more)
 
         return run
 
@@ -124,13 +121,9 @@ def with_logits(outputs, change, *, weights=False):
     for case in suite.cases(DENSE, *SHAPES[DENSE]):
         given = inputs.make_inputs(case)
 
-        def run(given, values, ids, *logits, case=case, logical_ids=None):
+        def run(given, values, ids, *logits, case=case, **more):
             z = spec.dense_logits(given["hidden_states"], given["weight"], 128)
-            found = outputs(case, given)
-            values.copy_(found[0])
-            ids.copy_(found[1])
-            if logical_ids is not None:
-                logical_ids.copy_(found[-1])
+            write(given, outputs(case, given), values, ids, **more)
             for stored in logits:
                 stored.copy_(z)
                 change(stored)
@@ -425,6 +418,8 @@ SERVING_MUTANTS = {
     "count off by one": changed("num_valid_tokens", lambda count: count + 1),
     "images ignored": without("image_mask"),
     "map ignored": without("expert_map"),
+    "order of copies ignored": changed("replica_step", lambda _: 1),
+    "start of copies ignored": changed("replica_start", lambda _: 0),
     "one replica": changed("replica_counts", torch.ones_like),
     "replay ignored": without("given_ids"),
     "given ids clamped": changed("given_ids", lambda ids: ids.clamp(min=0)),
@@ -443,6 +438,82 @@ def test_wrong_serving_is_caught(kernel, mutant, outputs):
     assert problems((kernel, *SHAPES[kernel]), runner(wrong))
 
 
+def with_fault(outputs, fault):
+    """A kernel that is right until ``fault`` changes what a launch with options has written."""
+
+    def for_case(case):
+        right = runner(outputs)(case)
+
+        def run(given, values, ids, **more):
+            before = {name: each.clone() for name, each in more.items() if hasattr(each, "clone")}
+            right(given, values, ids, **more)
+            if "shared_experts" in more:
+                fault(values, ids, more, before)
+
+        return run
+
+    return for_case
+
+
+def changes(name):
+    """A fault: one more in the first element of an output."""
+
+    def fault(values, ids, more, before):
+        written = {"values": values, "ids": ids, **more}.get(name)
+        if written is not None and written.numel():
+            written[(0,) * written.dim()] += 1
+
+    return fault
+
+
+def swaps_the_shared_experts(values, ids, more, before):
+    if ids.numel():
+        ids[:, -2:] = ids[:, -2:].flip(1)
+
+
+def writes_between_rows(values, ids, more, before):
+    if ids.numel():
+        ids.as_strided((1,), (1,), ids.storage_offset() + ids.shape[1]).fill_(0)
+
+
+def ignores_the_flag(values, ids, more, before):
+    if "record_load" in more:
+        more["expert_load"] += 1
+
+
+def counts_once_per_launch(values, ids, more, before):
+    if "record_load" not in more:
+        load, old = more["expert_load"], before["expert_load"]
+        load.copy_(old + (load != old).int())
+
+
+OPTION_FAULTS = {
+    changes("values"): "options: other weights",
+    changes("ids"): "options: other ids",
+    changes("captured_ids"): "options: other captured ids",
+    changes("expert_load"): "options: other loads",
+    changes("packed_out"): "options: other packed words",
+    swaps_the_shared_experts: "options: other ids",
+    writes_between_rows: "options: wrote beside its ids",
+    ignores_the_flag: "options: loads in spite of the flag",
+    counts_once_per_launch: "options: other loads",
+}
+
+
+@pytest.mark.parametrize("kernel", ["hash_router", "activation_topk", DENSE])
+@pytest.mark.parametrize(("fault", "message"), OPTION_FAULTS.items())
+def test_wrong_options_are_caught(kernel, fault, message, outputs):
+    found = problems((kernel, *SHAPES[kernel]), with_fault(outputs, fault))
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize("kernel", ["activation_topk", DENSE])
+def test_a_mask_of_given_rows_that_is_ignored_is_caught(kernel, outputs):
+    wrong = without("given_mask")(outputs)
+    found = problems((kernel, *SHAPES[kernel]), runner(wrong))
+    assert any("given rows: other values" in problem for problem in found), found
+
+
 # --- wrong behaviour around a right result ------------------------------------------------------
 
 
@@ -454,11 +525,12 @@ def misbehave(outputs, action):
     calls = itertools.count()
 
     def for_case(case):
-        write = runner(outputs)(case)
+        right = runner(outputs)(case)
 
-        def run(given, values, ids, logical_ids=None):
-            write(given, values, ids, logical_ids)
-            action(given, values, ids, next(calls))
+        def run(given, values, ids, **more):
+            right(given, values, ids, **more)
+            if "shared_experts" not in more:
+                action(given, values, ids, next(calls))
 
         return run
 

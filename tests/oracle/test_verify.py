@@ -27,14 +27,17 @@ from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.kernel_run import KernelRun
 from router_runtime.verification.shared_trials import SharedTrials
 from router_runtime.verification.trial import Trial
+from tests.oracle.writing import write
 
 AXIS = GridAxis("constant")
 #: What every routing kernel can be given beside its rows, and what only those that score can.
 SERVING = (
     " serving sentinel first_row replicas is_padding num_valid_tokens expert_map replica_counts "
-    "ids_out_i64 logical_ids_out logical_ids_out_i64"
+    "ids_out_i64 logical_ids_out logical_ids_out_i64 replica_start replica_step weights_stride "
+    "ids_stride packed_out expert_load load_experts record_load captured_ids_i16 captured_ids_i32 "
+    "captured_stride shared_experts shared_id shared_weight"
 )
-SCORED = f"{SERVING} image_mask image_bias given_ids_i32 given_ids_i64"
+SCORED = f"{SERVING} image_mask image_bias given_ids_i32 given_ids_i64 given_mask"
 #: The launch arguments of each kernel; repacked weights have the name of their matrix.
 PARAMETERS = {
     "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k"
@@ -43,7 +46,7 @@ PARAMETERS = {
     "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
     "renormalize" + SCORED,
     "hash_gate": "hidden_states token_ids_i32 token_ids_i64 weight table row_stride vocab "
-    "weights_out ids_out tokens scale renormalize image_mask image_bias" + SERVING,
+    "weights_out ids_out tokens scale renormalize" + SCORED,
     "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
     "tokens row_stride scale renormalize" + SCORED,
     "dense_router_prefill": "hidden_states weight bias weights_out ids_out logits_out workspace "
@@ -101,19 +104,15 @@ def machine(monkeypatch, outputs):
         def __init__(self, loaded, device):
             self.entry = loaded
 
-        def __call__(self, given, values, ids, *logits, logical_ids=None):
-            case = self.case
-            found_values, found_ids, *mapped = outputs(case, given)
-            values.copy_(found_values)
-            ids.copy_(found_ids)
-            if logical_ids is not None:
-                logical_ids.copy_(mapped[0])
+        def __call__(self, given, values, ids, *logits, **more):
+            found = outputs(self.case, given)
+            if f"{self.entry.kernel} in one bit" in broken:
+                found[0].view(torch.int32)[:, 0] += (found[0][:, 0] > 0).int()
+            write(given, found, values, ids, **more)
             for stored in logits:
                 stored.copy_(spec.dense_logits(given["hidden_states"], given["weight"], 128))
             if self.entry.kernel in broken:
                 values.zero_()
-            if f"{self.entry.kernel} in one bit" in broken:
-                values.view(torch.int32)[:, 0] += (values[:, 0] > 0).int()
 
     def on_cpu(trial, run, largest, logits):
         assert trial.device == "cuda:0"
@@ -391,6 +390,40 @@ def test_every_argument_has_a_value(kernel, monkeypatch):
         assert (recorder.given["token_ids_i32"] is None) != (
             recorder.given["token_ids_i64"] is None
         )
+
+
+def test_options_have_values(monkeypatch):
+    """Under the names of a contract, each as wide as its tensor is."""
+    kernel = "hash_router"
+    case = next(each for each in suite.cases(kernel, {}, {"top_k": (1, 4)}) if each.serving)
+    given = make_inputs(case)
+    recorder = Recorder(entry(kernel), tuple(PARAMETERS[kernel].split()))
+    run = KernelRun(recorder, "cpu")
+    on_cpu(monkeypatch)
+    k, shared = case.sizes["top_k"], {"shared_experts": 2, "shared_id": 9, "shared_weight": 0.5}
+    rows, load = case.sizes["tokens"], torch.zeros(5, dtype=torch.int32)
+    weights, ids = torch.empty(rows, k + 7), torch.empty(rows, k + 3, dtype=torch.int32)
+    for dtype in (torch.int16, torch.int32):
+        captured = torch.empty(rows, k + 1, dtype=dtype)[:, :k]
+        more = {"expert_load": load, "captured_ids": captured}
+        run(given, weights[:, : k + 2], ids[:, : k + 2], **shared, **more)
+        found = recorder.given
+        assert tuple(found) == recorder.arguments
+        assert (found["serving"], found["tokens"], found["top_k"]) == (2, rows, k)
+        assert (found["weights_stride"], found["ids_stride"]) == (k + 7, k + 3)
+        assert (found["load_experts"], found["captured_stride"]) == (5, k + 1)
+        narrow, wide = found["captured_ids_i16"], found["captured_ids_i32"]
+        expected = (captured, None) if dtype is torch.int16 else (None, captured)
+        assert all(one is other for one, other in zip((narrow, wide), expected, strict=True))
+        assert {name: found[name] for name in shared} == shared
+    words, none = torch.empty(rows, k + 2, dtype=torch.int32), torch.empty(0)
+    flag = {"record_load": torch.zeros(1, dtype=torch.bool), "expert_load": load}
+    run(given, none, none.int(), packed_out=words, **shared, **flag)
+    found = recorder.given
+    assert found["weights_out"] is found["ids_out"] is None
+    assert found["packed_out"] is words
+    assert (found["tokens"], found["top_k"], found["ids_stride"]) == (rows, k, k + 2)
+    assert found["record_load"].dtype is torch.uint8
 
 
 @pytest.mark.parametrize("kernel", PARAMETERS)

@@ -78,11 +78,11 @@ def router(request: pytest.FixtureRequest) -> Iterator[Router]:
 
 
 @pytest.fixture
-def dense() -> Router:
+def dense() -> Any:
     return make_router("dense")
 
 
-def arguments_of(mode: str, tokens: int) -> tuple[Tensor, ...]:
+def arguments_of(mode: str, tokens: int) -> Any:
     x = torch.randn(tokens, H, generator=seeded(tokens)).bfloat16()
     words = torch.randint(-5, V + 5, (tokens,), generator=seeded(tokens))
     return {"dense": (x,), "hash": (words,), "hash_gate": (x, words)}[mode]
@@ -100,7 +100,7 @@ def given_ids(tokens: int) -> Tensor:
     return ids
 
 
-def results(tokens: int, columns: int = K) -> dict[str, Tensor]:
+def results(tokens: int, columns: int = K) -> dict[str, Any]:
     return {
         "weights_out": torch.full((tokens, columns), 9.0),
         "ids_out": torch.full((tokens, columns), 9).int(),
@@ -117,7 +117,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_loads_are_counted_by_physical_id(router: Router, mapped: bool) -> None:
+def test_loads_are_counted_by_physical_id(router: Any, mapped: bool) -> None:
     given = arguments_of(router.config.mode, 30)
     padding = mask(30, 1)
     before = torch.randint(0, 100, (PHYSICAL_EXPERTS,), generator=seeded(6)).int()
@@ -135,7 +135,7 @@ def test_loads_are_counted_by_physical_id(router: Router, mapped: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_flag_on_the_device_turns_recording_off(router: Router, shape: tuple[int, ...]) -> None:
+def test_a_flag_on_the_device_turns_recording_off(router: Any, shape: tuple[int, ...]) -> None:
     given, load = arguments_of(router.config.mode, 9), torch.zeros(E).int()
     for recorded in (False, True):
         flag = torch.full(shape, recorded)
@@ -143,7 +143,7 @@ def test_a_flag_on_the_device_turns_recording_off(router: Router, shape: tuple[i
         assert bool(load.any()) == recorded
 
 
-def test_an_id_beyond_the_counts_is_not_counted(dense: Router) -> None:
+def test_an_id_beyond_the_counts_is_not_counted(dense: Any) -> None:
     (x,) = arguments_of("dense", 30)
     whole, short = torch.zeros(E).int(), torch.zeros(7).int()
     dense.forward_out(x, **results(30), expert_load=whole)
@@ -152,7 +152,7 @@ def test_an_id_beyond_the_counts_is_not_counted(dense: Router) -> None:
     assert whole[7:].any()
 
 
-def test_loads_add_up_over_calls(dense: Router) -> None:
+def test_loads_add_up_over_calls(dense: Any) -> None:
     (x,) = arguments_of("dense", 30)
     once, twice = torch.zeros(E).int(), torch.zeros(E).int()
     dense.forward_out(x, **results(30), expert_load=once)
@@ -166,9 +166,7 @@ def test_loads_add_up_over_calls(dense: Router) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_captured_ids_are_the_logical_ones(
-    router: Router, dtype: torch.dtype, mapped: bool
-) -> None:
+def test_captured_ids_are_the_logical_ones(router: Any, dtype: torch.dtype, mapped: bool) -> None:
     given, padding = arguments_of(router.config.mode, 9), mask(9, 1)
     # One layer of a buffer of several layers.
     buffer = torch.full((12, 3, K), 77, dtype=dtype)
@@ -190,7 +188,7 @@ def test_given_rows_beside_others(mode: Mode, dtype: torch.dtype) -> None:
     router, given = make_router(mode), arguments_of(mode, 20)
     chosen, images, padding = mask(20, 1), mask(20, 2), mask(20, 3)
     ids = given_ids(20).clamp(max=2**31 - 1).to(dtype)
-    inputs = {"image_mask": images, "is_padding": padding}
+    inputs: dict[str, Any] = {"image_mask": images, "is_padding": padding}
     found = router(*given, **inputs, given_ids=ids, given_mask=chosen)
     plain = router(*given, **inputs)
     whole = router(*given, **inputs, given_ids=ids)
@@ -203,7 +201,7 @@ def test_given_rows_beside_others(mode: Mode, dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums, torch.full_like(sums, 1.5))
 
 
-def test_given_ids_replay_a_selection(dense: Router) -> None:
+def test_given_ids_replay_a_selection(dense: Any) -> None:
     (x,) = arguments_of("dense", 9)
     selected = dense(x)
     same(dense(x, given_ids=selected[1]), selected)
@@ -232,7 +230,7 @@ def test_logits_that_were_gathered_route_hash_layers_with_images() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_shared_experts_follow(router: Router, count: int, dtype: torch.dtype) -> None:
+def test_shared_experts_follow(router: Any, count: int, dtype: torch.dtype) -> None:
     given, padding = arguments_of(router.config.mode, 9), mask(9, 1)
     inputs: dict[str, Any] = {"is_padding": padding, "ids_dtype": dtype}
     plain = router.forward_mapped(*given, **inputs)
@@ -250,7 +248,7 @@ def test_shared_experts_follow(router: Router, count: int, dtype: torch.dtype) -
             assert torch.equal(found[0][:, K + shared], values)
 
 
-def test_shared_experts_are_neither_counted_nor_captured(dense: Router) -> None:
+def test_shared_experts_are_neither_counted_nor_captured(dense: Any) -> None:
     (x,) = arguments_of("dense", 9)
     found = []
     for count in (0, 2):
@@ -265,8 +263,9 @@ def test_shared_experts_are_neither_counted_nor_captured(dense: Router) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_packed_words(router: Router, mapped: bool) -> None:
-    given, inputs = arguments_of(router.config.mode, 9), {"is_padding": mask(9, 1)}
+def test_packed_words(router: Any, mapped: bool) -> None:
+    given = arguments_of(router.config.mode, 9)
+    inputs: dict[str, Any] = {"is_padding": mask(9, 1)}
     shared: dict[str, Any] = {"shared_experts": 1, "shared_weight": 0.3}
     words = router.forward_packed(*given, mapped=mapped, **inputs, **shared)
     plain = router.forward_mapped if mapped else router.forward
@@ -288,7 +287,7 @@ def test_packed_rounds_ties_to_even() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_results_whose_rows_are_apart(router: Router, dtype: torch.dtype) -> None:
+def test_results_whose_rows_are_apart(router: Any, dtype: torch.dtype) -> None:
     given = arguments_of(router.config.mode, 9)
     weights, ids = torch.full((9, 7), 8.0), torch.full((9, 11), 8, dtype=dtype)
     router.forward_out(*given, weights_out=weights[:, 1 : K + 1], ids_out=ids[:, 2 : K + 2])
@@ -353,7 +352,7 @@ def options_calls(mode: str, tokens: int) -> Iterator[dict[str, Any]]:
 def test_launches(gpu: Any, backends: dict[str, Any], mode: str, tokens: int) -> None:
     router, backend = make_router(mode), backends[mode]
     tensor, *words = arguments_of(mode, tokens)
-    beside = {"token_ids": words[0]} if words else {}
+    beside: dict[str, Any] = {"token_ids": words[0]} if words else {}
     for number, options in enumerate(options_calls(mode, tokens)):
         served = {"is_padding": mask(tokens, 6), "mapped": number % 2 == 1}
         found = []
@@ -378,9 +377,14 @@ def test_launches_of_packed_and_strided_calls(
 ) -> None:
     router, backend = make_router(mode), backends[mode]
     tensor, *words = arguments_of(mode, tokens)
-    beside = {"token_ids": words[0]} if words else {}
+    beside: dict[str, Any] = {"token_ids": words[0]} if words else {}
     for mapped in (False, True):
-        call = {"packed": True, "mapped": mapped, "options": Options(shared_experts=1), **beside}
+        call: dict[str, Any] = {
+            "packed": True,
+            "mapped": mapped,
+            "options": Options(shared_experts=1),
+            **beside,
+        }
         expected = router.serve(tensor, Call(**call))
         same(backend.serve(tensor, Call(**call), MAP).given(), expected.given())
     plain = router.serve(tensor, Call(**beside))
@@ -416,7 +420,8 @@ def test_activation_launches(gpu: Any) -> None:
                 options=options,
             )
             given = serve(logits, TENSORS["bias"], K, 1.5, True, call=call, **rules).given()
-            found.append((*given, options.expert_load, options.captured_ids))
+            records: Any = (options.expert_load, options.captured_ids)
+            found.append((*given, *records))
         same(*found)
         assert found[0][-2].any()
 
@@ -477,7 +482,7 @@ def test_other_launches_have_no_options(backends: dict[str, Any], gpu: Any) -> N
         ({"mapped": 1}, "mapped: expected True or False"),
     ],
 )
-def test_refused_options(dense: Router, options: dict[str, Any], message: str) -> None:
+def test_refused_options(dense: Any, options: dict[str, Any], message: str) -> None:
     outputs = results(5)
     with pytest.raises(InputError, match=message):
         dense.forward_out(*arguments_of("dense", 5), **outputs, **options)
@@ -502,7 +507,7 @@ def test_a_sentinel_that_int16_cannot_hold() -> None:
         router.forward_out(x, **results(5), captured_ids=torch.zeros(5, K).short())
 
 
-def test_what_takes_no_such_option(dense: Router) -> None:
+def test_what_takes_no_such_option(dense: Any) -> None:
     (x,), hashed = arguments_of("dense", 5), make_router("hash")
     with pytest.raises(InputError, match="given_ids: expected a router that weighs by scores"):
         hashed(*arguments_of("hash", 5), given_ids=given_ids(5))
@@ -522,14 +527,14 @@ def test_what_takes_no_such_option(dense: Router) -> None:
 # --- torch's own checks ---------------------------------------------------------------------------
 
 
-def op_of(router: Router) -> tuple[Any, tuple[int, ...]]:
+def op_of(router: Any) -> tuple[Any, tuple[int, ...]]:
     names = {"dense": "dense_router", "hash": "hash_router", "hash_gate": "hash_gate"}
     numbers = (router.router_id, E, K) if router.config.mode != "hash" else (router.router_id, K)
     return getattr(torch.ops.dsv4, names[router.config.mode]), numbers
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_opcheck(router: Router, tokens: int) -> None:
+def test_opcheck(router: Any, tokens: int) -> None:
     packet, numbers = op_of(router)
     given = arguments_of(router.config.mode, tokens)
     inputs: dict[str, Any] = {"shared_experts": 1, "shared_weight": 0.5}
@@ -578,7 +583,7 @@ def test_a_row_op_with_a_map_applies_it_in_every_form() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_calls_record(router: Router, backend: str) -> None:
+def test_compiled_calls_record(router: Any, backend: str) -> None:
     torch._dynamo.reset()
     load, captured = torch.zeros(PHYSICAL_EXPERTS).int(), torch.zeros(16, K).short()
     flag = torch.tensor(True)
@@ -608,7 +613,7 @@ def test_compiled_calls_record(router: Router, backend: str) -> None:
     assert load.any()
 
 
-def test_vmap_of_packed(router: Router) -> None:
+def test_vmap_of_packed(router: Any) -> None:
     given = arguments_of(router.config.mode, 12)
     slices = [tensor.view(3, 4, *tensor.shape[1:]) for tensor in given]
     found = torch.vmap(lambda *own: router.forward_packed(*own))(*slices)
