@@ -96,14 +96,15 @@ def test_oracle(gate_models):
             x = wide[:, :hidden].copy_(rows)
             inputs = {
                 name: given[name].cuda()
-                for name in ("is_padding", "num_valid_tokens", "image_mask")
+                for name in ("is_padding", "num_valid_tokens", "image_mask", "given_ids")
                 if name in given
             }
             if given.get("wide_ids"):
                 inputs["ids_dtype"] = torch.int64
             routed, form = router.forward, torch.ops.dsv4.hash_gate.default
             if "expert_map" in given:
-                router.set_expert_map(given["expert_map"], given["replica_counts"])
+                order = {name: given[name] for name in ("replica_start", "replica_step")}
+                router.set_expert_map(given["expert_map"], given["replica_counts"], **order)
                 routed, form = router.forward_mapped, torch.ops.dsv4.hash_gate.mapped
             token_ids = given["token_ids"].cuda()
             for found in (

@@ -30,6 +30,11 @@ def inputs_of(given):
     return inputs | {"ids_dtype": torch.int64 if given["wide_ids"] else torch.int32}
 
 
+def order_of(given):
+    """The order in which rows take the copies of an expert, in a case with an expert map."""
+    return {name: given[name] for name in ("replica_start", "replica_step")}
+
+
 def outputs_of(given, tokens, k):
     """The caller's own tensors for a case, poisoned."""
     integers = torch.int64 if given["wide_ids"] else torch.int32
@@ -68,7 +73,9 @@ def test_dense_router(models):
             }
             router = Router(config, **tensors, device="cuda")
             if "expert_map" in given:
-                router.set_expert_map(given["expert_map"], given["replica_counts"])
+                router.set_expert_map(
+                    given["expert_map"], given["replica_counts"], **order_of(given)
+                )
             x, inputs = given["hidden_states"].cuda(), inputs_of(given)
             if "given_ids" in given:
                 replayed = given["given_ids"].cuda()
@@ -95,7 +102,7 @@ def test_hash_router():
         token_ids = given["token_ids"].cuda()
         call = router
         if "expert_map" in given:
-            router.set_expert_map(given["expert_map"], given["replica_counts"])
+            router.set_expert_map(given["expert_map"], given["replica_counts"], **order_of(given))
             call = router.forward_mapped
         check(case, given, *call(token_ids, **inputs_of(given)))
 
@@ -107,6 +114,7 @@ def test_activation_topk():
         inputs = inputs_of(given) | {"sentinel": given["sentinel"]}
         names = ("image_bias", "expert_map", "replica_counts")
         inputs |= {name: given[name].cuda() for name in names if name in given}
+        inputs |= order_of(given) if "expert_map" in given else {}
         packet, chosen = torch.ops.dsv4.activation_topk, (given["bias"].cuda(), given["top_k"])
         if "given_ids" in given:
             packet, chosen = torch.ops.dsv4.activation_topk_replay, (given["given_ids"].cuda(),)
@@ -218,7 +226,7 @@ def test_served_and_plain_calls_in_turn(subjects, same):
 def test_mapped_ids_follow_the_logical_ones(subjects, same):
     for subject in subjects:
         router = subject.router
-        expert_map, counts = router.expert_map
+        expert_map, counts = router.expert_map[:2]
         for _kernel in subject.kernels():
             for size in SIZES:
                 x = subject.pool[:size]
