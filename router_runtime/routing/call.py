@@ -59,8 +59,8 @@ class Inputs(ReplayInputs, total=False):
     given_mask: Tensor | None
 
 
-#: The keyword arguments that are serving inputs.
-_SERVING = frozenset(Inputs.__annotations__) - frozenset(Shared.__annotations__)
+#: The keyword arguments that are serving inputs. All of them are fields of ``Call``.
+SERVING = frozenset(Inputs.__annotations__) - frozenset(Shared.__annotations__)
 
 
 class Results(NamedTuple):
@@ -133,7 +133,7 @@ class Call:
     @classmethod
     def taking(cls, inputs: dict[str, Any], **wanted: Any) -> Call:
         """A call with those of ``inputs`` that every op has, which are removed from ``inputs``."""
-        serving = {name: inputs.pop(name) for name in inputs.keys() & _SERVING}
+        serving = {name: inputs.pop(name) for name in inputs.keys() & SERVING}
         return cls(**serving, **wanted, options=Options.taking(inputs) if inputs else None)
 
     def prepare(self, placement: Placement, tokens: int, sizes: Sizes) -> Results:
@@ -153,13 +153,16 @@ class Call:
 
     def _check(self, device: torch.device, tokens: int, sizes: Sizes) -> None:
         top_k = sizes.top_k
-        self.is_padding = _checked_mask("is_padding", self.is_padding, tokens, device)
-        self.image_mask = _checked_mask("image_mask", self.image_mask, tokens, device)
-        self.given_mask = _checked_mask("given_mask", self.given_mask, tokens, device)
-        if self.image_mask is not None and not sizes.images:
-            raise wrong_value("image_mask", "a router with an image_bias", "one without")
-        if self.given_mask is not None and self.given_ids is None:
-            raise wrong_value("given_mask", "given_ids beside it", "none")
+        if self.is_padding is not None:
+            self.is_padding = _checked_mask("is_padding", self.is_padding, tokens, device)
+        if self.image_mask is not None:
+            self.image_mask = _checked_mask("image_mask", self.image_mask, tokens, device)
+            if not sizes.images:
+                raise wrong_value("image_mask", "a router with an image_bias", "one without")
+        if self.given_mask is not None:
+            self.given_mask = _checked_mask("given_mask", self.given_mask, tokens, device)
+            if self.given_ids is None:
+                raise wrong_value("given_mask", "given_ids beside it", "none")
         count = self.num_valid_tokens
         if count is not None and (
             count.dtype is not torch.int32 or count.numel() != 1 or count.device != device
@@ -289,11 +292,7 @@ def _are_contiguous(results: Results) -> bool:
     return results.weights.is_contiguous() and results.ids.is_contiguous()
 
 
-def _checked_mask(
-    name: str, mask: Tensor | None, tokens: int, device: torch.device
-) -> Tensor | None:
-    if mask is None:
-        return None
+def _checked_mask(name: str, mask: Tensor, tokens: int, device: torch.device) -> Tensor:
     if mask.dtype is not torch.bool or mask.shape != (tokens,) or mask.device != device:
         raise wrong_tensor(name, f"torch.bool [{tokens}] on {device}", mask)
     return mask.contiguous()

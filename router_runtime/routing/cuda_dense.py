@@ -18,7 +18,7 @@ from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import check_activations, readable_rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.expert_map import ExpertMap
-from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids, served
 from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.selection import Selection
@@ -194,8 +194,8 @@ class CudaDense:
             plan = self.logits_plan
         for rows in plan.parts(tokens):
             part = results.part(rows)
-            served = Served.of(call, rows, part, expert_map)
-            self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3], served)
+            given = served(call, rows, part, expert_map)
+            self._launch(plan, tensor[rows], rows.stop - rows.start, *part[:3], given)
         return results
 
     def route_with_logits(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from router_runtime.routing.checks import (
 )
 from router_runtime.routing.config import HASH_GATE, HASH_ROUTER, RouterConfig
 from router_runtime.routing.expert_map import ExpertMap
-from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.launches import ServingLaunch, narrow_ids, served
 from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import Placement
 from router_runtime.routing.selection import Selection
@@ -92,8 +92,8 @@ class CudaHash:
             words = tensor.contiguous()
             narrow, wide = _both_widths(words)
             given = narrow, wide, results.weights.data_ptr(), narrow_ids(results.ids), tokens
-            served = Served.of(call, slice(0, tokens), results, expert_map)
-            self._launch.serve(placement.stream(), given, served)
+            beside = served(call, slice(0, tokens), results, expert_map)
+            self._launch.serve(placement.stream(), given, beside)
         return results
 
 
@@ -208,7 +208,7 @@ class CudaHashGate:
         launch.serve(
             placement.stream(),
             (address, row_stride, *_both_widths(words), *addresses, tokens),
-            Served.of(call, slice(0, tokens), results, expert_map),
+            served(call, slice(0, tokens), results, expert_map),
         )
         return results
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +20,18 @@ from router_runtime.routing.options import OPTIONS
 _PLAIN, _SERVED, _WITH_OPTIONS = 0, 1, 2
 
 
-class Served(NamedTuple):
-    """What a launch of some rows of a call gets beside the arguments of a plain one.
+#: What a launch gets beside the arguments of a plain one: the values of ``SERVED``, and of
+#: ``OPTIONS`` or None. A plain tuple, because one is made for each launch.
+Served = tuple[tuple[Any, ...], tuple[Any, ...] | None]
 
-    ``values`` are those of ``SERVED``, ``options`` those of ``OPTIONS``: None where the call has no
-    options. Every tensor of the call and of its results must stay alive until the launch.
+
+def served(call: Call, rows: slice, results: Results, expert_map: ExpertMap | None) -> Served:
+    """What a launch of ``rows`` of the batch gets, whose results go to ``results``. Every tensor of
+    the call and of its results must stay alive until the launch.
     """
-
-    values: tuple[Any, ...]
-    options: tuple[Any, ...] | None
-
-    @classmethod
-    def of(cls, call: Call, rows: slice, results: Results, expert_map: ExpertMap | None) -> Served:
-        """Those of ``rows`` of the batch, whose results go to ``results``."""
-        options = call.options
-        return cls(
-            call.arguments(rows, results, expert_map),
-            None if options is None else options.arguments(rows, results),
-        )
+    options = call.options
+    values = call.arguments(rows, results, expert_map)
+    return values, None if options is None else options.arguments(rows, results)
 
 
 class ServingLaunch:
@@ -71,14 +65,14 @@ class ServingLaunch:
 
     def serve(self, stream: int, varying: tuple[Any, ...], served: Served) -> None:
         """Launch with the values of the varying arguments and what ``served`` holds."""
-        values = self._served(served.values)
-        if served.options is None:
-            self._serve(stream, *varying, *values)
+        values, options = served
+        if options is None:
+            self._serve(stream, *varying, *self._served(values))
             return
         launch = self._with_options
         if launch is None:
             launch = self._with_options = self._bind_options()
-        launch(stream, *varying, *values, *self._options(served.options))
+        launch(stream, *varying, *self._served(values), *self._options(options))
 
 
 def narrow_ids(ids: Tensor) -> int:

@@ -25,7 +25,7 @@ from router_runtime.device.kernels import Kernels
 from router_runtime.errors import InputError, RouterRuntimeError, explain
 from router_runtime.evidence.choice import TokenRange
 from router_runtime.routing.backend import DenseBackend, make_backend
-from router_runtime.routing.call import Call, Inputs, ReplayInputs, Results
+from router_runtime.routing.call import SERVING, Call, Inputs, ReplayInputs, Results
 from router_runtime.routing.checks import NoMemory, wrong_token_ids, wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.module import GateModule
@@ -295,6 +295,7 @@ class Router(GateModule):
         rounded to the nearest, ties to even. With ``mapped`` the ids are the physical ones.
         ``ids_dtype`` has no meaning here and is refused.
         """
+        _check_mapped(mapped)
         if inputs.get("ids_dtype") is not None:
             raise wrong_value("ids_dtype of forward_packed", "none", inputs["ids_dtype"])
         rows = self._rows(tensor, token_ids)
@@ -360,6 +361,7 @@ class Router(GateModule):
             **inputs: see the class; the dtype of the ids is that of the tensors.
 
         """
+        _check_mapped(mapped)
         if logits_out is not None:
             self._require_dense("forward_out with logits_out")
         rows = self._rows(tensor, token_ids)
@@ -593,13 +595,19 @@ class Router(GateModule):
 
 def _call(inputs: Mapping[str, Any], **wanted: Any) -> Call:
     """The call that these keyword arguments of a method mean. TypeError for one that none has."""
+    if SERVING.issuperset(inputs):  # most calls
+        return Call(**inputs, **wanted)
     rest = dict(inputs)
     call = Call.taking(rest, **wanted)
-    if not isinstance(call.mapped, bool):
-        raise wrong_value("mapped", "True or False", call.mapped)
     if rest:
         raise TypeError(f"unexpected keyword arguments {sorted(rest)}")
     return call
+
+
+def _check_mapped(mapped: object) -> None:
+    """Raise InputError for what is no bool: None would count as False."""
+    if not isinstance(mapped, bool):
+        raise wrong_value("mapped", "True or False", mapped)
 
 
 def _through_an_op() -> bool:

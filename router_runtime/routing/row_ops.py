@@ -31,7 +31,7 @@ from router_runtime.routing.checks import (
     wrong_value,
 )
 from router_runtime.routing.expert_map import ExpertMap, check_order
-from router_runtime.routing.launches import Served, ServingLaunch, narrow_ids
+from router_runtime.routing.launches import ServingLaunch, narrow_ids, served
 from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import CPU, Placement, refuse_capture
 
@@ -244,8 +244,8 @@ def serve_activation_cuda(
             sentinel,
             0 if image_bias is None else image_bias.data_ptr(),
         )
-        served = Served.of(call, slice(0, tokens), results, expert_map)
-        kernel.launcher(experts, k).serve(placement.stream(), given, served)
+        beside = served(call, slice(0, tokens), results, expert_map)
+        kernel.launcher(experts, k).serve(placement.stream(), given, beside)
     return results
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from router_runtime import Router, RouterConfig
-from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.cuda_dense import Plan
 from router_runtime.verification.prng import Random
+from tests.gpu.each_kernel import each_kernel
 from tests.gpu.graphs import captured
 
 #: Around every boundary between the kernels and their tiles.
@@ -43,18 +42,6 @@ class Subject:
             self.pool, is_padding=self.padding
         )
 
-    def kernels(self):
-        """As dispatched, then each kernel alone; larger batches are split."""
-        backend = self.router.backend
-        plan, ranges = backend.plan, backend.token_ranges
-        launchers = dict(zip((each.entry.key for each in ranges), plan.launchers, strict=True))
-        yield "as dispatched"
-        for each in ranges:
-            low, high = each.entry.contract.limits["tokens"]
-            backend.plan = Plan((TokenRange(low, min(high, POOL), each.entry),), launchers)
-            yield each.entry.key
-        backend.plan = plan
-
 
 @pytest.fixture(scope="module")
 def subjects(models):
@@ -69,7 +56,7 @@ def loads(ids, size):
 def test_every_kernel_does_the_same(subjects):
     for subject in subjects:
         k, experts = subject.router.config.top_k, subject.experts
-        for kernel in subject.kernels():
+        for kernel in each_kernel(subject.router):
             for size in SIZES:
                 rows = slice(0, size)
                 weights, ids = (
@@ -107,7 +94,7 @@ def test_every_kernel_does_the_same(subjects):
 
 def test_packed_words_of_every_kernel(subjects):
     for subject in subjects:
-        for kernel in subject.kernels():
+        for kernel in each_kernel(subject.router):
             for size in SIZES:
                 rows = slice(0, size)
                 words = subject.router.forward_packed(
@@ -124,7 +111,7 @@ def test_given_rows_beside_others_in_every_kernel(subjects):
         whole = subject.router.replay(subject.pool, subject.given)
         mask = subject.mask.unsqueeze(1)
         wanted = [torch.where(mask, a, b) for a, b in zip(whole, plain, strict=True)]
-        for kernel in subject.kernels():
+        for kernel in each_kernel(subject.router):
             for size in SIZES:
                 found = subject.router(
                     subject.pool[:size],

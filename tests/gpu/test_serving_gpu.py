@@ -9,12 +9,11 @@ import torch
 
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.cuda_dense import Plan
 from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.judge import judge
 from router_runtime.verification.prng import Random
 from router_runtime.verification.reference import Oracle
+from tests.gpu.each_kernel import each_kernel
 from tests.gpu.graphs import captured
 
 #: Around every boundary between the kernels and their tiles.
@@ -137,21 +136,6 @@ class Subject:
         self.plain = router(self.pool)
         self.mixed = router(self.pool, image_mask=self.images)
 
-    def kernels(self):
-        """As dispatched, then each kernel alone; larger batches are split."""
-        backend = self.router.backend
-        own, token_ranges = backend.plan, backend.token_ranges
-        launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
-        try:
-            yield "as dispatched"
-            for entry in {each.entry.key: each.entry for each in token_ranges}.values():
-                low, high = entry.contract.limits["tokens"]
-                if low == 1:
-                    backend.plan = Plan([TokenRange(low, high, entry)], launchers)
-                    yield entry.key
-        finally:
-            backend.plan = own
-
 
 @pytest.fixture(scope="module")
 def subjects(models, make_router):
@@ -179,7 +163,7 @@ def test_image_tokens_alone_change(subjects):
 def test_replay_is_the_selection_bit_for_bit(subjects, same):
     for subject in subjects:
         weights, ids = subject.plain
-        for kernel in subject.kernels():
+        for kernel in each_kernel(subject.router):
             for size in SIZES:
                 rows = slice(POOL - size, POOL)
                 for given in (ids[rows], ids[rows].long()):
@@ -194,7 +178,7 @@ def test_replay_is_the_selection_bit_for_bit(subjects, same):
 def test_invariance_among_images_and_padding(subjects, same):
     for subject in subjects:
         weights, ids = subject.mixed
-        for _kernel in subject.kernels():
+        for _kernel in each_kernel(subject.router):
             for size in SIZES:
                 for start in {0, (POOL - size) // 2, POOL - size}:
                     rows = slice(start, start + size)
@@ -212,7 +196,7 @@ def test_served_and_plain_calls_in_turn(subjects, same):
     """No call leaves anything behind for the next: tickets and candidates are zero again."""
     for subject in subjects:
         padding = torch.ones(POOL, dtype=torch.bool, device="cuda")
-        for _kernel in subject.kernels():
+        for _kernel in each_kernel(subject.router):
             for size in (1, 8, 64, 129):
                 rows = slice(0, size)
                 x, expected = subject.pool[rows], (subject.plain[0][rows], subject.plain[1][rows])
@@ -227,7 +211,7 @@ def test_mapped_ids_follow_the_logical_ones(subjects, same):
     for subject in subjects:
         router = subject.router
         expert_map, counts = router.expert_map[:2]
-        for _kernel in subject.kernels():
+        for _kernel in each_kernel(subject.router):
             for size in SIZES:
                 x = subject.pool[:size]
                 weights, physical, logical = router.forward_mapped(x)

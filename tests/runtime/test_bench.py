@@ -28,6 +28,7 @@ from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.routing.router import ROUTERS
 from tests.bench import cli, engines, host, peers, report, startup
+from tests.bench import options as options_
 from tests.bench import run as run_
 from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.chain import CACHES, INPUT_BYTES, Output, make_chain, make_layers, plan
@@ -1097,3 +1098,24 @@ def test_gpu_warms_up_captures_and_times_on_one_stream(monkeypatch: pytest.Monke
         *("capture side thread_local", "chain", "end"),
         *("on side", *(["record side", "replay", "record side"] * 2), "end"),
     ]
+
+
+def test_options_are_timed_and_checked(monkeypatch):
+    """Every option's router in a chain on a CPU; one that is wrong fails."""
+    small = Model("small", 128, 24, 4, 1.5, 0, 100)
+    monkeypatch.setattr(options_, "MODELS", (small,))
+    arguments = ["--model", "small", "--tokens", "3", "--replays", "2", "--dry-run"]
+    done = CliRunner().invoke(options_.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    header, row = done.output.splitlines()
+    assert all(name in header for name in ("plain", "load", "capture", "all of these"))
+    assert len(row.split()) == 8
+    right = options_.RoutersWithOptions.__call__
+
+    def wrong(self, layer, x):
+        return options_.Output(right(self, layer, x).values + 1, right(self, layer, x).ids)
+
+    monkeypatch.setattr(options_.RoutersWithOptions, "__call__", wrong)
+    done = CliRunner().invoke(options_.main, arguments)
+    assert done.exit_code == 1
+    assert "differ from the oracle" in done.output
