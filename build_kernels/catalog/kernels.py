@@ -107,6 +107,19 @@ _TOPK_SELECT = _table(
     ("row65536", ANY,  32,             8,            8,             256),
 )
 
+#: Few rows: a cluster per row. Many rows: fewer CTAs for each, at the price of a longer row.
+_TOPK_INDICES = _table(
+    "variant        model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS SAMPLES CAPACITY MAX_TOP_K",
+    ("block",        ANY,  4,          1,             2,            512,    4,    2048,   12288,   2048),
+    ("pair",         ANY,  4,          2,             2,            512,    4,    2048,   12288,   2048),
+    ("cluster4",     ANY,  4,          4,             2,            512,    4,    1024,   12288,   2048),
+    ("cluster8",     ANY,  4,          8,             1,            512,    8,    512,    22528,   4096),
+    ("cluster16",    ANY,  4,          16,            1,            512,    8,    512,    22528,   4096),
+    ("block4096",    ANY,  4,          1,             1,            512,    4,    2048,   16384,   4096),
+    ("block_bf16",   ANY,  2,          1,             2,            512,    2,    2048,   12288,   2048),
+    ("cluster8_bf16",ANY,  2,          8,             1,            512,    4,    512,    22528,   4096),
+)
+
 _ACTIVATION_TOPK = _table(
     "variant        model EXPERTS_CAPACITY TOKENS_PER_BLOCK",
     ("experts256",  ANY,  256,             4),
@@ -311,6 +324,13 @@ KERNELS = (
         per_model=False,
         scores=False,
         variants=_variants(_TOPK_SELECT),
+    ),
+    Kernel(
+        name="topk_indices",
+        language="cuda",
+        per_model=False,
+        scores=False,
+        variants=_variants(_TOPK_INDICES),
     ),
     Kernel(
         name="activation_topk",
