@@ -44,7 +44,7 @@ constexpr unsigned WARPS = THREADS / WARP;
 constexpr unsigned VALUES = 16 / SCORE_BYTES;             // scores of one load
 constexpr unsigned TILE = THREADS * LOADS * VALUES;       // scores
 constexpr unsigned TILE_VECTORS = THREADS * LOADS;        // loads
-constexpr unsigned LIMIT = CAPACITY - TILE;               // of a list that takes another tile
+constexpr unsigned LIMIT = CAPACITY - TILE - VALUES;      // of a list that takes another tile
 constexpr unsigned BINS = 256;
 constexpr unsigned ROUNDS = 4;                            // of 8 bits each
 constexpr unsigned ATTEMPTS = 3;
@@ -108,6 +108,7 @@ __device__ __forceinline__ unsigned score_bits(const uint4& vector, unsigned j) 
 struct Row {
     const unsigned char* base;  // of score 0: aligned to 16 bytes
     unsigned begin, end;        // the scores of the row
+    unsigned body, tail;        // where its first whole vector begins, where its last one ends
     unsigned first, last;       // the vectors of this CTA: [first, last)
     unsigned nan_key;
 
@@ -118,35 +119,11 @@ struct Row {
         return static_cast<unsigned>(reinterpret_cast<const unsigned short*>(base)[score]) << 16;
     }
 
-    // A vector of this CTA; what is outside of the row is not read, and arbitrary.
+    // A vector of this CTA; zeros from the last one on.
     __device__ __forceinline__ uint4 load(unsigned vector) const {
         uint4 loaded = {};
-        const unsigned score = vector * VALUES;
-        if (vector >= last) return loaded;
-        if (score >= begin && score + VALUES <= end) {
-            return load_once(base + 16ull * vector);
-        }
-        // An end of the row: one score after the other. A loop, to keep the code small.
-        unsigned long long low = 0, high = 0;
-#pragma unroll 1
-        for (unsigned j = 0; j < VALUES; ++j) {
-            if (score + j < begin || score + j >= end) continue;
-            constexpr unsigned BITS = 8 * SCORE_BYTES;
-            const unsigned long long found = bits(score + j) >> (32 - BITS);
-            (j < VALUES / 2 ? low : high) |= found << (j % (VALUES / 2) * BITS);
-        }
-        return {static_cast<unsigned>(low), static_cast<unsigned>(low >> 32),
-                static_cast<unsigned>(high), static_cast<unsigned>(high >> 32)};
-    }
-
-    // Bit j: score j of the vector is in the row and in this CTA's slice.
-    __device__ __forceinline__ unsigned valid(unsigned vector) const {
-        const unsigned score = vector * VALUES;
-        if (vector >= last) return 0;
-        unsigned mask = (1u << VALUES) - 1;
-        if (score < begin) mask &= mask << (begin - score);
-        if (score + VALUES > end) mask &= mask >> (score + VALUES - end);
-        return mask;
+        if (vector < last) loaded = load_once(base + 16ull * vector);
+        return loaded;
     }
 };
 
@@ -359,6 +336,22 @@ __device__ __forceinline__ unsigned sampled_bound(const Row& row, unsigned k, un
     return cut.ties == 0 ? cut.key : cut.key - 1;
 }
 
+// Appends those of the scores [first, end), fewer than VALUES, that are above `bound`. Returns the
+// number of entries then. All threads of the CTA call it.
+__device__ __forceinline__ unsigned append_few(const Row& row, unsigned first, unsigned end,
+                                               unsigned bound, unsigned count) {
+    const unsigned lane = threadIdx.x % WARP;
+    unsigned key = 0;
+    if (lane < end - first) key = score_key(row.bits(first + lane), row.nan_key);
+    const unsigned entering = __ballot_sync(ALL_LANES, key > bound);
+    if (threadIdx.x < WARP && key > bound) {
+        const unsigned place = count + __popc(entering & ((1u << lane) - 1));
+        list_keys()[place] = key;
+        list_positions()[place] = first + lane - row.begin;
+    }
+    return count + __popc(entering);
+}
+
 // Reads the slice and makes the list: all scores of it above `bound`, unless k entries that rank
 // before a score make it needless. Returns the number of entries. All threads of the CTA call it;
 // `next` holds the first tile. A barrier has to follow before the list is read.
@@ -368,6 +361,8 @@ __device__ __forceinline__ unsigned stream_slice(const Row& row, unsigned k, uns
     const unsigned lower_lanes = (1u << lane) - 1;
     const unsigned mine = warp * (LOADS * WARP) + lane;  // a warp has adjacent vectors of a tile
     unsigned count = 0, turn = 0;
+    const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
+    if (cta_rank == 0) count = append_few(row, row.begin, row.body, bound, 0);
     for (unsigned tile = row.first; tile < row.last; tile += TILE_VECTORS, turn ^= 1) {
         uint4 loaded[LOADS];
 #pragma unroll
@@ -383,7 +378,7 @@ __device__ __forceinline__ unsigned stream_slice(const Row& row, unsigned k, uns
 #pragma unroll
             for (unsigned j = 0; j < VALUES; ++j)
                 above |= (score_key(score_bits(loaded[q], j), row.nan_key) > bound ? 1u : 0u) << j;
-            entering |= (above & row.valid(tile + mine + q * WARP)) << (q * VALUES);
+            if (tile + mine + q * WARP < row.last) entering |= above << (q * VALUES);
         }
         const bool any = __any_sync(ALL_LANES, entering != 0);
         unsigned entered = 0;
@@ -418,6 +413,7 @@ __device__ __forceinline__ unsigned stream_slice(const Row& row, unsigned k, uns
         }
         count += total;
     }
+    if (cta_rank == BLOCKS_PER_ROW - 1) count = append_few(row, row.tail, row.end, bound, count);
     return count;
 }
 
@@ -499,12 +495,14 @@ topk_indices(const unsigned char* scores, const int* row_starts, const int* row_
         row.begin = skipped + static_cast<unsigned>(min(first, max(end, 0)));
         row.end = max(row.begin, skipped + static_cast<unsigned>(max(end, 0)));
         row.nan_key = nan_first != 0 ? ALL : LEAST_KEY;
-        const unsigned first_vector = row.begin / VALUES;
-        const unsigned end_vector = (row.end + VALUES - 1) / VALUES;
-        const unsigned share =
-            (max(end_vector, first_vector) - first_vector + BLOCKS_PER_ROW - 1) / BLOCKS_PER_ROW;
-        row.first = first_vector + cta_rank * share;
-        row.last = min(row.first + share, end_vector);
+        // Whole vectors are divided among the CTAs. The scores before them belong to the first
+        // CTA, those behind them to the last one: VALUES - 1 at most.
+        row.body = min((row.begin + VALUES - 1) / VALUES * VALUES, row.end);
+        row.tail = max(row.end / VALUES * VALUES, row.body);
+        const unsigned vectors = (row.tail - row.body) / VALUES;
+        const unsigned share = (vectors + BLOCKS_PER_ROW - 1) / BLOCKS_PER_ROW;
+        row.first = row.body / VALUES + min(cta_rank * share, vectors);
+        row.last = row.body / VALUES + min((cta_rank + 1) * share, vectors);
     }
     const unsigned wanted = min(k, row.length());
 
