@@ -109,23 +109,18 @@ _TOPK_SELECT = _table(
 
 #: Few rows: a cluster per row. Many rows: fewer CTAs for each, at the price of a longer row.
 _TOPK_INDICES = _table(
-    "variant        model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS SAMPLES CAPACITY MAX_TOP_K",
-    ("block",        ANY,  4,          1,             2,            512,    4,    2048,   12288,   2048),
-    ("pair",         ANY,  4,          2,             2,            512,    4,    2048,   12288,   2048),
-    ("cluster4",     ANY,  4,          4,             2,            512,    4,    1024,   12288,   2048),
-    ("cluster8",     ANY,  4,          8,             1,            512,    8,    512,    22528,   4096),
-    ("cluster16",    ANY,  4,          16,            1,            512,    8,    512,    22528,   4096),
-    ("t_block1024",  ANY,  4,          1,             1,            1024,   4,    2048,   20480,   2048),
-    ("t_block_l2",   ANY,  4,          1,             2,            512,    2,    2048,   8192,    2048),
-    ("t_block256",   ANY,  4,          1,             2,            256,    8,    2048,   12288,   2048),
-    ("t_block256_4", ANY,  4,          1,             4,            256,    2,    1024,   5120,    1024),
-    ("t_pair_l8",    ANY,  4,          2,             1,            512,    8,    2048,   20480,   2048),
-    ("t_pair1024",   ANY,  4,          2,             1,            1024,   4,    2048,   20480,   2048),
-    ("t_c8_1024",    ANY,  4,          8,             1,            1024,   4,    1024,   22528,   4096),
-    ("t_c16_1024",   ANY,  4,          16,            1,            1024,   4,    1024,   22528,   4096),
-    ("block4096",    ANY,  4,          1,             1,            512,    4,    2048,   16384,   4096),
-    ("block_bf16",   ANY,  2,          1,             2,            512,    2,    2048,   12288,   2048),
-    ("cluster8_bf16",ANY,  2,          8,             1,            512,    4,    512,    22528,   4096),
+    "variant       model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES SAMPLES CAPACITY MAX_TOP_K",
+    ("block",       ANY,  4,          1,             2,            512,    4,    2,     2048,   4608,    2048),
+    ("pair",        ANY,  4,          2,             1,            512,    8,    2,     2048,   8192,    4096),
+    ("cluster8",    ANY,  4,          8,             1,            512,    8,    2,     1024,   8192,    4096),
+    ("cluster16",   ANY,  4,          16,            1,            512,    8,    2,     1024,   8192,    4096),
+    ("block_bf16",  ANY,  2,          1,             2,            512,    4,    2,     2048,   4608,    2048),
+    ("cluster8_bf16",ANY, 2,          8,             1,            512,    4,    3,     1024,   8192,    4096),
+    ("t_block256",  ANY,  4,          1,             2,            256,    8,    2,     2048,   4608,    2048),
+    ("t_short",     ANY,  4,          1,             2,            512,    8,    1,     512,    4608,    2048),
+    ("t_pair1024",  ANY,  4,          2,             1,            1024,   4,    2,     2048,   8192,    4096),
+    ("t_c16_1024",  ANY,  4,          16,            1,            1024,   4,    2,     2048,   8192,    4096),
+    ("t_c16_512",   ANY,  4,          16,            1,            512,    8,    2,     512,    8192,    4096),
 )
 
 _ACTIVATION_TOPK = _table(

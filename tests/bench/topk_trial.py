@@ -113,6 +113,24 @@ def clustered(rows: int, columns: int, g: torch.Generator) -> Tensor:
     return scores
 
 
+def beats_sample(size: int) -> Callable[[int, int, torch.Generator], Tensor]:
+    """Large scores at just the places that the kernels sample: the first bound is too high."""
+
+    def make(rows: int, columns: int, g: torch.Generator) -> Tensor:
+        bits = min(max((columns // 32).bit_length(), 8), size.bit_length()) - 1
+        i = torch.arange(1 << bits, device="cuda")
+        places = ((i << 16 | (i * 2654435761 & 0xFFFFFFFF) >> 16) * columns) >> 16 + bits
+        places = places.clamp(max=columns - 1)
+        scores = normal(rows, columns, g)
+        scores[:, places] += 100
+        return scores
+
+    return make
+
+
+HOSTILE |= {f"beats{size}": beats_sample(size) for size in (512, 1024, 2048)}
+
+
 def ranks(scores: Tensor, nan_first: bool) -> Tensor:
     scores = scores.float()
     scores = torch.where(scores == 0, torch.zeros_like(scores), scores)
@@ -232,7 +250,7 @@ def timed(run: Callable[[int], None], count: int, replays: int = 7) -> float:
 SHAPES = (
     (1, 262144, (512, 1024)), (64, 262144, (512, 1024)), (256, 262144, (512, 1024)),
     (1024, 262144, (512,)), (64, 1048576, (512, 2048)), (256, 16384, (512,)), (4, 8192, (512,)),
-    (1, 131072, (512,)), (64, 131072, (512,)), (1, 2097152, (512,)), (1, 1048576, (512,)),
+    (1, 131072, (512,)), (64, 131072, (512,)), (1, 1048576, (512,)), (16, 262144, (512,)), (1, 16384, (512,)),
 )
 #: bytes a microsecond
 HBM = 4.2e6
@@ -278,8 +296,8 @@ def hostile_times(kernels: dict[str, LoadedKernel], seconds: float) -> dict[str,
     begun, found = time.time(), {}
     g = torch.Generator("cuda").manual_seed(3)
     for rows, columns, names in (
-        (1, 262144, ("cluster16", "cluster8")), (64, 262144, ("pair",)), (256, 262144, ("block",)),
-        (256, 16384, ("block",)),
+        (1, 262144, ("cluster16", "t_c16_1024")), (64, 262144, ("pair",)), (256, 262144, ("block",)),
+        (256, 16384, ("block", "t_short")), (4, 8192, ("block", "t_short")),
     ):
         size = rows * columns * 4
         count = min(max(-(-(120 << 20) // size), 2), 64)

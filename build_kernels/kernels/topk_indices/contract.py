@@ -17,7 +17,7 @@ def contract(constants: Constants) -> Contract:
 
     Args:
         constants: ``SCORE_BYTES``, ``BLOCKS_PER_ROW`` (the cluster's CTAs), ``THREADS`` of a CTA,
-            ``CAPACITY`` of its list, ``MAX_TOP_K``.
+            ``LOADS`` and ``STAGES`` of its rings, ``CAPACITY`` of its list, ``MAX_TOP_K``.
 
     Returns:
         Parameters: ``scores`` ``[rows, row_length]`` with ``row_stride`` elements from row to row;
@@ -57,8 +57,12 @@ def contract(constants: Constants) -> Contract:
         ),
         block=(int(constants["THREADS"]), 1, 1),
         cluster=(blocks_per_row, 1, 1),
-        # The list: a key and a position for each entry.
-        dynamic_shared_memory=8 * int(constants["CAPACITY"]),
+        # The warps' rings of chunks, and the list of candidates.
+        dynamic_shared_memory=16
+        * int(constants["LOADS"])
+        * int(constants["STAGES"])
+        * int(constants["THREADS"])
+        + 8 * int(constants["CAPACITY"]),
         programmatic_dependent_launch=True,
         limits={
             "rows": (1, MAX_GRID_X // blocks_per_row),

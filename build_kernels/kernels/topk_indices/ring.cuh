@@ -1,0 +1,49 @@
+// PTX instructions of topk_indices: copies from global to shared memory that run beside the threads,
+// and the barriers (mbarrier) that tell when one has arrived.
+#pragma once
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// Makes `barrier` one that completes a phase with each copy. Called by one thread.
+__device__ __forceinline__ void init_barrier(unsigned long long* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Makes the barriers that this thread has initialized visible to the copies.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Starts a copy, which completes a phase of `barrier`. Both addresses and `bytes` are multiples of
+// 16. Called by one thread, after all threads have read what was there.
+__device__ __forceinline__ void start_copy(void* shared, const void* global, unsigned bytes,
+                                           unsigned long long* barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Waits for a phase of `barrier`: `parity` is 0 for the first, 1 for the second and so on by turns.
+__device__ __forceinline__ void wait_for_copy(unsigned long long* barrier, unsigned parity) {
+    unsigned complete;
+    do {
+        asm volatile(
+            "{\n"
+            ".reg .pred complete;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, complete;\n"
+            "}"
+            : "=r"(complete)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    } while (complete == 0);
+}
