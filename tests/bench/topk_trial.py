@@ -259,6 +259,16 @@ HBM = 4.2e6
 def measure(kernels: dict[str, LoadedKernel], seconds: float, peers: bool) -> dict[str, Any]:
     begun, found = time.time(), {}
     g = torch.Generator("cuda").manual_seed(2)
+    for rows in (1, 256):  # rows of no scores: what a launch costs
+        scores, ends = normal(rows, 64, g), torch.zeros(rows, dtype=torch.int32, device="cuda")
+        ids, cells = torch.empty(rows, 512, dtype=torch.int32, device="cuda"), {}
+        for name, kernel in kernels.items():
+            given = scores.bfloat16() if kernel.entry.constants["SCORE_BYTES"] == 2 else scores
+            row = arguments(given, 512, ids_out=ids, row_ends=ends)
+            cells[name] = timed(lambda _, kernel=kernel, row=row: launch(kernel, **row), 64)
+        found[f"empty x{rows}"] = cells
+        print(f"   empty x {rows:<5} | " + "  ".join(
+            f"{name} {value:.2f}" for name, value in cells.items()), flush=True)
     for rows, columns, ks in SHAPES:
         size = rows * columns * 4
         count = min(max(-(-(200 << 20) // size), 2), 96)
