@@ -46,6 +46,7 @@ if importlib.util.find_spec("torch") is not None:
         dense_router_replay,
         hash_gate,
         hash_router,
+        topk_indices,
         topk_select,
     )
     from router_runtime.routing.config import RouterConfig
@@ -69,6 +70,7 @@ if importlib.util.find_spec("torch") is not None:
         "hash_gate",
         "hash_router",
         "register_router",
+        "topk_indices",
         "topk_select",
         "unregister_router",
         "warmup_router_compilation",

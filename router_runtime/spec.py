@@ -60,6 +60,8 @@ LOGIT_MAX = torch.finfo(torch.float32).max
 NAN_LOGIT_BITS = 0x7FFFFFFF
 #: The id of no expert, until ``with_sentinel``.
 NO_EXPERT = -1
+#: The index, and the slot, in place of those that a short row lacks.
+NO_INDEX = -1
 
 
 def dense_logits64(hidden_states: Tensor, weight: Tensor) -> Tensor:
@@ -127,6 +129,89 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ranks = torch.where(ranks == 0, torch.zeros_like(ranks), ranks)
     order = torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :k]
     return scores.gather(-1, order), order.int()
+
+
+def topk_indices(
+    scores: Tensor,
+    k: int,
+    row_starts: Tensor | None = None,
+    row_ends: Tensor | None = None,
+    *,
+    in_rank_order: bool = False,
+    nan_first: bool = False,
+) -> Tensor:
+    """The places of the k largest of each row among its columns from ``row_starts`` up to
+    ``row_ends`` (integers ``[N]``): int32 ``[N, k]``, ``NO_INDEX`` behind them where a row has
+    fewer than k.
+
+    A place counts from the row's start. Bounds outside of the columns count as the nearest ones.
+    Equal scores: the lower place first; +0 and -0 tie; a NaN ranks as -inf, or with ``nan_first``
+    above +inf. The places ascend, unless ``in_rank_order``.
+    """
+    count, columns = scores.shape
+    column = torch.arange(columns, device=scores.device)
+    ends = torch.full((count,), columns, device=scores.device) if row_ends is None else row_ends
+    ends = ends.long().clamp(0, columns).unsqueeze(1)
+    starts = torch.zeros_like(ends) if row_starts is None else row_starts.long().unsqueeze(1)
+    starts = starts.clamp(min=0)
+    # The bits of fp32 as integers that compare like the numbers, with one zero.
+    bits = scores.float().view(torch.int32).long()
+    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    nan_key = 2**32 if nan_first else -0x7F800000
+    keys = torch.where(scores.isnan(), torch.full_like(keys, nan_key), keys)
+    inside = (column >= starts) & (column < ends)
+    keys = torch.where(inside, keys, torch.full_like(keys, -(2**32)))
+    order = torch.sort(keys, dim=1, descending=True, stable=True).indices[:, :k]
+    places = torch.where(inside.gather(1, order), order - starts, torch.full_like(order, columns))
+    if not in_rank_order:
+        places = places.sort(dim=1).values
+    found = torch.full((count, k), NO_INDEX, dtype=torch.int32, device=scores.device)
+    taken = torch.where(places < columns, places, torch.full_like(places, NO_INDEX))
+    found[:, : order.shape[1]] = taken.int()
+    return found
+
+
+def scores_at(scores: Tensor, ids: Tensor, row_starts: Tensor | None = None) -> Tensor:
+    """The scores at the places of ``topk_indices``, fp32 with unchanged bits; -inf for none."""
+    columns = ids.long()
+    if row_starts is not None:
+        columns = columns + row_starts.long().clamp(min=0).unsqueeze(1)
+    chosen = torch.where(ids >= 0, columns, torch.zeros_like(columns))
+    bits = scores.gather(1, chosen).float().view(torch.int32)
+    none = torch.full_like(bits, -0x800000)
+    return torch.where(ids >= 0, bits, none).view(torch.float32)
+
+
+def slots(
+    ids: Tensor,
+    page_table: Tensor | None = None,
+    page_size: int = 1,
+    requests: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Where the places ``[N, k]`` of ``topk_indices`` are in a cache of pages: int32 ``[N, k]``,
+    ``page_table[request, i // page_size] * page_size + i % page_size + offset`` for place i.
+
+    ``page_table`` ``[R, pages]``, the row's ``requests`` and ``offsets`` ``[N]`` are integers; the
+    request of a row is its own number without ``requests``, the slot is ``i + offset`` without a
+    table. ``NO_INDEX`` where there is no place, the request is not in [0, R), or the page is not in
+    the table. A sum outside of int32 wraps around.
+    """
+    places = ids.long().clamp(min=0)
+    known = ids >= 0
+    found = places
+    if page_table is not None:
+        numbers = torch.arange(ids.shape[0], device=ids.device)
+        request = (numbers if requests is None else requests.long()).unsqueeze(1)
+        page = places // page_size
+        rows, pages = page_table.shape
+        known = known & (request >= 0) & (request < rows) & (page < pages)
+        if rows and pages:
+            chosen = page_table[request.clamp(0, rows - 1), page.clamp(max=pages - 1)].long()
+            found = chosen * page_size + places % page_size
+    if offsets is not None:
+        found = found + offsets.long().unsqueeze(1)
+    return torch.where(known, found, torch.full_like(found, NO_INDEX)).to(torch.int32)
 
 
 def routing_weights(scores: Tensor, scale: float, renormalize: bool = True) -> Tensor:

@@ -41,11 +41,12 @@ _dense_router_replay = torch.ops.dsv4.dense_router_replay.default
 _hash_router = torch.ops.dsv4.hash_router.default
 _hash_gate = torch.ops.dsv4.hash_gate.default
 _topk_select = torch.ops.dsv4.topk_select.default
+_topk_indices = torch.ops.dsv4.topk_indices.default
 _activation_topk = torch.ops.dsv4.activation_topk.default
 _activation_topk_replay = torch.ops.dsv4.activation_topk_replay.default
 
 #: The arguments of functions that count something or number something.
-_NUMBERS = frozenset({"router_id", "num_experts", "top_k", "k", "sentinel"})
+_NUMBERS = frozenset({"router_id", "num_experts", "top_k", "k", "sentinel", "page_size"})
 #: The same, for those that may be None.
 _OPTIONAL_NUMBERS = frozenset({"shared_experts", "shared_id"})
 #: An int, or what may stand for one: the int of a traced function, of NumPy or of a tensor.
@@ -107,10 +108,11 @@ def _used(**inputs: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _refuse_other_than_bool(renormalize: object) -> None:
-    """Raise InputError: torch would take None for False, which gives other weights."""
-    if not isinstance(renormalize, bool):
-        raise wrong_value("renormalize", "True or False", renormalize)
+def _refuse_other_than_bool(**values: object) -> None:
+    """Raise InputError: torch would take None for False, which gives other results."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise wrong_value(name, "True or False", value)
 
 
 @_calls(_dense_router)
@@ -389,8 +391,8 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     unchanged.
 
     Args:
-        scores: fp32 ``[rows, columns]`` with 1 to 65536 columns; 0 rows are allowed.
-        k: from 1 to 32 and at most ``columns``.
+        scores: fp32 ``[rows, columns]`` with 1 to 2^21 columns; 0 rows are allowed.
+        k: from 1 to 4096 and at most ``columns``.
 
     Returns:
         ``(values fp32 [rows, k], ids int32 [rows, k])``.
@@ -404,6 +406,77 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     """
     return _topk_select(scores, k)  # type: ignore[no-any-return]
+
+
+@_calls(_topk_indices)
+def topk_indices(
+    scores: Tensor,
+    k: int,
+    *,
+    row_starts: Tensor | None = None,
+    row_ends: Tensor | None = None,
+    page_table: Tensor | None = None,
+    page_size: int = 1,
+    requests: Tensor | None = None,
+    offsets: Tensor | None = None,
+    sorted: bool = False,
+    nan_first: bool = False,
+) -> Tensor:
+    """Where the k largest of each row are: what a sparse-attention indexer needs of its scores.
+
+    Exact for any scores: the k largest, equal ones the lower position first, however many are
+    equal; +0 equals -0, a NaN ranks as -inf. A row's result depends on nothing but the row. Lengths
+    are read on the device, at each replay of a captured graph again.
+
+    Without ``page_table`` and ``offsets`` the results are ids: positions that count from the row's
+    start. With either they are slots: ``page_table[request, id // page_size] * page_size + id %
+    page_size + offset``, or ``id + offset``. ``torch.ops.dsv4.topk_indices.with_ids`` returns
+    ``(slots, ids)``; ``torch.ops.dsv4.topk_indices.out`` writes ``slots_out``, ``ids_out`` or both.
+
+    Args:
+        scores: fp32 or bf16 ``[rows, columns]`` with 1 to 2^21 columns, any stride between rows; 0
+            rows are allowed. Those outside of a row's bounds are not read, and none is written.
+        k: from 1 to 4096; it may be more than ``columns``.
+        row_starts: int32 ``[rows]``, the first column of each row; without it 0. Less than 0 counts
+            as 0.
+        row_ends: int32 ``[rows]``, the column behind the last of each row; without it ``columns``.
+            More than ``columns`` counts as ``columns``; a row whose end is not above its start is
+            empty.
+        page_table: int32 ``[requests, pages]``, the page of the cache that has the positions from
+            ``page * page_size`` on, any stride between requests.
+        page_size: positions of a page, from 1.
+        requests: int32 ``[rows]``, the row of ``page_table`` of each row of scores; without it, row
+            i has row i. The slots of a request that the table does not have are -1, and so is that
+            of a page beyond its columns; neither is read.
+        offsets: int32 ``[rows]``, added to each slot that is not -1.
+        sorted: True orders a row by rank, the largest first, in place of ascending positions.
+        nan_first: True ranks a NaN above +inf.
+
+    Returns:
+        int32 ``[rows, k]``: distinct ids, or their slots, then -1 where a row has fewer than k.
+
+    Raises:
+        InputError: a dtype, a shape, a device or a number does not fit, ``scores`` requires grad in
+            grad mode, or the first call on a device, which loads its kernels, is made while a graph
+            is being captured.
+        ArtifactError: a file of the artifacts is missing or altered.
+        DriverError: the driver failed.
+        ResolutionError: no kernel serves rows of this length on this device.
+
+    """
+    _refuse_other_than_bool(sorted=sorted, nan_first=nan_first)
+    return _topk_indices(  # type: ignore[no-any-return]
+        scores,
+        k,
+        row_starts=row_starts,
+        row_ends=row_ends,
+        page_table=page_table,
+        page_size=page_size,
+        requests=requests,
+        offsets=offsets,
+        sorted=sorted,
+        nan_first=nan_first,
+    )
 
 
 @explains_arguments
@@ -480,7 +553,7 @@ def activation_topk(
         and type(scale) is float
         and type(sentinel) is int
     ):
-        _refuse_other_than_bool(renormalize)
+        _refuse_other_than_bool(renormalize=renormalize)
         return _activation_topk(logits, bias, k, scale, renormalize)  # type: ignore[no-any-return]
     inputs = _used(
         ids_dtype=ids_dtype,
@@ -496,7 +569,7 @@ def activation_topk(
         sentinel=None if sentinel == -1 else sentinel,
     )
     _refuse_as_numbers({"k": k, "scale": scale, "sentinel": sentinel, **inputs})
-    _refuse_other_than_bool(renormalize)
+    _refuse_other_than_bool(renormalize=renormalize)
     return _activation_topk(logits, bias, k, scale, renormalize, **inputs)  # type: ignore[no-any-return]
 
 
@@ -549,5 +622,5 @@ def activation_topk_replay(
         sentinel=None if sentinel == -1 else sentinel,
     )
     _refuse_as_numbers({"scale": scale, "sentinel": sentinel, **inputs})
-    _refuse_other_than_bool(renormalize)
+    _refuse_other_than_bool(renormalize=renormalize)
     return _activation_topk_replay(logits, given_ids, scale, renormalize, **inputs)  # type: ignore[no-any-return]

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from router_runtime.errors import InputError, explain
 from router_runtime.ops.exported import exported_router
-from router_runtime.ops.schemas import NAMESPACE, ROUTING_OPS, TOPK_SELECT, topk_select_fake
+from router_runtime.ops.schemas import (
+    NAMESPACE,
+    ROUTING_OPS,
+    TOPK_INDICES,
+    TOPK_SELECT,
+    topk_indices_fakes,
+    topk_select_fake,
+)
 from router_runtime.ops.transforms import KEY, transformed
-from router_runtime.routing import row_ops
+from router_runtime.routing import row_ops, topk_indices
 from router_runtime.routing.backend import DenseBackend
 from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import wrong_value
@@ -145,6 +152,16 @@ _OF_ROWS: dict[str, dict[str, tuple[_Serve, _Plain | None]]] = {
     },
 }
 
+#: The implementations of each form of ``topk_indices``, by its overload.
+_OF_INDICES: dict[str, dict[str, Callable[..., Any]]] = {
+    "": {"CPU": topk_indices.indices_cpu, "CUDA": topk_indices.indices_cuda},
+    "with_ids": {
+        "CPU": topk_indices.indices_with_ids_cpu,
+        "CUDA": topk_indices.indices_with_ids_cuda,
+    },
+    "out": {"CPU": topk_indices.indices_out_cpu, "CUDA": topk_indices.indices_out_cuda},
+}
+
 
 def _refuse_none(names: Iterable[str], arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     """Raise InputError for None in the place of a tensor, which torch passes on to an op."""
@@ -238,6 +255,10 @@ def _register_all() -> None:
         {"CPU": row_ops.topk_select_cpu, "CUDA": row_ops.topk_select_cuda},
         topk_select_fake,
     )
+    fakes = topk_indices_fakes()
+    for overload, schema in TOPK_INDICES.items():
+        name = ".".join(filter(None, ("topk_indices", overload)))
+        _register(name, schema, _OF_INDICES[overload], fakes[overload])
 
 
 _register_all()

@@ -27,6 +27,7 @@ from torch import Tensor
 from router_runtime.routing.checks import (
     check_logits,
     check_logits_bias,
+    check_score_rows,
     check_scores,
     refuse_grad,
     wrong_tensor,
@@ -193,6 +194,24 @@ def topk_select_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return outputs_like(scores, k, torch.int32)
 
 
+def topk_indices_fakes() -> dict[str, Callable[..., Any]]:
+    """What each form of ``topk_indices`` returns, without values; by its overload."""
+
+    def indices(scores: Tensor, k: int, **given: Any) -> Tensor:
+        check_score_rows(scores)
+        refuse_several_devices({"scores": scores, **given})
+        return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
+
+    def with_ids(scores: Tensor, k: int, **given: Any) -> tuple[Tensor, Tensor]:
+        slots = indices(scores, k, **given)
+        return slots, torch.empty_like(slots)
+
+    def out(scores: Tensor, k: int, **given: Any) -> None:
+        indices(scores, k, **given)
+
+    return {"": indices, "with_ids": with_ids, "out": out}
+
+
 def _dense_router(hidden_states: Tensor, router: Any, num_experts: int, top_k: int) -> Shape:
     if hidden_states.dtype is not torch.bfloat16 or hidden_states.dim() != 2:
         raise wrong_tensor("hidden_states", "torch.bfloat16 [tokens, hidden_size]", hidden_states)
@@ -264,3 +283,16 @@ ROUTING_OPS = (
 )
 
 TOPK_SELECT = "(Tensor scores, int k) -> (Tensor, Tensor)"
+
+_INDICES = (
+    "Tensor scores, int k, *, Tensor? row_starts=None, Tensor? row_ends=None, "
+    "Tensor? page_table=None, int page_size=1, Tensor? requests=None, Tensor? offsets=None, "
+    "bool sorted=False, bool nan_first=False"
+)
+
+#: The schema of each form of ``topk_indices``, by its overload.
+TOPK_INDICES = {
+    "": f"({_INDICES}) -> Tensor",
+    "with_ids": f"({_INDICES}) -> (Tensor, Tensor)",
+    "out": f"({_INDICES}, Tensor(a!)? slots_out=None, Tensor(b!)? ids_out=None) -> ()",
+}

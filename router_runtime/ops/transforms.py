@@ -89,7 +89,9 @@ def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
         if place is not None:
             places[name] = place
     with interpreter.lower():
-        count = interpreter.batch_size() if places else 1
+        if not places:
+            return again(values)
+        count = interpreter.batch_size()
         if not count:
             zeros = {name: _slice_of_zeros(values[name], place) for name, place in places.items()}
             results = again({**values, **zeros})
@@ -99,8 +101,6 @@ def _by_slices(interpreter: Any, given: dict[str, Any], again: _Call) -> Any:
                 cut = {name: values[name].select(place, number) for name, place in places.items()}
                 slices.append(again({**values, **cut}))
             results = slices[0]
-            if not places:
-                return results
             stacked = [torch.stack(each) for each in zip(*map(_as_tuple, slices), strict=True)]
     batches = tuple(_add_batch_dim(each, 0, level) for each in stacked)
     return batches[0] if isinstance(results, Tensor) else batches

@@ -15,7 +15,9 @@ from router_runtime.errors import InputError, explain
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 MAX_SCALE = 1e18
-MAX_ROW_LENGTH = 65536
+#: Of ``topk_select`` and ``topk_indices``.
+MAX_SELECTED = 4096
+MAX_ROW_LENGTH = 2**21
 
 #: What logits, and the biases beside them, may be; fp32 holds all of their values.
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +82,13 @@ def check_scores(scores: Tensor) -> None:
     """Raise InputError for anything but fp32 ``[rows, columns]`` without grad."""
     if scores.dtype is not torch.float32 or scores.dim() != 2:
         raise wrong_tensor("scores", "torch.float32 [rows, columns]", scores)
+    refuse_grad("scores", scores)
+
+
+def check_score_rows(scores: Tensor) -> None:
+    """Raise InputError for anything but fp32 or bf16 ``[rows, columns]`` without grad."""
+    if scores.dtype not in (torch.float32, torch.bfloat16) or scores.dim() != 2:
+        raise wrong_tensor("scores", "torch.float32 or torch.bfloat16 [rows, columns]", scores)
     refuse_grad("scores", scores)
 
 

@@ -59,6 +59,10 @@ class Placement:
         """Uninitialised fp32 of that shape, from torch's allocator."""
         return self._new_floats(rows, columns)
 
+    def integers(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised int32 of that shape, from torch's allocator."""
+        return self._new_integers(rows, columns)
+
     def stored(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """A result of ``spec.py``, whose strides depend on its inputs, in contiguous tensors."""
         outputs = self.outputs(*ids.shape)

@@ -1,26 +1,25 @@
 """``topk_select`` and ``activation_topk``: the ops on rows of fp32, without a Router.
 
-The first call on a device loads every variant that may ever be chosen there, so that a later call,
-with any row length and inside a graph capture, loads nothing.
+``topk_select`` has two kernels: ``topk_select`` for few of a row of some length, ``topk_indices``
+for more of them and longer rows. Both give the same bits.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from router_runtime import spec
-from router_runtime.device import driver
-from router_runtime.device.kernels import kernels_on
-from router_runtime.device.resolve import Request
+from router_runtime.errors import RouterRuntimeError
+from router_runtime.routing import topk_indices
 from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import (
     MAX_EXPERTS,
     MAX_ROW_LENGTH,
+    MAX_SELECTED,
     MAX_TOP_K,
     check_int,
     check_logits,
@@ -31,60 +30,27 @@ from router_runtime.routing.checks import (
     wrong_value,
 )
 from router_runtime.routing.expert_map import ExpertMap, check_order
-from router_runtime.routing.launches import ServingLaunch, narrow_ids, served
+from router_runtime.routing.launches import narrow_ids, served
 from router_runtime.routing.options import Sizes
-from router_runtime.routing.placement import CPU, Placement, refuse_capture
+from router_runtime.routing.placement import CPU
+from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, known, row_kernel
 
-_log = logging.getLogger(__name__)
+#: The longest row of the kernel ``topk_select``, which selects at most MAX_TOP_K of one.
+_SHORT_ROW = 65536
 
-
-class _RowKernel:
-    """Every variant of a row kernel that may serve on one device, chosen by row length and k."""
-
-    def __init__(
-        self, name: str, length: str, varying: tuple[str, ...], device: torch.device
-    ) -> None:
-        driver.refuse_fork()
-        refuse_capture(f"the first call of {name} on {device}, which loads its kernels,")
-        self._name, self._length = name, length
-        self._kernels = kernels_on(device.index)
-        resolution = self._kernels.resolve(Request(name))
-        resolution.require()
-        self._launchers = {
-            candidate.entry.key: ServingLaunch(self._kernels.load_entry(candidate.entry), varying)
-            for candidate in resolution.candidates
-            if candidate.accepted
-        }
-        used = ", ".join(
-            f"{each.entry.key} ({each.status})" for each in resolution.candidates if each.accepted
-        )
-        _log.info("%s on %s: %s; evidence of %s", name, device, used, self._kernels.folder)
-        self._chosen: dict[tuple[int, int], ServingLaunch] = {}
-        self.placement = Placement(device)
-
-    def launcher(self, length: int, k: int) -> ServingLaunch:
-        """The launcher for rows of that length. The choice is remembered."""
-        found = self._chosen.get((length, k))
-        if found is None:
-            request = Request(self._name, quantities={self._length: length, "top_k": k})
-            entry = self._kernels.resolve(request).require()
-            found = self._chosen[length, k] = self._launchers[entry.key]
-        return found
-
-
-_lock = threading.Lock()
-_loaded: dict[tuple[str, torch.device], _RowKernel] = {}
-
-
-def _row_kernel(
-    name: str, length: str, varying: tuple[str, ...], device: torch.device
-) -> _RowKernel:
-    """A row kernel on a device, loaded by the first call; from any thread."""
-    with _lock:
-        found = _loaded.get((name, device))
-        if found is None:
-            found = _loaded[name, device] = _RowKernel(name, length, varying, device)
-        return found
+_SELECT = RowKernelUse(
+    "topk_select",
+    ("scores", "values_out", "ids_out", "rows", "row_length", "row_stride", "top_k"),
+    quantities=("row_length", "top_k"),
+)
+_ACTIVATION = RowKernelUse(
+    "activation_topk",
+    (
+        *("logits", "bias", "weights_out", "ids_out", "tokens"),
+        *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
+    ),
+    quantities=("experts", "top_k"),
+)
 
 
 def check_select(scores: Tensor, k: int) -> None:
@@ -92,7 +58,7 @@ def check_select(scores: Tensor, k: int) -> None:
     check_scores(scores)
     columns = scores.shape[1]
     check_int("columns of scores", columns, 1, MAX_ROW_LENGTH)
-    check_int("k", k, 1, min(MAX_TOP_K, columns))
+    check_int("k", k, 1, min(MAX_SELECTED, columns))
 
 
 def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
@@ -114,18 +80,16 @@ def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``topk_select`` of CUDA tensors: one launch."""
     check_select(scores, k)
+    count, columns = scores.shape
     device = scores.device
-    kernel = _loaded.get(("topk_select", device)) or _row_kernel(
-        "topk_select",
-        "row_length",
-        ("scores", "values_out", "ids_out", "rows", "row_length", "row_stride", "top_k"),
-        device,
-    )
+    if k > MAX_TOP_K or columns > _SHORT_ROW:
+        longer = known(topk_indices.USE, device) or _load_select(topk_indices.USE, device)
+        return topk_indices.select_cuda(longer, scores, k)
+    kernel = known(_SELECT, device) or _load_select(_SELECT, device)
     placement = kernel.placement
     if placement.several and placement.elsewhere():
         with placement.current():
             return topk_select_cuda(scores, k)
-    count, columns = scores.shape
     values, ids = placement.outputs(count, k)
     if count:
         if scores.stride()[1] != 1:
@@ -141,6 +105,17 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
             k,
         )
     return values, ids
+
+
+def _load_select(needed: RowKernelUse, device: torch.device) -> RowKernel:
+    """Load both kernels of ``topk_select``, and return the one that is needed. What keeps the other
+    one from serving on this device is an error only of a call that needs it.
+    """
+    found = row_kernel(needed, device)
+    for other in (_SELECT, topk_indices.USE):
+        with contextlib.suppress(RouterRuntimeError):
+            row_kernel(other, device)
+    return found
 
 
 def activation_topk_cpu(
@@ -331,16 +306,7 @@ def _fp32(bias: Tensor) -> Tensor:
     return (bias if bias.dtype is torch.float32 else bias.float()).contiguous()
 
 
-def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> _RowKernel:
+def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> RowKernel:
     """The kernel for arguments that it serves."""
     check_activate(logits, bias, k, scale)
-    device = logits.device
-    return _loaded.get(("activation_topk", device)) or _row_kernel(
-        "activation_topk",
-        "experts",
-        (
-            *("logits", "bias", "weights_out", "ids_out", "tokens"),
-            *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
-        ),
-        device,
-    )
+    return row_kernel(_ACTIVATION, logits.device)

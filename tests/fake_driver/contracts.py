@@ -71,6 +71,23 @@ def select_contract(longest: int) -> Contract:
     )
 
 
+def indices_contract(blocks_per_row: int = 1, most: int = 2048) -> Contract:
+    """The contract of a topk_indices of fp32 scores with that many CTAs for a row."""
+    return Contract(
+        parameters=parameters(
+            "scores=ptr:f32 row_starts=ptr:i32 row_ends=ptr:i32 page_table=ptr:i32 "
+            "requests=ptr:i32 offsets=ptr:i32 values_out=ptr:f32 ids_out=ptr:i32 "
+            "slots_out=ptr:i32 rows=i32 row_length=i32 row_stride=i64 top_k=i32 page_rows=i32 "
+            "page_columns=i32 page_stride=i64 page_size=i32 sorted=i32 nan_first=i32"
+        ),
+        grid=(GridAxis("ceil", blocks_per_row, "rows"), ONE, ONE),
+        block=(512, 1, 1),
+        cluster=(blocks_per_row, 1, 1),
+        programmatic_dependent_launch=True,
+        limits={"rows": (1, 2**26), "row_length": (1, 2**21), "top_k": (1, most)},
+    )
+
+
 def activation_contract(capacity: int) -> Contract:
     """The contract of an activation_topk that takes up to ``capacity`` experts."""
     return Contract(

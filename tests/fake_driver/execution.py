@@ -61,6 +61,34 @@ def _run_select(a: Any, entry: Entry) -> None:
     _store(a, a.rows, spec.topk_select(scores, a.top_k))
 
 
+def _run_indices(a: Any, entry: Entry) -> None:
+    """With the rows as long as the launch says, at most: a row in a graph may have become shorter."""
+    dtype = {4: torch.float32, 2: torch.bfloat16}[int(entry.constants["SCORE_BYTES"])]
+    scores = view(a.scores, dtype, a.rows, a.row_length, stride=a.row_stride)
+
+    def vector(address: int) -> torch.Tensor | None:
+        return view(address, torch.int32, a.rows) if address else None
+
+    starts = vector(a.row_starts)
+    ids = spec.topk_indices(
+        scores,
+        a.top_k,
+        starts,
+        vector(a.row_ends),
+        in_rank_order=bool(a.sorted),
+        nan_first=bool(a.nan_first),
+    )
+    table = None
+    if a.page_table:
+        shape = a.page_rows, a.page_columns
+        table = view(a.page_table, torch.int32, *shape, stride=a.page_stride)
+    slots = spec.slots(ids, table, a.page_size, vector(a.requests), vector(a.offsets))
+    values = spec.scores_at(scores, ids, starts)
+    for address, result in ((a.values_out, values), (a.ids_out, ids), (a.slots_out, slots)):
+        if address:
+            view(address, result.dtype, a.rows, a.top_k).copy_(result)
+
+
 def _run_activation(a: Any, entry: Entry) -> None:
     logits = view(a.logits, torch.float32, a.tokens, a.experts, stride=a.row_stride)
     bias = view(a.bias, torch.float32, a.experts)
@@ -181,6 +209,7 @@ EXECUTE: dict[str, Callable[[Any, Entry], None]] = {
     "hash_router": _run_hash,
     "hash_gate": _run_gate,
     "topk_select": _run_select,
+    "topk_indices": _run_indices,
     "activation_topk": _run_activation,
     "dense_router_decode": _run_dense,
     "dense_router_prefill": _run_dense,

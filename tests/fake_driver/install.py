@@ -10,7 +10,7 @@ import pytest
 
 from router_runtime.device import driver, kernels, loader
 from router_runtime.device.launch import LoadedKernel
-from router_runtime.routing import placement, row_ops
+from router_runtime.routing import placement, row_kernels
 from tests.fake_driver.calls import FakeDriver
 
 
@@ -23,7 +23,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(driver, "_contexts", {})
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(kernels, "_cache", {})
-    monkeypatch.setattr(row_ops, "_loaded", {})
+    monkeypatch.setattr(row_kernels, "_loaded", {})
     driver.tensor_map_encoder.cache_clear()
     yield fake
     driver.tensor_map_encoder.cache_clear()
@@ -35,7 +35,7 @@ def serve_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels_on(index: int | None, artifacts: Any = None) -> kernels.Kernels:
         return kernels.kernels_on(0, artifacts)
 
-    monkeypatch.setattr(row_ops, "kernels_on", kernels_on)
-    monkeypatch.setattr(row_ops, "refuse_capture", lambda what: None)
+    monkeypatch.setattr(row_kernels, "kernels_on", kernels_on)
+    monkeypatch.setattr(row_kernels, "refuse_capture", lambda what: None)
     monkeypatch.setattr(placement.Placement, "stream", lambda self: 7)
     monkeypatch.setattr(LoadedKernel, "_check_tensor", lambda *_: None)
