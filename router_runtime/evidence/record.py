@@ -20,26 +20,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from router_runtime.errors import FormatError
-from router_runtime.evidence import cases as suite
+from router_runtime.evidence.cases import SUITE_VERSION
+from router_runtime.evidence.suite import cases_of, cases_sha256
 from router_runtime.format.codec import canonical_json, decode, parse_json
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, artifact_name
-from router_runtime.format.source_digest import RUNTIME, PythonSources
 from router_runtime.format.target import Target
 
 FORMAT_VERSION = 2
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEXT = re.compile(r"[ -~]*[!-~][ -~]*")
-
-
-@functools.cache
-def cases_sha256() -> str:
-    """Return the digest of the suite's cases: of the code of ``cases.py``, in which comments,
-    docstrings and layout do not count.
-    """
-    sources = PythonSources({"router_runtime": RUNTIME}, boundaries=("router_runtime.format",))
-    return sources.digest(suite.__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +76,7 @@ class Examined:
         source_sha256: Digest of the sources, constants and flags that it was compiled from.
         toolchain_sha256: Digest of the compilers' packages and flags.
         suite_version: ``SUITE_VERSION`` of the suite that ran.
-        cases_sha256: Digest of the cases of that suite.
+        cases_sha256: Digest of the kernel's cases in that suite.
         device: Name of the GPU, as the driver gives it.
         compute_capability: Of the GPU: major, minor.
         driver: The CUDA version of the driver, such as 13000 for 13.0.
@@ -119,7 +110,7 @@ class Examined:
     @property
     def of_this_suite(self) -> bool:
         """Return whether the suite that ran is the one that this runtime has."""
-        here = (suite.SUITE_VERSION, cases_sha256())
+        here = (SUITE_VERSION, cases_sha256(self.kernel))
         return (self.suite_version, self.cases_sha256) == here
 
     @property
@@ -271,7 +262,7 @@ def _suite_cases(
 ) -> tuple[tuple[str, int], ...]:
     """Name and seed of every case. Cached: variants with the same limits have the same cases."""
     try:
-        listed = suite.cases(kernel, dict(constants), dict(limits))
+        listed = cases_of(kernel, dict(constants), dict(limits))
     except (KeyError, ValueError) as error:
         raise FormatError(f"evidence: expected a kernel of the suite, found {error}") from error
     return tuple((case.name, case.seed) for case in listed)

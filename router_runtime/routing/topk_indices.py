@@ -283,7 +283,9 @@ def _compute(scores: Tensor, k: int, options: Options, outputs: Outputs) -> None
         outputs.ids.copy_(ids)
     if outputs.slots is not None:
         outputs.slots.copy_(
-            spec.slots(ids, options.page_table, options.page_size, options.requests, options.offsets)
+            spec.slots(
+                ids, options.page_table, options.page_size, options.requests, options.offsets
+            )
         )
 
 

@@ -19,7 +19,10 @@ BATCHES = (
 )
 
 #: Inputs with one element or row per token that move together with those of ``ROW_INPUT``.
-_MOVED_TOO = ("is_padding", "image_mask", "given_ids", "token_ids")
+_MOVED_TOO = (
+    *("is_padding", "image_mask", "given_ids", "token_ids"),
+    *("row_starts", "row_ends", "requests", "offsets"),
+)
 
 
 class Arrangement(NamedTuple):

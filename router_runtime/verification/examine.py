@@ -28,7 +28,7 @@ _GUARD_WORDS = 64
 _POISONS = (0x7FDEAD01, -0x21524111)
 
 #: The outputs of a kernel: ``values`` and ``ids``, ``logits`` if they were requested,
-#: ``logical_ids`` if there is an expert map.
+#: ``logical_ids`` if there is an expert map, ``slots`` of topk_indices.
 Outputs = Mapping[str, Tensor]
 
 
@@ -36,7 +36,8 @@ class Run(Protocol):
     """Launches a kernel on inputs on its device and writes the outputs.
 
     The outputs are values and ids, then the logits if they are requested (only kernels that can
-    store them). ``more`` are ``logical_ids`` where the inputs have an expert map, and options.
+    store them). ``more`` are ``logical_ids`` where the inputs have an expert map, ``slots`` of
+    topk_indices, and options.
     """
 
     def __call__(self, inputs: Inputs, *outputs: Tensor, **more: Any) -> None:
@@ -126,12 +127,11 @@ def _run_twice(case: Case, run: Run, inputs: Inputs, logits: bool) -> tuple[Outp
             experts = case.sizes["experts"]
             guarded["logits"] = _GuardedOutput(count, experts, torch.float32, rows.device, poison)
         written = [output.tensor for output in guarded.values()]
-        if "expert_map" in inputs:
-            logical = _GuardedOutput(count, k, integers, rows.device, poison)
-            guarded["logical_ids"] = logical
-            run(inputs, *written, logical_ids=logical.tensor)
-        else:
-            run(inputs, *written)
+        named = ["logical_ids"] if "expert_map" in inputs else []
+        named += ["slots"] if case.kernel == "topk_indices" else []
+        for name in named:
+            guarded[name] = _GuardedOutput(count, k, integers, rows.device, poison)
+        run(inputs, *written, **{name: guarded[name].tensor for name in named})
         checks += [
             _Check(f"wrote outside its output {name}", output.bands_intact())
             for name, output in guarded.items()

@@ -16,6 +16,13 @@ from torch import Tensor
 
 from router_runtime.evidence.cases import Case
 from router_runtime.verification.prng import Random
+from router_runtime.verification.score_rows import (
+    NANS,
+    floats,
+    indexer_inputs,
+    score_rows,
+    strided,
+)
 
 #: The inputs of a kernel, under the names of its contract. ``weight`` is row-major; where a kernel
 #: reads another order, ``kernel_run.py`` repacks it.
@@ -26,6 +33,7 @@ ROW_INPUT: Mapping[str, str] = {
     "hash_router": "token_ids",
     "hash_gate": "hidden_states",
     "topk_select": "scores",
+    "topk_indices": "scores",
     "activation_topk": "logits",
     "dense_router_decode": "hidden_states",
     "dense_router_prefill": "hidden_states",
@@ -52,29 +60,9 @@ def digest(tensors: Mapping[str, Tensor | int | float]) -> str:
     return state.hexdigest()
 
 
-def _strided(rows: Tensor, padding: int) -> Tensor:
-    """The same rows with ``padding`` elements of NaN between them, so that reading one shows."""
-    if not padding:
-        return rows
-    buffer = torch.full((rows.shape[0], rows.shape[1] + padding), math.nan, dtype=rows.dtype)
-    buffer[:, : rows.shape[1]] = rows
-    return buffer[:, : rows.shape[1]]
-
-
-def _floats(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
 _INF, _NAN, _MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 _TINY = 2.0**-149
-#: Quiet and signalling NaNs of both signs: topk_select returns each with its own bits.
-_NANS = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1], dtype=torch.int32).view(
-    torch.float32
-)
-_SPECIALS = torch.cat(
-    (_floats(0.0, -0.0, _INF, -_INF, 1.0, -1.0, _TINY, -_TINY, _MAX, -_MAX), _NANS)
-)
-_SPECIAL_BIAS = _floats(_INF, -_INF, _NAN, -0.0, 0.0, _MAX, -_MAX, _TINY, -1.0, 0.25, 0.5)
+_SPECIAL_BIAS = floats(_INF, -_INF, _NAN, -0.0, 0.0, _MAX, -_MAX, _TINY, -1.0, 0.25, 0.5)
 
 
 def _hash_router(case: Case, random: Random) -> Inputs:
@@ -125,29 +113,8 @@ def _hash_gate(case: Case, random: Random) -> Inputs:
 
 
 def _topk_select(case: Case, random: Random) -> Inputs:
-    rows, length = case.sizes["rows"], case.sizes["row_length"]
-    ramp = torch.arange(length, dtype=torch.float32).expand(rows, length).clone()
-    patterns: Mapping[str, Callable[[], Tensor]] = {
-        "random": lambda: random.normal(rows, length),
-        "ties": lambda: random.integers(-2, 3, rows, length).float(),
-        "equal": lambda: torch.full((rows, length), 0.75),
-        "ascending": lambda: ramp,
-        "descending": lambda: -ramp,
-        "specials": lambda: random.choice(_SPECIALS, rows, length),
-        # Nothing is above zero, so both zeros are selected.
-        "signed_zeros": lambda: random.choice(_floats(0.0, -0.0, -1.0, -_TINY), rows, length),
-        "mostly_nan": lambda: torch.where(
-            random.integers(0, length, rows, length) < 3,
-            random.normal(rows, length),
-            random.choice(torch.cat((_NANS, _floats(-_INF))), rows, length),
-        ),
-        "all_nan": lambda: random.choice(_NANS, rows, length),
-        "any_bits": lambda: random.bits(rows, length),
-    }
-    return {
-        "scores": _strided(patterns[case.pattern](), case.sizes["padding"]),
-        "top_k": case.sizes["top_k"],
-    }
+    scores = strided(score_rows(case, random), case.sizes["padding"])
+    return {"scores": scores, "top_k": case.sizes["top_k"]}
 
 
 def _activation_topk(case: Case, random: Random) -> Inputs:
@@ -157,8 +124,8 @@ def _activation_topk(case: Case, random: Random) -> Inputs:
     pick = random.integers(0, 4, *shape)
     match case.pattern:
         case "ties":
-            logits = random.choice(_floats(-1.5, 0.25, 0.3, 2.0), *shape)
-            bias = random.choice(_floats(0.0, 0.5), experts)
+            logits = random.choice(floats(-1.5, 0.25, 0.3, 2.0), *shape)
+            bias = random.choice(floats(0.0, 0.5), experts)
         case "equal":
             logits, bias = torch.full(shape, 0.75), torch.zeros(experts)
         case "bias_8":
@@ -166,17 +133,17 @@ def _activation_topk(case: Case, random: Random) -> Inputs:
             logits[1::2] *= 2.0**-16
             bias = 8 + random.integers(-2, 3, experts).float() * 2.0**-20
         case "extremes":
-            edges = _floats(80, -80, 88.75, -87.5, 104, -104, 16.75, -16.75, 0.0, -0.0)
+            edges = floats(80, -80, 88.75, -87.5, 104, -104, 16.75, -16.75, 0.0, -0.0)
             logits = torch.where(
                 pick == 0, random.choice(edges, *shape), random.uniform(-80, 80, *shape)
             )
         case "infinities":
             # All of +inf and FLT_MAX tie, and without a bias they tie exactly.
-            edges = _floats(_INF, -_INF, _MAX, -_MAX)
+            edges = floats(_INF, -_INF, _MAX, -_MAX)
             logits = torch.where(pick == 0, random.choice(edges, *shape), logits)
             bias = torch.zeros(experts)
         case "nan":
-            logits = torch.where(pick == 0, random.choice(_NANS, *shape), logits)
+            logits = torch.where(pick == 0, random.choice(NANS, *shape), logits)
         case "nan_rows":
             # Row i keeps its first i % 8 logits, so some rows have fewer than k numbers.
             kept = torch.arange(experts) < (torch.arange(shape[0]) % 8).unsqueeze(1)
@@ -190,7 +157,7 @@ def _activation_topk(case: Case, random: Random) -> Inputs:
         case "special_bias":
             bias = random.choice(_SPECIAL_BIAS, experts)
     return {
-        "logits": _strided(logits, case.sizes["padding"]),
+        "logits": strided(logits, case.sizes["padding"]),
         "bias": bias,
         "top_k": case.sizes["top_k"],
         "scale": case.scale,
@@ -218,10 +185,10 @@ def _dense_router(case: Case, random: Random) -> Inputs:
             x[1::2] *= 2.0**-8
             bias = 8 + random.integers(-2, 3, experts).float() * 2.0**-20
         case "extremes":
-            x = x * _floats(*(2.0**power for power in range(8)))[row % 8].unsqueeze(1)
+            x = x * floats(*(2.0**power for power in range(8)))[row % 8].unsqueeze(1)
         case "infinities":
             # +inf, -inf, two of them, and every fourth row finite.
-            signs = _floats(_INF, -_INF, _INF, 1.0)[row % 4]
+            signs = floats(_INF, -_INF, _INF, 1.0)[row % 4]
             x[row, column] = signs
             x[2::4, 0] = -_INF
             bias = torch.zeros(experts)
@@ -240,12 +207,12 @@ def _dense_router(case: Case, random: Random) -> Inputs:
         case "negative":
             # Every logit is far below zero, from -10 to -100, where log(1 + exp(z)) loses all.
             scale = 2.0 ** (12 - hidden.bit_length() + 1)
-            x = x.abs() * scale * _floats(1.0, 0.5, 0.25)[row % 3].unsqueeze(1)
+            x = x.abs() * scale * floats(1.0, 0.5, 0.25)[row % 3].unsqueeze(1)
             weight = -weight.abs()
         case "special_bias":
             bias = random.choice(_SPECIAL_BIAS, experts)
     return {
-        "hidden_states": _strided(x.bfloat16(), case.sizes["padding"]),
+        "hidden_states": strided(x.bfloat16(), case.sizes["padding"]),
         "weight": weight.bfloat16().contiguous(),
         "bias": bias.contiguous(),
         "scale": case.scale,
@@ -285,6 +252,7 @@ def _serving(case: Case, random: Random) -> Inputs:
 _MAKERS: Mapping[str, Callable[[Case, Random], Inputs]] = {
     "hash_router": _hash_router,
     "topk_select": _topk_select,
+    "topk_indices": indexer_inputs,
     "activation_topk": _activation_topk,
     "hash_gate": _hash_gate,
     "dense_router_decode": _dense_router,

@@ -74,15 +74,18 @@ def judge(
     ids: Tensor,
     logits: Tensor | None = None,
     logical_ids: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Verdict:
     """Judge the outputs of a kernel.
 
     Args:
         oracle: The expected results of the case.
-        values: Weights, or for ``topk_select`` the selected values: fp32 ``[N, k]`` on the CPU.
+        values: Weights, or of the kernels that select from scores the selected ones: fp32
+            ``[N, k]`` on the CPU.
         ids: int32 or int64 ``[N, k]`` on the CPU.
         logits: What a dense kernel stored, fp32 ``[N, E]``, if it stored them.
         logical_ids: ``[N, k]`` where the inputs have an expert map; ``ids`` are then physical.
+        slots: Of ``topk_indices``, int32 ``[N, k]``.
 
     Returns:
         The verdict on all of them.
@@ -92,7 +95,7 @@ def judge(
     kernel = oracle.case.kernel
     if kernel == "hash_router":
         verdict = _judge_exact(*oracle.looked_up, values, logical)
-    elif kernel == "topk_select":
+    elif kernel in ("topk_select", "topk_indices"):
         verdict = _judge_exact(*oracle.selected, values, logical)
     elif kernel == "hash_gate":
         verdict = _judge_gate(oracle, values, logical)
@@ -105,6 +108,12 @@ def judge(
             problems=(*verdict.problems, *problems),
             worst={**verdict.worst, "logit": worst},
         )
+    if slots is not None:
+        wrong = (slots != oracle.slots).any(dim=1)
+        more = [report(wrong, "wrong slots", slots, oracle.slots)] if wrong.any() else []
+        bits = digest({"values": values, "ids": ids, "slots": slots})
+        problems = (*verdict.problems, *more)
+        verdict = dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
     if not oracle.case.serving:
         return verdict
     if logical_ids is not None:

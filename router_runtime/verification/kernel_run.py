@@ -15,6 +15,13 @@ from router_runtime.routing.options import OPTIONS, row_stride
 from router_runtime.routing.weights import repacked
 from router_runtime.verification.inputs import Inputs
 
+#: The arguments of topk_indices in a case that has no input for them.
+_INDEXER: dict[str, Any] = {
+    **dict.fromkeys(("row_starts", "row_ends", "page_table", "requests", "offsets")),
+    **dict.fromkeys(("page_rows", "page_columns", "page_stride", "sorted", "nan_first"), 0),
+    "page_size": 1,
+}
+
 #: Inputs with one row per token, and the argument that takes their number of columns.
 _COLUMNS = {"hidden_states": "hidden", "logits": "experts", "scores": "row_length"}
 
@@ -42,7 +49,8 @@ class KernelRun:
             inputs: Of one case, on the device.
             outputs: Values and ids ``[N, k]``, then the logits ``[N, E]`` if they are to be stored.
                 With options their rows may be apart; without elements they are not stored.
-            more: ``logical_ids`` ``[N, k]``, where the inputs have an expert map, and options.
+            more: ``logical_ids`` ``[N, k]``, where the inputs have an expert map; ``slots``
+                ``[N, k]`` of topk_indices; and options.
 
         Raises:
             ArtifactError: The contract has an argument that the suite has no value for.
@@ -60,7 +68,8 @@ class KernelRun:
             wide = isinstance(tensor, Tensor) and tensor.dtype is torch.int64
             arguments[name] = None if wide else tensor
             arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
-        absent = dict.fromkeys((*SERVED, *OPTIONS), 0)
+        arguments["slots_out"] = more.pop("slots", None)
+        absent = dict.fromkeys((*SERVED, *OPTIONS), 0) | _INDEXER
         arguments = absent | {"sentinel": -1, "image_bias": None} | arguments
         arguments["serving"] = int("wide_ids" in inputs)
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[-1]}
@@ -97,6 +106,9 @@ class KernelRun:
                 arguments[name] = signed(int(inputs[name]))
         if isinstance(table := inputs.get("table"), Tensor):
             arguments["vocab"] = table.shape[0]
+        if isinstance(pages := inputs.get("page_table"), Tensor):
+            arguments["page_rows"], arguments["page_columns"] = pages.shape
+            arguments["page_stride"] = pages.stride(0)
         for name, columns in _COLUMNS.items():
             if isinstance(rows := inputs.get(name), Tensor):
                 arguments["row_stride"] = rows.stride(0)

@@ -14,8 +14,9 @@ from router_runtime.device.facts import DeviceFacts
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.kinds import AnyRecord
-from router_runtime.evidence.record import CaseRecord, cases_sha256
+from router_runtime.evidence.record import CaseRecord
 from router_runtime.evidence.status import toolchain_sha256
+from router_runtime.evidence.suite import cases_sha256
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.verification.judge import Verdict
 from router_runtime.verification.trial import Trial
@@ -65,7 +66,7 @@ def examined(
         "source_sha256": entry.source_sha256,
         "toolchain_sha256": toolchain_sha256(manifest.toolchain),
         "suite_version": suite.SUITE_VERSION,
-        "cases_sha256": cases_sha256(),
+        "cases_sha256": cases_sha256(entry.kernel),
         "device": device,
         "compute_capability": (facts.major, facts.minor),
         "driver": facts.driver,

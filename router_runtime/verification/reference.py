@@ -1,7 +1,8 @@
 """What the mathematics of ``spec.py`` says about the inputs of one case.
 
-The ids of a table look-up are exact, and so are the results of ``topk_select``. For kernels that
-compute scores, ``Reference`` holds the intervals of scores and keys:
+The ids of a table look-up are exact, and so are the results of ``topk_select`` and
+``topk_indices``. For kernels that compute scores, ``Reference`` holds the intervals of scores and
+keys:
 
 * logits: z64 +- LOGIT * sum |x W| for dense kernels; exact for kernels that take logits;
 * scores and keys: ``bounds.py``;
@@ -73,6 +74,9 @@ class Oracle:
         assert isinstance(value, Tensor)
         return value
 
+    def _tensor_if_any(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.inputs else None
+
     @functools.cached_property
     def reference(self) -> Reference:
         """The intervals and the ids of a case that scores experts."""
@@ -124,8 +128,31 @@ class Oracle:
 
     @functools.cached_property
     def selected(self) -> tuple[Tensor, Tensor]:
-        """The values and ids of topk_select, both ``[N, k]``."""
-        return spec.topk_select(self.tensor("scores"), int(self.inputs["top_k"]))
+        """The values and ids of topk_select and topk_indices, both ``[N, k]``."""
+        scores, top_k = self.tensor("scores"), int(self.inputs["top_k"])
+        if self.case.kernel == "topk_select":
+            return spec.topk_select(scores, top_k)
+        starts = self._tensor_if_any("row_starts")
+        ids = spec.topk_indices(
+            scores,
+            top_k,
+            starts,
+            self._tensor_if_any("row_ends"),
+            in_rank_order=bool(self.inputs["sorted"]),
+            nan_first=bool(self.inputs["nan_first"]),
+        )
+        return spec.scores_at(scores, ids, starts), ids
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        """The slots of topk_indices, ``[N, k]``."""
+        return spec.slots(
+            self.selected[1],
+            self._tensor_if_any("page_table"),
+            int(self.inputs.get("page_size", 1)),
+            self._tensor_if_any("requests"),
+            self._tensor_if_any("offsets"),
+        )
 
     @functools.cached_property
     def ranked(self) -> Tensor:
@@ -152,7 +179,7 @@ class Oracle:
         kernel = self.case.kernel
         if kernel == "hash_gate":
             return _gate_ids(self)
-        if kernel in ("hash_router", "topk_select"):
+        if kernel in ("hash_router", "topk_select", "topk_indices"):
             ids = (self.looked_up if kernel == "hash_router" else self.selected)[1]
             return ids, torch.ones(ids.shape[0], dtype=torch.bool)
         if self.case.serving:

@@ -14,7 +14,8 @@ from router_runtime.device.loader import load_entry
 from router_runtime.errors import DriverError, TrustError, explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
-from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
+from router_runtime.evidence.record import CaseRecord, Record
+from router_runtime.evidence.suite import cases_of
 from router_runtime.format.advice import build_for_device, runtime
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
@@ -75,8 +76,7 @@ def run(artifacts: Path, record: bool, echo: Echo, own: Path | None = None) -> O
     if record and loadable:
         store.require_writable(folder, artifacts)
     echo(f"{driver.device_name(index)}, {facts}, torch {torch.__version__}")
-    suite_name = f"oracle suite {suite.SUITE_VERSION} (cases {cases_sha256()[:16]})"
-    echo(f"{suite_name}, {len(loadable)} entries of {artifacts}")
+    echo(f"oracle suite {suite.SUITE_VERSION}, {len(loadable)} entries of {artifacts}")
     if not loadable:
         echo(
             f"expected an entry for compute capability {facts.major}.{facts.minor}, found none; "
@@ -139,7 +139,7 @@ def _verify_entry(
     """
     device = f"cuda:{index}"
     try:
-        cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+        cases = cases_of(entry.kernel, entry.constants, entry.contract.limits)
         kernel_run: Run = KernelRun(load_entry(entry, manifest, artifacts, index), device)
     except (RuntimeError, ValueError) as error:
         return [str(error)], [], []

@@ -338,9 +338,10 @@ def prebuilt(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 _EXAMINED = """
 from pathlib import Path
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence.record import CaseRecord, cases_sha256
+from router_runtime.evidence.record import CaseRecord
 from router_runtime.evidence.status import toolchain_sha256
 from router_runtime.evidence.store import write_record
+from router_runtime.evidence.suite import cases_of, cases_sha256
 from router_runtime.format.manifest import loads
 
 built = loads(Path("artifacts/manifest.json").read_bytes())
@@ -357,14 +358,14 @@ def examined(entry, capability):
         source_sha256=entry.source_sha256,
         toolchain_sha256=toolchain_sha256(built.toolchain),
         suite_version=suite.SUITE_VERSION,
-        cases_sha256=cases_sha256(),
+        cases_sha256=cases_sha256(entry.kernel),
         device="Example GPU",
         compute_capability=capability,
         driver=13000,
         torch="2.13.0",
         cases=tuple(
             CaseRecord(case.name, case.seed, "0" * 64, 1, 1, 0, "0" * 64, dict())
-            for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+            for case in cases_of(entry.kernel, entry.constants, entry.contract.limits)
         ),
     )
 

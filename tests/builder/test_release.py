@@ -24,8 +24,8 @@ from build_kernels.catalog.targets import DEFAULT_TARGETS
 from build_kernels.compile import toolchain
 from build_kernels.errors import BuildError
 from build_kernels.release import changelog, contents, notes, wheel
-from router_runtime.evidence.record import cases_sha256
 from router_runtime.evidence.store import Evidence, load_evidence
+from router_runtime.evidence.suite import cases_sha256
 from router_runtime.format.manifest import Manifest, loads
 from router_runtime.format.provenance import marker_loads, statement_loads
 from router_runtime.format.wheel import read
@@ -260,7 +260,7 @@ def test_the_notes_say_which_member_of_a_family_recorded(released: Released) -> 
         sha256=entry.sha256,
         device="Example B300",
         compute_capability=(10, 3),
-        cases_sha256=cases_sha256(),
+        cases_sha256=cases_sha256(entry.kernel),
     )
     manifest = dataclasses.replace(manifest, entries=(entry,))
     marker = dataclasses.replace(marker, targets=("sm_100f",))

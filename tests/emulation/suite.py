@@ -12,9 +12,9 @@ from pathlib import Path
 from build_kernels.emulation.interface import MODES
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.loader import load_entry
-from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
 from router_runtime.evidence.record import CaseRecord
+from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.verification.examine import examine
 from router_runtime.verification.recording import case_record
@@ -146,7 +146,7 @@ class Suite:
         return Outcome(mode, bad, tuple(records))
 
     def _cases(self, entry: Entry, mode: str) -> Iterator[Case]:
-        for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits):
+        for case in cases_of(entry.kernel, entry.constants, entry.contract.limits):
             yield case if mode == WHOLE else dataclasses.replace(case, variations=False)
 
     def _examined(self, entry: Entry, run: TimedRun, case: Case) -> tuple[list[str], CaseRecord]:

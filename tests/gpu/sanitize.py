@@ -23,6 +23,7 @@ from router_runtime.device.loader import load_entry
 from router_runtime.errors import explain
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
+from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
 from router_runtime.verification.inputs import ROW_INPUT, Inputs, make_inputs
@@ -39,7 +40,7 @@ _TIES = ("ties", "repeated", "out_of_range")
 
 def chosen(entry: Entry) -> Iterator[Case]:
     """The cases to launch. They have the rows that suit them here, so they are not the suite's."""
-    cases = suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+    cases = cases_of(entry.kernel, entry.constants, entry.contract.limits)
     most = max(1, entry.contract.limits.get("tokens", (1, 2**31 - 1))[1] - BELOW_LIMIT)
 
     def cut(case: Case, rows: int, serving: tuple[str, ...] = ()) -> Case:
@@ -90,7 +91,10 @@ def launch(run: KernelRun, case: Case, inputs: Inputs, stores_logits: bool) -> N
     outputs = [torch.empty(shape, device=DEVICE), ids]
     if stores_logits:
         outputs.append(torch.empty(shape[0], case.sizes["experts"], device=DEVICE))
-    run(inputs, *outputs, **({"logical_ids": logical_ids} if "expert_map" in inputs else {}))
+    named = {"logical_ids": logical_ids} if "expert_map" in inputs else {}
+    if case.kernel == "topk_indices":
+        named["slots"] = torch.empty(shape, dtype=torch.int32, device=DEVICE)
+    run(inputs, *outputs, **named)
     torch.cuda.synchronize()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from router_runtime.evidence import cases as suite
 from router_runtime.evidence.store import load_evidence
+from router_runtime.evidence.suite import cases_of
 from router_runtime.verification import inputs
 from router_runtime.verification.judge import clear_ids_sha256
 from router_runtime.verification.reference import Oracle
@@ -21,7 +21,7 @@ def test_recorded_evidence_recomputes(verification):
     assert records
     for record in records:
         recorded = {case.name: case for case in record.cases}
-        for case in suite.cases(record.kernel, record.constants, record.limits)[::5]:
+        for case in cases_of(record.kernel, record.constants, record.limits)[::5]:
             given = inputs.make_inputs(case)
             assert recorded[case.name].inputs_sha256 == inputs.digest(given)
             ids, clear = Oracle(case, given).expected_ids

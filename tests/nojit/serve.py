@@ -151,16 +151,21 @@ def run_ops(model: dict[str, int], device: str) -> None:
             given = {key: v[:tokens] if key in BY_TOKEN else v for key, v in values.items()}
             positional = [given[each.name] for each in arguments if not each.kwarg_only]
             named = {each.name: given[each.name] for each in arguments if each.kwarg_only}
+            if packet == "topk_indices" and form == "out":
+                named |= {"ids_out": given["ids_out"]}
             results = op(*positional, **named)
             if results is None:
-                results = [named["weights_out"], named["ids_out"]]
-            elif isinstance(results, torch.Tensor):  # packed: id and weight in each word
+                results = [named[key] for key in ("weights_out", "ids_out") if key in named]
+            elif form == "packed":  # id and weight in each word
                 words = results
                 weights = (words & 0xFFFF).to(torch.int16).view(torch.bfloat16)
                 results = [weights, words >> 16]
+            elif isinstance(results, torch.Tensor):
+                results = [results]
             if any(result.shape[0] != tokens for result in results):
                 raise RuntimeError(f"{name}: expected {tokens} rows")
-            if not results[0].isfinite().all() or not (results[1] >= 0).all():
+            ids = results[min(1, len(results) - 1)]
+            if not results[0].isfinite().all() or not (ids >= 0).all():
                 raise RuntimeError(f"{name}: expected weights that are finite, and ids")
         print(f"ran {name} {model} with {counts} tokens")
 

@@ -40,6 +40,8 @@ def oracle_outputs(case, inputs):
         )
     if case.kernel == "topk_select":
         return spec.topk_select(given.scores, given.top_k)
+    if case.kernel == "topk_indices":
+        return indexer_outputs(inputs)
     if case.kernel == "activation_topk":
         return spec.activation_topk(
             given.logits, given.bias, given.top_k, given.scale, bool(given.renormalize)
@@ -53,6 +55,27 @@ def oracle_outputs(case, inputs):
         bool(given.renormalize),
         k_chunk=128,
     )
+
+
+def indexer_outputs(inputs):
+    """``(values, slots, ids)`` of topk_indices."""
+    from router_runtime import spec
+
+    scores, starts = inputs["scores"], inputs.get("row_starts")
+    ids = spec.topk_indices(
+        scores,
+        inputs["top_k"],
+        starts,
+        inputs.get("row_ends"),
+        in_rank_order=bool(inputs["sorted"]),
+        nan_first=bool(inputs["nan_first"]),
+    )
+    slots = spec.slots(
+        ids,
+        page_size=inputs.get("page_size", 1),
+        **{name: inputs.get(name) for name in ("page_table", "requests", "offsets")},
+    )
+    return spec.scores_at(scores, ids, starts), slots, ids
 
 
 def served_outputs(case, inputs):
@@ -106,6 +129,16 @@ SUBJECTS = {
     "hash_router": ("hash_router", {}, {"top_k": (1, 32)}),
     "topk_select-short": ("topk_select", {}, {"row_length": (1, 1024), "top_k": (1, 32)}),
     "topk_select-long": ("topk_select", {}, {"row_length": (1025, 65536), "top_k": (1, 32)}),
+    "topk_indices": (
+        "topk_indices",
+        {"SCORE_BYTES": 4, "SAMPLES": 512},
+        {"rows": (1, 300), "row_length": (1, 5003), "top_k": (1, 512)},
+    ),
+    "topk_indices-bf16": (
+        "topk_indices",
+        {"SCORE_BYTES": 2, "SAMPLES": 512},
+        {"rows": (1, 300), "row_length": (1, 1000), "top_k": (1, 2048)},
+    ),
     "activation_topk-256": ("activation_topk", {}, {"experts": (1, 256), "top_k": (1, 32)}),
     "activation_topk-1024": ("activation_topk", {}, {"experts": (385, 1024), "top_k": (1, 32)}),
     "hash_gate": (

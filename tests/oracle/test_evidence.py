@@ -17,6 +17,7 @@ from router_runtime.evidence import kinds, store
 from router_runtime.evidence import record as records
 from router_runtime.evidence import status as statuses
 from router_runtime.evidence.emulation_record import MODES, EmulationRecord
+from router_runtime.evidence.suite import cases_of, cases_sha256
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain
 from router_runtime.verification import inputs
@@ -77,7 +78,7 @@ def test_committed_evidence_recomputes(path):
             "stale: recorded with another oracle suite, so it proves nothing; run on a GPU: "
             "router-runtime verify --record, for emulations: make record-emulation"
         )
-    cases = suite.cases(record.kernel, record.constants, record.limits)
+    cases = cases_of(record.kernel, record.constants, record.limits)
     sample = random.Random(record.sha256).sample(cases, min(SAMPLE, len(cases)))
     assert mismatches(record, sample) == []
 
@@ -121,7 +122,7 @@ def record(outputs):
         source_sha256="cd" * 32,
         toolchain_sha256=statuses.toolchain_sha256(TOOLCHAIN),
         suite_version=suite.SUITE_VERSION,
-        cases_sha256=records.cases_sha256(),
+        cases_sha256=cases_sha256("topk_select"),
         device="NVIDIA H100 80GB HBM3",
         compute_capability=(9, 0),
         driver=13000,

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from router_runtime.evidence import cases as suite
+from router_runtime.evidence.suite import cases_of
 from router_runtime.verification import inputs
 from router_runtime.verification.prng import Random
 
@@ -50,11 +50,11 @@ def test_normal_is_near_normal():
 def test_every_case_is_reproducible_and_different(subject):
     kernel = subject[0]
     digests = {}
-    for case in suite.cases(*subject):
+    for case in cases_of(*subject):
         made = inputs.make_inputs(case)
         assert set(made) == set(inputs.make_inputs(case))
         digests[case.name] = inputs.digest(made)
-    for case in suite.cases(*subject)[::7]:
+    for case in cases_of(*subject)[::7]:
         assert inputs.digest(inputs.make_inputs(case)) == digests[case.name]
     # Constant patterns aside, no two cases draw the same numbers.
     drawn = [d for n, d in digests.items() if not n.startswith(("equal", "all_nan"))]
@@ -75,7 +75,7 @@ def test_inputs_are_pinned():
         ("dense_router_decode", shape, {"tokens": (1, 4)}),
         ("hash_gate", {**shape, "IMAGES": 1}, {"tokens": (1, 4)}),
     ):
-        for case in suite.cases(*subject):
+        for case in cases_of(*subject):
             state.update(inputs.digest(inputs.make_inputs(case)).encode())
     assert state.hexdigest() == PINNED
 

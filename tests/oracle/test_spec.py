@@ -188,6 +188,75 @@ def test_topk_select(width):
         assert values.view(torch.int32)[0].tolist() == bits.tolist()
 
 
+def by_rank(row, nan_first):
+    """Places of a row by rank: Python's own sort of (key, place)."""
+
+    def key(place):
+        value = row[place]
+        if math.isnan(value):
+            return (math.inf, 1) if nan_first else (-math.inf, 0)
+        return value, 0
+
+    return sorted(range(len(row)), key=lambda place: (key(place), -place), reverse=True)
+
+
+@pytest.mark.parametrize("nan_first", [False, True])
+@pytest.mark.parametrize("in_rank_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_indices(dtype, in_rank_order, nan_first):
+    values = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.5, -1.5, 2.0**-140, -(2.0**-140), 3e38)
+    generator = torch.Generator().manual_seed(7)
+    chosen = torch.randint(0, len(values), (60, 23), generator=generator)
+    scores = torch.tensor(values)[chosen].to(dtype)
+    starts = torch.randint(-3, 26, (60,), generator=generator).int()
+    ends = torch.randint(-3, 30, (60,), generator=generator).int()
+    starts[:9], ends[:9] = -1, 30
+    for k in (1, 2, 7, 23, 40):
+        found = spec.topk_indices(
+            scores, k, starts, ends, in_rank_order=in_rank_order, nan_first=nan_first
+        )
+        assert found.shape == (60, k)
+        assert found.dtype == torch.int32
+        for row in range(60):
+            first, end = max(int(starts[row]), 0), min(max(int(ends[row]), 0), 23)
+            wanted = by_rank(scores[row, first:end].tolist(), nan_first)[:k]
+            wanted = wanted if in_rank_order else sorted(wanted)
+            assert found[row].tolist() == wanted + [-1] * (k - len(wanted))
+        stored = spec.scores_at(scores, found, starts).view(torch.int32)
+        for row in range(60):
+            bits = scores[row].float().view(torch.int32)
+            for place, bit in zip(found[row].tolist(), stored[row].tolist(), strict=True):
+                column = max(int(starts[row]), 0) + place
+                assert bit == (int(bits[column]) if place >= 0 else -0x800000)
+    plain = spec.topk_indices(scores, 5)
+    assert torch.equal(plain, spec.topk_select(scores, 5)[1].sort(dim=1).values)
+
+
+def test_slots():
+    ids = torch.tensor([[0, 3, 4, 9, -1], [0, 3, 4, 9, -1], [1, 2, 5, 7, 8], [1, 2, 5, 7, 8]])
+    ids = ids.int()
+    table = torch.tensor([[7, 5, 2**30], [-1, 0, 3]]).int()
+    requests = torch.tensor([1, 0, 2, -1]).int()
+    offsets = torch.tensor([100, -100, 5, 5]).int()
+    # Pages of 4: place 9 is in page 2.
+    assert spec.slots(ids, table, 4, requests).tolist() == [
+        [-4, -1, 0, 13, -1],
+        [28, 31, 20, 1, -1],  # 2^30 times 4 wraps to 0
+        [-1] * 5,
+        [-1] * 5,
+    ]
+    # Pages of 2: place 9 would be in page 4, place 7 in page 3.
+    assert spec.slots(ids[:2], table, 2, requests[:2], offsets[:2]).tolist() == [
+        [98, 101, 106, -1, -1],
+        [-86, -89, -2147483648 - 100 + 2**32, -1, -1],
+    ]
+    assert spec.slots(ids[:2], table, 4).tolist() == [[28, 31, 20, 1, -1], [-4, -1, 0, 13, -1]]
+    assert spec.slots(ids, offsets=offsets)[2].tolist() == [6, 7, 10, 12, 13]
+    assert torch.equal(spec.slots(ids), ids)
+    for shape in ((0, 3), (2, 0)):
+        assert (spec.slots(ids[:2], torch.zeros(shape).int(), 4, requests[:2]) == -1).all()
+
+
 def test_topk_select_edge_rules():
     row = torch.tensor([[NAN, -0.0, 0.0, -INF, -0.0]])
     values, ids = spec.topk_select(row, 5)

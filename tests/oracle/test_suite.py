@@ -12,6 +12,7 @@ import torch
 
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
+from router_runtime.evidence.suite import cases_of
 from router_runtime.verification import inputs
 from router_runtime.verification.bounds import TOLERANCES
 from router_runtime.verification.examine import examine
@@ -47,7 +48,7 @@ def runner(outputs):
 
 def problems(subject, for_case):
     """Every problem that the suite finds, until the first case that has some."""
-    for case in suite.cases(*subject):
+    for case in cases_of(*subject):
         given = inputs.make_inputs(case)
         found = examine(Trial(case, given, "cpu"), for_case(case), largest(subject[2])).problems
         if found:
@@ -57,7 +58,7 @@ def problems(subject, for_case):
 
 def test_the_oracle_passes(subject, outputs):
     clear = rows = 0
-    for case in suite.cases(*subject):
+    for case in cases_of(*subject):
         given = inputs.make_inputs(case)
         verdict = examine(
             Trial(case, given, "cpu"), runner(outputs)(case), min(largest(subject[2]), 130)

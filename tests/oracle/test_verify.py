@@ -18,12 +18,13 @@ from router_runtime.errors import ArtifactError, DriverError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence import store
 from router_runtime.evidence.status import status
+from router_runtime.evidence.suite import cases_of
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain, artifact_name
 from router_runtime.format.manifest import dumps as dump_manifest
 from router_runtime.verification import shared_trials, verify
 from router_runtime.verification.examine import examine
-from router_runtime.verification.inputs import make_inputs
+from router_runtime.verification.inputs import ROW_INPUT, make_inputs
 from router_runtime.verification.kernel_run import KernelRun
 from router_runtime.verification.shared_trials import SharedTrials
 from router_runtime.verification.trial import Trial
@@ -43,6 +44,9 @@ PARAMETERS = {
     "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k"
     + SERVING,
     "topk_select": "scores values_out ids_out rows row_length row_stride top_k",
+    "topk_indices": "scores row_starts row_ends page_table requests offsets values_out ids_out "
+    "slots_out rows row_length row_stride top_k page_rows page_columns page_stride page_size "
+    "sorted nan_first",
     "activation_topk": "logits bias weights_out ids_out tokens experts row_stride top_k scale "
     "renormalize" + SCORED,
     "hash_gate": "hidden_states token_ids_i32 token_ids_i64 weight table row_stride vocab "
@@ -371,13 +375,13 @@ def on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("kernel", PARAMETERS)
 def test_every_argument_has_a_value(kernel, monkeypatch):
-    constants = {"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4}
-    case = suite.cases(kernel, constants, {"top_k": (1, 4), "row_length": (1, 64)})[0]
+    constants = {"HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4, "SCORE_BYTES": 4, "SAMPLES": 512}
+    case = cases_of(kernel, constants, {"top_k": (1, 4), "row_length": (1, 64)})[0]
     given = make_inputs(case)
     recorder = Recorder(entry(kernel), tuple(PARAMETERS[kernel].split()))
     run = KernelRun(recorder, "cpu")
     on_cpu(monkeypatch)
-    rows = next(iter(given.values())).shape[0]
+    rows = given[ROW_INPUT[kernel]].shape[0]
     k = case.sizes["top_k"]
     outputs = [torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32)]
     run(given, *outputs)
@@ -452,7 +456,7 @@ def test_contracts_ask_for_nothing_else(kernel):
             allowed = {*PARAMETERS[kernel].split(), "workspace"}
             assert names <= allowed
             assert all(axis.argument in {None, *allowed} for axis in contract.grid)
-            suite.cases(kernel, constants, contract.limits)
+            cases_of(kernel, constants, contract.limits)
 
 
 def test_the_workspace_starts_zeroed(monkeypatch):

@@ -17,22 +17,28 @@ def write(
     values: Tensor,
     ids: Tensor,
     logical_ids: Tensor | None = None,
+    slots: Tensor | None = None,
     **options: Any,
 ) -> None:
     """Write the oracle's results as a correct kernel does.
 
     Args:
         given: The inputs.
-        found: Values and ids; where there is an expert map, physical ids and then logical ones.
+        found: Values and ids; where there is an expert map, physical ids and then logical ones;
+            of topk_indices, values, slots and ids.
         values: An output, as of ``examine.Run``.
         ids: An output.
         logical_ids: An output, where there is an expert map.
+        slots: An output of topk_indices.
         options: Those of ``option_checks.Run``.
 
     """
     weights, physical, logical = found[0], found[1], found[-1]
     if logical_ids is not None:
         logical_ids.copy_(logical)
+    if slots is not None:
+        slots.copy_(found[1])
+        physical = logical
     if options:
         weights, physical = _with_options(given, weights, physical, logical, options)
     if "packed_out" in options:

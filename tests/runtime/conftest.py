@@ -25,6 +25,7 @@ def build() -> SimpleNamespace:
         entry=artifacts.make_entry,
         gate=contracts.gate_contract,
         hash=contracts.hash_contract,
+        indices=contracts.indices_contract,
         numerics=artifacts.NUMERICS,
         prefill=contracts.prefill_contract,
         manifest=artifacts.make_manifest,

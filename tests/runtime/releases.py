@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from router_runtime import __version__
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.emulation_record import MODES, EmulationRecord
-from router_runtime.evidence.record import CaseRecord, Record, cases_sha256
+from router_runtime.evidence.record import CaseRecord, Record
 from router_runtime.evidence.store import write_record
+from router_runtime.evidence.suite import cases_of, cases_sha256
 from router_runtime.format import provenance
 from router_runtime.format.manifest import MANIFEST_NAME, Entry
 from router_runtime.format.provenance import Marker, Statement
@@ -48,7 +49,7 @@ def record_of(entry: Entry, device: str = "Fake GPU", **changes: Any) -> Record:
     """A current record of ``entry`` whose digests are made up."""
     cases = tuple(
         CaseRecord(case.name, case.seed, "1" * 64, 1, 1, 0, "2" * 64, {})
-        for case in suite.cases(entry.kernel, entry.constants, entry.contract.limits)
+        for case in cases_of(entry.kernel, entry.constants, entry.contract.limits)
     )
     fields: dict[str, Any] = {
         "entry": entry.key,
@@ -61,7 +62,7 @@ def record_of(entry: Entry, device: str = "Fake GPU", **changes: Any) -> Record:
         "source_sha256": entry.source_sha256,
         "toolchain_sha256": "3" * 64,
         "suite_version": suite.SUITE_VERSION,
-        "cases_sha256": cases_sha256(),
+        "cases_sha256": cases_sha256(entry.kernel),
         "device": device,
         "compute_capability": (9, 0),
         "driver": 13000,

@@ -175,6 +175,10 @@ def table() -> Iterator[dict[str, tuple[Callable[..., Any], dict[str, Any]]]]:
             {"hidden_states": X, "token_ids": words, "router_id": ids["hash_gate"], **sizes},
         ),
         "topk_select": (rt.topk_select, {"scores": LOGITS, "k": K}),
+        "topk_indices": (
+            rt.topk_indices,
+            {"scores": LOGITS, "k": K, "page_table": GIVEN, "page_size": 4},
+        ),
         "activation_topk": (
             rt.activation_topk,
             {"logits": LOGITS, "bias": LOGITS[0], "k": K, "scale": 1.5, "renormalize": True},

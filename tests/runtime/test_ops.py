@@ -58,6 +58,9 @@ def test_schemas_are_exact() -> None:
         f"{shared})",
         "hash_router": f"(Tensor token_ids, SymInt router_id, int top_k{serving}{shared})",
         "topk_select": "(Tensor scores, int k)",
+        "topk_indices": "(Tensor scores, int k, *, Tensor? row_starts=None, "
+        "Tensor? row_ends=None, Tensor? page_table=None, int page_size=1, Tensor? requests=None, "
+        "Tensor? offsets=None, bool sorted=False, bool nan_first=False)",
         "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize"
         f"{serving}{rules}{shared})",
         "activation_topk_replay": "(Tensor logits, Tensor given_ids, float scale, "
@@ -65,8 +68,9 @@ def test_schemas_are_exact() -> None:
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default
-        results = "Tensor, Tensor, Tensor" if name == "dense_router_logits" else "Tensor, Tensor"
-        assert str(op._schema) == f"dsv4::{name}{arguments} -> ({results})"
+        results = "(Tensor, Tensor, Tensor)" if "logits" in name else "(Tensor, Tensor)"
+        results = "Tensor" if name == "topk_indices" else results
+        assert str(op._schema) == f"dsv4::{name}{arguments} -> {results}"
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert torch.Tag.needs_fixed_stride_order in op.tags
 
@@ -123,6 +127,9 @@ def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
         (dsv4.hash_router.default, (torch.arange(tokens).int(), hashed.router_id, K)),
         (dsv4.topk_select.default, (torch.randn(tokens, 40), 7)),
         (dsv4.topk_select.default, (torch.randn(40, tokens + 7).T, 7)),
+        (dsv4.topk_select.default, (torch.randn(tokens, 90), 40)),
+        (dsv4.topk_indices.default, (torch.randn(tokens, 40), 50)),
+        (dsv4.topk_indices.default, (torch.randn(40, tokens + 7).bfloat16().T, 7)),
         (dsv4.activation_topk.default, (torch.randn(tokens, E), torch.randn(E), K, 2.5, True)),
         (dsv4.activation_topk.default, (torch.randn(tokens, E), torch.randn(E), K, 2.5, False)),
     ]
@@ -130,6 +137,19 @@ def test_opcheck(dense: Router, hashed: Router, tokens: int) -> None:
         calls.append((dsv4.dense_router.default, (hidden(2 * tokens)[::2], dense.router_id, E, K)))
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)
+    vectors = {
+        name: torch.arange(tokens, dtype=torch.int32)
+        for name in ("row_starts", "requests", "offsets")
+    }
+    table = torch.arange(12, dtype=torch.int32).view(3, 4)
+    given = {**vectors, "page_table": table, "page_size": 8, "sorted": True, "nan_first": True}
+    outputs = {name: torch.empty(tokens, 9, dtype=torch.int32) for name in ("slots_out", "ids_out")}
+    for op, more in (
+        (dsv4.topk_indices.default, {}),
+        (dsv4.topk_indices.with_ids, {}),
+        (dsv4.topk_indices.out, outputs),
+    ):
+        torch.library.opcheck(op, (torch.randn(tokens, 40), 9), {**given, **more})
 
 
 def test_results_are_the_oracles(dense: Router, hashed: Router) -> None:
@@ -184,8 +204,8 @@ def test_calls_that_disagree_with_the_router(dense: Router, hashed: Router) -> N
         ((torch.zeros(8), 2), "scores: expected torch.float32"),
         ((torch.zeros(2, 8), 0), "k: expected an integer from 1 to 8"),
         ((torch.zeros(2, 8), 9), "k: expected an integer from 1 to 8"),
-        ((torch.zeros(2, 80), 33), "k: expected an integer from 1 to 32"),
-        ((torch.zeros(2, 65537), 3), "columns of scores: expected an integer from 1 to 65536"),
+        ((torch.zeros(2, 8000), 4097), "k: expected an integer from 1 to 4096"),
+        ((torch.zeros(1).expand(1, 2**21 + 1), 3), "columns of scores: .* from 1 to 2097152"),
         ((torch.zeros(2, 0), 1), "columns of scores"),
         ((torch.zeros(2, 8).requires_grad_(), 2), "needs no gradient"),
     ],
@@ -272,6 +292,12 @@ def test_every_op_compiles_whole(dense: Router, hashed: Router, backend: str) ->
         outputs += dense.forward_with_logits(x)
         outputs += torch.ops.dsv4.hash_router(token_ids, hash_id, K)
         outputs += torch.ops.dsv4.topk_select(logits, 3)
+        ends = token_ids.int() * 5
+        outputs.append(torch.ops.dsv4.topk_indices(logits, 3, row_ends=ends))
+        outputs += torch.ops.dsv4.topk_indices.with_ids(logits, 20, offsets=ends, sorted=True)
+        slots = ends.new_zeros(logits.shape[0], 4)
+        torch.ops.dsv4.topk_indices.out(logits, 4, row_ends=ends, slots_out=slots)
+        outputs.append(slots)
         outputs += torch.ops.dsv4.activation_topk(logits, logits[0] * 0, 3, 1.5, True)
         return outputs
 

@@ -31,7 +31,7 @@ from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import ArtifactError, DriverError, InputError
 from router_runtime.format import advice
-from router_runtime.routing import placement
+from router_runtime.routing import placement, row_kernels
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cuda_dense import CudaDense
@@ -322,7 +322,7 @@ def test_every_call_is_refused_in_a_forked_child(gpu: Any, monkeypatch: pytest.M
     for own in (
         path.placement,
         lookup.placement,
-        rows._loaded["topk_select", scores.device].placement,
+        row_kernels._loaded["topk_select", scores.device].placement,
     ):
         placement._on_gpus.add(own)
 

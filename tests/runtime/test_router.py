@@ -31,6 +31,7 @@ from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.errors import InputError, ResolutionError
 from router_runtime.evidence.status import status
+from router_runtime.routing import row_kernels
 from router_runtime.routing import row_ops as rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.cpu import CpuDense
@@ -421,7 +422,7 @@ def test_row_ops_refuse_to_load_during_capture(gpu: Any, monkeypatch: pytest.Mon
     from router_runtime.routing import placement
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(rows, "refuse_capture", placement.refuse_capture)
+    monkeypatch.setattr(row_kernels, "refuse_capture", placement.refuse_capture)
     with pytest.raises(InputError, match=r"first call of topk_select .*do it before the capture"):
         rows.topk_select_cuda(torch.randn(3, 9), 2)
 

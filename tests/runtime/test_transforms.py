@@ -88,6 +88,8 @@ def row_calls() -> dict[str, Callable[[Tensor], Any]]:
         ),
         "activation_topk_replay": lambda z: rt.activation_topk_replay(z, ids, 1.5, True),
         "topk_select": lambda z: rt.topk_select(z, K),
+        "topk_indices": lambda z: (rt.topk_indices(z, K),),
+        "topk_indices.with_ids": lambda z: torch.ops.dsv4.topk_indices.with_ids(z, K),
     }
 
 
