@@ -14,6 +14,9 @@ EDGES = (
     *(0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xC2A00000, 0x42A00000, 0xC2FE0000),
 )
 
+#: Scores of one call, at most.
+MOST_SCORES = 2**22
+
 
 class Draw:
     """A generator of random tensors on one device, from a seed."""
@@ -57,10 +60,50 @@ class Draw:
             mixed = torch.where((kind == number).unsqueeze(1), bits, mixed)
         return mixed.contiguous().view(torch.float32)
 
+    def columns(self, rows: int) -> int:
+        """The length of that many rows of scores, a few million scores together at most."""
+        lengths = (1, 9, 256, 1024, 1500, 8192, 33000, 70001, 300000, 2**21)
+        return self.choose.choice([n for n in lengths if n * rows <= MOST_SCORES] or [9])
+
+    def scores(self, rows: int, columns: int) -> Tensor:
+        """fp32 ``[rows, columns]``: any bits, or rows that are hard to select from, row by row."""
+        column = torch.arange(columns, device=self.device).expand(rows, columns)
+        normal = self.normal(rows, columns)
+        one_in_50 = self.integers(0, 50, rows, columns) == 0
+        kinds = (
+            self.floats(rows, columns),
+            normal,
+            (normal > 0).float(),  # two values
+            -column.float(),
+            column.float(),
+            (normal - 2).clamp(min=0),  # zeros, as after a ReLU
+            torch.where(column % 4096 < columns % 4096, torch.nan, normal),  # runs of NaN
+            torch.where(column == columns // 3, 1e38, normal),  # one outlier
+            1.0 + one_in_50,  # most tie at the bound, in every part of the row
+            (normal * 2).round(),
+            normal + (column > columns - columns // 8) * 10,  # the largest are neighbours
+        )
+        kind = self.integers(0, len(kinds), rows).unsqueeze(1)
+        mixed = kinds[0]
+        for number, each in enumerate(kinds):
+            bits = torch.where(kind == number, each.view(torch.int32), mixed.view(torch.int32))
+            mixed = bits.view(torch.float32)
+        return mixed
+
     def bf16(self, rows: int, columns: int) -> Tensor:
         """bf16 ``[rows, columns]``: the upper halves of ``floats``."""
-        upper = self.floats(rows, columns).view(torch.int32) >> 16
+        return self.upper_halves(self.floats(rows, columns))
+
+    def upper_halves(self, numbers: Tensor) -> Tensor:
+        """The bf16 that the upper halves of fp32 are."""
+        upper = numbers.contiguous().view(torch.int32) >> 16
         return upper.to(torch.int16).view(torch.bfloat16)
+
+    def int32(self, limit: int, *shape: int) -> Tensor:
+        """int32 of any bits, or near [0, limit): each half the time."""
+        wide = self.integers(-(2**31), 2**31, *shape)
+        near = self.integers(-2, limit + 2, *shape)
+        return torch.where(self.integers(0, 8, *shape) == 0, wide, near).int()
 
     def ids(self, limit: int, *shape: int) -> Tensor:
         """int32 or int64 of any bits, half of them in [0, limit)."""

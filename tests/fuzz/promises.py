@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.call import Call, Outcome
-from tests.fuzz.draw import Draw
-from tests.fuzz.guarded import PATTERNS, Guarded
 
 
 def violations(call: Call, found: Outcome) -> Iterator[str]:
@@ -100,38 +98,6 @@ def _of_options(call: Call, found: Outcome) -> Iterator[str]:
         halves = found.weights.bfloat16().view(torch.int16).int() & 0xFFFF
         if not torch.equal(found.packed, (found.ids.int() << 16) | halves):
             yield "a packed word is not the id and the weight"
-
-
-def select_violations(ops: Any, draw: Draw, rows: int, device: str) -> list[str]:
-    """The promises that one call of ``topk_select`` breaks.
-
-    It has no form with the caller's outputs, so only its input lies between guard bands.
-    """
-    columns = draw.choose.choice((1, 9, 256, 1024, 1500, 8192) if rows < 2000 else (9, 256, 1024))
-    k = draw.choose.randint(1, min(32, columns))
-    scores = draw.floats(rows, columns)
-    results, problems = [], []
-    for pattern in PATTERNS:
-        given = Guarded(scores, pattern)
-        values, ids = ops.topk_select(given.tensor, k)
-        if not bool(given.unchanged()):
-            problems.append("topk_select: changed its input")
-        results.append((values, ids))
-    (values, ids), other = results
-    if not same(results[0], other):
-        problems.append("topk_select: depends on memory outside its input")
-    if not bool(((ids >= 0) & (ids < columns)).all()):
-        return [*problems, "topk_select: an id is out of range"]
-    ordered = ids.sort(dim=1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        problems.append("topk_select: an id comes twice")
-    picked = scores.view(torch.int32).gather(1, ids.long())
-    if not torch.equal(picked, values.view(torch.int32)):
-        problems.append("topk_select: a value is not the one at its id")
-    ranks = torch.where(values.isnan(), -torch.inf, values)
-    if not bool((ranks[:, 1:] <= ranks[:, :-1]).all()):
-        problems.append("topk_select: values out of order")
-    return problems
 
 
 def same(found: Any, expected: Any) -> bool:

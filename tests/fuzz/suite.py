@@ -10,8 +10,12 @@ from torch import Tensor
 from tests.fuzz.calls import CALLS
 from tests.fuzz.draw import Draw
 from tests.fuzz.guarded import PATTERNS
-from tests.fuzz.promises import same, select_violations, violations
+from tests.fuzz.promises import same, violations
 from tests.fuzz.routers import Routers
+from tests.fuzz.selections import indices_violations, select_violations
+
+#: The ops that select from rows of scores, with the promises of each.
+SELECTIONS = {"topk_select": select_violations, "topk_indices": indices_violations}
 
 #: Batches: those at which another kernel or another tile takes over, and large ones.
 BATCHES = (1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4096, 8192)
@@ -46,7 +50,7 @@ def run(
     ops = torch.ops.dsv4 if ops is None else ops
     draw = Draw(seed, device)
     routers = Routers.build(device, model, draw)
-    counts = dict.fromkeys((*CALLS, "topk_select"), 0)
+    counts = dict.fromkeys((*CALLS, *SELECTIONS), 0)
     canaries = [draw.normal(tokens, routers.hidden).bfloat16() for tokens in (5, 70)]
     tokens = draw.integers(0, routers.vocab, 9)
 
@@ -79,9 +83,10 @@ def run(
                     )
                 assert not problems, f"{where}: {problems}"
                 counts[name] += 2 * size
-            problems = select_violations(ops, own, size, device)
-            assert not problems, f"seed {seed}, turn {turn}: {problems}"
-            counts["topk_select"] += 2 * size
+            for name, broken in SELECTIONS.items():
+                problems = broken(ops, own, size, device)
+                assert not problems, f"seed {seed}, turn {turn}, {size} rows: {problems}"
+                counts[name] += 2 * size
             assert same(canary(), expected), f"seed {seed}, turn {turn}: a later call is affected"
     finally:
         routers.close()

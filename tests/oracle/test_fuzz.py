@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.fuzz.__main__ import main
-from tests.fuzz.suite import run
+from tests.fuzz.suite import SELECTIONS, run
 
 MODEL = (128, 24, 4)
 
@@ -140,7 +140,7 @@ class Broken:
 
     def __getattr__(self, name):
         real = getattr(torch.ops.dsv4, name)
-        if name == "topk_select" or (self._only and name != self._only):
+        if name in SELECTIONS or (self._only and name != self._only):
             return real
         broken = self
 
@@ -265,6 +265,61 @@ def test_broken_selections_are_found(fault, message):
         def __getattr__(self, name):
             real = getattr(torch.ops.dsv4, name)
             return (lambda *given: fault(*real(*given))) if name == "topk_select" else real
+
+    with pytest.raises(AssertionError, match=message):
+        run("cpu", 3000, model=MODEL, ops=Ops(), largest=33)
+
+
+def last_of_a_row(slots, ids, given):
+    """A kernel that drops a score where its list of candidates is full."""
+    ids[:, -1] = torch.where(ids[:, -1] > 0, ids[:, -1] - 1, ids[:, -1])
+
+
+def read_beyond_the_table(slots, ids, given):
+    if "page_table" in given:
+        slots[(slots == -1) & (ids >= 0)] = 0
+
+
+def indices_behind(slots, ids, given):
+    beside(ids, 0).fill_(0)
+
+
+def rows_of_scores(slots, ids, given):
+    given["scores"].view(torch.int16)[-1:] ^= 1
+
+
+def empty_rows_unwritten(slots, ids, given):
+    ids[(ids == -1).all(dim=1)] = given["poison"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (last_of_a_row, "ids are not the oracle's"),
+        (read_beyond_the_table, "slots are not the oracle's"),
+        (indices_behind, "wrote outside its outputs: ids_out"),
+        (rows_of_scores, "wrote outside its outputs: scores"),
+        (empty_rows_unwritten, "ids are not the oracle's"),
+    ],
+)
+def test_broken_indices_are_found(fault, message):
+    class Indices:
+        def out(self, scores, k, slots_out, ids_out, **given):
+            poison = int(ids_out[0, 0])
+            outputs = {"slots_out": slots_out, "ids_out": ids_out}
+            torch.ops.dsv4.topk_indices.out(scores, k, **outputs, **given)
+            given |= {"scores": scores, "poison": poison}
+            inputs = {
+                name: each for name, each in given.items() if name not in ("scores", "poison")
+            }
+            torch.ops.dsv4.topk_indices.out(
+                scores, k, slots_out=slots_out, ids_out=ids_out, **inputs
+            )
+            fault(slots_out, ids_out, given)
+
+    class Ops:
+        def __getattr__(self, name):
+            return Indices() if name == "topk_indices" else getattr(torch.ops.dsv4, name)
 
     with pytest.raises(AssertionError, match=message):
         run("cpu", 3000, model=MODEL, ops=Ops(), largest=33)

@@ -12,7 +12,7 @@ import torch
 
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
-from router_runtime.evidence.suite import cases_of
+from router_runtime.evidence.suite import cases_of, cases_sha256
 from router_runtime.verification import inputs
 from router_runtime.verification.bounds import TOLERANCES
 from router_runtime.verification.examine import examine
@@ -596,3 +596,160 @@ def test_misbehaviour_is_caught(kernel, action, message, outputs):
 def test_batch_dependence_is_caught(action, outputs):
     found = problems((DENSE, *SHAPES[DENSE]), misbehave(outputs, action))
     assert any("depend on its batch" in problem for problem in found), found
+
+
+# --- topk_indices ------------------------------------------------------------------------------
+
+INDEXER = (
+    "topk_indices",
+    {"SCORE_BYTES": 4, "SAMPLES": 512},
+    {"rows": (1, 300), "row_length": (1, 5003), "top_k": (1, 512)},
+)
+
+
+def selected(given, **changed):
+    """``(values, slots, ids)`` of the oracle with some of the inputs changed."""
+    given = {**given, **changed}
+    starts = given.get("row_starts")
+    ids = spec.topk_indices(
+        given["scores"],
+        given["top_k"],
+        starts,
+        given.get("row_ends"),
+        in_rank_order=bool(given["sorted"]),
+        nan_first=bool(given["nan_first"]),
+    )
+    return spec.scores_at(given["scores"], ids, starts), slots_of(ids, given), ids
+
+
+def slots_of(ids, given, **changed):
+    given = {**given, **changed}
+    names = ("page_table", "requests", "offsets")
+    inputs = {name: given.get(name) for name in names}
+    return spec.slots(ids, page_size=given.get("page_size", 1), **inputs)
+
+
+def overflowing(given):
+    """A kernel that drops the last of the scores that tie at the bound, where there are many."""
+    values, slots, ids = (each.clone() for each in selected(given))
+    full = (ids >= 0).all(dim=1) & (values[:, -1] == values[:, 0]) & (ids.shape[1] > 9)
+    ids[full, -1] += 1
+    return values, slots, ids
+
+
+def counted_from_column_0(given):
+    values, slots, ids = selected(given)
+    if "row_starts" in given:
+        starts = given["row_starts"].clamp(min=0).unsqueeze(1)
+        ids = torch.where(ids >= 0, ids + starts, ids).int()
+    return values, slots, ids
+
+
+def with_slots(change):
+    """A kernel whose ids are right and whose slots are those of changed inputs."""
+
+    def outputs(given):
+        values, _, ids = selected(given)
+        return values, change(ids, given), ids
+
+    return outputs
+
+
+def page_clamped(ids, given):
+    if "page_table" not in given:
+        return slots_of(ids, given)
+    last = given["page_table"].shape[1] * given["page_size"] - 1
+    return torch.where(ids > last, slots_of(ids.clamp(max=last), given), slots_of(ids, given))
+
+
+def request_clamped(ids, given):
+    if "requests" not in given:
+        return slots_of(ids, given)
+    return slots_of(ids, given, requests=given["requests"].clamp(0, len(given["page_table"]) - 1))
+
+
+def offset_on_none(ids, given):
+    found = slots_of(ids, given)
+    if "offsets" in given:
+        found = torch.where(ids < 0, given["offsets"].unsqueeze(1) - 1, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        overflowing,
+        counted_from_column_0,
+        lambda given: selected(given, row_starts=None),
+        lambda given: selected(given, row_ends=None),
+        lambda given: selected(given, sorted=0),
+        lambda given: selected(given, sorted=1),
+        lambda given: selected(given, nan_first=0),
+        lambda given: selected(given, nan_first=1),
+        lambda given: selected(given, scores=given["scores"].nan_to_num(nan=-3e38)),
+        lambda given: selected(
+            given, scores=torch.where(given["scores"].abs() < 2.0**-126, 0.0, given["scores"])
+        ),
+        with_slots(lambda ids, given: ids),
+        with_slots(lambda ids, given: slots_of(ids, given, requests=None)),
+        with_slots(lambda ids, given: slots_of(ids, given, offsets=None)),
+        with_slots(lambda ids, given: slots_of(ids, given, page_size=1)),
+        with_slots(page_clamped),
+        with_slots(request_clamped),
+        with_slots(offset_on_none),
+    ],
+    ids=[
+        *("overflow", "not from the row's start", "no starts", "no ends", "never by rank"),
+        *("always by rank", "NaN last", "NaN first", "NaN as a number", "flushed subnormals"),
+        *("no slots", "no requests", "no offsets", "no page size", "page clamped"),
+        *("request clamped", "offset on none"),
+    ],
+)
+def test_wrong_indices_are_caught(outputs):
+    assert problems(INDEXER, runner(lambda case, given: outputs(given)))
+
+
+def test_a_row_that_depends_on_its_batch_is_caught():
+    def outputs(case, given):
+        values, slots, ids = selected(given)
+        return values, slots, ids.flip(1) if len(ids) == 48 else ids
+
+    found = problems(INDEXER, runner(outputs))
+    assert any("bits of a token depend on its batch" in problem for problem in found)
+
+
+def test_the_sample_of_a_row_is_where_the_kernel_takes_it():
+    """By the formula of topk_indices.cu, in Python's integers."""
+    case = next(
+        each
+        for each in cases_of(
+            "topk_indices",
+            {"SCORE_BYTES": 4, "SAMPLES": 2048},
+            {"row_length": (1, 2**21), "top_k": (1, 2048)},
+        )
+        if each.pattern == "beats_sample" and each.sizes["row_length"] == 70001
+    )
+    scores = inputs.make_inputs(case)["scores"]
+    bits = min(max((70001 // 32).bit_length(), 8), (2048).bit_length()) - 1
+    columns = {
+        ((i << 16 | (i * 2654435761 % 2**32 >> 16)) * 70001) >> (16 + bits)
+        for i in range(1 << bits)
+    }
+    assert set((scores[0] > 50).nonzero().flatten().tolist()) == columns
+    assert len(columns) == 2048
+
+
+def test_the_evidence_of_a_kernel_depends_on_its_own_cases():
+    assert cases_sha256("topk_select") == cases_sha256("dense_router_decode")
+    assert cases_sha256("topk_indices") != cases_sha256("topk_select")
+    names = [case.name for case in cases_of(*INDEXER)]
+    assert len(set(names)) == len(names)
+    sizes = [case.sizes for case in cases_of(*INDEXER)]
+    for option in ("bounded", "page_size", "requests", "offsets", "sorted", "nan_first", "padding"):
+        assert any(each[option] for each in sizes)
+        assert not all(each[option] for each in sizes)
+    longest = {"row_length": (1, 2**21), "top_k": (1, 4096)}
+    sizes = [case.sizes for case in cases_of("topk_indices", INDEXER[1], longest)]
+    assert {1, 2**20, 2**21} <= {each["row_length"] for each in sizes}
+    assert {1, 4096} <= {each["top_k"] for each in sizes}
+    assert any(each["top_k"] > each["row_length"] for each in sizes)
