@@ -6,6 +6,7 @@ later call, with any row length and inside a graph capture, loads nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request, option
+from router_runtime.errors import RouterRuntimeError
 from router_runtime.format.manifest import Entry
 from router_runtime.routing.launches import ServingLaunch
 from router_runtime.routing.placement import Placement, refuse_capture
@@ -100,11 +102,8 @@ class RowKernel:
 
 _lock = threading.Lock()
 _loaded: dict[tuple[str, torch.device], RowKernel] = {}
-
-
-def known(use: RowKernelUse, device: torch.device) -> RowKernel | None:
-    """The kernel on a device where a call has loaded it before, else None."""
-    return _loaded.get((use.name, device))
+#: The ops with several kernels that have loaded them on a device, by the name of their first one.
+_prepared: set[tuple[str, torch.device]] = set()
 
 
 def row_kernel(use: RowKernelUse, device: torch.device) -> RowKernel:
@@ -117,3 +116,19 @@ def row_kernel(use: RowKernelUse, device: torch.device) -> RowKernel:
         if found is None:
             found = _loaded[use.name, device] = RowKernel(use, device)
         return found
+
+
+def one_of(uses: tuple[RowKernelUse, ...], needed: RowKernelUse, device: torch.device) -> RowKernel:
+    """The kernel that is ``needed``, of an op that has several.
+
+    The first call of the op on a device loads all of them. What keeps another one from serving
+    there is an error only of a call that needs it.
+    """
+    found = row_kernel(needed, device)
+    op = (uses[0].name, device)
+    if op not in _prepared:
+        for other in uses:
+            with contextlib.suppress(RouterRuntimeError):
+                row_kernel(other, device)
+        _prepared.add(op)
+    return found

@@ -6,14 +6,12 @@ for more of them and longer rows. Both give the same bits.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from router_runtime import spec
-from router_runtime.errors import RouterRuntimeError
 from router_runtime.routing import topk_indices
 from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import (
@@ -33,7 +31,7 @@ from router_runtime.routing.expert_map import ExpertMap, check_order
 from router_runtime.routing.launches import narrow_ids, served
 from router_runtime.routing.options import Sizes
 from router_runtime.routing.placement import CPU
-from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, known, row_kernel
+from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, one_of, row_kernel
 
 #: The longest row of the kernel ``topk_select``, which selects at most MAX_TOP_K of one.
 _SHORT_ROW = 65536
@@ -43,6 +41,7 @@ _SELECT = RowKernelUse(
     ("scores", "values_out", "ids_out", "rows", "row_length", "row_stride", "top_k"),
     quantities=("row_length", "top_k"),
 )
+_OF_SELECT = (_SELECT, topk_indices.USE)
 _ACTIVATION = RowKernelUse(
     "activation_topk",
     (
@@ -83,9 +82,9 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     count, columns = scores.shape
     device = scores.device
     if k > MAX_TOP_K or columns > _SHORT_ROW:
-        longer = known(topk_indices.USE, device) or _load_select(topk_indices.USE, device)
-        return topk_indices.select_cuda(longer, scores, k)
-    kernel = known(_SELECT, device) or _load_select(_SELECT, device)
+        kernel = one_of(_OF_SELECT, topk_indices.USE, device)
+        return topk_indices.select_cuda(kernel, scores, k)
+    kernel = one_of(_OF_SELECT, _SELECT, device)
     placement = kernel.placement
     if placement.several and placement.elsewhere():
         with placement.current():
@@ -105,17 +104,6 @@ def topk_select_cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
             k,
         )
     return values, ids
-
-
-def _load_select(needed: RowKernelUse, device: torch.device) -> RowKernel:
-    """Load both kernels of ``topk_select``, and return the one that is needed. What keeps the other
-    one from serving on this device is an error only of a call that needs it.
-    """
-    found = row_kernel(needed, device)
-    for other in (_SELECT, topk_indices.USE):
-        with contextlib.suppress(RouterRuntimeError):
-            row_kernel(other, device)
-    return found
 
 
 def activation_topk_cpu(

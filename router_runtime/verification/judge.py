@@ -110,10 +110,12 @@ def judge(
         )
     if slots is not None:
         wrong = (slots != oracle.slots).any(dim=1)
-        more = [report(wrong, "wrong slots", slots, oracle.slots)] if wrong.any() else []
-        bits = digest({"values": values, "ids": ids, "slots": slots})
-        problems = (*verdict.problems, *more)
-        verdict = dataclasses.replace(verdict, problems=problems, bits_sha256=bits)
+        problems = [report(wrong, "wrong slots", slots, oracle.slots)] if wrong.any() else []
+        verdict = dataclasses.replace(
+            verdict,
+            problems=(*verdict.problems, *problems),
+            bits_sha256=digest({"values": values, "ids": ids, "slots": slots}),
+        )
     if not oracle.case.serving:
         return verdict
     if logical_ids is not None:

@@ -62,7 +62,6 @@ def _run_select(a: Any, entry: Entry) -> None:
 
 
 def _run_indices(a: Any, entry: Entry) -> None:
-    """With the rows as long as the launch says, at most: a row in a graph may have become shorter."""
     dtype = {4: torch.float32, 2: torch.bfloat16}[int(entry.constants["SCORE_BYTES"])]
     scores = view(a.scores, dtype, a.rows, a.row_length, stride=a.row_stride)
 

@@ -24,6 +24,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(kernels, "_cache", {})
     monkeypatch.setattr(row_kernels, "_loaded", {})
+    monkeypatch.setattr(row_kernels, "_prepared", set())
     driver.tensor_map_encoder.cache_clear()
     yield fake
     driver.tensor_map_encoder.cache_clear()

@@ -72,11 +72,11 @@ def indices_violations(ops: Any, draw: Draw, rows: int, device: str) -> list[str
     ids = spec.topk_indices(
         scores, k, *bounds, in_rank_order=inputs["sorted"], nan_first=inputs["nan_first"]
     )
-    pages = ("page_table", "requests", "offsets")
+    names = ("page_table", "requests", "offsets")
     slots = spec.slots(
         ids,
         page_size=inputs.get("page_size", 1),
-        **{name: inputs.get(name) for name in pages},
+        **{name: inputs.get(name) for name in names},
     )
     # Rows within wider ones, so that no address of a row is a multiple of much.
     before, behind = draw.choose.randint(0, 9), draw.choose.randint(0, 9)

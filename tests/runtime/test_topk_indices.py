@@ -186,6 +186,13 @@ def test_topk_select_of_any_size(indexer: Any, columns: int, k: int, kernel: str
     assert indexer.calls.count("cuLibraryLoadData") == loads == 5
 
 
+def test_topk_select_after_another_op_loads_its_own_kernel(indexer: Any) -> None:
+    topk_indices.indices_cuda(torch.randn(2, 70), 3)
+    assert indexer.calls.count("cuLibraryLoadData") == 3
+    rows.topk_select_cuda(torch.randn(2, 70), 33)
+    assert indexer.calls.count("cuLibraryLoadData") == 5
+
+
 def test_what_the_other_kernel_lacks_is_no_error(gpu: Any) -> None:
     """There is no topk_indices: few of a short row are selected as ever, and the others say why."""
     rows.topk_select_cuda(torch.randn(2, 70), 3)
@@ -207,7 +214,7 @@ def test_longer_rows_alone(
 def test_the_first_call_is_refused_during_a_capture(
     indexer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse = row_kernels.refuse_capture
+    refuse = vars(row_kernels)["refuse_capture"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(row_kernels, "refuse_capture", placement.refuse_capture)
     scores = torch.randn(ROWS, COLUMNS)
