@@ -53,7 +53,7 @@ def entries_here(folder: Path, capability: tuple[int, int]) -> list[Entry]:
         entry
         for entry in read_manifest(folder).entries
         if Target.parse(entry.target).runs_on(*capability)
-        and entry.kernel.startswith((DENSE, "activation_topk", "hash_"))
+        and entry.kernel.startswith((DENSE, "activation_topk", "hash_", "topk_indices"))
     ]
 
 

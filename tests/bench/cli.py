@@ -14,6 +14,9 @@ first call of a router, just built or warmed up, against its hundredth and one a
 beside what torch takes for the first tensors of those sizes. And what the plug-ins of vLLM and
 SGLang add to an eager call, which needs no GPU: ``--dry-run --parts host --replays 300`` measures
 it too.
+
+Topk: topk_indices on the shapes of a sparse-attention indexer, beside torch.topk and the time that
+reading the scores takes, and on rows that are hard to select from.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from tests.bench.run import Options, run
 #: What a dry run routes.
 TINY = Model("tiny", 128, 24, 4, 1.5, 0, 100)
 
-PARTS = ("startup", "host", "latency")
+PARTS = ("startup", "host", "latency", "topk")
 
 #: Numbers of tokens that are timed by default; those with a figure of a peer among them.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
@@ -120,7 +123,9 @@ def _models(names: tuple[str, ...] | None, files: tuple[Path, ...]) -> list[Mode
     help=f"Default: all, {','.join(CONTENDERS)}.",
 )
 @click.option("--modes", type=Several(MODES), default=MODES, help="Default: pdl,plain.")
-@click.option("--parts", type=Several(PARTS), default=PARTS, help="Default: startup,host,latency.")
+@click.option(
+    "--parts", type=Several(PARTS), default=PARTS, help="Default: startup,host,latency,topk."
+)
 @click.option("--replays", type=click.IntRange(1), help="Of each graph. Default: 60.")
 @click.option(
     "--artifacts",
@@ -137,7 +142,8 @@ def _models(names: tuple[str, ...] | None, files: tuple[Path, ...]) -> list[Mode
 @click.option(
     "--alone",
     is_flag=True,
-    help=f"Time each kernel by itself in place of {OURS} and {GATE}, and write latency.toml.",
+    help=f"Time each kernel by itself in place of {OURS} and {GATE}, and write latency.toml; "
+    "beside topk_indices each of its variants.",
 )
 @click.option(
     "--out",

@@ -21,7 +21,8 @@ import torch
 
 from build_kernels.catalog.models import Model
 from router_runtime.device.artifact_store import find_artifacts, read_manifest
-from tests.bench import engines, plot, report, startup
+from router_runtime.device.kernels import kernels_on
+from tests.bench import engines, plot, report, startup, topk_report
 from tests.bench import peers as peers_
 from tests.bench.artifacts import edition, entries_here, variants_of
 from tests.bench.contenders import (
@@ -36,6 +37,7 @@ from tests.bench.contenders import (
 from tests.bench.host import HostCell, measure
 from tests.bench.latency import Cell, Latencies
 from tests.bench.machine import Broken, Machine
+from tests.bench.topk import KERNEL, Topk, TopkCell
 
 #: Host time hardly depends on the tokens: one each for decode, its largest batch, and prefill.
 HOST_TOKENS = (1, 64, 256)
@@ -70,6 +72,7 @@ class Run:
         self._host: list[HostCell] = []
         self._plugins: list[engines.PluginCell] = []
         self._startup: list[startup.StartupCell] = []
+        self._topk: list[TopkCell] = []
         self._routers: dict[str, int] = {}
         self._made: dict[str, dict[Mode, Path]] = {}
         self._folder: Path | None = None
@@ -112,6 +115,8 @@ class Run:
                 self._measure_host()
             if "latency" in options.parts:
                 self._measure_latency()
+            if "topk" in options.parts:
+                self._measure_topk()
         except Broken as error:
             complete = False
             self._echo(f"stopped: {device}: {error}; next: run again without that contender")
@@ -123,12 +128,13 @@ class Run:
         self._say(report.stated_table(report.against_stated(self._cells, self._here)))
         host = report.compare_host(self._host, self._peers.host_bar)
         self._say(report.summary(comparisons, host))
+        self._say(topk_report.summary(self._topk))
         if options.alone and self._cells:
             target = min((entry.target for entry in self._here), default="any")
             lines = report.latency_rows(self._cells, target, options.tokens)
             (options.out / "latency.toml").write_text("\n".join(lines) + "\n")
             self._say(["for build_kernels/catalog/latency.toml:", *lines])
-        found = report.problems(self._cells, self._host)
+        found = report.problems(self._cells, self._host) + topk_report.problems(self._topk)
         self._say(found)
         self._draw(document)
         return complete and all(": skipped: " in problem for problem in found)
@@ -217,6 +223,24 @@ class Run:
             latencies.close()
             self._say(report.latency_table(self._cells, model, self._peers))
 
+    def _measure_topk(self) -> None:
+        """Needs no evidence: of the entries that run here, the one that the op would choose."""
+        options, device = self._options, self._machine.device
+        wanted = options.variants.get(KERNEL)
+        entries = [
+            entry
+            for entry in self._here
+            if entry.kernel == KERNEL and (wanted is None or entry.variant in wanted)
+        ]
+        kernels = None if self._folder is None else kernels_on(device.index, self._folder)
+        part = Topk(self._machine, kernels, entries, options.alone, options.replays)
+        try:
+            self._topk += part.cells()
+        finally:
+            self._write()
+        self._say(topk_report.table(self._topk))
+        self._say(topk_report.hostile_table(self._topk))
+
     def _progress(self, model: Model, tokens: int) -> None:
         here = [
             f"{cell.contender} {'-' if cell.median_us is None else format(cell.median_us, '.2f')}"
@@ -234,7 +258,8 @@ class Run:
             "variants": {name: list(found) for name, found in options.variants.items()},
         }
         started = [dataclasses.asdict(cell) for cell in self._startup]
-        facts = {**self._facts, "method": method, "startup": started}
+        selected = [dataclasses.asdict(cell) for cell in self._topk]
+        facts = {**self._facts, "method": method, "startup": started, "topk": selected}
         document = report.document(
             facts, self._cells, self._host, self._plugins, self._peers, self._here
         )
@@ -247,9 +272,12 @@ class Run:
     def _draw(self, document: Mapping[str, Any]) -> None:
         out = self._options.out
         written = [out / "bench.json"]
-        if self._cells:
+        if self._cells or self._topk:
             try:
-                written += plot.draw(document, self._options.models, self._peers, out)
+                if self._cells:
+                    written += plot.draw(document, self._options.models, self._peers, out)
+                if self._topk:
+                    written += topk_report.draw(document, out)
             except ImportError as error:
                 self._echo(f"no plot: {error}; next: pip install matplotlib")
         self._echo(f"wrote {', '.join(map(str, written))}")

@@ -732,7 +732,7 @@ def test_defaults_are_the_whole_comparison(options):
     assert found.tokens == cli.TOKENS
     assert found.contenders == tuple(CONTENDERS)
     assert found.modes == MODES
-    assert found.parts == ("startup", "host", "latency")
+    assert found.parts == ("startup", "host", "latency", "topk")
     assert found.replays == 60
     assert found.artifacts is None
     assert found.variants == {}
