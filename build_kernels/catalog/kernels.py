@@ -107,20 +107,17 @@ _TOPK_SELECT = _table(
     ("row65536", ANY,  32,             8,            8,             256),
 )
 
-#: Few rows: a cluster per row. Many rows: fewer CTAs for each, at the price of a longer row.
+#: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A warp's
+#: ring has STAGES chunks of LOADS vectors a lane.
 _TOPK_INDICES = _table(
-    "variant       model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES SAMPLES CAPACITY MAX_TOP_K",
-    ("block",       ANY,  4,          1,             2,            512,    4,    2,     2048,   4608,    2048),
-    ("pair",        ANY,  4,          2,             1,            512,    8,    2,     2048,   8192,    4096),
-    ("cluster8",    ANY,  4,          8,             1,            512,    8,    2,     1024,   8192,    4096),
-    ("cluster16",   ANY,  4,          16,            1,            512,    8,    2,     1024,   8192,    4096),
-    ("block_bf16",  ANY,  2,          1,             2,            512,    4,    2,     2048,   4608,    2048),
-    ("cluster8_bf16",ANY, 2,          8,             1,            512,    4,    3,     1024,   8192,    4096),
-    ("t_block256",  ANY,  4,          1,             2,            256,    8,    2,     2048,   4608,    2048),
-    ("t_short",     ANY,  4,          1,             2,            512,    8,    1,     512,    4608,    2048),
-    ("t_pair1024",  ANY,  4,          2,             1,            1024,   4,    2,     2048,   8192,    4096),
-    ("t_c16_1024",  ANY,  4,          16,            1,            1024,   4,    2,     2048,   8192,    4096),
-    ("t_c16_512",   ANY,  4,          16,            1,            512,    8,    2,     512,    8192,    4096),
+    "variant         model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
+    " SAMPLES CAPACITY MAX_TOP_K",
+    ("block",         ANY,  4, 1,  2, 512, 8, 1, 512,  4608, 2048),
+    ("pair",          ANY,  4, 2,  1, 512, 8, 2, 2048, 8192, 4096),
+    ("cluster8",      ANY,  4, 8,  1, 512, 8, 2, 1024, 8192, 4096),
+    ("cluster16",     ANY,  4, 16, 1, 512, 8, 2, 1024, 8192, 4096),
+    ("block_bf16",    ANY,  2, 1,  2, 512, 4, 2, 2048, 4608, 2048),
+    ("cluster8_bf16", ANY,  2, 8,  1, 512, 4, 3, 1024, 8192, 4096),
 )
 
 _ACTIVATION_TOPK = _table(

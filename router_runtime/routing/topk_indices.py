@@ -31,11 +31,13 @@ from router_runtime.routing.checks import (
 from router_runtime.routing.placement import CPU, Placement
 from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, row_kernel
 
-#: What a launch takes, by the counts of kernels/topk_indices/NOTES.md. Microseconds before and
-#: after the scores are read, for a CTA alone, and more for each doubling of the cluster.
-_START_US, _CLUSTER_US = 4.5, 0.7
-#: Bytes a microsecond that a CTA reads, and all of them together.
-_CTA_RATE, _MEMORY_RATE = 50e3, 4200e3
+#: Of an H200, measured (build_kernels/kernels/topk_indices/NOTES.md). Microseconds before and after
+#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond
+#: that a CTA reads, and that all of them read together.
+_START_US, _CLUSTER_US, _BLOCK_US = 11.0, 0.8, 0.15
+_CTA_RATE, _MEMORY_RATE = 40e3, 3170e3
+#: From this size on, multiprocessors are left over that make no whole cluster.
+_LARGE_CLUSTER = 8
 
 
 def estimated_us(
@@ -44,8 +46,8 @@ def estimated_us(
     """Microseconds that a variant is expected to take for rows of which all columns are read.
 
     Args:
-        constants: The entry's: ``BLOCKS_PER_ROW``, and ``BLOCKS_PER_SM``, the CTAs that are
-            resident on a multiprocessor.
+        constants: The entry's: ``BLOCKS_PER_ROW``, the CTAs of a cluster, and ``BLOCKS_PER_SM``,
+            the CTAs that are resident on a multiprocessor.
         rows: Of the call.
         columns: Of the call.
         score_bytes: The size of a score.
@@ -53,12 +55,14 @@ def estimated_us(
 
     """
     blocks_per_row = int(constants["BLOCKS_PER_ROW"])
-    blocks = rows * blocks_per_row
-    resident = min(multiprocessors * int(constants["BLOCKS_PER_SM"]), blocks)
+    clusters = multiprocessors * int(constants["BLOCKS_PER_SM"]) // blocks_per_row
+    clusters = max(clusters - int(blocks_per_row >= _LARGE_CLUSTER), 1)
+    resident = min(clusters, rows) * blocks_per_row
     rate = min(_CTA_RATE, _MEMORY_RATE / resident)
     read = columns * score_bytes / blocks_per_row / rate
-    start = _START_US + _CLUSTER_US * math.log2(blocks_per_row)
-    return math.ceil(blocks / resident) * (start + read)
+    shared = _CLUSTER_US + _BLOCK_US * blocks_per_row if blocks_per_row > 1 else 0.0
+    start = _START_US + shared
+    return math.ceil(rows / clusters) * (start + read)
 
 
 def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: int) -> Entry:

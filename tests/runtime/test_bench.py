@@ -898,7 +898,7 @@ def test_dry_run_writes_the_document(bench):
     result, document = dry(bench, "--tokens", "2", "--replays", "3")
     assert set(document) == {
         *("format_version", "device", "software", "artifacts", "method", "peers", "startup"),
-        *("cells", "comparisons", "stated", "host", "host_comparisons", "plugins"),
+        *("cells", "comparisons", "stated", "host", "host_comparisons", "plugins", "topk"),
     }
     assert document["format_version"] == report.FORMAT_VERSION
     assert document["device"]["name"] == "dry run on a CPU"

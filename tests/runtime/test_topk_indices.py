@@ -354,14 +354,20 @@ def entry_of(blocks_per_row: int, blocks_per_sm: int) -> Any:
     )
 
 
-def test_the_choice_follows_from_sizes_and_constants_alone() -> None:
-    block, pair, cluster = entry_of(1, 2), entry_of(2, 1), entry_of(16, 1)
-    entries = [block, pair, cluster]
+def test_the_choice_follows_from_sizes_and_constants() -> None:
+    """For each shape that was measured on an H200, the variant that was the fastest there."""
+    block, pair, cluster, large = (entry_of(*each) for each in ((1, 2), (2, 1), (8, 1), (16, 1)))
+    entries = [block, pair, cluster, large]
     for rows_, columns, wanted in (
-        (1, 262144, cluster),
-        (1, 2**21, cluster),
+        (1, 131072, cluster),
+        (1, 262144, large),
+        (1, 2**20, large),
+        (1, 2**21, large),
+        (16, 262144, pair),
+        (64, 131072, pair),
         (64, 262144, pair),
         (64, 2**20, pair),
+        (256, 262144, block),
         (1024, 262144, block),
         (256, 16384, block),
         (4, 8192, block),
@@ -370,4 +376,16 @@ def test_the_choice_follows_from_sizes_and_constants_alone() -> None:
         for order in (entries, entries[::-1]):
             found = topk_indices.choose(order, (4, rows_, columns, 512), 132)
             assert found is wanted, (rows_, columns)
-    assert topk_indices.choose([pair, cluster], (2, 4, 64, 9), 132) is pair
+    assert topk_indices.choose([pair, large], (2, 4, 64, 9), 132) is pair
+
+
+def test_estimates_are_near_what_was_measured() -> None:
+    for blocks, per_sm, rows_, columns, measured in (
+        *((1, 2, 1, 262144, 37.5), (1, 2, 256, 262144, 97.1), (1, 2, 1024, 262144, 338.7)),
+        *((1, 2, 256, 16384, 19.9), (1, 2, 4, 8192, 12.0), (2, 1, 64, 262144, 38.4)),
+        *((2, 1, 64, 2**20, 104.1), (2, 1, 16, 262144, 26.6), (8, 1, 1, 131072, 12.7)),
+        *((8, 1, 64, 262144, 84.2), (16, 1, 1, 262144, 15.0), (16, 1, 64, 262144, 154.0)),
+    ):
+        constants = entry_of(blocks, per_sm).constants
+        found = topk_indices.estimated_us(constants, rows_, columns, 4, 132)
+        assert 0.8 * measured < found < 1.25 * measured
