@@ -107,8 +107,8 @@ _TOPK_SELECT = _table(
     ("row65536", ANY,  32,             8,            8,             256),
 )
 
-#: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A warp's
-#: ring has STAGES chunks of LOADS vectors a lane.
+#: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A ring
+#: has STAGES chunks of LOADS vectors for each lane of its warp.
 _TOPK_INDICES = _table(
     "variant         model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
     " SAMPLES CAPACITY MAX_TOP_K",

@@ -19,7 +19,15 @@ CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "hash_gate": {"WARPS": 16},
     "activation_topk": {"EXPERTS_CAPACITY": 384, "TOKENS_PER_BLOCK": 4},
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
+    "topk_indices": {
+        **{"SCORE_BYTES": 4, "BLOCKS_PER_ROW": 8, "BLOCKS_PER_SM": 1, "THREADS": 512, "LOADS": 8},
+        **{"STAGES": 2, "SAMPLES": 1024, "CAPACITY": 8192, "MAX_TOP_K": 4096},
+    },
 }
+#: Parameters that a kernel reads as integers: bits of numbers, or one of two types.
+AS_BITS = {("topk_indices", "scores"): "ptr:f32", ("topk_indices", "values_out"): "ptr:f32"}
+#: What may be indexed before the dependency wait: shared memory.
+SHARED = ("__shared__ SelectionScratch scratch[", "&shared.arrivals[warp][stage]")
 TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
     "unsigned char*": "ptr:u8",
     "short*": "ptr:i16",
@@ -44,7 +52,7 @@ def test_parameters_are_the_signature(kernel: str) -> None:
     declared = []
     for parameter in signature.split(","):
         kind, name = parameter.replace("const", "").strip().rsplit(maxsplit=1)
-        declared.append((name, TYPES[" ".join(kind.split())]))
+        declared.append((name, AS_BITS.get((kernel, name)) or TYPES[" ".join(kind.split())]))
     contract = contract_of(kernel)
     assert declared == [(parameter.name, parameter.type) for parameter in contract.parameters]
     validate_contract(contract, kernel)
@@ -58,7 +66,10 @@ def test_dependency_wait_comes_before_any_return(kernel: str) -> None:
     before, _, _ = body.partition("griddepcontrol_wait();")
     assert before != body
     assert "return" not in before
-    assert "[" not in before.split("{", 1)[1].replace("__shared__ SelectionScratch scratch[", "")
+    indexed = before.split("{", 1)[1]
+    for shared in SHARED:
+        indexed = indexed.replace(shared, "")
+    assert "[" not in indexed
 
 
 @pytest.mark.parametrize("kernel", CONSTANTS)
@@ -105,3 +116,28 @@ def test_topk_select_geometry(
     assert contract.cluster == (cluster, 1, 1)
     # The grid's x extent is an int of 31 bits.
     assert contract.limits["rows"][1] * cluster <= 2**31 - 1
+
+
+@pytest.mark.parametrize(("score_bytes", "kind"), [(4, "ptr:f32"), (2, "ptr:bf16")])
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_topk_indices_geometry(score_bytes: int, kind: str, blocks: int) -> None:
+    constants = {"SCORE_BYTES": score_bytes, "BLOCKS_PER_ROW": blocks}
+    contract = contract_of("topk_indices", **constants)
+    assert contract.parameters[0].type == kind
+    assert contract.grid[0] == GridAxis("ceil", blocks, "rows", 1)
+    assert contract.cluster == (blocks, 1, 1)
+    assert contract.limits["row_length"] == (1, 2**21)
+    assert contract.limits["top_k"] == (1, 4096)
+    assert contract.limits["rows"][1] * blocks <= 2**31 - 1
+    # Two chunks of 8 vectors a lane, and the list.
+    assert contract.dynamic_shared_memory == 2 * 8 * 16 * 512 + 8 * 8192
+
+
+def test_topk_indices_fits_the_multiprocessor() -> None:
+    for job in plan(targets=TARGETS, kernels=["topk_indices"]):
+        module = importlib.import_module("build_kernels.kernels.topk_indices.contract")
+        contract = module.contract(job.constants)
+        resident = int(job.constants["BLOCKS_PER_SM"])
+        # 228 KB, of which each CTA takes 1 KB; and the kernel's own variables.
+        assert resident * (contract.dynamic_shared_memory + 1024 + 8192) <= 228 * 1024
+        assert resident * contract.block[0] <= 2048
