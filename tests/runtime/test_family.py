@@ -130,11 +130,13 @@ def test_every_op_of_every_model_is_served_today(
         for each in decision.ranges:
             assert entries[each.entry].target == FAMILY
             assert serves(each.status)
-    assert set(row_ops) == {"hash_router", "activation_topk", "topk_select"}
+    assert set(row_ops) == {"hash_router", "activation_topk", "topk_select", "topk_indices"}
     for each in row_ops.values():
         assert {entries[key].target for key in each.entries} == {FAMILY}
         assert all(map(serves, each.statuses))
     assert row_ops["topk_select"].limits["row_length"] == 65536
+    limits = row_ops["topk_indices"].limits
+    assert (limits["row_length"], limits["top_k"]) == (2**21, 4096)
     assert row_ops["activation_topk"].limits["experts"] == 1024
 
 
