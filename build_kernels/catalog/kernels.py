@@ -110,14 +110,27 @@ _TOPK_SELECT = _table(
 #: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A ring
 #: has STAGES chunks of LOADS vectors for each lane of its warp.
 _TOPK_INDICES = _table(
-    "variant         model SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
+    "variant         model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
     " SAMPLES CAPACITY MAX_TOP_K",
-    ("block",         ANY,  4, 1,  2, 512, 8, 1, 512,  4608, 2048),
-    ("pair",          ANY,  4, 2,  1, 512, 8, 2, 2048, 8192, 4096),
-    ("cluster8",      ANY,  4, 8,  1, 512, 8, 2, 1024, 8192, 4096),
-    ("cluster16",     ANY,  4, 16, 1, 512, 8, 2, 1024, 8192, 4096),
-    ("block_bf16",    ANY,  2, 1,  2, 512, 4, 2, 2048, 4608, 2048),
-    ("cluster8_bf16", ANY,  2, 8,  1, 512, 4, 3, 1024, 8192, 4096),
+    ("block",         ANY,  0,   4, 1,  2, 512, 8, 1, 512,  4608, 2048),
+    ("pair",          ANY,  0,   4, 2,  1, 512, 8, 2, 2048, 8192, 4096),
+    ("quad",          ANY,  0,   4, 4,  2, 512, 8, 1, 1024, 4608, 2048),
+    ("cluster8",      ANY,  0,   4, 8,  1, 512, 8, 2, 1024, 8192, 4096),
+    ("cluster16",     ANY,  0,   4, 16, 1, 512, 8, 2, 1024, 8192, 4096),
+    ("block_bf16",    ANY,  0,   2, 1,  2, 512, 4, 2, 2048, 4608, 2048),
+    ("cluster8_bf16", ANY,  0,   2, 8,  1, 512, 4, 3, 1024, 8192, 4096),
+)
+
+#: The scores are in registers, HELD vectors of each thread: short rows in a CTA, a few long ones in a
+#: cluster.
+_TOPK_INDICES_HELD = _table(
+    "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLED MAX_TOP_K",
+    ("held8k",         ANY,  4,   4,          1,             2,            512,    0,      2048),
+    ("held16k",        ANY,  8,   4,          1,             2,            512,    0,      2048),
+    ("held256k",       ANY,  16,  4,          8,             1,            512,    1,      4096),
+    ("held512k",       ANY,  16,  4,          16,            1,            512,    1,      4096),
+    ("held16k_bf16",   ANY,  4,   2,          1,             2,            512,    0,      2048),
+    ("held256k_bf16",  ANY,  8,   2,          8,             1,            512,    1,      4096),
 )
 
 _ACTIVATION_TOPK = _table(
@@ -330,7 +343,7 @@ KERNELS = (
         language="cuda",
         per_model=False,
         scores=False,
-        variants=_variants(_TOPK_INDICES),
+        variants=(*_variants(_TOPK_INDICES), *_variants(_TOPK_INDICES_HELD)),
     ),
     Kernel(
         name="activation_topk",

@@ -17,7 +17,8 @@ def contract(constants: Constants) -> Contract:
 
     Args:
         constants: ``SCORE_BYTES``, ``BLOCKS_PER_ROW`` (the cluster's CTAs), ``THREADS`` of a CTA,
-            ``LOADS`` and ``STAGES`` of its rings, ``CAPACITY`` of its list, ``MAX_TOP_K``.
+            ``MAX_TOP_K``, ``HELD``: the vectors of 16 bytes that a thread holds, 0 in the streamed
+            form, which has ``LOADS`` and ``STAGES`` of its rings and the ``CAPACITY`` of its list.
 
     Returns:
         Parameters: ``scores`` ``[rows, row_length]`` with ``row_stride`` elements from row to row;
@@ -57,16 +58,27 @@ def contract(constants: Constants) -> Contract:
         ),
         block=(int(constants["THREADS"]), 1, 1),
         cluster=(blocks_per_row, 1, 1),
-        # The warps' rings of chunks, and the list of candidates.
-        dynamic_shared_memory=16
-        * int(constants["LOADS"])
-        * int(constants["STAGES"])
-        * int(constants["THREADS"])
-        + 8 * int(constants["CAPACITY"]),
+        dynamic_shared_memory=_dynamic_shared_memory(constants),
         programmatic_dependent_launch=True,
         limits={
             "rows": (1, MAX_GRID_X // blocks_per_row),
-            "row_length": (1, MAX_ROW_LENGTH),
+            "row_length": (1, _longest_row(constants)),
             "top_k": (1, int(constants["MAX_TOP_K"])),
         },
     )
+
+
+def _dynamic_shared_memory(constants: Constants) -> int:
+    """Bytes: of the candidates of a row in rank order, or of the rings and the list."""
+    if constants["HELD"]:
+        return 8 * int(constants["MAX_TOP_K"])
+    ring = 16 * int(constants["LOADS"]) * int(constants["STAGES"])
+    return ring * int(constants["THREADS"]) + 8 * int(constants["CAPACITY"])
+
+
+def _longest_row(constants: Constants) -> int:
+    """The longest row, in scores: all that the threads of the cluster hold."""
+    if not constants["HELD"]:
+        return MAX_ROW_LENGTH
+    threads = int(constants["BLOCKS_PER_ROW"]) * int(constants["THREADS"])
+    return threads * int(constants["HELD"]) * 16 // int(constants["SCORE_BYTES"])

@@ -1,0 +1,557 @@
+// The held form of topk_indices: each thread keeps its scores of the row in registers, so that they are
+// read once and every later step costs a fixed number of instructions, whatever the scores are. For rows
+// of at most BLOCKS_PER_ROW * THREADS * HELD * VALUES scores.
+//
+// A CTA has a contiguous slice of the row. Vector q of thread t is the vector q * THREADS + t of the
+// slice, so that one vector of each thread, a stripe, is contiguous too. Places behind the end of the
+// row hold -inf: their positions come last, so that by the rule for ties no row's result has one.
+//
+// Steps, with the barriers of the CTA (of the cluster: the exchanges) between them:
+//
+//   1. Range. A key that at least `wanted` keys reach: if that many groups of scores each have a
+//      maximum that is at least x, so many scores reach x. One CTA: the least maximum of so many groups
+//      (one barrier). SAMPLED: each CTA reads the same sample, one score for each thread, and takes the
+//      maximum of its groups that `rank` of them reach (one barrier, while the slice arrives). This one
+//      is only likely to be low enough.
+//   2. Count. Each thread counts its keys in the range, in 256 bins of equal width (one barrier or
+//      exchange), and each warp finds the bin of rank `wanted`. A sampled range with too few keys: step
+//      2 again with the keys below it.
+//   3. Near. If the bin has at most NEAR keys, they are collected (one barrier or exchange), and each
+//      warp finds the cut among them. If it has more, step 2 again with the range of the bin; a bin of
+//      a single key ends that.
+//   4. Emit. Each thread marks its scores that the cut takes; the marks of a warp are transposed so that
+//      each lane has 32 consecutive positions; their counts give the places (one barrier).
+//
+// Constants of this form: HELD (vectors of a thread), SAMPLED (1: the range comes from a sample).
+#pragma once
+
+#include "cluster.cuh"
+#include "rows.cuh"
+
+constexpr unsigned PER_THREAD = HELD * VALUES;            // scores
+constexpr unsigned WORDS = (PER_THREAD + WARP - 1) / WARP;  // masks of a thread's scores
+constexpr unsigned FIELDS = WARP / VALUES;                // stripes of one mask
+constexpr unsigned ROUNDS = 8;                            // see count_rounds in tests/kernels
+constexpr unsigned NEAR = 2 * WARP;
+constexpr unsigned ENTRIES = HELD * WARPS;                // one for each warp and stripe
+constexpr unsigned ENTRIES_PER_LANE = ENTRIES / WARP;
+constexpr unsigned HALF = WARP / 2;
+// Keys of bf16 scores have 16 bits.
+constexpr unsigned KEY_SHIFT = SCORE_BYTES == 2 ? 16 : 0;
+constexpr unsigned LEAST = LEAST_KEY >> KEY_SHIFT;
+constexpr unsigned MOST = ALL >> KEY_SHIFT;
+constexpr unsigned WIDEST = 0xfd000000u;  // 255 bins of 2^24 keys hold it, and sums with it fit 32 bits
+static_assert(THREADS >= BINS && NEAR * BLOCKS_PER_ROW % THREADS % WARP == 0, "see where they are used");
+static_assert(ENTRIES % WARP == 0 && WARPS % ENTRIES_PER_LANE == 0, "a lane has entries of one stripe");
+static_assert(PER_THREAD * THREADS < 1 << 16, "16 bits for a count of the CTA");
+static_assert(BLOCKS_PER_ROW == 1 || SAMPLED, "CTAs agree on a range by a sample");
+static_assert(!SAMPLED || 2 * WARPS == WARP, "one group of samples for each lane");
+static_assert((MAX_TOP_K & (MAX_TOP_K - 1)) == 0, "the sort pads to a power of 2");
+
+struct Shared {
+    unsigned lows[WARPS], highs[WARPS];
+    alignas(16) unsigned groups[WARP];       // maxima of the sample
+    alignas(16) unsigned bins[ROUNDS][BINS];
+    alignas(16) unsigned sums[BINS];         // of the cluster
+    alignas(16) unsigned earlier[BINS];      // of the CTAs before this one
+    alignas(16) unsigned near[NEAR];         // this CTA's keys in the bin of the cut; 0: none
+    alignas(16) unsigned merged[NEAR];       // the cluster's
+    unsigned from_earlier[NEAR];             // whether it is of a CTA before this one
+    unsigned near_count, merged_count;
+    alignas(16) unsigned entries[ENTRIES];   // scores above the cut, and 2^16 times those at it
+};
+
+// For results in rank order: the candidates of the row, in the CTA of rank 0.
+extern __shared__ Candidate row_list[];
+
+// A range of keys, and how they are counted in bins. Bin 0 has the key `low` alone, each other one
+// 2^shift keys, and the last one all from there up.
+struct Range {
+    unsigned low, upper;  // low <= key <= upper
+    unsigned high;        // keys from here up share a bin
+    unsigned shift;
+    unsigned offset;      // 2^shift - 1 - low
+
+    __device__ __forceinline__ bool contains(unsigned key) const { return key - low <= upper - low; }
+    __device__ __forceinline__ unsigned bin(unsigned key) const {
+        return (min(key, high) + offset) >> shift;
+    }
+    __device__ __forceinline__ unsigned last_bin() const { return (high + offset) >> shift; }
+    // Whether a bin has a single key.
+    __device__ __forceinline__ bool is_exact(unsigned bin) const {
+        return (bin == 0 || shift == 0) && (bin != last_bin() || high == upper);
+    }
+    __device__ __forceinline__ unsigned least_of(unsigned bin) const {
+        return bin == 0 ? low : low + ((bin - 1) << shift) + 1;
+    }
+    __device__ __forceinline__ unsigned most_of(unsigned bin) const {
+        return bin == last_bin() ? upper : low + (bin << shift);
+    }
+};
+
+// The range [low, upper] in bins that resolve its keys up to `high`.
+__device__ __forceinline__ Range make_range(unsigned low, unsigned upper, unsigned high) {
+    const unsigned span = min(min(high, upper) - low, WIDEST);
+    const unsigned bits = WARP - __clz(span);
+    unsigned shift = bits > 8 ? bits - 8 : 0;
+    if (span > 255u << shift) ++shift;
+    return {low, upper, low + span, shift, (1u << shift) - 1 - low};
+}
+
+// The ordered key of a score with these bits. `nan_score` is -inf, or a NaN if NaN ranks first.
+__device__ __forceinline__ unsigned held_key(unsigned bits, float nan_score) {
+    // The maximum of a NaN and a number is the number; the sum turns -0 to +0.
+    const float score = __fadd_rn(fmaxf(__uint_as_float(bits), nan_score), 0.0f);
+    const unsigned canonical = __float_as_uint(score);
+    const unsigned sign = static_cast<unsigned>(static_cast<int>(canonical) >> 31);
+    return (canonical ^ (sign | 0x80000000u)) >> KEY_SHIFT;
+}
+
+// Element `index` of an array of registers: a tree of selections, where an address would need the
+// array in memory.
+template <unsigned COUNT>
+__device__ __forceinline__ unsigned pick(const unsigned (&keys)[COUNT], unsigned index) {
+    static_assert((COUNT & (COUNT - 1)) == 0, "halves");
+    unsigned level[COUNT];
+#pragma unroll
+    for (unsigned i = 0; i < COUNT; ++i) level[i] = keys[i];
+#pragma unroll
+    for (unsigned half = COUNT / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (unsigned i = 0; i < COUNT / 2; ++i)
+            if (i < half && (index & half) != 0) level[i] = level[i + half];
+    }
+    return level[0];
+}
+
+// The scores of a vector that begins at a position, one by one; -inf from `end` on.
+__device__ __forceinline__ uint4 load_scores(const Row& row, unsigned position, unsigned end) {
+    unsigned words[4];
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+        words[i] = SCORE_BYTES == 4 ? 0xff800000u : 0xff80ff80u;
+#pragma unroll
+        for (unsigned j = 0; j < VALUES / 4; ++j) {
+            const unsigned at = position + i * (VALUES / 4) + j;
+            if (at >= end) continue;
+            const unsigned bits = row.bits(row.begin + at);
+            if constexpr (SCORE_BYTES == 4) {
+                words[i] = bits;
+            } else {
+                words[i] = j == 0 ? (words[i] & 0xffff0000u) | bits >> 16 : (words[i] & 0xffff) | bits;
+            }
+        }
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
+
+// Zeroes what is counted. Called by all threads, before the wait for the grids before this one; a
+// barrier has to follow.
+__device__ __forceinline__ void prepare(Shared& shared) {
+    uint4* const bins = reinterpret_cast<uint4*>(&shared.bins[0][0]);
+    for (unsigned i = threadIdx.x; i < ROUNDS * BINS / 4; i += THREADS) bins[i] = uint4{};
+    if (threadIdx.x < NEAR) shared.near[threadIdx.x] = shared.merged[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.near_count = shared.merged_count = 0;
+}
+
+// A range that at least `wanted` keys of the CTA reach, up to their largest. Called by all threads.
+__device__ __forceinline__ Range range_of_maxima(const unsigned (&keys)[PER_THREAD], unsigned wanted,
+                                                 Shared& shared) {
+    // Four groups of a thread's scores, so many as it has in one vector of fp32.
+    unsigned maxima[4];
+#pragma unroll
+    for (unsigned v = 0; v < PER_THREAD; ++v)
+        maxima[v % 4] = v < 4 ? keys[v] : max(maxima[v % 4], keys[v]);
+    const unsigned even = max(maxima[0], maxima[2]), odd = max(maxima[1], maxima[3]);
+    unsigned low = max(even, odd);
+    const unsigned high = __reduce_max_sync(ALL_LANES, low);
+    if (wanted > THREADS) low = min(even, odd);
+    if (wanted > 2 * THREADS)
+        low = min(min(maxima[0], maxima[1]), min(maxima[2], maxima[3]));
+    low = __reduce_min_sync(ALL_LANES, low);
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (lane == 0) {
+        shared.lows[warp] = low;
+        shared.highs[warp] = high;
+    }
+    __syncthreads();
+    const unsigned warp_high = lane < WARPS ? shared.highs[lane] : 0;
+    low = lane < WARPS ? (wanted <= WARPS ? warp_high : shared.lows[lane]) : ALL;
+    low = __reduce_min_sync(ALL_LANES, low);
+    if (wanted > 4 * THREADS) low = LEAST;
+    const unsigned most = __reduce_max_sync(ALL_LANES, warp_high);
+    return make_range(low, most, most);
+}
+
+// A range that, most likely, `wanted` keys of the row reach and few more, from the key of each
+// thread's score of the sample. Called by all threads.
+__device__ __forceinline__ Range range_of_sample(unsigned key, unsigned wanted, unsigned length,
+                                                 Shared& shared) {
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (unsigned step = 1; step < HALF; step *= 2)
+        key = max(key, __shfl_xor_sync(ALL_LANES, key, step));
+    if (lane % HALF == 0) shared.groups[2 * warp + lane / HALF] = key;
+    __syncthreads();
+    // Of the `wanted` largest scores the sample holds `mean`, Poisson distributed. Its key of this rank
+    // is below the row's of rank `wanted` but for one row in a hundred thousand.
+    const float mean = static_cast<float>(wanted * THREADS) / static_cast<float>(length);
+    const unsigned rank = static_cast<unsigned>(mean + 4.0f * sqrtf(mean) + 4.0f);
+    const unsigned own = shared.groups[lane];
+    unsigned reaching = 0;  // groups whose maximum is at least this lane's
+#pragma unroll
+    for (unsigned i = 0; i < WARP / 4; ++i) {
+        const uint4 four = reinterpret_cast<const uint4*>(shared.groups)[i];
+        reaching += (four.x >= own) + (four.y >= own) + (four.z >= own) + (four.w >= own);
+    }
+    const unsigned low = __reduce_max_sync(ALL_LANES, reaching >= rank ? own : LEAST);
+    const unsigned most = __reduce_max_sync(ALL_LANES, own);
+    // The row's largest keys are beyond the sample's.
+    const unsigned spread = max(3 * min(most - low, 1u << 30), 254u);
+    return make_range(low, MOST, low + min(spread, MOST - low));
+}
+
+// Where the key of a rank is.
+struct Spot {
+    BinOfRank found;
+    unsigned above_earlier;   // keys in the bins above it, of the CTAs before this one
+    unsigned inside_earlier;  // keys in it, of those
+};
+
+// The bin of the key of rank `wanted` among those that the threads have counted in a round's bins.
+// Called by all threads of the cluster.
+__device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsigned cta_rank,
+                                          Shared& shared) {
+    const unsigned* bins = shared.bins[round];
+    if constexpr (BLOCKS_PER_ROW > 1) {
+        cluster_sync();
+        if (threadIdx.x < BINS) {
+            unsigned sum = 0, earlier = 0;
+#pragma unroll
+            for (unsigned cta = 0; cta < BLOCKS_PER_ROW; ++cta) {
+                const unsigned count = load_from_cluster_rank(&bins[threadIdx.x], cta);
+                sum += count;
+                earlier += cta < cta_rank ? count : 0;
+            }
+            shared.sums[threadIdx.x] = sum;
+            shared.earlier[threadIdx.x] = earlier;
+        }
+        bins = shared.sums;
+    }
+    __syncthreads();
+    const unsigned lane = threadIdx.x % WARP;
+    Spot spot{bin_of_rank(bins, wanted, lane), 0, 0};
+    if constexpr (BLOCKS_PER_ROW > 1) {
+        const uint4* mine = reinterpret_cast<const uint4*>(shared.earlier) + 2 * lane;
+        const uint4 low = mine[0], high = mine[1];
+        const unsigned counts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        unsigned above = 0, inside = 0;
+        // Without a bin of that rank all keys are above.
+        const int bin = spot.found.exists ? static_cast<int>(spot.found.bin) : -1;
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            const int other = static_cast<int>(8 * lane + j);
+            if (other > bin) above += counts[j];
+            if (other == bin) inside = counts[j];
+        }
+        spot.above_earlier = __reduce_add_sync(ALL_LANES, above);
+        spot.inside_earlier = __reduce_add_sync(ALL_LANES, inside);
+    }
+    return spot;
+}
+
+// Which scores are selected: those with a key above `key`, and the first `ties` of the row with this
+// one.
+struct HeldCut {
+    unsigned key, ties;
+    unsigned above_earlier, equal_earlier;  // scores of the CTAs before this one: above it, at it
+};
+
+// The cut at the key of rank `wanted` of the `size` keys in [least, most], at most NEAR. Called by all
+// threads of the cluster, once.
+__device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], unsigned least,
+                                            unsigned most, unsigned size, unsigned wanted,
+                                            unsigned above_earlier, unsigned cta_rank,
+                                            Shared& shared) {
+    const unsigned lane = threadIdx.x % WARP;
+    unsigned marks[WORDS] = {};
+#pragma unroll
+    for (unsigned v = 0; v < PER_THREAD; ++v)
+        if (keys[v] - least <= most - least) marks[v / WARP] |= 1u << (v % WARP);
+#pragma unroll
+    for (unsigned word = 0; word < WORDS; ++word) {
+        for (unsigned rest = marks[word]; rest != 0; rest &= rest - 1) {
+            const unsigned key = pick(keys, word * WARP + __ffs(rest) - 1);
+            shared.near[atomicAdd(&shared.near_count, 1u)] = key;
+        }
+    }
+    __syncwarp();
+    if constexpr (BLOCKS_PER_ROW > 1) {
+        cluster_sync();
+#pragma unroll
+        for (unsigned first = 0; first < NEAR * BLOCKS_PER_ROW; first += THREADS) {
+            const unsigned i = first + threadIdx.x;
+            if (i >= NEAR * BLOCKS_PER_ROW) break;
+            const unsigned key = load_from_cluster_rank(&shared.near[i % NEAR], i / NEAR);
+            if (key == 0) continue;
+            const unsigned place = atomicAdd(&shared.merged_count, 1u);
+            shared.merged[place] = key;
+            shared.from_earlier[place] = i / NEAR < cta_rank;
+        }
+    }
+    __syncthreads();
+    const unsigned* const list = BLOCKS_PER_ROW > 1 ? shared.merged : shared.near;
+    const unsigned own[2] = {list[lane], list[lane + WARP]};
+    unsigned above[2] = {}, reaching[2] = {};  // keys above this lane's, and at least as large
+    for (unsigned i = 0; i < size; i += 4) {
+        const uint4 four = reinterpret_cast<const uint4*>(list)[i / 4];
+#pragma unroll
+        for (unsigned j = 0; j < 2; ++j) {
+            above[j] += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
+            reaching[j] +=
+                (four.x >= own[j]) + (four.y >= own[j]) + (four.z >= own[j]) + (four.w >= own[j]);
+        }
+    }
+    unsigned key = 0, key_above = 0, key_reaching = 0;
+#pragma unroll
+    for (unsigned j = 0; j < 2; ++j) {
+        if (own[j] == 0 || above[j] >= wanted || reaching[j] < wanted) continue;
+        key = own[j];
+        key_above = above[j];
+        key_reaching = reaching[j];
+    }
+    HeldCut cut;
+    cut.key = __reduce_max_sync(ALL_LANES, key);
+    cut.ties = wanted - __reduce_max_sync(ALL_LANES, key_above);
+    cut.above_earlier = above_earlier;
+    cut.equal_earlier = 0;
+    if constexpr (BLOCKS_PER_ROW > 1) {
+        unsigned over = 0, same = 0;
+#pragma unroll
+        for (unsigned j = 0; j < 2; ++j) {
+            const bool counts = own[j] != 0 && shared.from_earlier[lane + j * WARP] != 0;
+            over += counts && own[j] > cut.key;
+            same += counts && own[j] == cut.key;
+        }
+        cut.above_earlier += __reduce_add_sync(ALL_LANES, over);
+        cut.equal_earlier = __reduce_add_sync(ALL_LANES, same);
+    }
+    if (__reduce_max_sync(ALL_LANES, key_reaching) == wanted) {  // all of them: above a lower key
+        cut.above_earlier += cut.equal_earlier;
+        cut.equal_earlier = cut.ties = 0;
+        --cut.key;
+    }
+    return cut;
+}
+
+// The cut that takes the `wanted` largest keys of the cluster, after the first count, of the keys in
+// `range`. Called by all threads of the cluster.
+__device__ __forceinline__ HeldCut find_held_cut(const unsigned (&keys)[PER_THREAD], Range range,
+                                                 unsigned wanted, unsigned cta_rank, Shared& shared) {
+    unsigned above_earlier = 0;
+    for (unsigned round = 0;; ++round) {
+        if (round > 0) {
+#pragma unroll
+            for (unsigned v = 0; v < PER_THREAD; ++v)
+                if (range.contains(keys[v])) atomicAdd(&shared.bins[round][range.bin(keys[v])], 1u);
+        }
+        const Spot spot = find_spot(round, wanted, cta_rank, shared);
+        above_earlier += spot.above_earlier;
+        wanted = spot.found.rest;
+        if (!spot.found.exists) {  // the range of the sample begins too high
+            range = make_range(LEAST, range.low - 1, range.low - 1);
+            continue;
+        }
+        const unsigned bin = spot.found.bin, least = range.least_of(bin), most = range.most_of(bin);
+        if (spot.found.size == wanted)
+            return {least - 1, 0, above_earlier + spot.inside_earlier, 0};
+        if (range.is_exact(bin)) return {least, wanted, above_earlier, spot.inside_earlier};
+        if (spot.found.size <= NEAR)
+            return near_cut(keys, least, most, spot.found.size, wanted, above_earlier, cta_rank, shared);
+        range = make_range(least, most, most);
+    }
+}
+
+// The marks of a warp in the order of positions: from one bit for each of the lane's scores of FIELDS
+// stripes, VALUES consecutive bits for each stripe, to the bits of 32 consecutive positions: of stripe
+// lane / VALUES, and of it the part lane % VALUES. Called by a warp.
+__device__ __forceinline__ unsigned in_order_of_positions(unsigned marks, unsigned lane) {
+    // A transposition within each FIELDS lanes, by halves: lane f has the f-th fields of all of them.
+#pragma unroll
+    for (unsigned half = FIELDS / 2; half > 0; half /= 2) {
+        unsigned lower = 0;  // the fields whose number has a zero in the place of `half`
+#pragma unroll
+        for (unsigned bit = 0; bit < WARP; ++bit)
+            if ((bit / VALUES & half) == 0) lower |= 1u << bit;
+        const unsigned other = __shfl_xor_sync(ALL_LANES, marks, half);
+        marks = (lane & half) == 0 ? (marks & lower) | (other & lower) << (half * VALUES)
+                                   : (marks & ~lower) | (other & ~lower) >> (half * VALUES);
+    }
+    return __shfl_sync(ALL_LANES, marks, lane % VALUES * FIELDS + lane / VALUES);
+}
+
+// Calls store(place, position) for each selected score of the CTA, ascending in both. Called by all
+// threads.
+template <typename Store>
+__device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], const HeldCut& cut,
+                                          unsigned begin, Shared& shared, const Store& store) {
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    unsigned above[WORDS] = {}, equal[WORDS] = {};
+#pragma unroll
+    for (unsigned v = 0; v < PER_THREAD; ++v)
+        if (keys[v] > cut.key) above[v / WARP] |= 1u << (v % WARP);
+    if (cut.ties > 0) {
+#pragma unroll
+        for (unsigned v = 0; v < PER_THREAD; ++v)
+            if (keys[v] == cut.key) equal[v / WARP] |= 1u << (v % WARP);
+    }
+    // In `counts` and what follows from it: scores above the cut, and 2^16 times those at it.
+    unsigned before[WORDS];
+#pragma unroll
+    for (unsigned word = 0; word < WORDS; ++word) {
+        above[word] = in_order_of_positions(above[word], lane);
+        if (cut.ties > 0) equal[word] = in_order_of_positions(equal[word], lane);
+        const unsigned counts = __popc(above[word]) | __popc(equal[word]) << 16;
+        unsigned reached = counts;  // within the stripe, up to this lane
+#pragma unroll
+        for (unsigned step = 1; step < VALUES; step *= 2) {
+            const unsigned other = __shfl_up_sync(ALL_LANES, reached, step);
+            if (lane % VALUES >= step) reached += other;
+        }
+        const unsigned stripe = word * FIELDS + lane / VALUES;
+        if (lane % VALUES == VALUES - 1 && stripe < HELD)
+            shared.entries[stripe * WARPS + warp] = reached;
+        before[word] = reached - counts;
+    }
+    __syncthreads();
+    unsigned own[ENTRIES_PER_LANE], sum = 0;
+#pragma unroll
+    for (unsigned i = 0; i < ENTRIES_PER_LANE; ++i) {
+        own[i] = shared.entries[lane * ENTRIES_PER_LANE + i];
+        sum += own[i];
+    }
+    unsigned start = sum_up_to_lane(sum, lane) - sum;
+#pragma unroll
+    for (unsigned i = 0; i < ENTRIES_PER_LANE; ++i)
+        if (i < warp % ENTRIES_PER_LANE) start += own[i];
+    // Now of the entry of this warp among the lane's.
+#pragma unroll
+    for (unsigned word = 0; word < WORDS; ++word) {
+        const unsigned stripe = word * FIELDS + lane / VALUES;
+        const unsigned entry = min(stripe, HELD - 1u) * WARPS + warp;
+        before[word] += __shfl_sync(ALL_LANES, start, entry / ENTRIES_PER_LANE);
+        unsigned bits = equal[word];
+        const unsigned ties_before = min(cut.equal_earlier + (before[word] >> 16), cut.ties);
+        const unsigned ties = cut.ties - ties_before;
+        while (__popc(bits) > ties) bits &= ~(0x80000000u >> __clz(bits));
+        unsigned place = cut.above_earlier + (before[word] & 0xffff) + ties_before;
+        const unsigned position =
+            begin + (stripe * THREADS + warp * WARP) * VALUES + lane % VALUES * WARP;
+        for (bits |= above[word]; bits != 0; bits &= bits - 1)
+            store(place++, position + __ffs(bits) - 1);
+    }
+}
+
+// Selects and stores the k largest scores of a row. Called by all threads of the cluster, after
+// prepare().
+__device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sorted,
+                                           const Output& output, Shared& shared) {
+    const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
+    const unsigned length = row.length(), wanted = min(k, length);
+    if (cta_rank == BLOCKS_PER_ROW - 1)
+        for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
+    if (wanted == 0) return;
+    if (wanted == length && !sorted) {
+        for (unsigned i = cta_rank * THREADS + threadIdx.x; i < length; i += BLOCKS_PER_ROW * THREADS)
+            output.store(i, i);
+        return;
+    }
+    const unsigned share = (length + BLOCKS_PER_ROW * VALUES - 1) / (BLOCKS_PER_ROW * VALUES) * VALUES;
+    const unsigned begin = cta_rank * share, end = min(begin + share, length);
+    const float nan_score = __uint_as_float(row.nan_key == LEAST_KEY ? 0xff800000u : 0x7fffffffu);
+
+    // All loads are on their way before the first is waited for.
+    const bool sampled = SAMPLED && length >= 4 * THREADS;
+    unsigned sample = 0;
+    if constexpr (SAMPLED) {
+        constexpr unsigned SAMPLE_BITS = 9;
+        static_assert(1u << SAMPLE_BITS == THREADS, "one score of the sample for each thread");
+        if (sampled)
+            sample = row.bits(row.begin + sampled_position(threadIdx.x, SAMPLE_BITS, length));
+    }
+    const unsigned char* const base = row.base + (row.begin + begin) * static_cast<size_t>(SCORE_BYTES);
+    const unsigned first = begin + threadIdx.x * VALUES;
+    const bool aligned = row.begin % VALUES == 0;
+    uint4 vectors[HELD];
+#pragma unroll
+    for (unsigned q = 0; q < HELD; ++q) {
+        constexpr unsigned NONE = SCORE_BYTES == 4 ? 0xff800000u : 0xff80ff80u;
+        vectors[q] = {NONE, NONE, NONE, NONE};
+        if (aligned && first + q * THREADS * VALUES + VALUES <= end)
+            vectors[q] = load_once(base + 16 * (q * THREADS + threadIdx.x));
+    }
+    if (!aligned || length % VALUES != 0) {
+#pragma unroll
+        for (unsigned q = 0; q < HELD; ++q) {
+            const unsigned position = first + q * THREADS * VALUES;
+            if (position < end && (!aligned || position + VALUES > end))
+                vectors[q] = load_scores(row, position, end);
+        }
+    }
+    unsigned keys[PER_THREAD];
+    Range range;
+    if constexpr (SAMPLED) {
+        if (sampled) {
+            range = range_of_sample(held_key(sample, nan_score), wanted, length, shared);
+        } else {
+            __syncthreads();
+            range = make_range(LEAST, MOST, MOST);
+        }
+    } else {
+#pragma unroll
+        for (unsigned v = 0; v < PER_THREAD; ++v)
+            keys[v] = held_key(score_bits(vectors[v / VALUES], v % VALUES), nan_score);
+        range = range_of_maxima(keys, wanted, shared);
+    }
+#pragma unroll
+    for (unsigned v = 0; v < PER_THREAD; ++v) {
+        if constexpr (SAMPLED)
+            keys[v] = held_key(score_bits(vectors[v / VALUES], v % VALUES), nan_score);
+        if (keys[v] >= range.low) atomicAdd(&shared.bins[0][range.bin(keys[v])], 1u);
+    }
+    const HeldCut cut = find_held_cut(keys, range, wanted, cta_rank, shared);
+    if (!sorted) {
+        // No CTA reads another's memory from here on.
+        if constexpr (BLOCKS_PER_ROW > 1) {
+            __syncwarp();
+            cluster_arrive();
+        }
+        emit_held(keys, cut, begin, shared,
+                  [&](unsigned place, unsigned position) { output.store(place, position); });
+        if constexpr (BLOCKS_PER_ROW > 1) {
+            __syncwarp();
+            cluster_wait();
+        }
+        return;
+    }
+    emit_held(keys, cut, begin, shared, [&](unsigned place, unsigned position) {
+        const Candidate candidate = row.candidate(row.bits(row.begin + position), position);
+        if constexpr (BLOCKS_PER_ROW > 1) {
+            store_to_cluster_rank(&row_list[place], 0, candidate);
+        } else {
+            row_list[place] = candidate;
+        }
+    });
+    if constexpr (BLOCKS_PER_ROW > 1) {
+        cluster_sync();
+        if (cta_rank != 0) return;
+    } else {
+        __syncthreads();
+    }
+    unsigned size = 1;
+    while (size < wanted) size *= 2;
+    for (unsigned i = wanted + threadIdx.x; i < size; i += THREADS) row_list[i] = 0;
+    sort_descending(row_list, size);
+    for (unsigned i = threadIdx.x; i < wanted; i += THREADS)
+        output.store(i, candidate_index(row_list[i]));
+}
