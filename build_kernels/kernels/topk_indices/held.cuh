@@ -4,7 +4,8 @@
 //
 // A CTA has a contiguous slice of the row. Vector q of thread t is the vector q * THREADS + t of the
 // slice, so that one vector of each thread, a stripe, is contiguous too. Places behind the end of the
-// row hold -inf: their positions come last, so that by the rule for ties no row's result has one.
+// row hold -inf: their positions come last, so that by the rule for ties they are never selected. Vectors
+// behind the end of another CTA's slice have positions before those of the next CTA: key 0, none.
 //
 // Steps, with the barriers of the CTA (of the cluster: the exchanges) between them:
 //
@@ -36,6 +37,7 @@ constexpr unsigned NEAR = 2 * WARP;
 constexpr unsigned ENTRIES = HELD * WARPS;                // one for each warp and stripe
 constexpr unsigned ENTRIES_PER_LANE = ENTRIES / WARP;
 constexpr unsigned HALF = WARP / 2;
+constexpr unsigned UNCOUNTED = ROUNDS * BINS;
 // Keys of bf16 scores have 16 bits.
 constexpr unsigned KEY_SHIFT = SCORE_BYTES == 2 ? 16 : 0;
 constexpr unsigned LEAST = LEAST_KEY >> KEY_SHIFT;
@@ -51,7 +53,7 @@ static_assert((MAX_TOP_K & (MAX_TOP_K - 1)) == 0, "the sort pads to a power of 2
 struct Shared {
     unsigned lows[WARPS], highs[WARPS];
     alignas(16) unsigned groups[WARP];       // maxima of the sample
-    alignas(16) unsigned bins[ROUNDS][BINS];
+    alignas(16) unsigned bins[UNCOUNTED + 4];  // of each round, and one of which nothing is read
     alignas(16) unsigned sums[BINS];         // of the cluster
     alignas(16) unsigned earlier[BINS];      // of the CTAs before this one
     alignas(16) unsigned near[NEAR];         // this CTA's keys in the bin of the cut; 0: none
@@ -148,10 +150,22 @@ __device__ __forceinline__ uint4 load_scores(const Row& row, unsigned position, 
 // Zeroes what is counted. Called by all threads, before the wait for the grids before this one; a
 // barrier has to follow.
 __device__ __forceinline__ void prepare(Shared& shared) {
-    uint4* const bins = reinterpret_cast<uint4*>(&shared.bins[0][0]);
-    for (unsigned i = threadIdx.x; i < ROUNDS * BINS / 4; i += THREADS) bins[i] = uint4{};
+    uint4* const bins = reinterpret_cast<uint4*>(shared.bins);
+#pragma unroll
+    for (unsigned first = 0; first < UNCOUNTED / 4; first += THREADS)
+        if (first + threadIdx.x < UNCOUNTED / 4) bins[first + threadIdx.x] = uint4{};
     if (threadIdx.x < NEAR) shared.near[threadIdx.x] = shared.merged[threadIdx.x] = 0;
     if (threadIdx.x == 0) shared.near_count = shared.merged_count = 0;
+}
+
+// Counts a key in a bin of the first round if it is in the range. Few keys of a sampled range are, so
+// that most warps skip a branch there; elsewhere few would, and a choice of the bin is shorter.
+__device__ __forceinline__ void count_key(bool in_range, unsigned bin, Shared& shared) {
+    if constexpr (SAMPLED) {
+        if (in_range) atomicAdd(&shared.bins[bin], 1u);
+    } else {
+        atomicAdd(&shared.bins[in_range ? bin : UNCOUNTED], 1u);
+    }
 }
 
 // A range that at least `wanted` keys of the CTA reach, up to their largest. Called by all threads.
@@ -222,7 +236,7 @@ struct Spot {
 // Called by all threads of the cluster.
 __device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsigned cta_rank,
                                           Shared& shared) {
-    const unsigned* bins = shared.bins[round];
+    const unsigned* bins = shared.bins + round * BINS;
     if constexpr (BLOCKS_PER_ROW > 1) {
         cluster_sync();
         if (threadIdx.x < BINS) {
@@ -301,24 +315,24 @@ __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], 
     }
     __syncthreads();
     const unsigned* const list = BLOCKS_PER_ROW > 1 ? shared.merged : shared.near;
-    const unsigned own[2] = {list[lane], list[lane + WARP]};
-    unsigned above[2] = {}, reaching[2] = {};  // keys above this lane's, and at least as large
-    for (unsigned i = 0; i < size; i += 4) {
-        const uint4 four = reinterpret_cast<const uint4*>(list)[i / 4];
-#pragma unroll
-        for (unsigned j = 0; j < 2; ++j) {
-            above[j] += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
-            reaching[j] +=
-                (four.x >= own[j]) + (four.y >= own[j]) + (four.z >= own[j]) + (four.w >= own[j]);
-        }
-    }
     unsigned key = 0, key_above = 0, key_reaching = 0;
+    unsigned own[2] = {list[lane], 0};
+    if (size > WARP) own[1] = list[lane + WARP];
 #pragma unroll
     for (unsigned j = 0; j < 2; ++j) {
-        if (own[j] == 0 || above[j] >= wanted || reaching[j] < wanted) continue;
+        if (j > 0 && size <= WARP) break;
+        unsigned above = 0, reaching = 0;  // keys above this lane's, and at least as large
+#pragma unroll 1
+        for (unsigned i = 0; i < size; i += 4) {
+            const uint4 four = reinterpret_cast<const uint4*>(list)[i / 4];
+            above += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
+            reaching +=
+                (four.x >= own[j]) + (four.y >= own[j]) + (four.z >= own[j]) + (four.w >= own[j]);
+        }
+        if (own[j] == 0 || above >= wanted || reaching < wanted) continue;
         key = own[j];
-        key_above = above[j];
-        key_reaching = reaching[j];
+        key_above = above;
+        key_reaching = reaching;
     }
     HeldCut cut;
     cut.key = __reduce_max_sync(ALL_LANES, key);
@@ -353,7 +367,8 @@ __device__ __forceinline__ HeldCut find_held_cut(const unsigned (&keys)[PER_THRE
         if (round > 0) {
 #pragma unroll
             for (unsigned v = 0; v < PER_THREAD; ++v)
-                if (range.contains(keys[v])) atomicAdd(&shared.bins[round][range.bin(keys[v])], 1u);
+                if (range.contains(keys[v]))
+                    atomicAdd(&shared.bins[round * BINS + range.bin(keys[v])], 1u);
         }
         const Spot spot = find_spot(round, wanted, cta_rank, shared);
         above_earlier += spot.above_earlier;
@@ -454,16 +469,21 @@ __device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], co
 
 // Selects and stores the k largest scores of a row. Called by all threads of the cluster, after
 // prepare().
-__device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sorted,
-                                           const Output& output, Shared& shared) {
+__device__ __forceinline__ void select_row(const Row& row, unsigned row_number, unsigned k,
+                                           bool sorted, const OutputParameters& outputs,
+                                           Shared& shared) {
     const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
     const unsigned length = row.length(), wanted = min(k, length);
-    if (cta_rank == BLOCKS_PER_ROW - 1)
-        for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
-    if (wanted == 0) return;
-    if (wanted == length && !sorted) {
-        for (unsigned i = cta_rank * THREADS + threadIdx.x; i < length; i += BLOCKS_PER_ROW * THREADS)
-            output.store(i, i);
+    if (wanted == length && !sorted || length == 0) {  // nothing to compare
+        const Output output = outputs.of(row, row_number);
+#pragma unroll 1
+        for (unsigned i = cta_rank * THREADS + threadIdx.x; i < k; i += BLOCKS_PER_ROW * THREADS) {
+            if (i < length) {
+                output.store(i, i);
+            } else {
+                output.store_none(i);
+            }
+        }
         return;
     }
     const unsigned share = (length + BLOCKS_PER_ROW * VALUES - 1) / (BLOCKS_PER_ROW * VALUES) * VALUES;
@@ -513,28 +533,25 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sort
             keys[v] = held_key(score_bits(vectors[v / VALUES], v % VALUES), nan_score);
         range = range_of_maxima(keys, wanted, shared);
     }
+    const bool whole = share == PER_THREAD * THREADS;
 #pragma unroll
     for (unsigned v = 0; v < PER_THREAD; ++v) {
         if constexpr (SAMPLED)
             keys[v] = held_key(score_bits(vectors[v / VALUES], v % VALUES), nan_score);
-        if (keys[v] >= range.low) atomicAdd(&shared.bins[0][range.bin(keys[v])], 1u);
+        if (BLOCKS_PER_ROW > 1 && !whole && first + v / VALUES * THREADS * VALUES >= end) keys[v] = 0;
+        count_key(keys[v] >= range.low, range.bin(keys[v]), shared);
     }
+    const Output output = outputs.of(row, row_number);
     const HeldCut cut = find_held_cut(keys, range, wanted, cta_rank, shared);
-    if (!sorted) {
-        // No CTA reads another's memory from here on.
-        if constexpr (BLOCKS_PER_ROW > 1) {
-            __syncwarp();
-            cluster_arrive();
-        }
-        emit_held(keys, cut, begin, shared,
-                  [&](unsigned place, unsigned position) { output.store(place, position); });
-        if constexpr (BLOCKS_PER_ROW > 1) {
-            __syncwarp();
-            cluster_wait();
-        }
-        return;
+    if constexpr (BLOCKS_PER_ROW > 1) {  // no CTA reads another's memory from here on
+        __syncwarp();
+        cluster_arrive();
     }
     emit_held(keys, cut, begin, shared, [&](unsigned place, unsigned position) {
+        if (!sorted) {
+            output.store(place, position);
+            return;
+        }
         const Candidate candidate = row.candidate(row.bits(row.begin + position), position);
         if constexpr (BLOCKS_PER_ROW > 1) {
             store_to_cluster_rank(&row_list[place], 0, candidate);
@@ -543,11 +560,17 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sort
         }
     });
     if constexpr (BLOCKS_PER_ROW > 1) {
+        __syncwarp();
+        cluster_wait();
+        if (!sorted) return;
         cluster_sync();
         if (cta_rank != 0) return;
     } else {
+        if (!sorted) return;
         __syncthreads();
     }
+#pragma unroll 1
+    for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
     unsigned size = 1;
     while (size < wanted) size *= 2;
     for (unsigned i = wanted + threadIdx.x; i < size; i += THREADS) row_list[i] = 0;

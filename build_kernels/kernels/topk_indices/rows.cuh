@@ -172,26 +172,35 @@ struct Output {
     }
 };
 
-// Where the results of a row go. Each array may be null.
-__device__ __forceinline__ Output output_of(const Row& row, unsigned row_number, int top_k,
-                                            const int* page_table, const int* requests,
-                                            const int* offsets, unsigned* values_out, int* ids_out,
-                                            int* slots_out, int page_rows, int page_columns,
-                                            long long page_stride, int page_size) {
-    const long long first = static_cast<long long>(row_number) * top_k;
-    Output output{row};
-    output.values = values_out != nullptr ? values_out + first : nullptr;
-    output.ids = ids_out != nullptr ? ids_out + first : nullptr;
-    output.slots = slots_out != nullptr ? slots_out + first : nullptr;
-    output.pages = nullptr;
-    output.page_columns = static_cast<unsigned>(page_columns);
-    output.page_size = static_cast<unsigned>(page_size);
-    output.offset = offsets != nullptr ? offsets[row_number] : 0;
-    if (page_table != nullptr) {
-        const int request = requests != nullptr ? requests[row_number] : static_cast<int>(row_number);
-        const bool known = request >= 0 && request < page_rows;
-        output.pages = page_table + (known ? request * page_stride : 0);
-        if (!known) output.page_columns = 0;
+// The kernel's parameters that tell where results go. Each pointer may be null.
+struct OutputParameters {
+    const int* page_table;
+    const int* requests;
+    const int* offsets;
+    unsigned* values_out;
+    int* ids_out;
+    int* slots_out;
+    int top_k, page_rows, page_columns, page_size;
+    long long page_stride;
+
+    // Where the results of one row go.
+    __device__ __forceinline__ Output of(const Row& row, unsigned row_number) const {
+        const long long first = static_cast<long long>(row_number) * top_k;
+        Output output{row};
+        output.values = values_out != nullptr ? values_out + first : nullptr;
+        output.ids = ids_out != nullptr ? ids_out + first : nullptr;
+        output.slots = slots_out != nullptr ? slots_out + first : nullptr;
+        output.pages = nullptr;
+        output.page_columns = static_cast<unsigned>(page_columns);
+        output.page_size = static_cast<unsigned>(page_size);
+        output.offset = offsets != nullptr ? offsets[row_number] : 0;
+        if (page_table != nullptr) {
+            const int request =
+                requests != nullptr ? requests[row_number] : static_cast<int>(row_number);
+            const bool known = request >= 0 && request < page_rows;
+            output.pages = page_table + (known ? request * page_stride : 0);
+            if (!known) output.page_columns = 0;
+        }
+        return output;
     }
-    return output;
-}
+};

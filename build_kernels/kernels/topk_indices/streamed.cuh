@@ -590,8 +590,9 @@ __device__ __forceinline__ void prepare(Shared& shared) {
 
 // Selects and stores the k largest scores of a row. Called by all threads of the cluster, after
 // prepare().
-__device__ __forceinline__ void select_row(const Row& given, unsigned k, bool sorted,
-                                           const Output& output, Shared& shared) {
+__device__ __forceinline__ void select_row(const Row& given, unsigned row_number, unsigned k,
+                                           bool sorted, const OutputParameters& outputs,
+                                           Shared& shared) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
     Slice row{given};
@@ -669,6 +670,7 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned k, bool so
     }
 
     // 5.
+    const Output output = outputs.of(row, row_number);
     if (cta_rank == BLOCKS_PER_ROW - 1)
         for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
     if (!sorted) {

@@ -49,8 +49,7 @@ topk_indices(const unsigned char* scores, const int* row_starts, const int* row_
     const unsigned row_number = blockIdx.x / BLOCKS_PER_ROW;
     const Row row = bounded_row(scores, row_starts, row_ends, row_number, row_length, row_stride,
                                 nan_first != 0);
-    const Output output =
-        output_of(row, row_number, top_k, page_table, requests, offsets, values_out, ids_out,
-                  slots_out, page_rows, page_columns, page_stride, page_size);
-    select_row(row, static_cast<unsigned>(top_k), sorted != 0, output, shared);
+    const OutputParameters outputs{page_table, requests,  offsets,      values_out, ids_out,    slots_out,
+                                   top_k,      page_rows, page_columns, page_size,  page_stride};
+    select_row(row, row_number, static_cast<unsigned>(top_k), sorted != 0, outputs, shared);
 }
