@@ -126,10 +126,10 @@ _TOPK_INDICES = _table(
 _TOPK_INDICES_HELD = _table(
     "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLED MAX_TOP_K",
     ("held8k",         ANY,  4,   4,          1,             2,            512,    0,      2048),
-    ("held16k",        ANY,  8,   4,          1,             2,            512,    0,      2048),
+    ("held16k",        ANY,  16,  4,          1,             2,            256,    0,      2048),
     ("held256k",       ANY,  16,  4,          8,             1,            512,    1,      4096),
     ("held512k",       ANY,  16,  4,          16,            1,            512,    1,      4096),
-    ("held16k_bf16",   ANY,  4,   2,          1,             2,            512,    0,      2048),
+    ("held16k_bf16",   ANY,  8,   2,          1,             2,            256,    0,      2048),
     ("held256k_bf16",  ANY,  8,   2,          8,             1,            512,    1,      4096),
 )
 

@@ -37,6 +37,7 @@ constexpr unsigned NEAR = 2 * WARP;
 constexpr unsigned ENTRIES = HELD * WARPS;                // one for each warp and stripe
 constexpr unsigned ENTRIES_PER_LANE = ENTRIES / WARP;
 constexpr unsigned HALF = WARP / 2;
+constexpr unsigned GROUPS = 8;                            // of a thread's scores
 constexpr unsigned UNCOUNTED = ROUNDS * BINS;
 // Keys of bf16 scores have 16 bits.
 constexpr unsigned KEY_SHIFT = SCORE_BYTES == 2 ? 16 : 0;
@@ -44,6 +45,7 @@ constexpr unsigned LEAST = LEAST_KEY >> KEY_SHIFT;
 constexpr unsigned MOST = ALL >> KEY_SHIFT;
 constexpr unsigned WIDEST = 0xfd000000u;  // 255 bins of 2^24 keys hold it, and sums with it fit 32 bits
 static_assert(THREADS >= BINS && NEAR * BLOCKS_PER_ROW % THREADS % WARP == 0, "see where they are used");
+static_assert(PER_THREAD >= GROUPS, "each group has a score");
 static_assert(ENTRIES % WARP == 0 && WARPS % ENTRIES_PER_LANE == 0, "a lane has entries of one stripe");
 static_assert(PER_THREAD * THREADS < 1 << 16, "16 bits for a count of the CTA");
 static_assert(BLOCKS_PER_ROW == 1 || SAMPLED, "CTAs agree on a range by a sample");
@@ -171,17 +173,23 @@ __device__ __forceinline__ void count_key(bool in_range, unsigned bin, Shared& s
 // A range that at least `wanted` keys of the CTA reach, up to their largest. Called by all threads.
 __device__ __forceinline__ Range range_of_maxima(const unsigned (&keys)[PER_THREAD], unsigned wanted,
                                                  Shared& shared) {
-    // Four groups of a thread's scores, so many as it has in one vector of fp32.
-    unsigned maxima[4];
+    // Each thread has GROUPS groups, or half as many of twice the size, and so on: as few as have
+    // `wanted` maxima.
+    unsigned maxima[GROUPS];
 #pragma unroll
     for (unsigned v = 0; v < PER_THREAD; ++v)
-        maxima[v % 4] = v < 4 ? keys[v] : max(maxima[v % 4], keys[v]);
-    const unsigned even = max(maxima[0], maxima[2]), odd = max(maxima[1], maxima[3]);
-    unsigned low = max(even, odd);
-    const unsigned high = __reduce_max_sync(ALL_LANES, low);
-    if (wanted > THREADS) low = min(even, odd);
-    if (wanted > 2 * THREADS)
-        low = min(min(maxima[0], maxima[1]), min(maxima[2], maxima[3]));
+        maxima[v % GROUPS] = v < GROUPS ? keys[v] : max(maxima[v % GROUPS], keys[v]);
+    unsigned low = 0;
+#pragma unroll
+    for (unsigned groups = GROUPS; groups > 0; groups /= 2) {
+        unsigned least = maxima[0];
+#pragma unroll
+        for (unsigned i = 1; i < groups; ++i) least = min(least, maxima[i]);
+        if (groups == GROUPS || wanted <= groups * THREADS) low = least;
+#pragma unroll
+        for (unsigned i = 0; i < groups / 2; ++i) maxima[i] = max(maxima[i], maxima[i + groups / 2]);
+    }
+    const unsigned high = __reduce_max_sync(ALL_LANES, maxima[0]);
     low = __reduce_min_sync(ALL_LANES, low);
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (lane == 0) {
@@ -192,7 +200,7 @@ __device__ __forceinline__ Range range_of_maxima(const unsigned (&keys)[PER_THRE
     const unsigned warp_high = lane < WARPS ? shared.highs[lane] : 0;
     low = lane < WARPS ? (wanted <= WARPS ? warp_high : shared.lows[lane]) : ALL;
     low = __reduce_min_sync(ALL_LANES, low);
-    if (wanted > 4 * THREADS) low = LEAST;
+    if (wanted > GROUPS * THREADS) low = LEAST;
     const unsigned most = __reduce_max_sync(ALL_LANES, warp_high);
     return make_range(low, most, most);
 }
@@ -495,7 +503,7 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned row_number, 
     unsigned sample = 0;
     if constexpr (SAMPLED) {
         constexpr unsigned SAMPLE_BITS = 9;
-        static_assert(1u << SAMPLE_BITS == THREADS, "one score of the sample for each thread");
+        static_assert(!SAMPLED || 1u << SAMPLE_BITS == THREADS, "one score of the sample for each thread");
         if (sampled)
             sample = row.bits(row.begin + sampled_position(threadIdx.x, SAMPLE_BITS, length));
     }
