@@ -124,13 +124,13 @@ _TOPK_INDICES = _table(
 #: The scores are in registers, HELD vectors of each thread: short rows in a CTA, a few long ones in a
 #: cluster.
 _TOPK_INDICES_HELD = _table(
-    "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLED MAX_TOP_K",
-    ("held8k",         ANY,  4,   4,          1,             2,            512,    0,      2048),
-    ("held16k",        ANY,  16,  4,          1,             2,            256,    0,      2048),
-    ("held256k",       ANY,  16,  4,          8,             1,            512,    1,      4096),
-    ("held512k",       ANY,  16,  4,          16,            1,            512,    1,      4096),
-    ("held16k_bf16",   ANY,  8,   2,          1,             2,            256,    0,      2048),
-    ("held256k_bf16",  ANY,  8,   2,          8,             1,            512,    1,      4096),
+    "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLES MAX_TOP_K",
+    ("held8k",        ANY,  4,   4,          1,             2,            512,    0,      2048),
+    ("held16k",       ANY,  16,  4,          1,             2,            256,    0,      2048),
+    ("held256k",      ANY,  16,  4,          8,             1,            512,    512,    4096),
+    ("held512k",      ANY,  16,  4,          16,            1,            512,    512,    4096),
+    ("held16k_bf16",  ANY,  8,   2,          1,             2,            256,    0,      2048),
+    ("held256k_bf16", ANY,  8,   2,          8,             1,            512,    512,    4096),
 )
 
 _ACTIVATION_TOPK = _table(

@@ -21,6 +21,8 @@ _PATTERNS = (
     *("beats_sample",),
 )
 _ROWS, _LONG_ROWS = 9, 2
+#: The sample of "beats_sample" for kernels that take none.
+_SAMPLE = 512
 #: The columns from which there are only ``_LONG_ROWS`` rows.
 _LONG = 60000
 #: Batches around a warp's row, a CTA's and a wave.
@@ -35,7 +37,9 @@ def topk_indices(constants: Constants, limits: Limits) -> Iterator[Case]:
     pattern depends on it; ``bounded`` (1: rows have starts and ends), ``page_size`` (0: there is no
     page table), ``requests`` and ``offsets`` (1: there are some), ``sorted`` and ``nan_first``.
     """
-    score_bytes, sample = int(constants["SCORE_BYTES"]), int(constants["SAMPLES"])
+    score_bytes = int(constants["SCORE_BYTES"])
+    # A kernel that takes no sample has to select from such rows too.
+    sample = int(constants["SAMPLES"]) or _SAMPLE
     longest, most = limits["row_length"][1], limits["top_k"][1]
 
     def case(pattern: str, length: int, k: int, *, variations: bool = False, **more: int) -> Case:

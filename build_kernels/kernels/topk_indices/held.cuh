@@ -11,7 +11,7 @@
 //
 //   1. Range. A key that at least `wanted` keys reach: if that many groups of scores each have a
 //      maximum that is at least x, so many scores reach x. One CTA: the least maximum of so many groups
-//      (one barrier). SAMPLED: each CTA reads the same sample, one score for each thread, and takes the
+//      (one barrier). With SAMPLES: each CTA reads the same sample, one score for each thread, and takes the
 //      maximum of its groups that `rank` of them reach (one barrier, while the slice arrives). This one
 //      is only likely to be low enough.
 //   2. Count. Each thread counts its keys in the range, in 256 bins of equal width (one barrier or
@@ -23,12 +23,14 @@
 //   4. Emit. Each thread marks its scores that the cut takes; the marks of a warp are transposed so that
 //      each lane has 32 consecutive positions; their counts give the places (one barrier).
 //
-// Constants of this form: HELD (vectors of a thread), SAMPLED (1: the range comes from a sample).
+// Constants of this form: HELD (vectors of a thread), SAMPLES (of the sample that the range comes from: one
+// for each thread, or 0).
 #pragma once
 
 #include "cluster.cuh"
 #include "rows.cuh"
 
+constexpr bool SAMPLED = SAMPLES > 0;
 constexpr unsigned PER_THREAD = HELD * VALUES;            // scores
 constexpr unsigned WORDS = (PER_THREAD + WARP - 1) / WARP;  // masks of a thread's scores
 constexpr unsigned FIELDS = WARP / VALUES;                // stripes of one mask
@@ -49,7 +51,7 @@ static_assert(PER_THREAD >= GROUPS, "each group has a score");
 static_assert(ENTRIES % WARP == 0 && WARPS % ENTRIES_PER_LANE == 0, "a lane has entries of one stripe");
 static_assert(PER_THREAD * THREADS < 1 << 16, "16 bits for a count of the CTA");
 static_assert(BLOCKS_PER_ROW == 1 || SAMPLED, "CTAs agree on a range by a sample");
-static_assert(!SAMPLED || 2 * WARPS == WARP, "one group of samples for each lane");
+static_assert(!SAMPLED || (SAMPLES == THREADS && 2 * WARPS == WARP), "one group of samples for each lane");
 static_assert((MAX_TOP_K & (MAX_TOP_K - 1)) == 0, "the sort pads to a power of 2");
 
 struct Shared {
@@ -477,13 +479,12 @@ __device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], co
 
 // Selects and stores the k largest scores of a row. Called by all threads of the cluster, after
 // prepare().
-__device__ __forceinline__ void select_row(const Row& row, unsigned row_number, unsigned k,
-                                           bool sorted, const OutputParameters& outputs,
-                                           Shared& shared) {
+__device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sorted,
+                                           const OutputParameters& outputs, Shared& shared) {
     const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
     const unsigned length = row.length(), wanted = min(k, length);
     if (wanted == length && !sorted || length == 0) {  // nothing to compare
-        const Output output = outputs.of(row, row_number);
+        const Output output = outputs.of(row);
 #pragma unroll 1
         for (unsigned i = cta_rank * THREADS + threadIdx.x; i < k; i += BLOCKS_PER_ROW * THREADS) {
             if (i < length) {
@@ -503,7 +504,7 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned row_number, 
     unsigned sample = 0;
     if constexpr (SAMPLED) {
         constexpr unsigned SAMPLE_BITS = 9;
-        static_assert(!SAMPLED || 1u << SAMPLE_BITS == THREADS, "one score of the sample for each thread");
+        static_assert(!SAMPLED || 1u << SAMPLE_BITS == SAMPLES, "its logarithm");
         if (sampled)
             sample = row.bits(row.begin + sampled_position(threadIdx.x, SAMPLE_BITS, length));
     }
@@ -549,7 +550,7 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned row_number, 
         if (BLOCKS_PER_ROW > 1 && !whole && first + v / VALUES * THREADS * VALUES >= end) keys[v] = 0;
         count_key(keys[v] >= range.low, range.bin(keys[v]), shared);
     }
-    const Output output = outputs.of(row, row_number);
+    const Output output = outputs.of(row);
     const HeldCut cut = find_held_cut(keys, range, wanted, cta_rank, shared);
     if constexpr (BLOCKS_PER_ROW > 1) {  // no CTA reads another's memory from here on
         __syncwarp();
@@ -581,8 +582,10 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned row_number, 
     for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
     unsigned size = 1;
     while (size < wanted) size *= 2;
+#pragma unroll 1
     for (unsigned i = wanted + threadIdx.x; i < size; i += THREADS) row_list[i] = 0;
     sort_descending(row_list, size);
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < wanted; i += THREADS)
         output.store(i, candidate_index(row_list[i]));
 }

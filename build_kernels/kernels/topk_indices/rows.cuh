@@ -124,6 +124,7 @@ __device__ __forceinline__ void sort_descending(unsigned long long* items, unsig
     for (unsigned run = 2; run <= size; run *= 2) {
         for (unsigned stride = run / 2; stride > 0; stride /= 2) {
             __syncthreads();
+#pragma unroll 1
             for (unsigned pair = threadIdx.x; pair < size / 2; pair += THREADS) {
                 const unsigned low = 2 * pair - (pair & (stride - 1));
                 const unsigned long long a = items[low], b = items[low + stride];
@@ -184,7 +185,8 @@ struct OutputParameters {
     long long page_stride;
 
     // Where the results of one row go.
-    __device__ __forceinline__ Output of(const Row& row, unsigned row_number) const {
+    __device__ __forceinline__ Output of(const Row& row) const {
+        const unsigned row_number = blockIdx.x / BLOCKS_PER_ROW;
         const long long first = static_cast<long long>(row_number) * top_k;
         Output output{row};
         output.values = values_out != nullptr ? values_out + first : nullptr;

@@ -590,9 +590,8 @@ __device__ __forceinline__ void prepare(Shared& shared) {
 
 // Selects and stores the k largest scores of a row. Called by all threads of the cluster, after
 // prepare().
-__device__ __forceinline__ void select_row(const Row& given, unsigned row_number, unsigned k,
-                                           bool sorted, const OutputParameters& outputs,
-                                           Shared& shared) {
+__device__ __forceinline__ void select_row(const Row& given, unsigned k, bool sorted,
+                                           const OutputParameters& outputs, Shared& shared) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned cta_rank = blockIdx.x % BLOCKS_PER_ROW;
     Slice row{given};
@@ -670,8 +669,9 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned row_number
     }
 
     // 5.
-    const Output output = outputs.of(row, row_number);
+    const Output output = outputs.of(row);
     if (cta_rank == BLOCKS_PER_ROW - 1)
+#pragma unroll 1
         for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
     if (!sorted) {
         const unsigned begin = cta_rank == 0 ? row.begin : max(row.first * VALUES, row.body);
@@ -709,8 +709,10 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned row_number
         if (cta_rank == 0 && wanted > 0) {
             unsigned size = 1;
             while (size < wanted) size *= 2;
+#pragma unroll 1
             for (unsigned i = wanted + threadIdx.x; i < size; i += THREADS) list_entries()[i] = 0;
             sort_descending(list_entries(), size);
+#pragma unroll 1
             for (unsigned i = threadIdx.x; i < wanted; i += THREADS)
                 output.store(i, candidate_index(list_entries()[i]));
         }

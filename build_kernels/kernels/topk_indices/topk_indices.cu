@@ -51,5 +51,5 @@ topk_indices(const unsigned char* scores, const int* row_starts, const int* row_
                                 nan_first != 0);
     const OutputParameters outputs{page_table, requests,  offsets,      values_out, ids_out,    slots_out,
                                    top_k,      page_rows, page_columns, page_size,  page_stride};
-    select_row(row, row_number, static_cast<unsigned>(top_k), sorted != 0, outputs, shared);
+    select_row(row, static_cast<unsigned>(top_k), sorted != 0, outputs, shared);
 }
