@@ -31,11 +31,14 @@ from router_runtime.routing.checks import (
 from router_runtime.routing.placement import CPU, Placement
 from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, row_kernel
 
-#: Of an H200, measured (build_kernels/kernels/topk_indices/NOTES.md). Microseconds before and after
-#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond
-#: that a CTA reads, and that all of them read together.
+#: Of an H200 (build_kernels/kernels/topk_indices/NOTES.md). Measured: microseconds before and after
+#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond that
+#: a CTA reads, that all of them read together, and how much of that with one CTA on each
+#: multiprocessor.
 _START_US, _CLUSTER_US, _BLOCK_US = 11.0, 0.8, 0.15
-_CTA_RATE, _MEMORY_RATE = 40e3, 3170e3
+_CTA_RATE, _MEMORY_RATE, _ALONE = 40e3, 3170e3, 0.9
+#: Predicted: the same of a CTA that holds its part of the row in registers.
+_HELD_START_US, _HELD_CTA_RATE = 4.0, 80e3
 #: From this size on, multiprocessors are left over that make no whole cluster.
 _LARGE_CLUSTER = 8
 
@@ -46,23 +49,25 @@ def estimated_us(
     """Microseconds that a variant is expected to take for rows of which all columns are read.
 
     Args:
-        constants: The entry's: ``BLOCKS_PER_ROW``, the CTAs of a cluster, and ``BLOCKS_PER_SM``,
-            the CTAs that are resident on a multiprocessor.
+        constants: The entry's: ``BLOCKS_PER_ROW``, the CTAs of a cluster, ``BLOCKS_PER_SM``, the
+            CTAs that are resident on a multiprocessor, and ``HELD``, 0 in the streamed form.
         rows: Of the call.
         columns: Of the call.
         score_bytes: The size of a score.
         multiprocessors: Of the device.
 
     """
-    blocks_per_row = int(constants["BLOCKS_PER_ROW"])
-    clusters = multiprocessors * int(constants["BLOCKS_PER_SM"]) // blocks_per_row
+    blocks_per_row, per_sm = int(constants["BLOCKS_PER_ROW"]), int(constants["BLOCKS_PER_SM"])
+    clusters = multiprocessors * per_sm // blocks_per_row
     clusters = max(clusters - int(blocks_per_row >= _LARGE_CLUSTER), 1)
     resident = min(clusters, rows) * blocks_per_row
-    rate = min(_CTA_RATE, _MEMORY_RATE / resident)
-    read = columns * score_bytes / blocks_per_row / rate
+    start, cta_rate = _START_US, _CTA_RATE
+    if constants["HELD"]:
+        start, cta_rate = _HELD_START_US, _HELD_CTA_RATE
+    memory_rate = _MEMORY_RATE * (_ALONE if per_sm == 1 else 1.0)
+    read = columns * score_bytes / blocks_per_row / min(cta_rate, memory_rate / resident)
     shared = _CLUSTER_US + _BLOCK_US * blocks_per_row if blocks_per_row > 1 else 0.0
-    start = _START_US + shared
-    return math.ceil(rows / clusters) * (start + read)
+    return math.ceil(rows / clusters) * (start + shared + read)
 
 
 def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: int) -> Entry:

@@ -195,7 +195,7 @@ class Topk:
                 assert self._kernels is not None
                 self._loaded[entry.key] = self._kernels.load_entry(entry)
             stream = torch.cuda.current_stream(scores.device).cuda_stream
-            self._loaded[entry.key].launch(stream, **_arguments(scores, ids))
+            self._loaded[entry.key].launch(stream, **launch_arguments(scores, ids))
 
         return call
 
@@ -227,7 +227,7 @@ class Topk:
         return dataclasses.replace(blank, error=found) if isinstance(found, str) else found
 
 
-def _arguments(scores: Tensor, ids: Tensor) -> dict[str, Any]:
+def launch_arguments(scores: Tensor, ids: Tensor) -> dict[str, Any]:
     """The arguments of a launch on whole rows, by the names of the contract."""
     rows, columns = scores.shape
     return {

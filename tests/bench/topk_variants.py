@@ -45,7 +45,9 @@ def candidates(kernel: catalog.Kernel) -> tuple[Variant, ...]:
     found = []
     for name, (base, changes) in CANDIDATES.items():
         constants = {**known[base].constants_of(None), **changes}
-        found.append(dataclasses.replace(known[base], name=name, constants=constants, by_model=None))
+        found.append(
+            dataclasses.replace(known[base], name=name, constants=constants, by_model=None)
+        )
     return tuple(found)
 
 

@@ -21,13 +21,13 @@ CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
     "topk_indices": {
         **{"SCORE_BYTES": 4, "BLOCKS_PER_ROW": 8, "BLOCKS_PER_SM": 1, "THREADS": 512, "LOADS": 8},
-        **{"STAGES": 2, "SAMPLES": 1024, "CAPACITY": 8192, "MAX_TOP_K": 4096},
+        **{"STAGES": 2, "SAMPLES": 1024, "CAPACITY": 8192, "MAX_TOP_K": 4096, "HELD": 0},
     },
 }
 #: Parameters that a kernel reads as integers: bits of numbers, or one of two types.
 AS_BITS = {("topk_indices", "scores"): "ptr:f32", ("topk_indices", "values_out"): "ptr:f32"}
 #: What may be indexed before the dependency wait: shared memory.
-SHARED = ("__shared__ SelectionScratch scratch[", "&shared.arrivals[warp][stage]")
+SHARED = ("__shared__ SelectionScratch scratch[",)
 TYPES = {"float*": "ptr:f32", "int*": "ptr:i32", "long long*": "ptr:i64"} | {
     "unsigned char*": "ptr:u8",
     "short*": "ptr:i16",
@@ -133,11 +133,38 @@ def test_topk_indices_geometry(score_bytes: int, kind: str, blocks: int) -> None
     assert contract.dynamic_shared_memory == 2 * 8 * 16 * 512 + 8 * 8192
 
 
+@pytest.mark.parametrize(
+    ("held", "score_bytes", "blocks", "threads", "longest"),
+    [(4, 4, 1, 512, 8192), (16, 4, 8, 512, 2**18), (8, 2, 1, 256, 16384)],
+)
+def test_topk_indices_holds_what_the_threads_of_a_cluster_hold(
+    held: int, score_bytes: int, blocks: int, threads: int, longest: int
+) -> None:
+    constants = {"HELD": held, "SCORE_BYTES": score_bytes, "BLOCKS_PER_ROW": blocks}
+    contract = contract_of("topk_indices", **constants, THREADS=threads)
+    assert contract.limits["row_length"] == (1, longest)
+    # The candidates of a row, for results in rank order.
+    assert contract.dynamic_shared_memory == 8 * 4096
+
+
+@pytest.mark.parametrize("form", ["held", "streamed"])
+def test_topk_indices_prepares_nothing_but_shared_memory(form: str) -> None:
+    """What comes before the dependency wait is given nothing that refers to other memory."""
+    folder = KERNELS / "topk_indices"
+    before, _, _ = (folder / "topk_indices.cu").read_text().partition("griddepcontrol_wait();")
+    body = before.rsplit("{", 1)[1]
+    calls = re.findall(r"(\w+)\(([^)]*)\);", body)
+    assert calls == [("griddepcontrol_launch_dependents", ""), ("prepare", "shared")]
+    source = (folder / f"{form}.cuh").read_text()
+    assert "__device__ __forceinline__ void prepare(Shared& shared) {" in source
+
+
 def test_topk_indices_fits_the_multiprocessor() -> None:
     for job in plan(targets=TARGETS, kernels=["topk_indices"]):
         module = importlib.import_module("build_kernels.kernels.topk_indices.contract")
         contract = module.contract(job.constants)
         resident = int(job.constants["BLOCKS_PER_SM"])
+        own = 13 * 1024 if job.constants["HELD"] else 8192
         # 228 KB, of which each CTA takes 1 KB; and the kernel's own variables.
-        assert resident * (contract.dynamic_shared_memory + 1024 + 8192) <= 228 * 1024
+        assert resident * (contract.dynamic_shared_memory + 1024 + own) <= 228 * 1024
         assert resident * contract.block[0] <= 2048

@@ -31,7 +31,7 @@ def indexer(
     gpu: Any, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> Any:
     """The fake device with kernels for a CTA and for a cluster of 8 of a row."""
-    sizes = {"SCORE_BYTES": 4, "BLOCKS_PER_SM": 1}
+    sizes = {"SCORE_BYTES": 4, "BLOCKS_PER_SM": 1, "HELD": 0}
     gpu.entries += [
         build.entry(
             "topk_indices",
@@ -50,7 +50,7 @@ def indexer(
             "topk_indices",
             half,
             variant="half",
-            constants={"SCORE_BYTES": 2, "BLOCKS_PER_SM": 1, "BLOCKS_PER_ROW": 1},
+            constants={"SCORE_BYTES": 2, "BLOCKS_PER_SM": 1, "BLOCKS_PER_ROW": 1, "HELD": 0},
         )
     )
     folder = build.artifacts(tmp_path / "with topk_indices", gpu.entries)
@@ -348,9 +348,13 @@ def test_none_for_the_scores() -> None:
         rt.topk_indices(None, 3)  # type: ignore[arg-type]
 
 
-def entry_of(blocks_per_row: int, blocks_per_sm: int) -> Any:
+def entry_of(blocks_per_row: int, blocks_per_sm: int, held: int = 0) -> Any:
     return SimpleNamespace(
-        constants={"BLOCKS_PER_ROW": blocks_per_row, "BLOCKS_PER_SM": blocks_per_sm}
+        constants={
+            "BLOCKS_PER_ROW": blocks_per_row,
+            "BLOCKS_PER_SM": blocks_per_sm,
+            "HELD": held,
+        }
     )
 
 
@@ -377,6 +381,27 @@ def test_the_choice_follows_from_sizes_and_constants() -> None:
             found = topk_indices.choose(order, (4, rows_, columns, 512), 132)
             assert found is wanted, (rows_, columns)
     assert topk_indices.choose([pair, large], (2, 4, 64, 9), 132) is pair
+
+
+def test_rows_that_registers_hold_are_held() -> None:
+    """The predictions for the form whose scores are in registers, and for four CTAs a row."""
+    block, pair, quad = entry_of(1, 2), entry_of(2, 1), entry_of(4, 2)
+    held, held_cluster = entry_of(1, 2, 16), entry_of(8, 1, 16)
+    for rows_, columns, wanted, bar in (
+        (4, 8192, held, 5.0),
+        (256, 16384, held, 10.0),
+        (1, 16384, held, 6.0),
+        (1, 262144, held_cluster, 8.0),
+        (64, 262144, quad, 34.0),
+        (64, 2**20, quad, 98.0),
+        (1024, 262144, block, 360.0),
+    ):
+        entries = [block, pair, quad]
+        entries += [held] if columns <= 16384 else []
+        entries += [held_cluster] if columns <= 262144 else []
+        found = topk_indices.choose(entries, (4, rows_, columns, 512), 132)
+        assert found is wanted, (rows_, columns)
+        assert topk_indices.estimated_us(found.constants, rows_, columns, 4, 132) < bar
 
 
 def test_estimates_are_near_what_was_measured() -> None:
