@@ -110,15 +110,15 @@ _TOPK_SELECT = _table(
 #: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A ring
 #: has STAGES chunks of LOADS vectors for each lane of its warp.
 _TOPK_INDICES = _table(
-    "variant         model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
+    "variant         model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES EARLY"
     " SAMPLES CAPACITY MAX_TOP_K",
-    ("block",         ANY,  0,   4, 1,  2, 512, 8, 1, 512,  4608, 2048),
-    ("pair",          ANY,  0,   4, 2,  1, 512, 8, 2, 2048, 8192, 4096),
-    ("quad",          ANY,  0,   4, 4,  2, 512, 8, 1, 1024, 4608, 2048),
-    ("cluster8",      ANY,  0,   4, 8,  1, 512, 8, 2, 1024, 8192, 4096),
-    ("cluster16",     ANY,  0,   4, 16, 1, 512, 8, 2, 1024, 8192, 4096),
-    ("block_bf16",    ANY,  0,   2, 1,  2, 512, 4, 2, 2048, 4608, 2048),
-    ("cluster8_bf16", ANY,  0,   2, 8,  1, 512, 4, 3, 1024, 8192, 4096),
+    ("block",         ANY,  0,   4, 1,  2, 512, 8, 1, 0, 512,  4608, 2048),
+    ("pair",          ANY,  0,   4, 2,  1, 512, 8, 2, 0, 2048, 8192, 4096),
+    ("quad",          ANY,  0,   4, 4,  2, 512, 8, 1, 0, 1024, 4608, 2048),
+    ("cluster8",      ANY,  0,   4, 8,  1, 512, 8, 2, 0, 1024, 8192, 4096),
+    ("cluster16",     ANY,  0,   4, 16, 1, 512, 8, 2, 0, 1024, 8192, 4096),
+    ("block_bf16",    ANY,  0,   2, 1,  2, 512, 4, 2, 0, 2048, 4608, 2048),
+    ("cluster8_bf16", ANY,  0,   2, 8,  1, 512, 4, 3, 0, 1024, 8192, 4096),
 )
 
 #: The scores are in registers, HELD vectors of each thread: short rows in a CTA, a few long ones in a

@@ -36,6 +36,11 @@ CANDIDATES: dict[str, tuple[str, dict[str, int]]] = {
     "t_quad_4_2": ("quad", {"LOADS": 4, "STAGES": 2}),
     "t_pair_2": ("pair", {"BLOCKS_PER_SM": 2, "STAGES": 1, "CAPACITY": 4608, "MAX_TOP_K": 2048}),
     "t_block_4": ("block", {"LOADS": 4}),
+    # A warp's buffer is never idle while the warp appends.
+    "t_block_early": ("block", {"EARLY": 1}),
+    "t_pair_early": ("pair", {"EARLY": 1}),
+    "t_quad_early": ("quad", {"EARLY": 1}),
+    "t_block_early_4": ("block", {"EARLY": 1, "LOADS": 4, "STAGES": 2}),
 }
 
 

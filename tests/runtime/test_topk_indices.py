@@ -394,7 +394,7 @@ def test_rows_that_registers_hold_are_held() -> None:
         (1, 262144, held_cluster, 8.0),
         (64, 262144, quad, 34.0),
         (64, 2**20, quad, 98.0),
-        (1024, 262144, block, 360.0),
+        (1024, 262144, block, 400.0),
     ):
         entries = [block, pair, quad]
         entries += [held] if columns <= 16384 else []

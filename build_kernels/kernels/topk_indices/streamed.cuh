@@ -20,7 +20,8 @@
 //      them in order. In rank order: the CTA of rank 0 collects and sorts them.
 //
 // Constants of this form: LOADS (16-byte vectors of a lane per chunk), STAGES (chunks of a warp's
-// ring), SAMPLES (at most, a power of 2), CAPACITY (of the list).
+// ring), SAMPLES (at most, a power of 2), CAPACITY (of the list), EARLY (1: a buffer of a ring is copied
+// to again before its candidates are appended, whose scores are then read from global memory).
 #pragma once
 
 #include "cluster.cuh"
@@ -391,10 +392,15 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
             const unsigned stage = consumed % STAGES;
             const uint4* buffer = ring_buffer(warp, stage);
             const unsigned position = chunk * VALUES - row.begin;
+            const unsigned next = chunk + STAGES * WARPS * CHUNK_VECTORS;
             if (!full) {
                 wait_for_copy(&shared.arrivals[warp][stage], consumed / STAGES % 2);
                 entering = entering_scores(buffer, min(CHUNK_VECTORS, row.last - chunk), position,
                                            bound, row.nan_key, lane);
+                if constexpr (EARLY) {
+                    __syncwarp();
+                    if (lane == 0 && next < row.last) start_chunk(row, next, warp, stage, shared);
+                }
             }
             full = false;
             while (!full && __any_sync(ALL_LANES, entering != 0)) {
@@ -403,8 +409,9 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
                     const unsigned bit = __ffs(entering) - 1;
                     const unsigned score =
                         (bit / VALUES * WARP + lane) * VALUES + bit % VALUES;
-                    const Candidate candidate =
-                        row.candidate(score_at(buffer, score), position + score);
+                    const unsigned bits = EARLY ? row.bits(row.begin + position + score)
+                                                : score_at(buffer, score);
+                    const Candidate candidate = row.candidate(bits, position + score);
                     if (candidate >= bound) {
                         const unsigned place = atomicAdd(&shared.count, 1u);
                         refused = place >= CAPACITY;
@@ -418,9 +425,10 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
                 full = __any_sync(ALL_LANES, refused);
             }
             if (full) break;
-            __syncwarp();
-            const unsigned next = chunk + STAGES * WARPS * CHUNK_VECTORS;
-            if (lane == 0 && next < row.last) start_chunk(row, next, warp, stage, shared);
+            if constexpr (!EARLY) {
+                __syncwarp();
+                if (lane == 0 && next < row.last) start_chunk(row, next, warp, stage, shared);
+            }
             ++consumed;
             chunk += WARPS * CHUNK_VECTORS;
         }
