@@ -121,10 +121,11 @@ _TOPK_INDICES = _table(
     ("cluster8_bf16", ANY,  0,   2, 8,  1, 512, 4, 3, 0, 1024, 8192, 4096),
 )
 
-#: The scores are in registers, HELD vectors of each thread: short rows in a CTA, a few long ones in a
+#: The scores are in registers, HELD vectors of each thread: short rows in a CTA, few long ones in a
 #: cluster.
 _TOPK_INDICES_HELD = _table(
-    "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLES MAX_TOP_K",
+    "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLES"
+    " MAX_TOP_K",
     ("held8k",        ANY,  4,   4,          1,             2,            512,    0,      2048),
     ("held16k",       ANY,  16,  4,          1,             2,            256,    0,      2048),
     ("held256k",      ANY,  16,  4,          8,             1,            512,    512,    4096),

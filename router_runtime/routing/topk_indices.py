@@ -32,9 +32,9 @@ from router_runtime.routing.placement import CPU, Placement
 from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, row_kernel
 
 #: Of an H200 (build_kernels/kernels/topk_indices/NOTES.md). Measured: microseconds before and after
-#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond that
-#: a CTA reads, that all of them read together, and how much of that with one CTA on each
-#: multiprocessor.
+#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond
+#: that a CTA reads, that all of them read together, and the part of that which one CTA on each
+#: multiprocessor reaches.
 _START_US, _CLUSTER_US, _BLOCK_US = 11.0, 0.8, 0.15
 _CTA_RATE, _MEMORY_RATE, _ALONE = 40e3, 3170e3, 0.9
 #: Predicted: the same of a CTA that holds its part of the row in registers.

@@ -28,6 +28,8 @@ from router_runtime.format.target import Target
 from tests.bench.topk import HOSTILE, SHAPES, Shape, launch_arguments
 from tests.bench.topk_rows import PATTERNS, RANDOM, Rows
 
+#: Where everything lies.
+DEVICE = "cuda"
 #: Columns and rows whose ids are compared: around what the forms hold, and aligned to nothing.
 CHECKED = (
     *((8192, 4), (16384, 3), (262144, 2), (131071, 2), (20000, 5), (300, 9), (7, 3), (9001, 4)),
@@ -46,7 +48,7 @@ class Trial:
     def __init__(self, kernels: Mapping[str, LoadedKernel], seconds: float) -> None:
         self._kernels = kernels
         self._end = time.monotonic() + seconds
-        self._random = torch.Generator("cuda").manual_seed(1)
+        self._random = torch.Generator(DEVICE).manual_seed(1)
 
     def over(self) -> bool:
         """Whether the time is up."""
@@ -70,7 +72,7 @@ class Trial:
 
     def _compared(self, turn: int, columns: int, rows: int, pattern: str) -> Iterator[str | None]:
         """For each kernel and k what is wrong, or None."""
-        whole = torch.full((rows, columns + 13), torch.inf, device="cuda")
+        whole = torch.full((rows, columns + 13), torch.inf, device=DEVICE)
         scores = whole[:, turn % 3 : turn % 3 + columns]
         scores.copy_(drawn(rows, columns, pattern))
         starts, ends = self._integers(0, max(columns // 3, 1), rows), None
@@ -98,7 +100,7 @@ class Trial:
                         in_rank_order=bool(options["sorted"]),
                         nan_first=bool(options["nan_first"]),
                     )
-                ids = torch.full((rows, k), 77, dtype=torch.int32, device="cuda")
+                ids = torch.full((rows, k), 77, dtype=torch.int32, device=DEVICE)
                 bounds = {"row_starts": starts, "row_ends": ends}
                 launch(kernel, {**launch_arguments(given, ids), **bounds, **options})
                 different = (ids != expected[key]).any(dim=1)
@@ -110,7 +112,7 @@ class Trial:
                 yield f"{name} {pattern} {rows} x {columns} k {k} {options} row {row}: {bounded}"
 
     def _integers(self, low: int, high: int, count: int) -> Tensor:
-        drawn_ = torch.randint(low, high, (count,), generator=self._random, device="cuda")
+        drawn_ = torch.randint(low, high, (count,), generator=self._random, device=DEVICE)
         return drawn_.int()
 
     def times(self, shape: Shape, pattern: str, only: Collection[str] = ()) -> dict[str, float]:
@@ -119,7 +121,7 @@ class Trial:
         calls = min(max(-(-_CHAIN_BYTES // size), 2), _MOST_CALLS)
         pool = drawn(shape.rows * calls, shape.columns, pattern)
         pool = pool.view(calls, shape.rows, shape.columns)
-        ids = torch.empty(shape.rows, shape.top_k, dtype=torch.int32, device="cuda")
+        ids = torch.empty(shape.rows, shape.top_k, dtype=torch.int32, device=DEVICE)
         found = {}
         for name, kernel in self._kernels.items():
             ctas = int(kernel.entry.constants["BLOCKS_PER_ROW"])
@@ -139,9 +141,9 @@ class Trial:
 
     def empty(self, rows: int) -> dict[str, float]:
         """Microseconds of a call whose rows have no scores: what a launch costs."""
-        scores = torch.randn(rows, 64, device="cuda")
-        ids = torch.empty(rows, 512, dtype=torch.int32, device="cuda")
-        ends = {"row_ends": torch.zeros(rows, dtype=torch.int32, device="cuda")}
+        scores = torch.randn(rows, 64, device=DEVICE)
+        ids = torch.empty(rows, 512, dtype=torch.int32, device=DEVICE)
+        ends = {"row_ends": torch.zeros(rows, dtype=torch.int32, device=DEVICE)}
         return {
             name: timed(
                 kernel,
@@ -160,10 +162,10 @@ def half(kernel: LoadedKernel) -> bool:
 def drawn(rows: int, columns: int, pattern: str) -> Tensor:
     """Rows of one of the benchmark's patterns, or with the largest scores where samples are."""
     if pattern != "beats_sample":
-        return Rows(rows, columns, torch.device("cuda")).draw(pattern)
-    scores = Rows(rows, columns, torch.device("cuda")).draw(RANDOM)
+        return Rows(rows, columns, torch.device(DEVICE)).draw(pattern)
+    scores = Rows(rows, columns, torch.device(DEVICE)).draw(RANDOM)
     bits = min(max((columns // 32).bit_length(), 8), 10) - 1
-    number = torch.arange(1 << bits, device="cuda")
+    number = torch.arange(1 << bits, device=DEVICE)
     places = (number << 16 | (number * 2654435761 & 0xFFFFFFFF) >> 16) * columns >> 16 + bits
     scores[:, places.clamp(max=columns - 1)] += 100
     return scores
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=55.0, help="at most")
     parser.add_argument("--out", type=Path, help="a file for the times, as JSON")
     options = parser.parse_args()
-    torch.zeros(1, device="cuda")
+    torch.zeros(1, device=DEVICE)
     names = set(filter(None, options.only.split(",")))
     kernels = load(options.artifacts, lambda name: not names or name in names)
     print(torch.cuda.get_device_name(), *kernels, flush=True)

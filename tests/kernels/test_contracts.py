@@ -8,11 +8,13 @@ from collections.abc import Mapping
 
 import pytest
 
+from build_kernels.catalog.kernels import KERNELS as KERNELS_OF_CATALOG
 from build_kernels.catalog.targets import TARGETS
 from build_kernels.compile.sources import KERNELS
 from build_kernels.kernels.common.parameters import ROUTING
 from build_kernels.plan import plan
-from router_runtime.format.contract import Contract, GridAxis, validate_contract
+from router_runtime.format.contract import Constants, Contract, GridAxis, validate_contract
+from tests.bench.topk_variants import CANDIDATES, candidates
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "hash_router": {"THREADS": 128, "TOKENS_PER_BLOCK": 32},
@@ -159,12 +161,28 @@ def test_topk_indices_prepares_nothing_but_shared_memory(form: str) -> None:
     assert "__device__ __forceinline__ void prepare(Shared& shared) {" in source
 
 
+def fits_the_multiprocessor(constants: Constants) -> bool:
+    module = importlib.import_module("build_kernels.kernels.topk_indices.contract")
+    contract = module.contract(constants)
+    resident = int(constants["BLOCKS_PER_SM"])
+    own = 13 * 1024 if constants["HELD"] else 8192
+    # 228 KB, of which each CTA takes 1 KB; and the kernel's own variables.
+    memory = resident * (contract.dynamic_shared_memory + 1024 + own)
+    return memory <= 228 * 1024 and resident * contract.block[0] <= 2048
+
+
 def test_topk_indices_fits_the_multiprocessor() -> None:
     for job in plan(targets=TARGETS, kernels=["topk_indices"]):
-        module = importlib.import_module("build_kernels.kernels.topk_indices.contract")
-        contract = module.contract(job.constants)
-        resident = int(job.constants["BLOCKS_PER_SM"])
-        own = 13 * 1024 if job.constants["HELD"] else 8192
-        # 228 KB, of which each CTA takes 1 KB; and the kernel's own variables.
-        assert resident * (contract.dynamic_shared_memory + 1024 + own) <= 228 * 1024
-        assert resident * contract.block[0] <= 2048
+        assert fits_the_multiprocessor(job.constants), job.key
+
+
+def test_the_candidates_of_a_trial_are_other_variants_that_fit() -> None:
+    (kernel,) = (kernel for kernel in KERNELS_OF_CATALOG if kernel.name == "topk_indices")
+    known = [variant.constants_of(None) for variant in kernel.variants]
+    found = candidates(kernel)
+    assert [variant.name for variant in found] == list(CANDIDATES)
+    for variant in found:
+        constants = variant.constants_of(None)
+        assert constants not in known
+        assert fits_the_multiprocessor(constants), variant.name
+        known.append(constants)

@@ -719,7 +719,7 @@ def test_a_row_that_depends_on_its_batch_is_caught():
 
 
 def test_the_sample_of_a_row_is_where_the_kernel_takes_it():
-    """By the formula of topk_indices.cu, in Python's integers."""
+    """By the formula of its source, in Python's integers."""
     case = next(
         each
         for each in cases_of(
@@ -737,6 +737,16 @@ def test_the_sample_of_a_row_is_where_the_kernel_takes_it():
     }
     assert set((scores[0] > 50).nonzero().flatten().tolist()) == columns
     assert len(columns) == 2048
+
+
+def test_a_kernel_without_a_sample_has_the_rows_that_beat_one():
+    limits = {"row_length": (1, 8192), "top_k": (1, 2048)}
+    for samples, used in ((0, 512), (1024, 1024)):
+        constants = {"SCORE_BYTES": 4, "SAMPLES": samples}
+        cases = cases_of("topk_indices", constants, limits)
+        beating = [case for case in cases if case.pattern == "beats_sample"]
+        assert {case.sizes["sample"] for case in beating} == {used}
+        assert all((inputs.make_inputs(case)["scores"] > 50).any(dim=1).all() for case in beating)
 
 
 def test_the_evidence_of_a_kernel_depends_on_its_own_cases():

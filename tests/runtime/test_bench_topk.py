@@ -98,7 +98,7 @@ def entries(
     gpu: Any, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> Any:
     """Entries of the kernel on the fake device, which executes them by the oracle."""
-    sizes = {"SCORE_BYTES": 4, "BLOCKS_PER_SM": 1}
+    sizes = {"SCORE_BYTES": 4, "BLOCKS_PER_SM": 1, "HELD": 0}
     made = [
         build.entry(
             KERNEL,
