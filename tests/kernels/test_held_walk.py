@@ -215,7 +215,8 @@ class Walk:
         # A lane has a part of the stripe lane // values of its mask's.
         parts = found.reshape(self.blocks, warps, -1, per_mask, self.values)
         stripes = parts.transpose(0, 2, 3, 1, 4).reshape(self.blocks, -1, warps, self.values)
-        return (stripes[:, : self.held, ..., None] & weights) != 0
+        marked: NDArray[np.bool_] = (stripes[:, : self.held, ..., None] & weights) != 0
+        return marked
 
 
 def sampled_positions(length: int) -> NDArray[np.int64]:
