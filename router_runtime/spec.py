@@ -177,13 +177,11 @@ def scores_at(scores: Tensor, ids: Tensor, row_starts: Tensor | None = None) -> 
     if row_starts is not None:
         columns = columns + row_starts.long().clamp(min=0).unsqueeze(1)
     chosen = torch.where(ids >= 0, columns, torch.zeros_like(columns))
-    taken = scores.gather(1, chosen)
-    # Not by float(), which changes the bits of a signalling NaN on a GPU.
-    bits = (
-        taken.view(torch.int16).int() << 16
-        if taken.dtype is torch.bfloat16
-        else taken.view(torch.int32)
-    )
+    # As integers: torch may change the bits of a NaN when it gathers or converts bf16.
+    if scores.dtype is torch.bfloat16:
+        bits = scores.view(torch.int16).gather(1, chosen).int() << 16
+    else:
+        bits = scores.float().view(torch.int32).gather(1, chosen)
     none = torch.full_like(bits, -0x800000)
     return torch.where(ids >= 0, bits, none).view(torch.float32)
 

@@ -15,6 +15,9 @@ from router_runtime.verification.inputs import Inputs
 from router_runtime.verification.ranking import out_of_order
 from router_runtime.verification.reference import Oracle, Reference
 
+#: Numbers of a row that a problem shows.
+_MOST_SHOWN = 32
+
 
 def check_ids(reference: Reference, ids: Tensor) -> tuple[list[str], int]:
     """Check that ids ``[N, k]`` are distinct experts in an order that the intervals allow.
@@ -118,12 +121,43 @@ def check_physical_ids(inputs: Inputs, ids: Tensor, logical_ids: Tensor) -> list
 
 
 def report(wrong: Tensor, what: str, found: Tensor, expected: Tensor | None = None) -> str:
-    """The problem ``what`` of the rows marked in ``wrong``, bool ``[N]``; it shows the first."""
+    """The problem ``what`` of the rows marked in ``wrong``, bool ``[N]``; it shows the first, or of
+    a long row the first places that are wrong.
+    """
     row = int(wrong.nonzero()[0])
-    text = f"{what} in {int(wrong.sum())} of {wrong.numel()} rows; row {row}: "
-    if expected is not None:
-        text += f"expected {expected[row].tolist()}, "
-    return text + f"found {found[row].tolist()}"
+    text = f"{what} in {int(wrong.sum())} of {wrong.numel()} rows; row {row}"
+    shown, wanted = found[row], None if expected is None else expected[row]
+    if shown.numel() > _MOST_SHOWN:
+        places = torch.arange(shown.numel())
+        if wanted is not None:
+            places = _different(shown, wanted).nonzero().flatten()
+            wanted = wanted[places[:_MOST_SHOWN]]
+        shown = shown[places[:_MOST_SHOWN]]
+        text += f", places {places[:_MOST_SHOWN].tolist()} of {places.numel()}"
+    text += ": "
+    if wanted is not None:
+        text += f"expected {_exactly(wanted)}, "
+    return text + f"found {_exactly(shown)}"
+
+
+def _different(found: Tensor, expected: Tensor) -> Tensor:
+    """Where numbers differ; fp32 by their bits, as a NaN differs from itself."""
+    if found.dtype is expected.dtype is torch.float32:
+        return found.view(torch.int32) != expected.view(torch.int32)
+    return found != expected
+
+
+def _exactly(values: Tensor) -> str:
+    """Numbers, and of fp32 the bits of each NaN, whose text is the same for all."""
+    listed = values.tolist()
+    if values.dtype is not torch.float32 or not values.isnan().any():
+        return str(listed)
+    patterns = (values.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    texts = (
+        f"nan ({pattern:#010x})" if value != value else repr(value)
+        for value, pattern in zip(listed, patterns, strict=True)
+    )
+    return f"[{', '.join(texts)}]"
 
 
 def _largest(errors: Tensor) -> float:

@@ -232,6 +232,19 @@ def test_topk_indices(dtype, in_rank_order, nan_first):
     assert torch.equal(plain, spec.topk_select(scores, 5)[1].sort(dim=1).values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_keep_their_bits(dtype):
+    size = dtype.itemsize
+    integers = {4: torch.int32, 2: torch.int16}[size]
+    generator = torch.Generator().manual_seed(8)
+    low, high = -(2 ** (8 * size - 1)), 2 ** (8 * size - 1)
+    bits = torch.randint(low, high, (40, 3000), generator=generator).to(integers)
+    bits[0] |= 0x7F81 << 8 * (size - 2)  # NaNs, half of them signalling
+    ids = torch.randint(0, 3000, (40, 3000), generator=generator).int()
+    found = spec.scores_at(bits.view(dtype), ids).view(torch.int32)
+    assert torch.equal(found, bits.gather(1, ids.long()).int() << 8 * (4 - size))
+
+
 def test_slots():
     ids = torch.tensor([[0, 3, 4, 9, -1], [0, 3, 4, 9, -1], [1, 2, 5, 7, 8], [1, 2, 5, 7, 8]])
     ids = ids.int()

@@ -13,7 +13,7 @@ import torch
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.suite import cases_of, cases_sha256
-from router_runtime.verification import inputs
+from router_runtime.verification import checks, inputs
 from router_runtime.verification.bounds import TOLERANCES
 from router_runtime.verification.examine import examine
 from router_runtime.verification.reference import Oracle
@@ -763,3 +763,18 @@ def test_the_evidence_of_a_kernel_depends_on_its_own_cases():
     assert {1, 2**20, 2**21} <= {each["row_length"] for each in sizes}
     assert {1, 4096} <= {each["top_k"] for each in sizes}
     assert any(each["top_k"] > each["row_length"] for each in sizes)
+
+
+def test_the_report_of_a_long_row_shows_what_is_wrong():
+    expected = torch.zeros(3, 5000)
+    found = expected.clone()
+    found[1, 4000] = torch.nan
+    expected[1, 4000] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    found[2, 7] = 1
+    wrong = (found.view(torch.int32) != expected.view(torch.int32)).any(dim=1)
+    text = checks.report(wrong, "wrong value bits", found, expected)
+    assert text == (
+        "wrong value bits in 2 of 3 rows; row 1, places [4000] of 1: "
+        "expected [nan (0x7fc00001)], found [nan (0x7fc00000)]"
+    )
+    assert len(checks.report(wrong, "outside", torch.arange(15000).view(3, 5000))) < 600
