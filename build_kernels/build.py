@@ -155,15 +155,10 @@ def make(
     """Return the entry and the cubin of every job. Raises BuildError with each distinct error."""
     compiled, failures = compile_all(jobs, reuse, processes, progress, keep_going)
     untried = len(jobs) - len(compiled) - len(failures)
-    made = []
+    made: list[tuple[Entry, bytes]] = []
     if not failures or keep_going:
-        for found, counts in _counted(compiled, processes):
-            try:
-                if isinstance(counts, BuildError):
-                    raise counts
-                made.append((inspect(found.job, found.data, found.facts, counts), found.data))
-            except BuildError as error:
-                failures.append(_of_job(found.job, error))
+        made, refused = examine(compiled, processes)
+        failures += refused
     if failures:
         left = f", {untried} were not tried (build --keep-going tries them)" if untried else ""
         raise BuildError(
@@ -171,6 +166,23 @@ def make(
             "published; next: correct the sources and run the command again"
         )
     return made
+
+
+def examine(
+    compiled: Sequence[Compiled], processes: int
+) -> tuple[list[tuple[Entry, bytes]], list[JobError]]:
+    """Return the entry and the cubin of every job whose cubin is what its contract declares, and
+    the errors of the others.
+    """
+    made, failures = [], []
+    for found, counts in _counted(compiled, processes):
+        try:
+            if isinstance(counts, BuildError):
+                raise counts
+            made.append((inspect(found.job, found.data, found.facts, counts), found.data))
+        except BuildError as error:
+            failures.append(_of_job(found.job, error))
+    return made, failures
 
 
 def compile_all(

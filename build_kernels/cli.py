@@ -17,7 +17,8 @@ import click
 from build_kernels import dispatch, evidence, lock, publish, show
 from build_kernels.build import build
 from build_kernels.catalog.model_file import read_model
-from build_kernels.catalog.models import MODELS
+from build_kernels.catalog.models import MODELS, Model
+from build_kernels.catalog.rules import check_distinct
 from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.sources import PACKAGE
 from build_kernels.emulation.emulate import emulate
@@ -32,6 +33,8 @@ from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
 from build_kernels.release.requirements import check_verified_names
 from build_kernels.standings import standings
+from build_kernels.tuning import candidates
+from build_kernels.tuning import folder as tuning_folder
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
 from router_runtime.evidence.store import EVIDENCE_NAME
@@ -211,6 +214,88 @@ def check_command(keep_going: bool, quiet: bool, jobs: int) -> None:
         )
     if not quiet:
         click.echo(f"{len(manifest.entries)} cubins are what artifacts.lock records")
+
+
+@main.command("tune")
+@click.argument("models", nargs=-1)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for the candidates."
+)
+@click.option("--target", default="sm_90a", show_default=True, help="What to build for.")
+@click.option(
+    "--candidates",
+    "count",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Of each class: so many of those that are predicted to be the fastest.",
+)
+@click.option("--classes", help="Only the variants for batches of these sizes, such as 4096,16384.")
+@click.option(
+    "--division",
+    "given",
+    multiple=True,
+    help="A candidate in any case: 4096:128x64:2:1 (TOKENS:EXPERTSxTOKENS:CLUSTER_T:SPLIT_K of "
+    "swap_ab), 16384:2:1:1 (TOKENS:CLUSTER_E:CLUSTER_T:PASSES of tile), for one model MODEL/...; "
+    "repeatable.",
+)
+@_quiet_option
+@_jobs_option
+def tune_command(
+    models: tuple[str, ...],
+    out: Path,
+    target: str,
+    count: int,
+    classes: str | None,
+    given: tuple[str, ...],
+    quiet: bool,
+    jobs: int,
+) -> None:
+    """Build other divisions of the dense kernels of MODELS, to be timed on a GPU.
+
+    MODELS: names of the catalog or model files; none: every model of the catalog. The folder is
+    timed where the GPU is: python -m tests.bench.tune --artifacts OUT
+    """
+    if _same(out, ARTIFACTS):
+        raise BuildError("expected a folder of its own, found artifacts/; next: --out build/tune")
+    started = time.monotonic()
+    with _screen(quiet) as screen:
+        tuning, manifest = tuning_folder.make(
+            _named(models),
+            out,
+            target,
+            _batches(classes),
+            count,
+            [candidates.parsed(text) for text in given],
+            jobs,
+            screen.step,
+            reuse=[] if ARTIFACTS is None else [ARTIFACTS],
+        )
+    constants = {entry.key: entry.constants for entry in manifest.entries}
+    if not quiet:
+        click.echo(tuning_folder.text(tuning, constants.__getitem__))
+        click.echo(
+            f"{len(manifest.entries)} cubins, {time.monotonic() - started:.1f} s, in {out}; "
+            f"next, on a GPU of {target}: python -m tests.bench.tune --artifacts {out}"
+        )
+
+
+def _named(models: tuple[str, ...]) -> list[Model]:
+    """The models of the catalog with these names, or of these files; all, if there are none."""
+    known = {model.name: model for model in MODELS}
+    chosen = [known[name] if name in known else read_model(Path(name)) for name in models]
+    check_distinct("models", [model.name for model in chosen], "name each model once")
+    return chosen or list(MODELS)
+
+
+def _batches(text: str | None) -> frozenset[int]:
+    """The numbers of ``--classes``; empty without it."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise BuildError(
+            f"--classes: expected numbers of tokens, found {text!r}; next: --classes 4096,16384"
+        )
+    return frozenset(map(int, parts))
 
 
 @main.command("list")

@@ -39,7 +39,7 @@ def searched(kernel: Kernel, model: Model) -> dict[str, Constants]:
         if variant.batches:
             mma = str(variant.constants["MMA"])
             division = search.best(
-                variant.forms, mma, shape, variant.batches, _machine(mma, variant.targets)
+                variant.forms, mma, shape, variant.batches, machine(mma, variant.targets)
             )
             if division is not None:
                 found[variant.name] = division
@@ -59,17 +59,25 @@ def predicted(constants: Constants, target: str, tokens: Iterable[int]) -> Laten
     mma = str(constants["MMA"])
     g = geometry_of(constants)
     most = getattr(g, "max_tokens", math.inf)
-    machine = _machine(mma, (target,))
+    gpu = machine(mma, (target,))
     return tuple(
-        (count, round(cost.microseconds(g, mma, count, machine), 1))
+        (count, round(cost.microseconds(g, mma, count, gpu), 1))
         for count in tokens
         if count <= most
     )
 
 
-def _machine(mma: str, targets: tuple[str, ...]) -> cost.Machine:
-    """The GPU of an MMA. One division of ``mma_sync`` serves all targets, so that evidence of one
-    counts for the others; it is searched for on the one that was measured."""
+def machine(mma: str, targets: tuple[str, ...]) -> cost.Machine:
+    """Return the GPU that divisions with an MMA are searched for.
+
+    One division of ``mma_sync`` serves all targets, so that evidence of one counts for the others;
+    it is searched for on the one that was measured.
+
+    Args:
+        mma: The MMA.
+        targets: Those that have the variant; empty: all.
+
+    """
     if mma == "tcgen05":
         return cost.B200
     return cost.H100 if not targets or targets[0] in HOPPER else _PORTABLE_BLACKWELL

@@ -76,7 +76,7 @@ class Selection:
         for kernel in catalog.KERNELS:
             if not self.kernels or kernel.name in self.kernels:
                 models = self._models() if kernel.per_model else [None]
-                jobs += _jobs(kernel, models, self.targets or DEFAULT_TARGETS, sources)
+                jobs += jobs_of(kernel, models, self.targets or DEFAULT_TARGETS, sources)
         return sorted(jobs, key=lambda job: job.key)
 
     def covers(self, entry: Entry) -> bool:
@@ -122,7 +122,7 @@ def tree_digest() -> str:
     for kernel in sorted(catalog.KERNELS, key=lambda kernel: kernel.name):
         models = MODELS if kernel.per_model else (None,)
         try:
-            jobs = list(_jobs(kernel, models, TARGETS, sources))
+            jobs = list(jobs_of(kernel, models, TARGETS, sources))
         except BuildError:
             facts.append(f"{kernel.name}: no plan")
         else:
@@ -156,10 +156,13 @@ def sources(jobs: Iterable[Job]) -> set[Path]:
     return found
 
 
-def _jobs(
+def jobs_of(
     kernel: Kernel, models: Iterable[Model | None], targets: Iterable[str], sources: Sources
 ) -> Iterator[Job]:
-    """The jobs of one kernel, for each of the models that has it."""
+    """Yield the jobs of one kernel, for each of the models that has it.
+
+    Raises BuildError as ``Selection.jobs`` does.
+    """
     latencies = Latencies(PACKAGE / "catalog" / "latency.toml")
     identity = sources.identity(kernel.name, kernel.language)
     exact = sources.exact(kernel.name, kernel.language)

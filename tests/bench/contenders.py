@@ -103,6 +103,10 @@ class DenseRouters:
     def __call__(self, layer: int, x: Tensor) -> Output:
         return Output(*self._routers[layer](x))
 
+    def with_logits(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, ids and logits."""
+        return self._routers[layer].forward_with_logits(x)
+
     def release(self) -> None:
         """Free the memory: a router that a graph captured stays registered until its caller
         unregisters it.

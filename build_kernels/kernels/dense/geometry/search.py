@@ -59,20 +59,35 @@ def best(
     None: no form has a division for this router.
 
     """
+    return next((constants for _, constants in ranked(forms, mma, shape, tokens, machine)), None)
+
+
+def ranked(
+    forms: Sequence[str], mma: str, shape: Constants, tokens: Sequence[int], machine: cost.Machine
+) -> list[tuple[float, Constants]]:
+    """Return (microseconds, constants) of every division, the fastest first.
+
+    The arguments and the constants are those of ``best``; the microseconds are the geometric mean
+    of those predicted for ``tokens``.
+    """
     sizes = tuple(int(shape[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K", "K_CHUNK"))
+
+    def together(g: Geometry) -> float:
+        product = math.prod(cost.microseconds(g, mma, count, machine) for count in tokens)
+        return float(product ** (1 / len(tokens)))
+
     found = [
-        (form, g)
+        (together(g), form, g)
         for form in forms
         if (form, mma) in GEOMETRIES
         for g in divisions(form, mma, sizes, tokens[-1])
     ]
-    if not found:
-        return None
+    found.sort(key=lambda item: item[0])
+    return [(predicted, stated(form, mma, g)) for predicted, form, g in found]
 
-    def together(item: tuple[str, Geometry]) -> float:
-        return math.prod(cost.microseconds(item[1], mma, count, machine) for count in tokens)
 
-    form, g = min(found, key=together)
+def stated(form: str, mma: str, g: Geometry) -> Constants:
+    """Return the constants FORM, MMA and those of a division."""
     own = {field.name for field in dataclasses.fields(g)}
     names = own - {field.name for field in dataclasses.fields(Geometry)}
     return {"FORM": form, "MMA": mma, **g.constants(*sorted(names))}

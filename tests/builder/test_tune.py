@@ -1,0 +1,332 @@
+"""``build-kernels tune``: which candidates there are, and the folder that it makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from build_kernels import divisions, publish
+from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.models import MODELS, Model
+from build_kernels.cli import main
+from build_kernels.compile.job import Job
+from build_kernels.entries import planned
+from build_kernels.errors import BuildError, JobError
+from build_kernels.kernels.common.numerics import CONSTANTS
+from build_kernels.kernels.dense.geometry import cost, search
+from build_kernels.kernels.dense.geometry.table import geometry_of
+from build_kernels.tuning import folder
+from build_kernels.tuning.candidates import (
+    WITHIN,
+    candidates,
+    classes,
+    division_text,
+    parsed,
+)
+from build_kernels.tuning.record import TUNING_NAME, read_tuning
+from router_runtime.format.contract import Constants
+from router_runtime.format.manifest import Entry, loads
+from tests.builder.conftest import ROOT
+
+FLASH, PRO, _, DSPARK = MODELS
+#: A model that compiles quickly.
+MINE = Model("mine", 1024, 64, 4, 1.0, 0, 100)
+ALL: frozenset[int] = frozenset()
+
+Tuned = Callable[..., tuple[Any, dict[str, Entry]]]
+
+
+def kernel(name: str) -> Kernel:
+    return next(kernel for kernel in catalog.KERNELS if kernel.name == name)
+
+
+def variant(name: str, of: str = "dense_router_prefill") -> Variant:
+    return next(variant for variant in kernel(of).variants if variant.name == name)
+
+
+def today(name: str, model: Model) -> Constants:
+    return variant(name).constants_of(model)
+
+
+def rows(found: Sequence[Variant], model: Model) -> list[str]:
+    return [division_text(each.constants_of(model)) for each in found]
+
+
+# --- divisions by hand ---
+
+
+def test_a_division_by_hand() -> None:
+    found = parsed("4096:128x64:2:1")
+    assert (found.model, found.tokens) == (None, 4096)
+    assert found.division == {
+        "FORM": "swap_ab",
+        "TILE_EXPERTS": 128,
+        "TILE_TOKENS": 64,
+        "CLUSTER_T": 2,
+        "SPLIT_K": 1,
+    }
+    assert division_text(found.division) == "128x64:2:1"
+    found = parsed("dsv4-pro/16384:4:2:1")
+    assert (found.model, found.tokens) == ("dsv4-pro", 16384)
+    assert found.division == {"FORM": "tile", "CLUSTER_E": 4, "CLUSTER_T": 2, "PASSES": 1}
+    assert division_text(found.division) == "4:2:1"
+
+
+@pytest.mark.parametrize("text", ["", "4096", "4096:128:64", "128x64:2:1", "a:1:2:3", "1:2x3:4"])
+def test_another_text_is_refused(text: str) -> None:
+    with pytest.raises(BuildError, match=r"expected .*; next: --division 4096:128x64:2:1"):
+        parsed(text)
+
+
+# --- classes ---
+
+
+def test_classes_are_those_with_the_targets_own_mma() -> None:
+    prefill = kernel("dense_router_prefill")
+    names = [each.name for each in classes(prefill, "sm_90a", ALL)]
+    assert names == ["wgmma_256", "wgmma_512", "wgmma_1024", "wgmma_4096", "wgmma_wide"]
+    names = [each.name for each in classes(prefill, "sm_90a", frozenset({128, 16384}))]
+    assert names == ["wgmma_256", "wgmma_wide"]
+    assert {each.constants["MMA"] for each in classes(prefill, "sm_100f", ALL)} == {"tcgen05"}
+    decode = classes(kernel("dense_router_decode"), "sm_90a", ALL)
+    assert [each.name for each in decode] == ["portable", "portable_32"]
+
+
+# --- candidates ---
+
+
+def test_candidates_are_the_fastest_by_prediction_and_not_all_alike() -> None:
+    each = variant("wgmma_4096")
+    found, refused = candidates(each, FLASH, today("wgmma_4096", FLASH), 5, [])
+    assert refused == {}
+    assert [one.name for one in found] == [f"wgmma_4096.{number}" for number in range(1, 6)]
+    shape = {**CONSTANTS, **FLASH.constants()}
+    times = [
+        cost.microseconds(geometry_of({**shape, **one.constants_of(FLASH)}), "wgmma", 4096, gpu)
+        for gpu in [divisions.machine("wgmma", each.targets)]
+        for one in found
+    ]
+    best = search.ranked(each.forms, "wgmma", shape, (4096,), cost.H100)
+    assert min(times) == pytest.approx(best[0][0])
+    assert max(times) <= WITHIN * best[0][0]
+    # What serves today is no candidate, and no tile is all that sets the five apart.
+    assert "128x72:2:1" not in rows(found, FLASH)
+    kept = ("FORM", "TILE_EXPERTS", "CLUSTER_T", "SPLIT_K")
+    families = {tuple(one.constants_of(FLASH).get(name) for name in kept) for one in found}
+    assert len(families) >= 3
+
+
+def test_a_division_by_hand_is_a_candidate_whatever_is_predicted() -> None:
+    given = [
+        parsed(text) for text in ("4096:128x64:2:1", "dsv4-pro/4096:192x72:2:2", "1024:128x64:2:1")
+    ]
+    likely, _ = candidates(variant("wgmma_4096"), FLASH, today("wgmma_4096", FLASH), 2, [])
+    found, refused = candidates(variant("wgmma_4096"), FLASH, today("wgmma_4096", FLASH), 2, given)
+    assert refused == {}
+    assert "128x64:2:1" not in rows(likely, FLASH)
+    assert rows(found, FLASH) == ["128x64:2:1", *rows(likely, FLASH)]
+
+
+def test_what_serves_today_and_what_no_form_can_build_are_no_candidates() -> None:
+    given = [parsed("4096:128x72:2:1"), parsed("4096:128x999:1:1"), parsed("4096:0x8:1:1")]
+    found, refused = candidates(variant("wgmma_4096"), FLASH, today("wgmma_4096", FLASH), 0, given)
+    assert found == []
+    assert list(refused) == ["dsv4-flash/4096:128x999:1:1", "dsv4-flash/4096:0x8:1:1"]
+    assert "expected a multiple of 256 hidden elements" in refused["dsv4-flash/4096:128x999:1:1"]
+
+
+# --- the folder ---
+
+
+def made(job: Job, spills: int = 0) -> tuple[Entry, bytes]:
+    """An entry as a compiler would leave it."""
+    entry = planned(job, "0" * 64)
+    resources = dataclasses.replace(entry.resources, registers=32, spill_loads=spills)
+    return dataclasses.replace(entry, symbol="s", size=1, resources=resources), b"0"
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | int]:
+    """Stand-ins for the compilers. Key of a job -> its error, or the bytes that it spills."""
+    outcome: dict[str, str | int] = {}
+
+    def compile_all(
+        jobs: Sequence[Job], *_: object, keep_going: bool
+    ) -> tuple[list[Job], list[JobError]]:
+        assert keep_going
+        bad = [job for job in jobs if isinstance(outcome.get(job.key), str)]
+        errors = [JobError(job.key, str(outcome[job.key])) for job in bad]
+        return [job for job in jobs if job not in bad], errors
+
+    def examine(jobs: Sequence[Job], _: int) -> tuple[list[tuple[Entry, bytes]], list[JobError]]:
+        return [made(job, int(outcome.get(job.key, 0))) for job in jobs], []
+
+    monkeypatch.setattr(folder, "compile_all", compile_all)
+    monkeypatch.setattr(folder, "examine", examine)
+    monkeypatch.setattr(publish, "publish", lambda *_: None)
+    return outcome
+
+
+def tune(out: Path, *models: Model, tokens: Sequence[int] = (4096,), **changes: Any) -> Any:
+    settings: dict[str, Any] = {"count": 2, "given": [], "processes": 2} | changes
+    return folder.make(
+        models, out, "sm_90a", frozenset(tokens), progress=lambda step: None, **settings
+    )
+
+
+def test_each_class_is_compared_with_what_serves_it_today(
+    compilers: dict[str, str | int], tmp_path: Path
+) -> None:
+    tuning, manifest = tune(tmp_path / "out", FLASH, DSPARK, tokens=(256, 4096))
+    assert tuning.models == (FLASH, DSPARK)
+    assert tuning.tokens == (128, 256, 4096)
+    found = {(trial.model, trial.variant): trial for trial in tuning.trials}
+    assert found["dsv4-flash", "wgmma_256"].today == "wgmma_256"
+    assert found["dsv4-flash", "wgmma_256"].tokens == (128, 256)
+    # No variant of its own: the one that serves these batches.
+    assert found["dsv41-dspark", "wgmma_256"].today == "wgmma_512"
+    entries = found["dsv41-dspark", "wgmma_256"].entries
+    assert entries == ("wgmma_512", "wgmma_256.1", "wgmma_256.2")
+    keys = {entry.key for entry in manifest.entries}
+    assert keys == {
+        f"{trial.kernel}/{trial.model}/sm_90a/{name}"
+        for trial in tuning.trials
+        for name in trial.entries
+    } | {f"dense_router_decode/{model.name}/sm_90a/portable" for model in (FLASH, DSPARK)}
+
+
+def test_candidates_that_spill_or_do_not_compile_are_left_out_and_named(
+    compilers: dict[str, str | int], tmp_path: Path
+) -> None:
+    prefix = "dense_router_prefill/dsv4-flash/sm_90a/wgmma_4096"
+    compilers |= {f"{prefix}.1": 16, f"{prefix}.2": "ptxas gave up"}
+    tuning, manifest = tune(tmp_path / "out", FLASH, count=3, given=[parsed("4096:128x9:1:1")])
+    (trial,) = tuning.trials
+    assert trial.entries == ("wgmma_4096", "wgmma_4096.3")
+    assert dict(tuning.dropped) == {
+        f"{prefix}.1": "expected no spills, found 16 bytes a thread",
+        f"{prefix}.2": "ptxas gave up",
+        "dsv4-flash/4096:128x9:1:1": tuning.dropped["dsv4-flash/4096:128x9:1:1"],
+    }
+    assert f"{prefix}.1" not in {entry.key for entry in manifest.entries}
+    constants = {entry.key: entry.constants for entry in manifest.entries}
+    said = folder.text(tuning, constants.__getitem__)
+    assert f"left out: {prefix}.2: ptxas gave up" in said
+    assert "  wgmma_4096       128x72:2:1" in said
+
+
+def test_what_serves_today_has_to_compile(compilers: dict[str, str | int], tmp_path: Path) -> None:
+    compilers["dense_router_prefill/dsv4-flash/sm_90a/wgmma_4096"] = "ptxas gave up"
+    with pytest.raises(BuildError, match="ptxas gave up"):
+        tune(tmp_path / "out", FLASH)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_contract_that_refuses_a_candidate_drops_it(
+    compilers: dict[str, str | int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def declared(job: Job) -> None:
+        raise JobError(job.key, "too wide")
+
+    monkeypatch.setattr(folder, "declared", declared)
+    tuning, _ = tune(tmp_path / "out", FLASH)
+    assert set(tuning.dropped.values()) == {"too wide"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": (4096, 77)}, r"--classes: expected tokens .* found 77; next: name one"),
+        ({"given": ["1024:128x64:2:1"]}, r"--division: expected tokens .*\[4096\], found 1024"),
+        ({"given": ["dsv4-pr/4096:128x64:2:1"]}, "unknown model of --division 'dsv4-pr'"),
+    ],
+)
+def test_names_and_batches_that_nothing_has(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    given = [parsed(text) for text in changes.pop("given", [])]
+    with pytest.raises(BuildError, match=message):
+        tune(tmp_path / "out", FLASH, given=given, **changes)
+
+
+def test_a_real_folder(tmp_path: Path) -> None:
+    """Compiled: today's kernels and candidates of a small model; a second call reuses them."""
+    out = tmp_path / "out"
+    steps: list[Any] = []
+    settings: dict[str, Any] = {"count": 1, "given": [], "processes": 2}
+    arguments = ([MINE], out, "sm_90a", frozenset({4096}))
+    tuning, manifest = folder.make(*arguments, progress=steps.append, **settings)
+    assert read_tuning(out) == tuning
+    assert loads((out / "manifest.json").read_bytes()) == manifest
+    assert {entry.key.split("/", 1)[1] for entry in manifest.entries} >= {
+        "mine/sm_90a/wgmma_4096.1",
+        "mine/sm_90a/portable",
+    }
+    assert all((out / entry.file).is_file() for entry in manifest.entries)
+    for entry in manifest.entries:
+        # Predicted figures, so that the runtime can choose among them.
+        assert entry.latency
+    again: list[Any] = []
+    folder.make(*arguments, progress=again.append, **settings)
+    assert {step.how for step in again} == {"reused"}
+    # A build leaves it alone, and it leaves a build alone.
+    (out / TUNING_NAME).unlink()
+    with pytest.raises(
+        BuildError, match="a new folder or one of build-kernels tune, found a build"
+    ):
+        folder.make(*arguments, progress=steps.append, **settings)
+
+
+# --- the command ---
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["tune", *arguments])
+
+
+def test_the_command(
+    compilers: dict[str, str | int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.toml"
+    lines = [f"{name} = {value}" for name, value in MINE.shape().items()]
+    file.write_text("\n".join(['name = "mine"', *lines]))
+    result = command(
+        *("dsv4-flash", str(file), "--out", str(tmp_path / "out"), "--classes", "4096"),
+        *("--candidates", "1", "--division", "dsv4-flash/4096:128x64:2:1", "--quiet"),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    result = command("--out", str(tmp_path / "out"), "--classes", "4096", "--candidates", "0")
+    assert result.exit_code == 0, result.output
+    # No model named: all of the catalog.
+    for model in MODELS:
+        assert f"{model.name} dense_router_prefill, 4096 tokens:" in result.output
+    assert f"python -m tests.bench.tune --artifacts {tmp_path / 'out'}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dsv4-flash", "dsv4-flash"), "expected models with names of their own"),
+        (("nothing.toml",), "nothing.toml: expected a readable TOML file"),
+        (("--classes", "4096,x"), "--classes: expected numbers of tokens, found '4096,x'; next:"),
+        (("--target", "sm_80"), "unknown target 'sm_80'"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = command("--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checkouts_own_artifacts_are_left_alone() -> None:
+    result = command("--out", str(ROOT / "artifacts"))
+    assert result.exit_code == 1
+    assert "expected a folder of its own, found artifacts/; next: --out build/tune" in result.output
