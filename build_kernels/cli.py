@@ -33,8 +33,9 @@ from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
 from build_kernels.release.requirements import check_verified_names
 from build_kernels.standings import standings
-from build_kernels.tuning import candidates
+from build_kernels.tuning import candidates, choice
 from build_kernels.tuning import folder as tuning_folder
+from build_kernels.tuning.record import read_figures, read_tuning
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
 from router_runtime.evidence.store import EVIDENCE_NAME
@@ -239,6 +240,11 @@ def check_command(keep_going: bool, quiet: bool, jobs: int) -> None:
     "swap_ab), 16384:2:1:1 (TOKENS:CLUSTER_E:CLUSTER_T:PASSES of tile), for one model MODEL/...; "
     "repeatable.",
 )
+@click.option(
+    "--figures",
+    type=click.Path(path_type=Path),
+    help="Build nothing: print the rows of the catalog by what a GPU measured of the folder OUT.",
+)
 @_quiet_option
 @_jobs_option
 def tune_command(
@@ -248,6 +254,7 @@ def tune_command(
     count: int,
     classes: str | None,
     given: tuple[str, ...],
+    figures: Path | None,
     quiet: bool,
     jobs: int,
 ) -> None:
@@ -258,6 +265,13 @@ def tune_command(
     """
     if _same(out, ARTIFACTS):
         raise BuildError("expected a folder of its own, found artifacts/; next: --out build/tune")
+    if figures is not None:
+        tuning = read_tuning(out)
+        built = publish.current(out)
+        entries = () if built is None else built.entries
+        found = choice.choose(tuning, entries, read_figures(figures))
+        click.echo(choice.catalog_rows(found, tuning.target))
+        return
     started = time.monotonic()
     with _screen(quiet) as screen:
         tuning, manifest = tuning_folder.make(

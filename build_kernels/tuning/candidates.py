@@ -25,8 +25,10 @@ ALIKE = 1.04
 #: No candidate is predicted to take more than this times the best one.
 WITHIN = 1.5
 
-#: Form -> the constants of a division in their order in a text.
-GIVEN_NAMES: Mapping[str, tuple[str, ...]] = {
+#: Form -> the constants of a division, in the order of the catalog's tables.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "decode": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_E", "CLUSTER_K", "WARP_M"),
+    "split_k": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_K"),
     "swap_ab": ("TILE_EXPERTS", "TILE_TOKENS", "CLUSTER_T", "SPLIT_K"),
     "tile": ("CLUSTER_E", "CLUSTER_T", "PASSES"),
 }
@@ -70,20 +72,24 @@ def parsed(text: str) -> Given:
         )
     numbers = [int(number) for number in re.findall(r"\d+", text.rpartition("/")[2])]
     form = "tile" if found["swap"] is None else "swap_ab"
-    division = dict(zip(GIVEN_NAMES[form], numbers[1:], strict=True))
+    division = dict(zip(COLUMNS[form], numbers[1:], strict=True))
     return Given(text, found["model"], int(found["tokens"]), {"FORM": form, **division})
 
 
-def division_text(constants: Mapping[str, object]) -> str:
+def division_of(constants: Constants) -> dict[str, int | float | str]:
+    """Return the constants of the division, in the order of ``COLUMNS``, of all of an entry."""
+    return {name: constants[name] for name in COLUMNS[str(constants["FORM"])]}
+
+
+def division_text(constants: Constants) -> str:
     """Return a division in short, as ``--division`` takes it, for the forms that it takes."""
-    form = str(constants["FORM"])
-    values = [str(constants[name]) for name in GIVEN_NAMES.get(form, ())]
-    if form == "swap_ab":
+    division = division_of(constants)
+    values = [str(value) for value in division.values()]
+    if constants["FORM"] == "swap_ab":
         return f"{values[0]}x{':'.join(values[1:])}"
-    if form == "tile":
+    if constants["FORM"] == "tile":
         return ":".join(values)
-    names = ("TOKENS_TILE", "GROUPS", "CLUSTER_E", "CLUSTER_K", "WARP_M")
-    return " ".join(f"{name}={constants[name]}" for name in names if name in constants)
+    return " ".join(f"{name}={value}" for name, value in division.items())
 
 
 def classes(kernel: Kernel, target: str, tokens: Set[int]) -> list[Variant]:
@@ -122,6 +128,11 @@ def candidates(
         if each.model in (None, model.name) and each.tokens in variant.batches:
             division: Constants = {**each.division, "MMA": mma}
             try:
+                if division["FORM"] not in variant.forms:
+                    raise ValueError(
+                        f"expected one of the forms {', '.join(variant.forms)} for this class, "
+                        f"found {division['FORM']}"
+                    )
                 g = geometry_of({**shape, "MAX_TOKENS": variant.batches[-1], **division})
             except (ValueError, ArithmeticError) as error:
                 refused[f"{model.name}/{each.text.rpartition('/')[2]}"] = str(error)

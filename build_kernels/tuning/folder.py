@@ -7,13 +7,14 @@ other, for which batches, and which candidates were left out and why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from pathlib import Path
 
 from build_kernels import plan, publish
 from build_kernels.build import Progress, compile_all, examine
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.latency import Latencies
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.compile import toolchain
 from build_kernels.compile.job import Job
@@ -29,6 +30,7 @@ from build_kernels.tuning.candidates import Given, candidates, classes, division
 from build_kernels.tuning.record import REFERENCE, TUNING_NAME, Trial, Tuning
 from router_runtime.evidence.choice import DENSE
 from router_runtime.format.codec import canonical_json
+from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
 
 
@@ -83,7 +85,7 @@ def make(
         kept = {entry.key for entry in entries}
         tuning = Tuning(
             target,
-            tuple(sorted({batch for trial in trials for batch in trial.tokens})),
+            Latencies(PACKAGE / "catalog" / "latency.toml").tokens,
             tuple(models),
             tuple(_with(trial, kept, target) for trial in trials),
             dropped,
@@ -242,7 +244,7 @@ def _with(trial: Trial, kept: Collection[str], target: str) -> Trial:
     return dataclasses.replace(trial, entries=entries)
 
 
-def text(tuning: Tuning, constants: Callable[[str], Mapping[str, object]]) -> str:
+def text(tuning: Tuning, constants: Callable[[str], Constants]) -> str:
     """Return a line for each trial's entries with their divisions, and one for each left out."""
     lines = []
     for trial in tuning.trials:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from build_kernels.catalog.models import Model
 from build_kernels.errors import BuildError
@@ -19,6 +20,9 @@ TUNING_NAME = "tuning.json"
 
 #: The kernel whose bits are expected of every candidate.
 REFERENCE = "dense_router_decode"
+
+#: A kernel for many tokens takes as long for fewer than these.
+FEW = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,21 @@ class Figures:
 
 def read_tuning(folder: Path) -> Tuning:
     """Return what ``build-kernels tune`` wrote. Raises BuildError for another folder."""
-    path = folder / TUNING_NAME
+    command = f".venv/bin/python -m build_kernels tune MODEL --out {folder}"
+    found: Tuning = _read(Tuning, folder / TUNING_NAME, command)
+    return found
+
+
+def read_figures(path: Path) -> Figures:
+    """Return what ``tests.bench.tune`` wrote. Raises BuildError for another file."""
+    found: Figures = _read(Figures, path, "python -m tests.bench.tune --artifacts DIR, on a GPU")
+    return found
+
+
+def _read(kind: type, path: Path, command: str) -> Any:
     try:
-        found: Tuning = decode(Tuning, parse_json(path.read_bytes(), TUNING_NAME), str(path))
+        return decode(kind, parse_json(path.read_bytes(), path.name), str(path))
     except (OSError, FormatError) as error:
         raise BuildError(
-            f"expected {path}, as build-kernels tune writes it, found: {error}; "
-            f"next: .venv/bin/python -m build_kernels tune MODEL --out {folder}"
+            f"expected {path}, as the next command writes it, found: {error}; next: {command}"
         ) from error
-    return found

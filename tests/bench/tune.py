@@ -28,7 +28,7 @@ from torch import Tensor
 from build_kernels.catalog.models import Model
 from build_kernels.errors import BuildError
 from build_kernels.tuning.candidates import division_text
-from build_kernels.tuning.record import REFERENCE, Figures, Trial, Tuning, read_tuning
+from build_kernels.tuning.record import FEW, REFERENCE, Figures, Trial, Tuning, read_tuning
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.format.codec import canonical_json
@@ -42,9 +42,6 @@ from tests.bench.machine import Broken, Cpu, Gpu, Machine, attempt
 #: Batches whose bits are compared, besides those of the class: parts of tiles.
 CHECKED = (1, 67, 130)
 
-#: A kernel for many tokens takes as long for fewer than these.
-FEW = 128
-
 #: Seconds after the time is up until a process that is still at work is ended: a kernel hangs.
 _GRACE = 45
 _STDERR = 2
@@ -55,7 +52,9 @@ class Measurement:
 
     Args:
         folder: Of ``build-kernels tune``.
-        machine: Where to; on a CPU every step is done, and the figures mean nothing.
+        machine: Where they are timed.
+        dry: Whether to let the oracle stand in for the kernels, on few rows: every step is done,
+            and the figures mean nothing.
         replays: Of each graph.
         skip: Keys of entries to leave out.
         scratch: A folder for copies of the artifacts.
@@ -63,10 +62,17 @@ class Measurement:
     """
 
     def __init__(
-        self, folder: Path, machine: Machine, replays: int, skip: Sequence[str], scratch: Path
+        self,
+        folder: Path,
+        machine: Machine,
+        dry: bool,
+        replays: int,
+        skip: Sequence[str],
+        scratch: Path,
     ) -> None:
         self._tuning: Tuning = read_tuning(folder)
         self._folder, self._machine, self._scratch = folder, machine, scratch
+        self._dry = dry
         self._replays = replays
         self._entries: dict[str, Entry] = {
             entry.key: entry for entry in read_manifest(folder).entries
@@ -139,7 +145,7 @@ class Measurement:
     def routers(self, kernel: str, variant: str, layers: Layers) -> DenseRouters:
         """Routers of these layers with that kernel alone."""
         only = (kernel, variant)
-        if self._machine.device.type == "cuda" and only not in self._editions:
+        if not self._dry and only not in self._editions:
             into = self._scratch / f"{kernel}-{variant}"
             self._editions[only] = edition(self._folder, into, only=only)
         folders = {"pdl": self._editions[only]} if only in self._editions else {}
@@ -206,7 +212,7 @@ class Measurement:
 
     def _rows(self, tokens: int) -> int:
         """A dry run has few rows, whatever is stated."""
-        return tokens if self._machine.device.type == "cuda" else min(tokens, 3)
+        return min(tokens, 3) if self._dry else tokens
 
     # --- times ---
 
@@ -374,7 +380,7 @@ def main(
         later = max(seconds, 0) + _GRACE
         faulthandler.dump_traceback_later(later, exit=True, file=_STDERR)
         with torch.no_grad(), tempfile.TemporaryDirectory(prefix="tune-") as scratch:
-            measurement = Measurement(artifacts, machine, replays, skip, Path(scratch))
+            measurement = Measurement(artifacts, machine, dry_run, replays, skip, Path(scratch))
             right = measure(measurement, seconds, out)
     except (BuildError, RouterRuntimeError) as error:
         raise click.ClickException(str(error)) from error

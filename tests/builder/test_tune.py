@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from build_kernels import divisions, publish
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.latency import Latencies
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.cli import main
 from build_kernels.compile.job import Job
@@ -21,17 +23,19 @@ from build_kernels.errors import BuildError, JobError
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense.geometry import cost, search
 from build_kernels.kernels.dense.geometry.table import geometry_of
-from build_kernels.tuning import folder
+from build_kernels.tuning import choice, folder
 from build_kernels.tuning.candidates import (
+    COLUMNS,
     WITHIN,
     candidates,
     classes,
     division_text,
     parsed,
 )
-from build_kernels.tuning.record import TUNING_NAME, read_tuning
+from build_kernels.tuning.record import TUNING_NAME, Figures, Tuning, read_tuning
+from router_runtime.format.codec import canonical_json
 from router_runtime.format.contract import Constants
-from router_runtime.format.manifest import Entry, loads
+from router_runtime.format.manifest import Entry, Manifest, dumps, loads
 from tests.builder.conftest import ROOT
 
 FLASH, PRO, _, DSPARK = MODELS
@@ -185,7 +189,7 @@ def test_each_class_is_compared_with_what_serves_it_today(
 ) -> None:
     tuning, manifest = tune(tmp_path / "out", FLASH, DSPARK, tokens=(256, 4096))
     assert tuning.models == (FLASH, DSPARK)
-    assert tuning.tokens == (128, 256, 4096)
+    assert {128, 256, 4096} < set(tuning.tokens)
     found = {(trial.model, trial.variant): trial for trial in tuning.trials}
     assert found["dsv4-flash", "wgmma_256"].today == "wgmma_256"
     assert found["dsv4-flash", "wgmma_256"].tokens == (128, 256)
@@ -283,6 +287,129 @@ def test_a_real_folder(tmp_path: Path) -> None:
         folder.make(*arguments, progress=steps.append, **settings)
 
 
+# --- the choice ---
+
+PREFIX = "dense_router_prefill/dsv4-flash/sm_90a"
+
+
+@pytest.fixture
+def compared(compilers: dict[str, str | int], tmp_path: Path) -> tuple[Tuning, Manifest]:
+    """dsv4-flash at 4096 tokens: today's and three candidates."""
+    found: tuple[Tuning, Manifest] = tune(tmp_path / "out", FLASH, count=3)
+    return found
+
+
+def measured(compared: tuple[Tuning, Manifest], **times: float) -> Figures:
+    """Figures by the variant's number, ``today`` for what serves today: of 4096 tokens, and less
+    for fewer. Those of today's and of the fastest are complete.
+    """
+    tuning, manifest = compared
+    by_name = {
+        "wgmma_4096" if name == "today" else f"wgmma_4096.{name[1:]}": figure
+        for name, figure in times.items()
+    }
+    fastest = min(by_name, key=by_name.__getitem__)
+    rows = {
+        f"{PREFIX}/{name}": {
+            str(tokens): figure * tokens / 4096
+            for tokens in tuning.tokens
+            if tokens == 4096 or (tokens >= 128 and name in ("wgmma_4096", fastest))
+        }
+        for name, figure in by_name.items()
+    }
+    digests = {entry.key: entry.sha256 for entry in manifest.entries}
+    return Figures("a GPU", "sm_90a", True, digests, {}, rows, {})
+
+
+def chosen(compared: tuple[Tuning, Manifest], figures: Figures) -> choice.Choice:
+    tuning, manifest = compared
+    (found,) = choice.choose(tuning, manifest.entries, figures)
+    return found
+
+
+def test_the_fastest_is_chosen_unless_todays_is_about_as_fast(
+    compared: tuple[Tuning, Manifest],
+) -> None:
+    found = chosen(compared, measured(compared, today=20.0, c1=30.0, c2=19.5, c3=25.0))
+    assert (found.entry.variant, found.stays) == ("wgmma_4096.2", False)
+    assert [found.microseconds, found.today] == pytest.approx([19.5, 20.0])
+    found = chosen(compared, measured(compared, today=20.0, c1=30.0, c2=19.9, c3=25.0))
+    assert (found.entry.variant, found.stays) == ("wgmma_4096", True)
+    # What serves today was wrong, or left out.
+    found = chosen(compared, measured(compared, c1=30.0, c2=31.0))
+    assert (found.entry.variant, found.today) == ("wgmma_4096.1", None)
+
+
+def test_what_is_wrong_is_not_chosen(compared: tuple[Tuning, Manifest]) -> None:
+    figures = measured(compared, today=20.0, c1=10.0)
+    figures = dataclasses.replace(figures, wrong={f"{PREFIX}/wgmma_4096.1": "other bits"})
+    assert chosen(compared, figures).entry.variant == "wgmma_4096"
+
+
+def test_a_row_has_a_figure_for_every_number_of_tokens(compared: tuple[Tuning, Manifest]) -> None:
+    found = chosen(compared, measured(compared, today=20.0, c1=10.0))
+    latency = dict(found.latency)
+    assert (
+        tuple(latency) == compared[0].tokens == (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+    )
+    assert latency[4096] == 10.0
+    assert {latency[tokens] for tokens in (1, 64, 128)} == {0.3}
+
+
+def test_figures_that_do_not_suffice(compared: tuple[Tuning, Manifest]) -> None:
+    figures = measured(compared, today=20.0, c1=10.0)
+    key = f"{PREFIX}/wgmma_4096.1"
+    few = {**figures.microseconds, key: {"4096": 10.0}}
+    with pytest.raises(BuildError, match=rf"{key}: expected figures .* with more --seconds"):
+        chosen(compared, dataclasses.replace(figures, microseconds=few))
+    with pytest.raises(BuildError, match=r"found none; next: .* with more --seconds"):
+        chosen(compared, dataclasses.replace(figures, microseconds={}))
+    for changed in ({key: "1" * 64}, {"dense_router_prefill/gone": "1" * 64}):
+        with pytest.raises(BuildError, match="expected figures of the cubins in the folder"):
+            chosen(compared, dataclasses.replace(figures, sha256=changed))
+
+
+def test_rows_for_the_catalog(compared: tuple[Tuning, Manifest], tmp_path: Path) -> None:
+    found = chosen(compared, measured(compared, today=20.0, c1=30.0, c2=19.5))
+    said = choice.catalog_rows([found], "sm_90a")
+    (row,) = (line for line in said.splitlines() if line.startswith("    ("))
+    values = (found.entry.constants[name] for name in COLUMNS["swap_ab"])
+    assert ast.literal_eval(row.strip().rstrip(",")) == ("wgmma_4096", "dsv4-flash", *values)
+    assert "19.50 us in place of 20.00" in said
+    # Both parts can be pasted as they are.
+    file = tmp_path / "latency.toml"
+    _, _, rows_ = said.partition("# build_kernels/catalog/latency.toml")
+    file.write_text(f"tokens = {list(compared[0].tokens)}\n{rows_}")
+    latency = Latencies(file).of("dense_router_prefill", "wgmma_4096", "dsv4-flash", "sm_90a")
+    assert latency == found.latency
+    # What stays has new figures, and no row.
+    found = chosen(compared, measured(compared, today=20.0, c1=30.0))
+    said = choice.catalog_rows([found], "sm_90a")
+    assert "# wgmma_4096 dsv4-flash: 128x72:2:1 stays, 20.00 us" in said
+    assert "    (" not in said
+    assert '"dense_router_prefill/wgmma_4096" = [' in said
+
+
+def test_a_class_without_a_variant_gets_one_only_if_it_is_worth_it(
+    compilers: dict[str, str | int], tmp_path: Path
+) -> None:
+    tuning, manifest = tune(tmp_path / "out", DSPARK, tokens=(256,), count=1)
+    prefix = "dense_router_prefill/dsv41-dspark/sm_90a"
+    tokens = [str(count) for count in tuning.tokens if count >= 128]
+
+    def said(time: float) -> str:
+        rows_ = {
+            f"{prefix}/wgmma_512": dict.fromkeys(tokens, 6.0),
+            f"{prefix}/wgmma_256.1": dict.fromkeys(tokens, time),
+        }
+        figures = Figures("a GPU", "sm_90a", True, {}, {}, rows_, {})
+        return choice.catalog_rows(choice.choose(tuning, manifest.entries, figures), tuning.target)
+
+    assert '("wgmma_256",    "dsv41-dspark"' in said(5.0)
+    assert '"dense_router_prefill/wgmma_256" = [' in said(5.0)
+    assert 'wgmma_256"' not in said(6.0)
+
+
 # --- the command ---
 
 
@@ -308,6 +435,27 @@ def test_the_command(
     for model in MODELS:
         assert f"{model.name} dense_router_prefill, 4096 tokens:" in result.output
     assert f"python -m tests.bench.tune --artifacts {tmp_path / 'out'}" in result.output
+
+
+def test_the_command_prints_the_rows(
+    compared: tuple[Tuning, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuning, manifest = compared
+    out, file = tmp_path / "out", tmp_path / "figures.json"
+    (out / TUNING_NAME).write_bytes(canonical_json(tuning))
+    (out / "manifest.json").write_bytes(dumps(manifest))
+    file.write_bytes(canonical_json(measured(compared, today=20.0, c1=10.0)))
+    result = command("--out", str(out), "--figures", str(file))
+    assert result.exit_code == 0, result.output
+    assert result.output.count('("wgmma_4096",') == 1
+    result = command("--out", str(out), "--figures", str(tmp_path / "none.json"))
+    assert result.exit_code == 1
+    assert "next: python -m tests.bench.tune --artifacts DIR, on a GPU" in result.output
+    result = command("--out", str(tmp_path / "other"), "--figures", str(file))
+    assert result.exit_code == 1
+    assert f"next: .venv/bin/python -m build_kernels tune MODEL --out {tmp_path / 'other'}" in (
+        result.output
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 from collections.abc import Callable
@@ -14,12 +15,15 @@ import torch
 from click.testing import CliRunner, Result
 
 from build_kernels.catalog.models import Model
-from build_kernels.tuning.record import TUNING_NAME, Figures, Trial, Tuning
+from build_kernels.tuning.record import TUNING_NAME, Figures, Trial, Tuning, read_tuning
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.format.codec import canonical_json, decode
 from tests.bench import tune
 from tests.bench.contenders import DenseRouters
 from tests.bench.machine import Cpu
+from tests.fake_driver.calls import FakeDriver
+from tests.fake_driver.install import serve_cpu_memory
+from tests.runtime.routers import build_on_the_fake_gpu
 
 SMALL = Model("small", 128, 24, 4, 1.5, 0, 100)
 DIVISION = {
@@ -39,8 +43,13 @@ def folder(build: SimpleNamespace, tmp_path: Path) -> Path:
     entries = [
         build.entry("dense_router_decode", build.dense(128, 24), **small),
         *(
-            build.entry("dense_router_prefill", build.prefill(128, 24), variant=name, **small)
-            for name in names
+            build.entry(
+                "dense_router_prefill",
+                dataclasses.replace(build.prefill(128, 24), block=(64 * number, 1, 1)),
+                variant=name,
+                **small,
+            )
+            for number, name in enumerate(names, 1)
         ),
     ]
     found = build.artifacts(tmp_path / "artifacts", entries)
@@ -212,24 +221,30 @@ def test_a_kernel_that_hangs_ends_the_process(
     assert off == "off"
 
 
-def test_each_entry_is_timed_in_a_folder_without_other_kernels(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_entry_is_launched_and_nothing_else(
+    fake: FakeDriver, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
-    monkeypatch.setattr(tune, "DenseRouters", lambda *arguments: made.append(arguments))
-    machine: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    measurement = tune.Measurement(folder, machine, 1, (), tmp_path / "scratch")
-    for _ in range(2):
-        measurement.routers("dense_router_prefill", "few.1", "layers")  # type: ignore[arg-type]
-    (layers, mode, settings), again = made
-    assert (layers, mode, settings.variants) == (
-        "layers",
-        "pdl",
-        {"dense_router_prefill": "few.1"},
+    """On the fake GPU, whose kernels compute what the oracle does."""
+    fake.execute = True
+    fake.entries = list(read_manifest(folder).entries)
+    serve_cpu_memory(monkeypatch)
+    build_on_the_fake_gpu(monkeypatch)
+    monkeypatch.setattr(tune, "CHECKED", (1, 9))
+    tuning = dataclasses.replace(read_tuning(folder), tokens=(3, 5))
+    few, many = tuning.trials
+    trials = (
+        dataclasses.replace(few, tokens=(3,)),
+        dataclasses.replace(many, tokens=(5,)),
     )
-    assert again[2].folders == settings.folders
-    (entry,) = read_manifest(settings.folders["pdl"]).entries
-    assert entry.key == f"{PREFIX}/few.1"
+    (folder / TUNING_NAME).write_bytes(canonical_json(dataclasses.replace(tuning, trials=trials)))
+    measurement = tune.Measurement(folder, Cpu(), False, 1, (), tmp_path / "scratch")
+    with torch.no_grad():
+        assert tune.measure(measurement, 100, tmp_path / "figures.json")
+    assert figures(tmp_path).wrong == {}
+    # The reference, and each of the six: their blocks differ.
+    launched = {(launch.symbol, launch.block[0]) for launch in fake.launches}
+    assert launched == {(entry.kernel, entry.contract.block[0]) for entry in fake.entries}
+    assert len(launched) == 7
 
 
 def test_another_folder_and_another_gpu_are_refused(
