@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -33,9 +34,9 @@ from build_kernels.release.rebuild import rebuild as rebuild_release
 from build_kernels.release.release import release
 from build_kernels.release.requirements import check_verified_names
 from build_kernels.standings import standings
-from build_kernels.tuning import candidates, choice
+from build_kernels.tuning import candidates, choice, model_text
 from build_kernels.tuning import folder as tuning_folder
-from build_kernels.tuning.record import read_figures, read_tuning
+from build_kernels.tuning.record import Tuning, read_figures, read_tuning
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.release import description, verify
 from router_runtime.evidence.store import EVIDENCE_NAME
@@ -243,7 +244,8 @@ def check_command(keep_going: bool, quiet: bool, jobs: int) -> None:
 @click.option(
     "--figures",
     type=click.Path(path_type=Path),
-    help="Build nothing: print the rows of the catalog by what a GPU measured of the folder OUT.",
+    help="Build nothing: write the fastest of what a GPU measured in the folder OUT into the model "
+    "files, and print it as rows of the catalog for the catalog's models.",
 )
 @_quiet_option
 @_jobs_option
@@ -266,11 +268,10 @@ def tune_command(
     if _same(out, ARTIFACTS):
         raise BuildError("expected a folder of its own, found artifacts/; next: --out build/tune")
     if figures is not None:
-        tuning = read_tuning(out)
         built = publish.current(out)
-        entries = () if built is None else built.entries
-        found = choice.choose(tuning, entries, read_figures(figures))
-        click.echo(choice.catalog_rows(found, tuning.target))
+        tuning = read_tuning(out)
+        found = choice.choose(tuning, () if built is None else built.entries, read_figures(figures))
+        _apply(tuning, found, models)
         return
     started = time.monotonic()
     with _screen(quiet) as screen:
@@ -292,6 +293,35 @@ def tune_command(
             f"{len(manifest.entries)} cubins, {time.monotonic() - started:.1f} s, in {out}; "
             f"next, on a GPU of {target}: python -m tests.bench.tune --artifacts {out}"
         )
+
+
+def _apply(tuning: Tuning, choices: list[choice.Choice], models: tuple[str, ...]) -> None:
+    """Write the choices for models of one's own into their files, and print the others."""
+    catalog = [each for each in choices if each.trial.model in {model.name for model in MODELS}]
+    known = {model.name for model in MODELS}
+    files = {read_model(Path(name)).name: Path(name) for name in models if name not in known}
+    for model in tuning.models:
+        own = [each for each in choices if each.trial.model == model.name]
+        if model.name in known or not own:
+            continue
+        if model.name not in files:
+            raise BuildError(
+                f"expected the file of the model {model.name!r}, which is in the folder, found "
+                f"{', '.join(models) or 'none'}; next: name it before --out"
+            )
+        path = files[model.name]
+        now = read_model(path)
+        if dataclasses.replace(now, measured=()) != dataclasses.replace(model, measured=()):
+            raise BuildError(
+                f"{path}: expected the model that the folder was made for, {model.shape()}, found "
+                f"{now.shape()}; next: build-kernels tune {path} --out with a new folder"
+            )
+        text = path.read_text(encoding="utf-8")
+        text = model_text.rewritten(path.name, text, now, own, tuning.target)
+        publish.write_file(path, text.encode())
+        click.echo(f"wrote {path}; next: build-kernels build --model-file {path} --out DIR")
+    if catalog:
+        click.echo(choice.catalog_rows(catalog, tuning.target))
 
 
 def _named(models: tuple[str, ...]) -> list[Model]:

@@ -1,7 +1,8 @@
 """The dense variants of a model that the catalog does not name, and their predicted latencies.
 
 A model of the catalog has the divisions that are listed there. Any other one gets, for the batches
-of each variant, the division that ``kernels/dense/geometry/search.py`` finds.
+of each variant, the division that ``kernels/dense/geometry/search.py`` finds, unless its file
+states one (``catalog/measured.py``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Iterable, Mapping
 
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latency
+from build_kernels.catalog.measured import divisions_of
 from build_kernels.catalog.models import Model
 from build_kernels.catalog.targets import HOPPER
+from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense.geometry import cost, search
 from build_kernels.kernels.dense.geometry.table import geometry_of
@@ -48,6 +51,23 @@ def searched(kernel: Kernel, model: Model) -> dict[str, Constants]:
         rivals = [other for other in found if other != name and _alike(found, name, other)]
         if rivals and _served(shape, by_name[name], found, rivals):
             del found[name]
+    return found
+
+
+def stated(kernel: Kernel, model: Model) -> dict[str, Constants]:
+    """Return variant -> constants of the divisions that a model file states.
+
+    Raises BuildError for one that no kernel can have.
+    """
+    found = divisions_of(model, kernel)
+    for variant, division in found.items():
+        try:
+            geometry_of({**CONSTANTS, **model.constants(), **division})
+        except ValueError as error:
+            raise BuildError(
+                f"model {model.name}: divisions.{kernel.name}.{variant}: {error}; next: correct "
+                "the model file, or remove this table"
+            ) from error
     return found
 
 

@@ -16,6 +16,7 @@ from build_kernels import contracts, digests, divisions
 from build_kernels.catalog import kernels as catalog
 from build_kernels.catalog.kernels import Kernel, Variant
 from build_kernels.catalog.latency import Latencies
+from build_kernels.catalog.measured import latency_of
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.rules import check_catalog, check_distinct
 from build_kernels.catalog.targets import DEFAULT_TARGETS, TARGETS
@@ -150,7 +151,9 @@ def sources(jobs: Iterable[Job]) -> set[Path]:
     found = {PACKAGE / "toolchain.lock", PACKAGE / "catalog" / "latency.toml"}
     found.add(PACKAGE / "divisions.py")
     found |= {PACKAGE / "kernels/dense/geometry" / f"{name}.py" for name in ("cost", "search")}
-    found |= {PACKAGE / "catalog" / f"{name}.py" for name in ("kernels", "models", "targets")}
+    found |= {
+        PACKAGE / "catalog" / f"{name}.py" for name in ("kernels", "measured", "models", "targets")
+    }
     for kernel, language in {(job.kernel, job.language) for job in jobs}:
         found |= digester.files(kernel, language)
     return found
@@ -175,7 +178,8 @@ def jobs_of(
                 if variant.targets and target not in variant.targets:
                     continue
                 name = model.name if model else None
-                latency = latencies.of(kernel.name, variant.name, name, target)
+                own = () if model is None else latency_of(model, target, kernel.name, variant.name)
+                latency = own or latencies.of(kernel.name, variant.name, name, target)
                 if not latency and "FORM" in constants:
                     latency = divisions.predicted(constants, target, latencies.tokens)
                 yield Job(
@@ -200,7 +204,7 @@ def _variants(
     known = dict(CONSTANTS) if kernel.scores else {}
     divided: Mapping[str, Constants] = {}
     if model is not None and not kernel.names(model):
-        divided = divisions.searched(kernel, model)
+        divided = {**divisions.searched(kernel, model), **divisions.stated(kernel, model)}
     for variant in kernel.variants:
         merged: dict[str, int | float | str] = {**known, **variant.constants_of(model)}
         if variant.name in divided:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from build_kernels.catalog import kernels as catalog
+from build_kernels.catalog.kernels import COLUMNS
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.targets import TARGETS
 from build_kernels.compile.job import Job
@@ -38,11 +40,13 @@ def jobs_of(entries: Sequence[Entry]) -> dict[str, Job]:
 
 
 def _model_files(entries: Sequence[Entry]) -> list[Model]:
-    """The models of entries that are not in the catalog. What no kernel is compiled for (scale,
-    hash layers, vocabulary) is not known, and of no influence on a job.
+    """The models of entries that are not in the catalog, with the divisions and the latencies of
+    their entries, which a model file may have stated. What no kernel is compiled for (scale, hash
+    layers, vocabulary) is not known, and of no influence on a job.
     """
     known = {None, *(model.name for model in MODELS)}
     found: dict[str, Model] = {}
+    measured: dict[str, dict[str, int | float]] = {}
     for entry in entries:
         hidden, experts, top_k = (
             entry.constants.get(name) for name in ("HIDDEN", "EXPERTS", "TOP_K")
@@ -55,4 +59,22 @@ def _model_files(entries: Sequence[Entry]) -> list[Model]:
             and isinstance(top_k, int)
         ):
             found[entry.model] = Model(entry.model, hidden, experts, top_k, 1.0, 0, 1)
-    return list(found.values())
+            measured.setdefault(entry.model, {}).update(_measured(entry))
+    return [
+        dataclasses.replace(model, measured=tuple(sorted(measured[name].items())))
+        for name, model in found.items()
+    ]
+
+
+def _measured(entry: Entry) -> Iterator[tuple[str, int | float]]:
+    """The division and the latency of a dense entry, as a model file has them."""
+    form, name = str(entry.constants.get("FORM")), f"{entry.kernel}/{entry.variant}"
+    dense = {f"{row.name}/{each.name}" for row in catalog.KERNELS for each in row.variants}
+    if form not in COLUMNS or name not in dense:
+        return
+    for constant in COLUMNS[form]:
+        value = entry.constants.get(constant)
+        if isinstance(value, int):
+            yield f"divisions/{name}/{form}/{constant}", value
+    for tokens, figure in entry.latency:
+        yield f"latency/{entry.target}/{name}/{tokens}", figure

@@ -20,6 +20,15 @@ Form = Literal["decode", "split_k", "swap_ab", "tile"]
 Mma = Literal["mma_sync", "wgmma", "tcgen05"]
 
 
+#: Form -> the constants of a division, in the order of the tables below.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "decode": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_E", "CLUSTER_K", "WARP_M"),
+    "split_k": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_K"),
+    "swap_ab": ("TILE_EXPERTS", "TILE_TOKENS", "CLUSTER_T", "SPLIT_K"),
+    "tile": ("CLUSTER_E", "CLUSTER_T", "PASSES"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to compile a kernel.

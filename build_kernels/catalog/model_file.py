@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from build_kernels.catalog import measured
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.catalog.rules import FIELDS, check_model
 from build_kernels.errors import BuildError, unknown
@@ -13,7 +14,8 @@ from router_runtime.format import system_errors
 
 
 def read_model(path: Path) -> Model:
-    """Return the model of a TOML file that has exactly the fields of ``Model``.
+    """Return the model of a TOML file that has the fields of ``Model``, and perhaps the tables that
+    ``build-kernels tune`` writes.
 
     Raises BuildError for a file that cannot be read, other keys, values of another type or out of
     range, and the name of a model of the catalog.
@@ -30,6 +32,7 @@ def read_model(path: Path) -> Model:
         raise BuildError(
             f"{where}: expected a readable TOML file, found: {error}; next: correct it"
         ) from error
+    tables = {name: document.pop(name) for name in measured.TABLES if name in document}
     for found in document:
         if found not in FIELDS:
             raise unknown(f"key in {where}", found, FIELDS, "next: rename or remove it")
@@ -39,8 +42,9 @@ def read_model(path: Path) -> Model:
             f"{where}: expected the keys {list(FIELDS)}, missing {missing}; next: add them"
         )
     values = {name: _field(where, name, document[name]) for name in FIELDS}
-    model = Model(**values)
+    model = Model(**values, measured=measured.flattened(tables))
     check_model(where, model)
+    measured.check(where, model)
     taken = [known.name for known in MODELS]
     if model.name in taken:
         raise BuildError(

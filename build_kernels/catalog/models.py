@@ -17,7 +17,8 @@ class Model:
     """The shape of a model's routers.
 
     ``scale`` is the routed scaling factor r, which kernels take as a launch argument. The first
-    ``hash_layers`` MoE layers route by a table over ``vocab`` token ids.
+    ``hash_layers`` MoE layers route by a table over ``vocab`` token ids. ``measured`` has what a
+    model file says of its kernels beside the shape, number by path (``catalog/measured.py``).
     """
 
     name: str
@@ -27,14 +28,16 @@ class Model:
     scale: float
     hash_layers: int
     vocab: int
+    measured: tuple[tuple[str, int | float], ...] = ()
 
     def shape(self) -> dict[str, int | float]:
-        """Return everything but the name, as a model file has it."""
-        return {
+        """Return everything but the name, as a model file has it: numbers by their paths."""
+        own = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name != "name"
+            if field.name not in ("name", "measured")
         }
+        return {**own, **dict(self.measured)}
 
     def constants(self) -> dict[str, int | float | str]:
         """Return the compile-time constants of a kernel that is compiled for this model."""

@@ -37,7 +37,7 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
         source, out = Path(folder) / "source", Path(folder) / "out"
         checkout.clone(repository, statement.commit, source)
         options = [word for target in statement.targets for word in ("--target", target)]
-        for path in _model_files(statement, Path(folder)):
+        for path in model_files(statement, Path(folder)):
             options += ["--model-file", str(path)]
         result = subprocess.run(
             [
@@ -66,11 +66,13 @@ def rebuild(found: Release, repository: Path, processes: int) -> None:
         )
 
 
-def _model_files(statement: Statement, folder: Path) -> Iterator[Path]:
-    """Write a model file for each model that the statement describes."""
+def model_files(statement: Statement, folder: Path) -> Iterator[Path]:
+    """Write a model file for each model that the statement describes, and yield their paths."""
     for number, (name, shape) in enumerate(sorted(statement.models.items())):
         path = folder / f"model{number}.toml"
-        lines = [f"name = {json.dumps(name)}", *(f"{key} = {shape[key]!r}" for key in shape)]
+        lines = [f"name = {json.dumps(name)}"]
+        # A path of tables is a dotted key.
+        lines += [f"{key.replace('/', '.')} = {value!r}" for key, value in shape.items()]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         yield path
 

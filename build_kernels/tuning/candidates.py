@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from build_kernels import divisions
-from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.kernels import COLUMNS, Kernel, Variant
 from build_kernels.catalog.models import Model
 from build_kernels.errors import BuildError
 from build_kernels.kernels.common.numerics import CONSTANTS
@@ -24,14 +24,6 @@ ALIKE = 1.04
 
 #: No candidate is predicted to take more than this times the best one.
 WITHIN = 1.5
-
-#: Form -> the constants of a division, in the order of the catalog's tables.
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "decode": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_E", "CLUSTER_K", "WARP_M"),
-    "split_k": ("MAX_TOKENS", "TOKENS_TILE", "GROUPS", "CLUSTER_K"),
-    "swap_ab": ("TILE_EXPERTS", "TILE_TOKENS", "CLUSTER_T", "SPLIT_K"),
-    "tile": ("CLUSTER_E", "CLUSTER_T", "PASSES"),
-}
 
 _GIVEN = re.compile(
     r"(?:(?P<model>[^/:]+)/)?(?P<tokens>\d+):"

@@ -40,6 +40,12 @@ class Choice:
         """Whether it is what serves today."""
         return self.entry.variant == self.trial.today
 
+    @property
+    def serves_the_class(self) -> bool:
+        """Whether the model is to have the variant of the class: not where another one, which
+        serves its batches today, stays."""
+        return not self.stays or self.trial.today == self.trial.variant
+
 
 def choose(tuning: Tuning, entries: Iterable[Entry], figures: Figures) -> list[Choice]:
     """Return the choice of every class with figures.
@@ -92,14 +98,15 @@ def _row(entry: Entry, tokens: Sequence[int], row: Mapping[str, float]) -> Laten
     least = 1 if entry.kernel == REFERENCE else FEW
     latency = []
     for count in tokens:
+        if count > most:
+            break
         figure = row.get(str(max(count, least)))
-        if figure is None and count <= most:
+        if figure is None:
             raise BuildError(
                 f"{entry.key}: expected figures for {list(tokens)} tokens, found those for "
                 f"{sorted(map(int, row))}; next: python -m tests.bench.tune with more --seconds"
             )
-        if figure is not None:
-            latency.append((count, round(figure, 1)))
+        latency.append((count, round(figure, 1)))
     return tuple(latency)
 
 
@@ -127,9 +134,7 @@ def catalog_rows(choices: Sequence[Choice], target: str) -> str:
     for model in dict.fromkeys(choice.trial.model for choice in choices):
         lines.append(f"[{target}.{model}]")
         for choice in choices:
-            if choice.trial.model == model and (
-                not choice.stays or choice.trial.today == choice.trial.variant
-            ):
+            if choice.trial.model == model and choice.serves_the_class:
                 figures = ", ".join(str(figure) for _, figure in choice.latency)
                 lines.append(f'"{choice.trial.kernel}/{choice.trial.variant}" = [{figures}]')
     return "\n".join(lines)

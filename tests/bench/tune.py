@@ -226,6 +226,9 @@ class Measurement:
         """Time entries for one number of tokens. ``turns``: their names, in order."""
         layers, machine = self._of(trial.model), self._machine
         rows = self._rows(tokens)
+        turns = [name for name in turns if not routes[name].declines(rows)]
+        if not turns:
+            return
         inputs = plan(layers.model, rows, machine.l2_bytes, 2).inputs
         chain = make_chain(machine, layers, rows, inputs)
         links, _ = machine.timed(functools.partial(chain.links, True), self._replays)
@@ -234,10 +237,11 @@ class Measurement:
         if (trial.model, tokens) not in self._mm:
             self._mm[trial.model, tokens] = self._replayed(chain, product, link)
         for name in turns:
-            key, route = self._key(trial, name), routes[name]
-            if key in self.wrong or route.declines(rows):
+            key = self._key(trial, name)
+            if key in self.wrong:
                 continue
-            found = attempt(functools.partial(self._replayed, chain, route, link), machine)
+            run = functools.partial(self._replayed, chain, routes[name], link)
+            found = attempt(run, machine)
             if isinstance(found, str):
                 self.wrong[key] = found
                 click.echo(f"{key} WRONG: {found}")

@@ -13,7 +13,7 @@ from router_runtime.format.manifest import loads
 from tests.builder.conftest import EVIDENCE, MODEL, ROOT, Project, snapshot
 
 SECTION = (ROOT / "README.md").read_text().partition("## A model or a kernel of your own")[2]
-TOML, COMMANDS = re.findall(r"```\w*\n(.*?)```", SECTION, re.DOTALL)[:2]
+TOML, COMMANDS, TUNING = re.findall(r"```\w*\n(.*?)```", SECTION, re.DOTALL)[:3]
 
 
 @pytest.fixture
@@ -82,3 +82,14 @@ def test_evidence_that_cannot_be_read_is_said_before_anything_is_compiled(proven
     assert not (proven.root / "out").exists()
     # A build of the checkout's own artifacts reads evidence only to count it.
     assert f"evidence: evidence {record}: expected a valid record" in proven.build()
+
+
+def test_the_readmes_commands_for_tuning() -> None:
+    """Those that need no GPU, as far as their options; tests/runtime/test_tune.py has the other."""
+    build, _, choose = (shlex.split(line) for line in TUNING.splitlines())
+    for words in (build, choose):
+        assert words[:4] == [".venv/bin/python", "-m", "build_kernels", "tune"]
+        context = main.commands["tune"].make_context("tune", words[4:])
+        assert context.params["models"] == ("../mine.toml",)
+        assert str(context.params["out"]) == "build/tune"
+    assert "--figures" in choose

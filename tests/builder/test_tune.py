@@ -6,15 +6,17 @@ import ast
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from build_kernels import divisions, publish
+from build_kernels import divisions, plan, publish, replan
 from build_kernels.catalog import kernels as catalog
-from build_kernels.catalog.kernels import Kernel, Variant
+from build_kernels.catalog.kernels import COLUMNS, Kernel, Variant
 from build_kernels.catalog.latency import Latencies
+from build_kernels.catalog.model_file import read_model
 from build_kernels.catalog.models import MODELS, Model
 from build_kernels.cli import main
 from build_kernels.compile.job import Job
@@ -23,9 +25,9 @@ from build_kernels.errors import BuildError, JobError
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.dense.geometry import cost, search
 from build_kernels.kernels.dense.geometry.table import geometry_of
-from build_kernels.tuning import choice, folder
+from build_kernels.release import rebuild
+from build_kernels.tuning import choice, folder, model_text
 from build_kernels.tuning.candidates import (
-    COLUMNS,
     WITHIN,
     candidates,
     classes,
@@ -410,6 +412,189 @@ def test_a_class_without_a_variant_gets_one_only_if_it_is_worth_it(
     assert 'wgmma_256"' not in said(6.0)
 
 
+# --- the file of a model of one's own ---
+
+MINE_TOML = "\n".join(
+    ["# My model.", 'name = "mine"', *(f"{name} = {value}" for name, value in MINE.shape().items())]
+)
+DIVISION = """
+[divisions.dense_router_prefill.wgmma_4096.swap_ab]
+TILE_EXPERTS = 64
+TILE_TOKENS = 64
+CLUSTER_T = 2
+SPLIT_K = 2
+"""
+LATENCY = """
+[latency.sm_90a.dense_router_prefill.wgmma_4096]
+1024 = 9.5
+4096 = 12
+"""
+
+
+def model_of(tmp_path: Path, tables: str) -> Model:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{MINE_TOML}\n{tables}")
+    return read_model(path)
+
+
+def prefill_jobs(model: Model) -> dict[str, Job]:
+    jobs = plan.plan(targets=["sm_90a"], kernels=["dense_router_prefill"], extra_models=[model])
+    return {job.variant: job for job in jobs}
+
+
+def test_what_a_model_file_states_is_built_and_nothing_else_changes(tmp_path: Path) -> None:
+    assert model_of(tmp_path, "") == MINE
+    plain, stated = prefill_jobs(MINE), prefill_jobs(model_of(tmp_path, DIVISION + LATENCY))
+    found = stated["wgmma_4096"]
+    assert division_text(found.constants) == "64x64:2:2"
+    assert found.constants["MMA"] == "wgmma"
+    assert found.latency == ((1024, 9.5), (4096, 12.0))
+    assert division_text(plain["wgmma_4096"].constants) != "64x64:2:2"
+    assert {name: job for name, job in stated.items() if name != "wgmma_4096"} == {
+        name: job for name, job in plain.items() if name != "wgmma_4096"
+    }
+
+
+def test_a_division_gives_the_model_a_variant_that_the_search_leaves_out(tmp_path: Path) -> None:
+    assert "wgmma_256" not in prefill_jobs(MINE)
+    own = model_of(tmp_path, DIVISION.replace("wgmma_4096", "wgmma_256"))
+    found = prefill_jobs(own)["wgmma_256"]
+    assert division_text(found.constants) == "64x64:2:2"
+    # Without figures of its own it has predicted ones.
+    assert len(found.latency) == 11
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("dense_router_prefill", "dense_router_prefil", "did you mean 'dense_router_prefill.wgm"),
+        (
+            "wgmma_4096",
+            "wgmma_409",
+            "unknown variant in mine.toml 'dense_router_prefill.wgmma_409'",
+        ),
+        ("swap_ab", "swap", "form of wgmma_4096 'swap': did you mean 'swap_ab'"),
+        ("CLUSTER_T = 2", "", "expected the constants TILE_EXPERTS, .*, found SPLIT_K, TILE_EXP"),
+        ("CLUSTER_T = 2", "CLUSTER_T = 0", "a positive integer, .* found 0; next: correct it"),
+        ("CLUSTER_T = 2", "CLUSTER_T = 1.0", "a positive integer, .* found 1.0"),
+        ("sm_90a", "sm_90", "unknown mine.toml: target 'sm_90': did you mean 'sm_90a'"),
+        ("1024 = 9.5", "many = 9.5", "expected numbers of tokens, found 'many'"),
+        ("1024 = 9.5", "1024 = -1", "positive microseconds, found -1"),
+        ("1024 = 9.5", "1024 = true", "positive microseconds, found True"),
+        ("wgmma_4096.swap_ab]", "wgmma_4096]", "expected divisions.KERNEL.VARIANT.FORM.CONSTANT"),
+        (
+            "[latency",
+            "[divisions.dense_router_prefill.wgmma_4096.tile]\nCLUSTER_E = 1\nCLUSTER_T = 1\n"
+            "PASSES = 1\n[latency",
+            "expected one form, found several; next: remove all but one",
+        ),
+    ],
+)
+def test_wrong_tables_of_a_model_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        model_of(tmp_path, (DIVISION + LATENCY).replace(old, new, 1))
+
+
+def test_a_stated_division_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
+    own = model_of(tmp_path, DIVISION.replace("TILE_TOKENS = 64", "TILE_TOKENS = 999"))
+    where = "model mine: divisions.dense_router_prefill.wgmma_4096: expected a multiple of"
+    with pytest.raises(BuildError, match=rf"{where} .* 999 tokens.*; next: correct the model file"):
+        prefill_jobs(own)
+
+
+def test_what_is_stated_survives_a_second_build_and_a_rebuilt_release(tmp_path: Path) -> None:
+    own = model_of(tmp_path, DIVISION + LATENCY)
+    jobs = prefill_jobs(own)
+    again = replan.jobs_of([planned(job, "0" * 64) for job in jobs.values()])
+    assert again == {job.key: job for job in jobs.values()}
+    statement: Any = SimpleNamespace(models={"mine": own.shape()})
+    (path,) = rebuild.model_files(statement, tmp_path)
+    assert read_model(path) == own
+
+
+@pytest.fixture
+def own(
+    compilers: dict[str, str | int], tmp_path: Path
+) -> tuple[Tuning, Manifest, list[choice.Choice]]:
+    """A folder for MINE, and the choice of its first candidate at 4096 tokens."""
+    tuning, manifest = tune(tmp_path / "out", MINE, count=1)
+    (trial,) = tuning.trials
+    tokens = [str(count) for count in tuning.tokens if count >= 128]
+    times = zip(trial.entries, (20.0, 10.0), strict=True)
+    prefix = "dense_router_prefill/mine/sm_90a"
+    rows_ = {f"{prefix}/{name}": dict.fromkeys(tokens, time) for name, time in times}
+    digests = {entry.key: entry.sha256 for entry in manifest.entries}
+    figures = Figures("a GPU", "sm_90a", True, digests, {}, rows_, {})
+    (tmp_path / "figures.json").write_bytes(canonical_json(figures))
+    (tmp_path / "out" / TUNING_NAME).write_bytes(canonical_json(tuning))
+    (tmp_path / "out" / "manifest.json").write_bytes(dumps(manifest))
+    return tuning, manifest, choice.choose(tuning, manifest.entries, figures)
+
+
+def test_choices_are_written_into_the_model_file(
+    own: tuple[Tuning, Manifest, list[choice.Choice]], tmp_path: Path
+) -> None:
+    _, _, (found,) = own
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE_TOML)
+    for _ in range(2):
+        result = command(
+            *(str(path), "--out", str(tmp_path / "out")),
+            *("--figures", str(tmp_path / "figures.json")),
+        )
+        assert result.exit_code == 0, result.output
+        assert f"next: build-kernels build --model-file {path} --out DIR" in result.output
+        assert path.read_text().startswith(f"{MINE_TOML}\n\n{model_text.MARK}\n[divisions.")
+        assert path.read_text().count(model_text.MARK) == 1
+    job = prefill_jobs(read_model(path))["wgmma_4096"]
+    assert division_text(job.constants) == division_text(found.entry.constants)
+    assert job.latency == found.latency == tuple((count, 10.0) for count in own[0].tokens)
+
+
+def test_what_is_said_of_other_classes_stays(
+    own: tuple[Tuning, Manifest, list[choice.Choice]], tmp_path: Path
+) -> None:
+    _, _, choices = own
+    other = (DIVISION + LATENCY).replace("wgmma_4096", "wgmma_512")
+    before = f"{MINE_TOML}\n{model_text.MARK}\n{DIVISION}{LATENCY}{other}"
+    model = model_of(tmp_path, f"{model_text.MARK}\n{DIVISION}{LATENCY}{other}")
+    text = model_text.rewritten("mine.toml", before, model, choices, "sm_90a")
+    after = model_of(tmp_path, text.partition(MINE_TOML)[2])
+    kept = [item for item in model.measured if "/wgmma_512/" in item[0]]
+    assert [item for item in after.measured if "/wgmma_512/" in item[0]] == kept
+    assert len(kept) == 6
+    with pytest.raises(BuildError, match="found divisions, latency without it; next: remove them"):
+        model_text.rewritten("mine.toml", MINE_TOML + DIVISION + LATENCY, model, choices, "sm_90a")
+
+
+def test_a_class_that_another_variant_serves_as_well_gets_no_table(
+    own: tuple[Tuning, Manifest, list[choice.Choice]],
+) -> None:
+    _, _, (found,) = own
+    trial = dataclasses.replace(found.trial, variant="wgmma_256", today=found.entry.variant)
+    stays = dataclasses.replace(found, trial=trial)
+    text = model_text.rewritten("mine.toml", MINE_TOML, MINE, [stays], "sm_90a")
+    assert text == f"{MINE_TOML}\n\n{model_text.MARK}\n"
+
+
+def test_the_file_of_the_folders_model_is_required(
+    own: tuple[Tuning, Manifest, list[choice.Choice]], tmp_path: Path
+) -> None:
+    figures = ("--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures.json"))
+    result = command(*figures)
+    assert result.exit_code == 1
+    assert "expected the file of the model 'mine', which is in the folder, found none" in (
+        result.output
+    )
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE_TOML.replace("64", "128"))
+    result = command(str(path), *figures)
+    assert result.exit_code == 1
+    assert "expected the model that the folder was made for" in result.output
+    assert f"next: build-kernels tune {path} --out with a new folder" in result.output
+    assert model_text.MARK not in path.read_text()
+
+
 # --- the command ---
 
 
@@ -421,8 +606,7 @@ def test_the_command(
     compilers: dict[str, str | int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mine.toml"
-    lines = [f"{name} = {value}" for name, value in MINE.shape().items()]
-    file.write_text("\n".join(['name = "mine"', *lines]))
+    file.write_text(MINE_TOML)
     result = command(
         *("dsv4-flash", str(file), "--out", str(tmp_path / "out"), "--classes", "4096"),
         *("--candidates", "1", "--division", "dsv4-flash/4096:128x64:2:1", "--quiet"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,3 +275,13 @@ def test_the_models_take_turns() -> None:
     assert [(trial.model, trial.variant) for trial in found] == [
         *(("a", "few"), ("b", "few"), ("a", "many"), ("b", "many")),
     ]
+
+
+def test_the_readmes_command() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (line,) = (line for line in text.splitlines() if "tests.bench.tune" in line)
+    python, *words = shlex.split(line)
+    assert (python, words[:2]) == (".venv-test/bin/python", ["-m", "tests.bench.tune"])
+    context = tune.main.make_context("tune", words[2:])
+    assert context.params["artifacts"] == Path("build/tune")
+    assert context.params["seconds"] == 150
