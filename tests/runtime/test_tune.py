@@ -231,17 +231,21 @@ def test_each_entry_is_launched_and_nothing_else(
     serve_cpu_memory(monkeypatch)
     build_on_the_fake_gpu(monkeypatch)
     monkeypatch.setattr(tune, "CHECKED", (1, 9))
-    tuning = dataclasses.replace(read_tuning(folder), tokens=(3, 5))
+    tuning = dataclasses.replace(read_tuning(folder), tokens=(3, 5, 40))
     few, many = tuning.trials
     trials = (
         dataclasses.replace(few, tokens=(3,)),
         dataclasses.replace(many, tokens=(5,)),
+        Trial("small", "dense_router_decode", "portable", (3,), "portable", ("portable",)),
     )
     (folder / TUNING_NAME).write_bytes(canonical_json(dataclasses.replace(tuning, trials=trials)))
     measurement = tune.Measurement(folder, Cpu(), False, 1, (), tmp_path / "scratch")
     with torch.no_grad():
         assert tune.measure(measurement, 100, tmp_path / "figures.json")
     assert figures(tmp_path).wrong == {}
+    # A launch of this one takes 8 tokens.
+    few_only = "dense_router_decode/small/sm_90a/portable"
+    assert set(figures(tmp_path).microseconds[few_only]) == {"3", "5"}
     # The reference, and each of the six: their blocks differ.
     launched = {(launch.symbol, launch.block[0]) for launch in fake.launches}
     assert launched == {(entry.kernel, entry.contract.block[0]) for entry in fake.entries}
