@@ -194,7 +194,7 @@ _SPLIT_K = _table(
 #: experts begin with the variant for 512 tokens.
 _SWAP_AB = _table(
     "variant       model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
-    ("wgmma_256",  "dsv4-flash",   128,         32,         1,        4),
+    ("wgmma_256",  "dsv4-flash",   128,         32,         2,        4),
     ("wgmma_256",  "dsv4-pro",     128,         40,         1,        4),
     ("wgmma_256",  "dsv41-flash",  128,         40,         1,        4),
     ("wgmma_512",  "dsv4-flash",   128,         40,         2,        4),
@@ -205,7 +205,7 @@ _SWAP_AB = _table(
     ("wgmma_1024", "dsv4-pro",     192,         80,         2,        4),
     ("wgmma_1024", "dsv41-flash",  192,         72,         1,        4),
     ("wgmma_1024", "dsv41-dspark", 128,         40,         1,        4),
-    ("wgmma_4096", "dsv4-flash",   128,         72,         2,        1),
+    ("wgmma_4096", "dsv4-flash",   128,         64,         1,        1),
     ("wgmma_4096", "dsv4-pro",     192,         72,         2,        1),
     ("wgmma_4096", "dsv41-flash",  192,         72,         2,        1),
     ("wgmma_4096", "dsv41-dspark", 128,         72,         2,        2),
@@ -226,8 +226,8 @@ _SWAP_AB_PORTABLE = _table(
     ("portable_1024", "dsv41-flash",  192,         40,         4,        2),
     ("portable_1024", "dsv41-dspark", 128,         40,         1,        4),
     ("portable_4096", "dsv4-flash",   128,         72,         2,        1),
-    ("portable_4096", "dsv4-pro",     128,         104,        1,        1),
-    ("portable_4096", "dsv41-flash",  128,         104,        1,        1),
+    ("portable_4096", "dsv4-pro",     128,         96,         1,        1),
+    ("portable_4096", "dsv41-flash",  128,         96,         1,        1),
     ("portable_4096", "dsv41-dspark", 128,         72,         2,        2),
 )
 
