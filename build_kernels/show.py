@@ -117,7 +117,8 @@ def catalog_text(artifacts: Mapping[str, str], evidence: Mapping[str, Standing])
     lines = ["models"]
     lines += [
         f"  {model.name}: hidden {model.hidden}, experts {model.experts}, top_k {model.top_k}, "
-        f"scale {model.scale}, hash layers {model.hash_layers}, vocab {model.vocab}"
+        f"scale {model.scale}, hash layers {model.hash_layers}, vocab {model.vocab}, "
+        f"{model.scoring}, gate temperature {model.gate_temperature:g}"
         for model in MODELS
     ]
     lines.append("targets")

@@ -8,8 +8,10 @@ Per token, with hidden state ``x`` (bf16, H), gate weight ``W`` (bf16, E x H), s
 (fp32, E), scale ``r`` and ``k`` experts, in numbered steps that everything else refers to:
 
 1. ``logit[e] = sum over h of x[h] W[e, h]``, accumulated in fp32. A NaN is stored as 0x7fffffff.
-2. A NaN logit gives score 0 and key -inf. Every other logit is clamped to the finite fp32 range.
-3. ``score[e] = sqrt(softplus(logit[e]))``, with ``softplus(z) = max(z, 0) + log1p(exp(-|z|))``.
+2. A NaN logit gives score 0 and key -inf. Every other logit becomes ``z[e]``: itself for the gate
+   temperature T = 1, else ``fl32(logit[e] * fl32(1 / T))``; clamped to the finite fp32 range.
+3. ``score[e] = sqrt(softplus(z[e]))``, with ``softplus(z) = max(z, 0) + log1p(exp(-|z|))``, or
+   ``score[e] = sigmoid(z[e]) = 1 / (1 + exp(-z[e]))``: the scoring function of the model.
 4. ``key[e] = fl32(score[e] + b[e])``; -0 becomes +0, a NaN becomes -inf. The bias selects and never
    enters a weight.
 5. ``ids`` = the k experts of largest key, in descending order; equal keys: the lower id first.
@@ -48,6 +50,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -98,16 +101,43 @@ def _added(terms: list[Tensor]) -> Tensor:
     return functools.reduce(operator.add, terms)
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """The logits of step 2 before they are clamped, in their dtype: fp32, or float64 without the
+    rounding of the product. ``temperature`` is rounded to fp32, and so is its inverse.
+    """
+    if temperature == 1:
+        return logits
+    inverse = 1 / torch.tensor(temperature, dtype=torch.float32)
+    return logits * inverse.to(logits.dtype)
+
+
 def sqrt_softplus64(logits: Tensor) -> Tensor:
-    """The scores of steps 2 and 3 in float64: ``sqrt(softplus(z))``, 0 for a NaN logit."""
+    """``sqrt(softplus(z))`` of steps 2 and 3 in float64, 0 for a NaN."""
     z = logits.double().clamp(-LOGIT_MAX, LOGIT_MAX)
     score = torch.sqrt(z.clamp(min=0.0) + torch.log1p(torch.exp(-z.abs())))
     return torch.where(logits.isnan(), torch.zeros_like(score), score)
 
 
-def sqrt_softplus(logits: Tensor) -> Tensor:
-    """The scores of steps 2 and 3 in fp32: computed in float64 and rounded once."""
-    return sqrt_softplus64(logits).float()
+def sigmoid64(logits: Tensor) -> Tensor:
+    """``sigmoid(z)`` of steps 2 and 3 in float64, 0 for a NaN."""
+    z = logits.double()
+    small = torch.exp(-z.abs())
+    score = torch.where(z >= 0, torch.ones_like(small), small) / (1 + small)
+    return torch.where(logits.isnan(), torch.zeros_like(score), score)
+
+
+#: The scoring functions in float64, by name.
+SCORINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sqrtsoftplus": sqrt_softplus64,
+    "sigmoid": sigmoid64,
+}
+
+
+def expert_scores(
+    logits: Tensor, scoring: str = "sqrtsoftplus", gate_temperature: float = 1.0
+) -> Tensor:
+    """The scores of steps 2 and 3 of fp32 logits: computed in float64 and rounded to fp32 once."""
+    return SCORINGS[scoring](tempered(logits, gate_temperature)).float()
 
 
 def selection_keys(scores: Tensor, bias: Tensor, logits: Tensor) -> Tensor:
@@ -242,13 +272,16 @@ def activation_topk(
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
     padding: Tensor | None = None,
+    scoring: str = "sqrtsoftplus",
+    gate_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Steps 2 to 7: from fp32 logits ``[N, E]`` to ``(weights [N, k], ids [N, k])``.
 
     ``image_mask``, ``given_mask`` and ``padding`` are bool ``[N]``; ``image_bias`` fp32 ``[E]``;
-    ``given_ids`` integers ``[N, k]``. No expert is ``NO_EXPERT``.
+    ``given_ids`` integers ``[N, k]``; ``scoring`` is a name of ``SCORINGS``; ``gate_temperature``
+    is T. No expert is ``NO_EXPERT``.
     """
-    scores = sqrt_softplus(logits)
+    scores = expert_scores(logits, scoring, gate_temperature)
     ids = topk_select(selection_keys(scores, bias, logits), k)[1]
     if image_mask is not None and image_bias is not None:
         of_images = topk_select(selection_keys(scores, image_bias, logits), k)[1]
@@ -363,10 +396,20 @@ def dense_router(
     renormalize: bool = True,
     k_chunk: int | None = None,
     slices: int = 1,
+    scoring: str = "sqrtsoftplus",
+    gate_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Steps 1 to 6: from hidden states ``[N, H]`` to ``(weights [N, k], ids [N, k])``."""
     logits = dense_logits(hidden_states, weight, k_chunk, slices)
-    return activation_topk(logits, bias, k, scale, renormalize)
+    return activation_topk(
+        logits,
+        bias,
+        k,
+        scale,
+        renormalize,
+        scoring=scoring,
+        gate_temperature=gate_temperature,
+    )
 
 
 def hash_router(
@@ -409,6 +452,8 @@ def hash_gate(
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
     padding: Tensor | None = None,
+    scoring: str = "sqrtsoftplus",
+    gate_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``ids = table[token]``, as they are there; weights by steps 1 to 3 and 6 at these experts.
 
@@ -421,7 +466,15 @@ def hash_gate(
     ids = hash_router(token_ids, table, table.shape[1], sentinel)[1]
     routed = (token_ids >= 0) & (token_ids < table.shape[0])
     if image_mask is not None and image_bias is not None:
-        selected = dense_router(hidden_states, weight, image_bias, table.shape[1], scale)[1]
+        selected = dense_router(
+            hidden_states,
+            weight,
+            image_bias,
+            table.shape[1],
+            scale,
+            scoring=scoring,
+            gate_temperature=gate_temperature,
+        )[1]
         ids = torch.where(image_mask.unsqueeze(1), selected, ids)
         routed = routed | image_mask
     exists = routed.unsqueeze(1).expand_as(ids)
@@ -433,6 +486,7 @@ def hash_gate(
         ids = torch.where(padding.unsqueeze(1), torch.full_like(ids, sentinel), ids)
         exists = exists & ~padding.unsqueeze(1)
     experts = torch.where(exists, ids, torch.zeros_like(ids))
-    scores = sqrt_softplus(gathered_logits64(hidden_states, weight, experts).float())
+    logits = gathered_logits64(hidden_states, weight, experts).float()
+    scores = expert_scores(logits, scoring, gate_temperature)
     scores = torch.where(exists, scores, torch.zeros_like(scores))
     return routing_weights(scores, scale, renormalize), ids

@@ -14,6 +14,7 @@ from build_kernels.catalog.models import ANY, Model
 from build_kernels.catalog.targets import BLACKWELL, HOPPER
 from build_kernels.compile.languages import Language
 from router_runtime.format.contract import Constants
+from router_runtime.format.scoring import SIGMOID, SQRT_SOFTPLUS, scoring_constants
 
 #: The algorithms of the dense kernels, and the MMA instructions that they are written for.
 Form = Literal["decode", "split_k", "swap_ab", "tile"]
@@ -148,6 +149,12 @@ _ACTIVATION_TOPK = _table(
     ("experts256",  ANY,  256,             4),
     ("experts384",  ANY,  384,             4),
     ("experts1024", ANY,  1024,            4),
+)
+_ACTIVATION_TOPK_SIGMOID = _table(
+    "variant        model EXPERTS_CAPACITY TOKENS_PER_BLOCK",
+    ("sigmoid256",  ANY,  256,             4),
+    ("sigmoid384",  ANY,  384,             4),
+    ("sigmoid1024", ANY,  1024,            4),
 )
 
 #: Few tokens: one warp for each chunk of the hidden dimension. The more tokens, the fewer warps for
@@ -360,7 +367,10 @@ KERNELS = (
         language="cuda",
         per_model=False,
         scores=True,
-        variants=_variants(_ACTIVATION_TOPK),
+        variants=(
+            *_variants(_ACTIVATION_TOPK, constants=scoring_constants(SQRT_SOFTPLUS, 1.0)),
+            *_variants(_ACTIVATION_TOPK_SIGMOID, constants=scoring_constants(SIGMOID, 1.0)),
+        ),
     ),
     Kernel(
         name="dense_router_decode",

@@ -8,14 +8,14 @@ from typing import Any
 
 from build_kernels.catalog import measured
 from build_kernels.catalog.models import MODELS, Model
-from build_kernels.catalog.rules import FIELDS, check_model
+from build_kernels.catalog.rules import FIELDS, OPTIONAL, check_model
 from build_kernels.errors import BuildError, unknown
 from router_runtime.format import system_errors
 
 
 def read_model(path: Path) -> Model:
-    """Return the model of a TOML file that has the fields of ``Model``, and perhaps the tables that
-    ``build-kernels tune`` writes.
+    """Return the model of a TOML file that has the fields of ``Model``, without those of
+    ``OPTIONAL`` if it likes, and perhaps the tables that ``build-kernels tune`` writes.
 
     Raises BuildError for a file that cannot be read, other keys, values of another type or out of
     range, and the name of a model of the catalog.
@@ -36,12 +36,13 @@ def read_model(path: Path) -> Model:
     for found in document:
         if found not in FIELDS:
             raise unknown(f"key in {where}", found, FIELDS, "next: rename or remove it")
-    missing = [name for name in FIELDS if name not in document]
+    required = [name for name in FIELDS if name not in OPTIONAL]
+    missing = [name for name in required if name not in document]
     if missing:
         raise BuildError(
-            f"{where}: expected the keys {list(FIELDS)}, missing {missing}; next: add them"
+            f"{where}: expected the keys {required}, missing {missing}; next: add them"
         )
-    values = {name: _field(where, name, document[name]) for name in FIELDS}
+    values = {name: _field(where, name, value) for name, value in document.items()}
     model = Model(**values, measured=measured.flattened(tables))
     check_model(where, model)
     measured.check(where, model)

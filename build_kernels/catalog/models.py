@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from router_runtime.format.scoring import SQRT_SOFTPLUS, scoring_constants
+
 #: In place of a model's name: every model that has no row of its own.
 ANY = "any"
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The shape of a model's routers.
+    """The shape of a model's routers, and how they score.
 
     ``scale`` is the routed scaling factor r, which kernels take as a launch argument. The first
-    ``hash_layers`` MoE layers route by a table over ``vocab`` token ids. ``measured`` has what a
-    model file says of its kernels beside the shape, number by path (``catalog/measured.py``).
+    ``hash_layers`` MoE layers route by a table over ``vocab`` token ids. ``scoring`` is a name of
+    ``router_runtime.format.scoring.SCORINGS``; logits are divided by ``gate_temperature`` first.
+    ``measured`` has what a model file says of its kernels beside the shape, number by path
+    (``catalog/measured.py``).
     """
 
     name: str
@@ -28,20 +32,26 @@ class Model:
     scale: float
     hash_layers: int
     vocab: int
+    scoring: str = SQRT_SOFTPLUS
+    gate_temperature: float = 1.0
     measured: tuple[tuple[str, int | float], ...] = ()
 
-    def shape(self) -> dict[str, int | float]:
-        """Return everything but the name, as a model file has it: numbers by their paths."""
+    def shape(self) -> dict[str, int | float | str]:
+        """Return everything but the name, as a model file has it that leaves out its defaults:
+        values by their paths.
+        """
         own = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in ("name", "measured")
+            and getattr(self, field.name) != field.default
         }
         return {**own, **dict(self.measured)}
 
     def constants(self) -> dict[str, int | float | str]:
         """Return the compile-time constants of a kernel that is compiled for this model."""
-        return {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
+        shape = {"HIDDEN": self.hidden, "EXPERTS": self.experts, "TOP_K": self.top_k}
+        return {**shape, **scoring_constants(self.scoring, self.gate_temperature)}
 
 
 # fmt: off

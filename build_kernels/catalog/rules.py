@@ -14,12 +14,13 @@ from build_kernels.catalog.models import ANY, Model
 from build_kernels.compile.languages import LANGUAGES
 from build_kernels.errors import BuildError, unknown
 from router_runtime.errors import FormatError
+from router_runtime.format.scoring import SCORINGS, TEMPERATURES, is_temperature
 from router_runtime.format.target import Target
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _NAMED = "letters, digits and ._-, beginning with a letter or _"
 
-#: The type of each field of a model.
+#: The type of each field of a model, and those that a model file may leave out.
 FIELDS: Mapping[str, type] = {
     "name": str,
     "hidden": int,
@@ -28,7 +29,10 @@ FIELDS: Mapping[str, type] = {
     "scale": float,
     "hash_layers": int,
     "vocab": int,
+    "scoring": str,
+    "gate_temperature": float,
 }
+OPTIONAL = ("scoring", "gate_temperature")
 
 _Rule = tuple[str, object, str]
 
@@ -64,6 +68,12 @@ def check_model(where: str, model: Model) -> None:
         ("scale", math.isfinite(model.scale) and 0 <= model.scale <= 1e18, "0 to 1e18"),
         ("hash_layers", model.hash_layers >= 0, "0 or more"),
         ("vocab", 1 <= model.vocab < 2**31, "1 to 2^31 - 1"),
+        ("scoring", model.scoring in SCORINGS, f"one of {list(SCORINGS)}"),
+        (
+            "gate_temperature",
+            is_temperature(model.gate_temperature),
+            "{:g} to {:g}".format(*TEMPERATURES),
+        ),
     )
     for name, holds, expected in rules:
         if not holds:

@@ -103,15 +103,18 @@ def _compiled(
 
 
 def literal(name: str, value: int | float | str) -> str:
-    """The C++ literal of the constant ``name``: an int in decimal, a float in hex, rounded to fp32.
+    """What the macro ``name`` stands for: an int in decimal, a float in hex, rounded to fp32, or a
+    C++ name as it is, to which the source gives a meaning (an enumerator, for example).
 
-    Raises BuildError for a string: the preprocessor cannot compare one.
+    Raises BuildError for a string that is no name of C++.
     """
     if isinstance(value, str):
-        raise BuildError(
-            f"constant {name}: expected a number for a CUDA C++ kernel, found the string "
-            f"{value!r}; next: give it a number in build_kernels/catalog, or use CuTe DSL"
-        )
+        if not (value.isascii() and value.isidentifier()):
+            raise BuildError(
+                f"constant {name}: expected a number or a name for a CUDA C++ kernel, found the "
+                f"string {value!r}; next: give it one in build_kernels/catalog"
+            )
+        return value
     if isinstance(value, int):
         return str(value) if value < 2**31 else f"{value}u" if value < 2**32 else f"{value}ull"
     (single,) = struct.unpack("<f", struct.pack("<f", value))

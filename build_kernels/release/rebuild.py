@@ -72,7 +72,7 @@ def model_files(statement: Statement, folder: Path) -> Iterator[Path]:
         path = folder / f"model{number}.toml"
         lines = [f"name = {json.dumps(name)}"]
         # A path of tables is a dotted key.
-        lines += [f"{key.replace('/', '.')} = {value!r}" for key, value in shape.items()]
+        lines += [f"{key.replace('/', '.')} = {json.dumps(value)}" for key, value in shape.items()]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         yield path
 

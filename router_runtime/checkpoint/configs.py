@@ -10,17 +10,19 @@ from typing import Any
 
 from router_runtime.errors import InputError, explain
 from router_runtime.format import system_errors
+from router_runtime.format.scoring import SCORINGS, SIGMOID, SQRT_SOFTPLUS
 
 CONFIG_NAME = "config.json"
 
-#: The entries under which a model routes as ``spec.py`` does: name -> its values. A model with
-#: another value would load and route wrongly. An entry that is absent has one of these values.
-_EXPECTED: dict[str, tuple[object, ...]] = {
-    "scoring_func": ("sqrtsoftplus",),
-    "topk_method": ("noaux_tc",),
-    "n_group": (None, 0, 1),
-    "topk_group": (None, 0, 1),
-    "gate_temp": (None, 1),
+#: The entries under which a model routes as ``spec.py`` does: name -> its values, and how an error
+#: says them. A model with another value would load and route wrongly. An entry that is absent has
+#: one of these values.
+_NO_GROUPS = "1: no kernel limits a token's experts to some groups of them"
+_EXPECTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "scoring_func": (SCORINGS, " or ".join(SCORINGS)),
+    "topk_method": (("noaux_tc",), "noaux_tc"),
+    "n_group": ((None, 0, 1), _NO_GROUPS),
+    "topk_group": ((None, 0, 1), _NO_GROUPS),
 }
 
 
@@ -37,17 +39,20 @@ def config_fields(config: Any, layer: int | None) -> dict[str, Any]:
 
     """
     values = _values(config)
-    for name, expected in _EXPECTED.items():
+    for name, (expected, said) in _EXPECTED.items():
         if values.get(name, expected[0]) not in expected:
-            raise _unfit(f"{name} of the configuration", expected[0], values[name])
+            raise _unfit(f"{name} of the configuration", said, values[name])
+    scoring = values.get("scoring_func", SQRT_SOFTPLUS)
     experts = _first(values, "n_routed_experts", "num_local_experts")
     fields: dict[str, Any] = {
         "hidden_size": _first(values, "hidden_size"),
         "num_experts": experts,
         "top_k": _first(values, "num_experts_per_tok"),
-        "routed_scaling_factor": _first(values, "routed_scaling_factor"),
+        "routed_scaling_factor": _scale(values, scoring),
         "renormalize": values.get("norm_topk_prob", True),
         "mode": "dense",
+        "scoring": scoring,
+        "gate_temperature": _or(values, "gate_temp", 1.0),
     }
     if layer is not None and _is_hash_layer(values, layer):
         fields |= {"mode": "hash_gate", "vocab_size": _first(values, "vocab_size")}
@@ -83,6 +88,22 @@ def _first(values: Mapping[str, Any], *names: str) -> Any:
     raise _unfit("configuration", f"the entry {' or '.join(names)}", f"{sorted(values)}")
 
 
+def _or(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value under ``name``, or ``default`` if there is none."""
+    found = values.get(name)
+    return default if found is None else found
+
+
+def _scale(values: Mapping[str, Any], scoring: str) -> Any:
+    """The routed scaling factor. Configurations of models that score by a sigmoid say null for 1;
+    one that says nothing may mean anything.
+    """
+    name = "routed_scaling_factor"
+    if scoring == SIGMOID and name in values:
+        return _or(values, name, 1.0)
+    return _first(values, name)
+
+
 def _is_hash_layer(values: Mapping[str, Any], layer: int) -> bool:
     layers = _first(values, "num_hidden_layers")
     if not 0 <= layer < layers:
@@ -96,12 +117,14 @@ def _is_hash_layer(values: Mapping[str, Any], layer: int) -> bool:
     kinds = values.get("mlp_layer_types")
     if kinds is not None:
         kind = kinds[layer] if layer < len(kinds) else "nothing"
-        if kind not in ("hash_moe", "moe"):
-            raise _unfit(f"mlp_layer_types[{layer}]", "'hash_moe' or 'moe'", repr(kind))
+        if kind not in ("hash_moe", "moe", "sparse"):
+            expected = "'hash_moe', 'moe' or 'sparse'"
+            raise _unfit(f"mlp_layer_types[{layer}]", expected, repr(kind))
         return bool(kind == "hash_moe")
     # A hash layer that is taken for a dense one would route wrongly, so an absent number is not 0,
-    # except where the architecture has no hash layers.
-    absent = 0 if values.get("model_type") == "deepseek_v41" else None
+    # except where the architecture has no hash layers: no other than DeepSeek-V4's has them.
+    sigmoid = values.get("scoring_func") == SIGMOID
+    absent = 0 if sigmoid or values.get("model_type") == "deepseek_v41" else None
     count = values.get("num_hash_layers", absent)
     if count is None:
         raise _unfit(

@@ -16,12 +16,13 @@ from router_runtime.device.resolve import Request, Resolution, next_step, resolv
 from router_runtime.evidence.choice import DENSE
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.scoring import CONSTANTS
 
 #: What the two dense kernels are called together.
 DENSE_ROUTER = "dense_router"
 
 #: The constants that a Router's requests state, where the kernel has a constant of that name.
-_SHAPE = ("HIDDEN", "EXPERTS", "TOP_K", "IMAGES")
+_SHAPE = ("HIDDEN", "EXPERTS", "TOP_K", *CONSTANTS, "IMAGES")
 
 #: The opt-in shared memory per block, in bytes, of every device that the targets name.
 _SHARED_MEMORY_PER_BLOCK = 227 * 1024

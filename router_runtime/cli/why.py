@@ -12,6 +12,7 @@ A request is a kernel and what it is to serve, separated by ``/``:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -29,6 +30,7 @@ from router_runtime.device.resolve import Candidate, Request, Resolution, next_s
 from router_runtime.errors import InputError, explain
 from router_runtime.evidence.choice import DENSE, microseconds
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.scoring import SQRT_SOFTPLUS, scoring_constants
 from router_runtime.format.target import Target
 
 SYNTAX = "KERNEL[/MODEL][/TOKENS][/NAME=VALUE...], such as dense_router/dsv4-pro/1024"
@@ -39,8 +41,9 @@ _EXPECTED = (
     "nothing was timed here"
 )
 
-#: What a router states for a shape that the request leaves open: text tokens only.
-_DEFAULTS = {"IMAGES": 0}
+#: What a router states for what the request leaves open: text tokens only, and the scores of a
+#: RouterConfig that does not say how it scores.
+_DEFAULTS = {"IMAGES": 0, **scoring_constants(SQRT_SOFTPLUS, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,7 @@ def _shape_of_model(text: str, model: str, entries: list[Entry]) -> dict[str, in
         raise _unreadable(text, expected, f"the model {model!r}")
     _one_of(text, "a model", model, models)
     (shape, *_) = (shape_of(entry) for entry in entries if entry.model == model)
-    return {name: value for name, value in shape.items() if name not in _DEFAULTS}
+    return {name: value for name, value in shape.items() if name != "IMAGES"}
 
 
 def _names(entries: list[Entry]) -> list[str]:
@@ -275,10 +278,10 @@ def _names(entries: list[Entry]) -> list[str]:
 
 
 def _value(text: str) -> int | float | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _one_of(text: str, what: str, found: str, known: Iterable[str]) -> None:

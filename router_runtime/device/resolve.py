@@ -13,6 +13,7 @@ specific target (``a``, ``f``, none), a specialised variant before ``portable``,
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from router_runtime.format.advice import (
 )
 from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.scoring import SQRT_SOFTPLUS, scoring_constants
 from router_runtime.format.target import Target
 
 #: The status of an entry that cannot serve for another reason: its evidence is not read.
@@ -260,4 +262,18 @@ def next_step(resolution: Resolution, *, brief: bool = False) -> str:
             f"{advice}, or name one of the variants {names}: "
             f"Router(..., variants={{{request.kernel!r}: {names[0]!r}}})"
         )
-    return build_model()
+    if all(candidate.entry.model is None for candidate in resolution.candidates):
+        return build_artifacts()
+    return build_model(_model_keys(request))
+
+
+def _model_keys(request: Request) -> list[str]:
+    """The lines of a model file that make kernels which score as the request says; none for the
+    rule that a model file need not state.
+    """
+    plain = scoring_constants(SQRT_SOFTPLUS, 1.0)
+    return [
+        f"{name.lower()} = {json.dumps(value)}"
+        for name, value in request.constants.items()
+        if name in plain and value != plain[name]
+    ]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from router_runtime.format.contract import Constants
+from router_runtime.format.scoring import SQRT_SOFTPLUS
 
 Limits = Mapping[str, tuple[int, int]]
 
@@ -65,6 +66,8 @@ class Case:
         variations: Whether launches on rearranged rows follow, which must give each row the same
             bits (batch invariance).
         serving: The serving inputs that the case has, names of ``SERVING``.
+        scoring: The scoring function of the kernel.
+        gate_temperature: What it divides logits by.
 
     """
 
@@ -76,6 +79,8 @@ class Case:
     renormalize: bool = True
     variations: bool = False
     serving: tuple[str, ...] = ()
+    scoring: str = SQRT_SOFTPLUS
+    gate_temperature: float = 1.0
 
     @property
     def seed(self) -> int:
@@ -116,11 +121,29 @@ def cases(kernel: str, constants: Constants, limits: Limits) -> tuple[Case, ...]
             f"expected a kernel with oracle cases, one of {sorted(_CASES)}, found {kernel!r}; "
             "add its cases to router_runtime/evidence/cases.py"
         )
-    listed = tuple(_CASES[kernel](constants, limits))
+    listed = tuple(_scored(_CASES[kernel](constants, limits), constants))
     names = [case.name for case in listed]
     if len(set(names)) != len(names):
         raise ValueError(f"{kernel}: expected distinct case names, found {sorted(names)}")
     return listed
+
+
+def _scored(cases: Iterable[Case], constants: Constants) -> Iterator[Case]:
+    """The cases of an entry that scores as its constants say. Another rule than sqrtsoftplus with
+    the temperature 1 is part of their names, and so of the seeds.
+    """
+    function = str(constants.get("SCORING", SQRT_SOFTPLUS))
+    temperature = float(constants.get("GATE_TEMPERATURE", 1.0))
+    if (function, temperature) == (SQRT_SOFTPLUS, 1.0):
+        yield from cases
+        return
+    for case in cases:
+        yield dataclasses.replace(
+            case,
+            name=f"{case.name}-{function}-t{temperature:g}",
+            scoring=function,
+            gate_temperature=temperature,
+        )
 
 
 def _within(limits: Limits, quantity: str, wanted: tuple[int, ...]) -> list[int]:

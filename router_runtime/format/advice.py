@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from router_runtime.format.target import BUILDABLE, Target
@@ -166,17 +167,21 @@ def build_for_device(major: int, minor: int) -> str:
     return f"{_build(root, f'--target {targets[0]}', f'build/{targets[0]}')}, or {USE_CPU}"
 
 
-def build_model() -> str:
-    """How to get kernels for a model that the artifacts do not have."""
+def build_model(keys: Sequence[str] = ()) -> str:
+    """How to get kernels for a model that the artifacts do not have. ``keys`` are lines that its
+    file has beside those of every model.
+    """
     root = checkout()
     if root is None:
+        beside = f", with {' and '.join(keys)} in mine.toml" if keys else ""
         return (
-            "install a release wheel that has this model, or build it in a checkout of the "
-            "project: .venv/bin/python -m build_kernels build --model-file mine.toml --out DIR"
+            f"install a release wheel that has this model, or build it in a checkout of the "
+            f"project{beside}: .venv/bin/python -m build_kernels build --model-file mine.toml "
+            "--out DIR"
         )
-    return (
-        f"write its shape into mine.toml and {_build(root, '--model-file mine.toml', 'build/mine')}"
-    )
+    beside = f", with {' and '.join(keys)}," if keys else ""
+    build = _build(root, "--model-file mine.toml", "build/mine")
+    return f"write its shape{beside} into mine.toml and {build}"
 
 
 def _is_here(root: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 from router_runtime.errors import FormatError
 from router_runtime.format.codec import canonical_json, decode, encode, parse_json
+from router_runtime.format.contract import Constants
 from router_runtime.format.target import Target
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ class Statement:
     locks: Mapping[str, str]
     packages: Mapping[str, Package]
     subjects: Mapping[str, str]
-    models: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    models: Mapping[str, Constants] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
@@ -111,7 +112,7 @@ def stem(distribution: str, version: str) -> str:
 def local_version(
     commit: str,
     changes_sha256: str | None = None,
-    models: Mapping[str, Mapping[str, int | float]] = types.MappingProxyType({}),
+    models: Mapping[str, Constants] = types.MappingProxyType({}),
 ) -> str:
     """What follows the ``+`` of a release's version: its commit, and digests of the changes to it
     and of the shapes of models that it does not have.
@@ -247,16 +248,16 @@ def _statement(document: Any) -> Statement:
         packages=packages,
         subjects={item["name"]: item["digest"]["sha256"] for item in document["subject"]},
         models={
-            str(name): {str(key): _number(value) for key, value in shape.items()}
+            str(name): {str(key): _constant(value) for key, value in shape.items()}
             for name, shape in parameters.get("models", {}).items()
         },
     )
 
 
-def _number(value: Any) -> int | float:
-    if type(value) is int or type(value) is float:
+def _constant(value: Any) -> int | float | str:
+    if type(value) is int or type(value) is float or type(value) is str:
         return value
-    raise ValueError(f"the number {value!r}")
+    raise ValueError(f"the number or name {value!r}")
 
 
 def _check(distribution: str, version: str, commit: str, targets: tuple[str, ...]) -> None:

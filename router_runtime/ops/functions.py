@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from router_runtime.arguments import explain_failure, explains_arguments
+from router_runtime.format.scoring import SQRT_SOFTPLUS
 
 # Registers the ops.
 from router_runtime.ops import registration as registration
-from router_runtime.routing.checks import wrong_value
+from router_runtime.routing.checks import check_scoring, wrong_value
 
 _dense_router = torch.ops.dsv4.dense_router.default
 _dense_router_logits = torch.ops.dsv4.dense_router_logits.default
@@ -495,16 +496,17 @@ def activation_topk(
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
     sentinel: int = -1,
+    scoring: str = SQRT_SOFTPLUS,
     shared_experts: int | None = None,
     shared_id: int | None = None,
     shared_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route by logits that are there already: steps 2 to 7, without a Router.
 
-    Per token: ``score = sqrt(softplus(logit))`` (0 for a NaN logit), ``key = score + bias`` (-inf
-    for a NaN logit or a NaN key), the k experts of largest key, equal keys the lower id first, and
-    ``weight_j = score_j / (score_0 + ... + score_(k-1) + 1e-20) * scale``. The bias selects and
-    never enters the weights.
+    Per token: ``score = sqrt(softplus(logit))``, or ``sigmoid(logit)`` (0 for a NaN logit), ``key =
+    score + bias`` (-inf for a NaN logit or a NaN key), the k experts of largest key, equal keys the
+    lower id first, and ``weight_j = score_j / (score_0 + ... + score_(k-1) + 1e-20) * scale``. The
+    bias selects and never enters the weights.
 
     Args:
         logits: fp32, bf16 or fp16 ``[tokens, E]`` with E from 1 to 1024; any values; 0 tokens are
@@ -525,6 +527,8 @@ def activation_topk(
             sentinel, with weight 0, and is left out of the sum.
         given_mask: bool ``[tokens]``, beside ``given_ids``.
         sentinel: the id of padding, an int32.
+        scoring: ``sqrtsoftplus`` or ``sigmoid``. A gate temperature T is the caller's: multiply the
+            logits by 1 / T before.
         shared_experts: see this module.
         shared_id: see this module.
         shared_weight: see this module.
@@ -549,12 +553,14 @@ def activation_topk(
         and given_mask is None
         and shared_experts is shared_id is None
         and shared_weight is None
+        and scoring == SQRT_SOFTPLUS
         and type(k) is int
         and type(scale) is float
         and type(sentinel) is int
     ):
         _refuse_other_than_bool(renormalize=renormalize)
         return _activation_topk(logits, bias, k, scale, renormalize)  # type: ignore[no-any-return]
+    check_scoring("scoring", scoring)
     inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
@@ -567,6 +573,7 @@ def activation_topk(
         shared_id=shared_id,
         shared_weight=shared_weight,
         sentinel=None if sentinel == -1 else sentinel,
+        scoring=None if scoring == SQRT_SOFTPLUS else scoring,
     )
     _refuse_as_numbers({"k": k, "scale": scale, "sentinel": sentinel, **inputs})
     _refuse_other_than_bool(renormalize=renormalize)
@@ -584,6 +591,7 @@ def activation_topk_replay(
     is_padding: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
     sentinel: int = -1,
+    scoring: str = SQRT_SOFTPLUS,
     shared_experts: int | None = None,
     shared_id: int | None = None,
     shared_weight: float | None = None,
@@ -600,6 +608,7 @@ def activation_topk_replay(
         is_padding: as of ``activation_topk``.
         num_valid_tokens: as of ``activation_topk``.
         sentinel: as of ``activation_topk``.
+        scoring: as of ``activation_topk``.
         shared_experts: see this module.
         shared_id: see this module.
         shared_weight: see this module.
@@ -612,6 +621,7 @@ def activation_topk_replay(
         The errors of ``activation_topk``.
 
     """
+    check_scoring("scoring", scoring)
     inputs = _used(
         ids_dtype=ids_dtype,
         is_padding=is_padding,
@@ -620,6 +630,7 @@ def activation_topk_replay(
         shared_id=shared_id,
         shared_weight=shared_weight,
         sentinel=None if sentinel == -1 else sentinel,
+        scoring=None if scoring == SQRT_SOFTPLUS else scoring,
     )
     _refuse_as_numbers({"scale": scale, "sentinel": sentinel, **inputs})
     _refuse_other_than_bool(renormalize=renormalize)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from router_runtime.format.scoring import SQRT_SOFTPLUS
 from router_runtime.routing.checks import (
     check_logits,
     check_logits_bias,
@@ -257,6 +258,7 @@ _STATES, _SIZES = "Tensor hidden_states", "int num_experts, int top_k"
 _IMAGES = ", Tensor? image_mask=None"
 _GIVEN = ", Tensor? given_ids=None, Tensor? given_mask=None"
 _SCORED = _IMAGES + _GIVEN
+_SCORING = f", str scoring='{SQRT_SOFTPLUS}'"
 
 ROUTING_OPS = (
     RoutingOp("dense_router", _STATES, _SIZES, _dense_router, inputs=_SCORED),
@@ -270,7 +272,7 @@ ROUTING_OPS = (
         "int k, float scale, bool renormalize",
         _activation_topk,
         takes_router=False,
-        inputs=f"{_IMAGES}, Tensor? image_bias=None{_GIVEN}, int sentinel=-1",
+        inputs=f"{_IMAGES}, Tensor? image_bias=None{_GIVEN}, int sentinel=-1{_SCORING}",
     ),
     RoutingOp(
         "activation_topk_replay",
@@ -278,7 +280,7 @@ ROUTING_OPS = (
         "float scale, bool renormalize",
         _activation_topk_replay,
         takes_router=False,
-        inputs=", int sentinel=-1",
+        inputs=f", int sentinel=-1{_SCORING}",
     ),
 )
 

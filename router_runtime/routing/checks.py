@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from router_runtime.errors import InputError, explain
+from router_runtime.format.scoring import SCORINGS, TEMPERATURES, is_temperature
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
@@ -124,6 +125,19 @@ def check_scale(name: str, value: object) -> None:
     """Raise InputError for a scale of the weights that is not a number in [0, 1e18]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SCALE:
         raise wrong_value(name, f"a number from 0 to {MAX_SCALE:g}", value)
+
+
+def check_scoring(name: str, value: object) -> None:
+    """Raise InputError for a scoring function that there is not."""
+    if not isinstance(value, str) or value not in SCORINGS:
+        raise wrong_value(name, f"one of {list(SCORINGS)}", value)
+
+
+def check_temperature(name: str, value: object) -> None:
+    """Raise InputError for a gate temperature that no kernel is built for."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_temperature(value):
+        low, high = TEMPERATURES
+        raise wrong_value(name, f"a number from {low:g} to {high:g}", value)
 
 
 def refuse_grad(name: str, tensor: Tensor) -> None:

@@ -8,11 +8,14 @@ from typing import Any, Literal
 from router_runtime.arguments import checks_arguments, explains_construction
 from router_runtime.checkpoint.configs import config_fields
 from router_runtime.evidence.choice import DENSE
+from router_runtime.format.scoring import scoring_constants
 from router_runtime.routing.checks import (
     MAX_EXPERTS,
     MAX_TOP_K,
     check_int,
     check_scale,
+    check_scoring,
+    check_temperature,
     wrong_value,
 )
 
@@ -43,6 +46,10 @@ class RouterConfig:
         renormalize: whether the weights of a token are divided by the sum of its scores (step 6).
         sentinel: the id that is returned where there is no expert: for a padding token, a token id
             outside the vocabulary, or a given id outside [0, E).
+        scoring: the function that makes scores of logits (step 3): ``sqrtsoftplus`` or ``sigmoid``.
+            Mode ``hash`` does not use it. Kernels are built for one function and one temperature.
+        gate_temperature: T, by which logits are divided before (step 2); from 2^-20 to 2^20, and
+            rounded to fp32. Mode ``hash`` does not use it.
 
     Raises:
         InputError: a field is outside its range.
@@ -57,6 +64,8 @@ class RouterConfig:
     vocab_size: int | None = None
     renormalize: bool = True
     sentinel: int = -1
+    scoring: Literal["sqrtsoftplus", "sigmoid"] = "sqrtsoftplus"
+    gate_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_int("hidden_size", self.hidden_size, HIDDEN_MULTIPLE, 2**20)
@@ -72,6 +81,13 @@ class RouterConfig:
         if self.vocab_size is not None or self.mode != "dense":
             check_int("vocab_size", self.vocab_size, 1, 2**31 - 1)
         check_scale("routed_scaling_factor", self.routed_scaling_factor)
+        check_scoring("scoring", self.scoring)
+        check_temperature("gate_temperature", self.gate_temperature)
+
+    def constants(self) -> dict[str, int | float | str]:
+        """The compile-time constants of a kernel that serves this router."""
+        shape = {"HIDDEN": self.hidden_size, "EXPERTS": self.num_experts, "TOP_K": self.top_k}
+        return {**shape, **scoring_constants(self.scoring, self.gate_temperature)}
 
     @classmethod
     @checks_arguments

@@ -63,6 +63,8 @@ class CpuDense(_CpuBackend):
             given_ids=call.given_ids,
             given_mask=call.given_mask,
             padding=call.padding(torch.arange(tokens)),
+            scoring=config.scoring,
+            gate_temperature=config.gate_temperature,
         )
         if results.logits is not None:
             results.logits.copy_(logits)
@@ -118,5 +120,7 @@ class CpuHashGate(_CpuBackend):
             given_ids=call.given_ids,
             given_mask=call.given_mask,
             padding=call.padding(torch.arange(tokens)),
+            scoring=config.scoring,
+            gate_temperature=config.gate_temperature,
         )
         return call.store(results, *result, config.sentinel, expert_map)

@@ -135,17 +135,7 @@ class CudaDense:
         self._sizes = Sizes.of(config, weights)
         self._weights = weights
         self.placement = Placement(weights.weight.device)
-        requests = [
-            selection.request(
-                kernel,
-                {
-                    "HIDDEN": config.hidden_size,
-                    "EXPERTS": config.num_experts,
-                    "TOP_K": config.top_k,
-                },
-            )
-            for kernel in DENSE
-        ]
+        requests = [selection.request(kernel, config.constants()) for kernel in DENSE]
         self.token_ranges = kernels.dispatch(requests).require()
         self._logits_dispatch = kernels.dispatch(
             [dataclasses.replace(request, parameters=("logits_out",)) for request in requests]

@@ -114,8 +114,7 @@ class CudaHashGate:
         self._hidden_size, self._top_k = config.hidden_size, config.top_k
         self._weights, self._sizes = weights, Sizes.of(config, weights)
         self.placement = Placement(weights.table.device)
-        experts = config.num_experts
-        shape = {"HIDDEN": self._hidden_size, "EXPERTS": experts, "TOP_K": self._top_k}
+        shape = config.constants()
         constants = shape | {"IMAGES": 0}
         request = selection.request(HASH_GATE, constants)
         self.token_ranges = kernels.dispatch([request]).require()

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from router_runtime.arguments import checks_arguments, explain_failure
 from router_runtime.checkpoint.tensors import TENSORS
 from router_runtime.errors import InputError, explain
+from router_runtime.format.scoring import SQRT_SOFTPLUS
 from router_runtime.routing.checks import wrong_value
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.expert_map import ExpertMap, checked_expert_map
@@ -241,6 +242,10 @@ class GateModule(nn.Module):
             words.append(f"routed_scaling_factor={config.routed_scaling_factor}")
         if config.vocab_size is not None:
             words.append(f"vocab_size={config.vocab_size}")
+        if config.scoring != SQRT_SOFTPLUS:
+            words.append(f"scoring={config.scoring}")
+        if config.gate_temperature != 1:
+            words.append(f"gate_temperature={config.gate_temperature}")
         if not config.renormalize:
             words.append("renormalize=False")
         words.append(f"device={str(self.device)!r}")

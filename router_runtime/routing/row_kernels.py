@@ -41,6 +41,7 @@ class RowKernelUse(NamedTuple):
         quantities: The names of the sizes of a call, which the entries' limits are about.
         constants: The names of sizes that come before those, and that must be an entry's own.
         choose: Chooses among the entries that serve a call; None: the closest fit.
+        fixed: (name, value) of constants that the entries must have for any call of this use.
 
     """
 
@@ -49,6 +50,7 @@ class RowKernelUse(NamedTuple):
     quantities: tuple[str, ...]
     constants: tuple[str, ...] = ()
     choose: Choose | None = None
+    fixed: tuple[tuple[str, int | float | str], ...] = ()
 
 
 class RowKernel:
@@ -59,7 +61,7 @@ class RowKernel:
         refuse_capture(f"the first call of {use.name} on {device}, which loads its kernels,")
         self._use = use
         self._kernels = kernels_on(device.index)
-        resolution = self._kernels.resolve(Request(use.name))
+        resolution = self._kernels.resolve(Request(use.name, dict(use.fixed)))
         resolution.require()
         accepted = [each for each in resolution.candidates if each.accepted]
         self._launchers = {
@@ -87,7 +89,7 @@ class RowKernel:
         fixed = len(use.constants)
         request = Request(
             use.name,
-            constants=dict(zip(use.constants, sizes[:fixed], strict=True)),
+            constants=dict((*use.fixed, *zip(use.constants, sizes[:fixed], strict=True))),
             quantities=dict(zip(use.quantities, sizes[fixed:], strict=True)),
         )
         resolution = self._kernels.resolve(request)
@@ -101,20 +103,21 @@ class RowKernel:
 
 
 _lock = threading.Lock()
-_loaded: dict[tuple[str, torch.device], RowKernel] = {}
+_loaded: dict[tuple[object, ...], RowKernel] = {}
 #: The ops with several kernels that have loaded them on a device, by the name of their first one.
 _prepared: set[tuple[str, torch.device]] = set()
 
 
 def row_kernel(use: RowKernelUse, device: torch.device) -> RowKernel:
     """The kernel on a device, loaded by the first call; from any thread."""
-    found = _loaded.get((use.name, device))
+    key = use.name, use.fixed, device
+    found = _loaded.get(key)
     if found is not None:
         return found
     with _lock:
-        found = _loaded.get((use.name, device))
+        found = _loaded.get(key)
         if found is None:
-            found = _loaded[use.name, device] = RowKernel(use, device)
+            found = _loaded[key] = RowKernel(use, device)
         return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from router_runtime import spec
+from router_runtime.format.scoring import SCORINGS, SQRT_SOFTPLUS, scoring_constants
 from router_runtime.routing import topk_indices
 from router_runtime.routing.call import Call, Results
 from router_runtime.routing.checks import (
@@ -24,6 +25,7 @@ from router_runtime.routing.checks import (
     check_logits_bias,
     check_scale,
     check_scores,
+    check_scoring,
     wrong_tensor,
     wrong_value,
 )
@@ -42,14 +44,19 @@ _SELECT = RowKernelUse(
     quantities=("row_length", "top_k"),
 )
 _OF_SELECT = (_SELECT, topk_indices.USE)
-_ACTIVATION = RowKernelUse(
-    "activation_topk",
-    (
-        *("logits", "bias", "weights_out", "ids_out", "tokens"),
-        *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
-    ),
-    quantities=("experts", "top_k"),
-)
+#: By scoring function. A process loads the entries of those that it uses.
+_ACTIVATION = {
+    function: RowKernelUse(
+        "activation_topk",
+        (
+            *("logits", "bias", "weights_out", "ids_out", "tokens"),
+            *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
+        ),
+        quantities=("experts", "top_k"),
+        fixed=tuple(scoring_constants(function, 1.0).items()),
+    )
+    for function in SCORINGS
+}
 
 
 def check_select(scores: Tensor, k: int) -> None:
@@ -60,7 +67,9 @@ def check_select(scores: Tensor, k: int) -> None:
     check_int("k", k, 1, min(MAX_SELECTED, columns))
 
 
-def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
+def check_activate(
+    logits: Tensor, bias: Tensor, k: int, scale: float, function: str = SQRT_SOFTPLUS
+) -> None:
     """Raise InputError for arguments that ``activation_topk`` does not serve."""
     check_logits(logits)
     check_logits_bias("bias", bias, logits)
@@ -68,6 +77,7 @@ def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
     check_int("experts", experts, 1, MAX_EXPERTS)
     check_int("k", k, 1, min(MAX_TOP_K, experts))
     check_scale("scale", scale)
+    check_scoring("scoring", function)
 
 
 def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,10 +161,11 @@ def serve_activation_cpu(
     scale: float,
     renormalize: bool,
     call: Call,
+    scoring: str = SQRT_SOFTPLUS,
     **rules: Any,
 ) -> Results:
     """``activation_topk`` of CPU tensors. ``rules`` are the keywords of ``_check_rules``."""
-    check_activate(logits, bias, k, scale)
+    check_activate(logits, bias, k, scale, scoring)
     image_bias, sentinel, expert_map = _check_rules(logits, call, **rules)
     tokens, experts = logits.shape
     results = call.prepare(CPU, tokens, Sizes(k, experts, sentinel, image_bias is not None))
@@ -169,6 +180,7 @@ def serve_activation_cpu(
         given_ids=call.given_ids,
         given_mask=call.given_mask,
         padding=call.padding(torch.arange(tokens)),
+        scoring=scoring,
     )
     return call.store(results, *result, sentinel, expert_map)
 
@@ -180,14 +192,17 @@ def serve_activation_cuda(
     scale: float,
     renormalize: bool,
     call: Call,
+    scoring: str = SQRT_SOFTPLUS,
     **rules: Any,
 ) -> Results:
     """``activation_topk`` of CUDA tensors. ``rules`` are the keywords of ``_check_rules``."""
-    kernel = _activation_kernel(logits, bias, k, scale)
+    kernel = _activation_kernel(logits, bias, k, scale, scoring)
     placement = kernel.placement
     if placement.several and placement.elsewhere():
         with placement.current():
-            return serve_activation_cuda(logits, bias, k, scale, renormalize, call=call, **rules)
+            return serve_activation_cuda(
+                logits, bias, k, scale, renormalize, call=call, scoring=scoring, **rules
+            )
     image_bias, sentinel, expert_map = _check_rules(logits, call, **rules)
     tokens, experts = logits.shape
     results = call.prepare(placement, tokens, Sizes(k, experts, sentinel, image_bias is not None))
@@ -294,7 +309,9 @@ def _fp32(bias: Tensor) -> Tensor:
     return (bias if bias.dtype is torch.float32 else bias.float()).contiguous()
 
 
-def _activation_kernel(logits: Tensor, bias: Tensor, k: int, scale: float) -> RowKernel:
+def _activation_kernel(
+    logits: Tensor, bias: Tensor, k: int, scale: float, function: str = SQRT_SOFTPLUS
+) -> RowKernel:
     """The kernel for arguments that it serves."""
-    check_activate(logits, bias, k, scale)
-    return row_kernel(_ACTIVATION, logits.device)
+    check_activate(logits, bias, k, scale, function)
+    return row_kernel(_ACTIVATION[function], logits.device)

@@ -19,16 +19,20 @@ TOLERANCES: Mapping[str, float] = MappingProxyType(
     {
         # |z - z64| <= LOGIT * sum |x W|: fp32 accumulation in the canonical chunked order.
         "LOGIT": 2.0**-20,
-        # Relative error of a score: one fp32 softplus, one square root, their roundings.
+        # Relative error of a score: one fp32 softplus, one square root, their roundings; of a
+        # sigmoid: one fp32 exponential, an addition and a division.
         "SCORE": 4e-7,
-        # Below a logit of -80 the softplus itself nears the subnormals: absolute error of a score.
+        # Below a logit of -80 the softplus itself nears the subnormals: absolute error of a score,
+        # and of one that is a sigmoid, which is there the exponential.
         "SCORE_UNDERFLOW": 4e-23,
+        "SIGMOID_UNDERFLOW": 2.0**-149,
         # Relative error of one fp32 rounding.
         "ROUNDING": 2.0**-24,
         # Absolute error of one fp32 rounding among the subnormals.
         "SUBNORMAL": 2.0**-150,
     }
 )
+_UNDERFLOW = {"sqrtsoftplus": "SCORE_UNDERFLOW", "sigmoid": "SIGMOID_UNDERFLOW"}
 _UNDERFLOW_LOGIT = -80.0
 
 
@@ -47,23 +51,39 @@ class Interval:
         return Interval(self.low[rows], self.high[rows])
 
 
-def score_interval(logits: Tensor, slack: Tensor) -> Interval:
+def score_interval(
+    logits: Tensor, slack: Tensor, scoring: str = "sqrtsoftplus", gate_temperature: float = 1.0
+) -> Interval:
     """The scores of logits that are known up to ``slack``.
 
     Args:
         logits: float64 ``[N, E]``.
         slack: The largest absolute error of each logit, float64 ``[N, E]``.
+        scoring: The scoring function, of ``spec.SCORINGS``.
+        gate_temperature: T.
 
     Returns:
-        sqrt(softplus) of both ends (it is monotone), widened by the promised error of the scoring
-        function; float64 ``[N, E]``, never below 0.
+        The scores of both ends (each scoring function is monotone), widened by the promised error
+        of the scoring function; float64 ``[N, E]``, never below 0.
 
     """
-    low = spec.sqrt_softplus64(logits - slack)
-    high = spec.sqrt_softplus64(logits + slack)
-    underflow = torch.where(logits - slack < _UNDERFLOW_LOGIT, TOLERANCES["SCORE_UNDERFLOW"], 0.0)
+    lowest = _tempered(logits - slack, gate_temperature, -1)
+    low = spec.SCORINGS[scoring](lowest)
+    high = spec.SCORINGS[scoring](_tempered(logits + slack, gate_temperature, 1))
+    allowed = TOLERANCES[_UNDERFLOW[scoring]]
+    underflow = torch.where(lowest < _UNDERFLOW_LOGIT, allowed, 0.0)
     low = (low * (1 - TOLERANCES["SCORE"]) - underflow).clamp(min=0.0)
     return Interval(low, high * (1 + TOLERANCES["SCORE"]) + underflow)
+
+
+def _tempered(logits: Tensor, temperature: float, direction: int) -> Tensor:
+    """``spec.tempered``, and one fp32 rounding further: up for the direction 1, down for -1."""
+    if temperature == 1:
+        return logits
+    z = spec.tempered(logits, temperature)
+    rounding = TOLERANCES["ROUNDING"] * z.abs() + TOLERANCES["SUBNORMAL"]
+    # An infinity stays what it is.
+    return torch.where(z.isinf(), z, z + direction * rounding)
 
 
 def key_interval(scores: Interval, bias: Tensor, logits: Tensor) -> Interval:

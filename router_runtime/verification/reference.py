@@ -208,9 +208,10 @@ def _reference(oracle: Oracle, bias: Tensor) -> Reference:
         experts = len(bias)
         same = torch.where(logits == torch.inf, experts + same_bias, twin)
         same = torch.where(logits == -torch.inf, 2 * experts + same_bias, same)
-    scores = score_interval(logits, slack)
+    rule = oracle.case.scoring, oracle.case.gate_temperature
+    scores = score_interval(logits, slack, *rule)
     keys = key_interval(scores, bias, logits)
-    exact = spec.sqrt_softplus64(logits)
+    exact = spec.SCORINGS[rule[0]](spec.tempered(logits, rule[1]))
     ids = spec.topk_select(rounded_key(exact.float().double(), bias, logits), top_k)[1]
     return Reference(ids, clear_rows(ids, keys, same), keys, scores, exact, same)
 

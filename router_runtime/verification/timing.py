@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.evidence.choice import DENSE, TokenRange, microseconds
 from router_runtime.format.manifest import Entry
+from router_runtime.format.scoring import CONSTANTS
 from router_runtime.format.target import Target
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.router import Router, register_router, unregister_router
@@ -190,9 +191,17 @@ class _Layers:
         hidden, experts, top_k = (
             int(entry.constants[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K")
         )
+        scoring, temperature = (entry.constants[name] for name in CONSTANTS)
         self._machine, self._hidden = machine, hidden
         self._random = torch.Generator(machine.device).manual_seed(1)
-        config = RouterConfig(hidden, experts, top_k, 1.0)
+        config = RouterConfig(
+            hidden,
+            experts,
+            top_k,
+            1.0,
+            scoring=cast(Any, scoring),
+            gate_temperature=float(temperature),
+        )
         bias = torch.zeros(experts, device=machine.device)
         self._weights = [
             self._normal(experts, hidden) * _WEIGHT_SCALE

@@ -33,9 +33,17 @@ def test_literals(value: float, text: str) -> None:
     assert nvrtc.literal("NAME", value) == text
 
 
-def test_a_string_constant_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"constant FORM: .* found the string 'swap_ab'; next:"):
-        nvrtc.literal("FORM", "swap_ab")
+def test_a_string_becomes_a_name_of_the_source(compile_cuda: Compile) -> None:
+    source = (
+        "enum class Kind { plain, other };\nstatic_assert(Kind::KIND == Kind::other);\n" + EMPTY
+    )
+    compile_cuda(source, constants={"KIND": "other"})
+
+
+@pytest.mark.parametrize("text", ["", "swap-ab", "1a", "a b", "a;b", "\u00e9"])
+def test_a_string_that_is_no_name_is_refused(text: str) -> None:
+    with pytest.raises(BuildError, match=r"constant FORM: .* found the string .*; next:"):
+        nvrtc.literal("FORM", text)
 
 
 @pytest.mark.parametrize("value", [1e-20, 3.4028234663852886e38, 1.0 / 3.0, 1e-45])

@@ -17,6 +17,7 @@ from router_runtime.format.manifest import (
     artifact_name,
     dumps,
 )
+from router_runtime.format.scoring import SQRT_SOFTPLUS, scoring_constants
 from router_runtime.format.target import Target
 from tests.fake_driver.contracts import (
     activation_contract,
@@ -28,6 +29,8 @@ from tests.fake_driver.contracts import (
 
 #: The numerics tag of the synthetic dense routers.
 NUMERICS = "bf16-k16-f32/chunk256/epilogue1"
+
+_SCORING = ("activation_topk", "hash_gate", "dense_router_decode", "dense_router_prefill")
 _ZERO = "0" * 64
 
 
@@ -51,12 +54,14 @@ def make_entry(
         model: Name of the model it is compiled for; None for any.
         target: Such as ``sm_90a``.
         variant: Distinguishes entries of one kernel, model and target.
-        constants: Its compile-time constants.
+        constants: Its compile-time constants. Of a kernel that scores they say, if they are silent,
+            that it does so by sqrtsoftplus.
         numerics: The tag of its summation order.
         shared: Bytes of static shared memory.
         latency: Measured (tokens, microseconds).
 
     """
+    scores = scoring_constants(SQRT_SOFTPLUS, 1.0) if kernel in _SCORING else {}
     code = machine_code(kernel, model, target, variant)
     digest = hashlib.sha256(code).hexdigest()
     return Entry(
@@ -64,7 +69,7 @@ def make_entry(
         model=model,
         target=target,
         variant=variant,
-        constants=constants or {},
+        constants={**scores, **(constants or {})},
         file=artifact_name(kernel, model, target, variant, digest),
         sha256=digest,
         size=len(code),

@@ -23,6 +23,12 @@ def view(address: int, dtype: torch.dtype, *shape: int, stride: int | None = Non
     return flat.as_strided((rows, columns), (step, 1)).view(*shape)
 
 
+def _rule(entry: Entry) -> dict[str, Any]:
+    """How an entry scores, under the names of ``spec.activation_topk``."""
+    names = ("SCORING", "scoring"), ("GATE_TEMPERATURE", "gate_temperature")
+    return {name: entry.constants[constant] for constant, name in names}
+
+
 def _run_hash(a: Any, entry: Entry) -> None:
     assert bool(a.token_ids_i32) != bool(a.token_ids_i64)
     dtype = torch.int32 if a.token_ids_i32 else torch.int64
@@ -51,6 +57,7 @@ def _run_gate(a: Any, entry: Entry) -> None:
         bool(a.renormalize),
         spec.NO_EXPERT,
         **served,
+        **_rule(entry),
     )
     _store(a, a.tokens, result)
 
@@ -92,7 +99,7 @@ def _run_activation(a: Any, entry: Entry) -> None:
     logits = view(a.logits, torch.float32, a.tokens, a.experts, stride=a.row_stride)
     bias = view(a.bias, torch.float32, a.experts)
     result = spec.activation_topk(
-        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, a.experts)
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, a.experts), **_rule(entry)
     )
     _store(a, a.tokens, result)
 
@@ -116,7 +123,7 @@ def _run_dense(a: Any, entry: Entry) -> None:
     bias = view(a.bias, torch.float32, experts)
     logits = spec.dense_logits(x, weight[:experts])
     result = spec.activation_topk(
-        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, experts)
+        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, experts), **_rule(entry)
     )
     _store(a, a.tokens, result)
     if getattr(a, "logits_out", 0):

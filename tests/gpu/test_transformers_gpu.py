@@ -84,7 +84,7 @@ def test_gates_are_the_oracles(installed):
         scale = module.routed_scaling_factor
         if is_hash:
             assert torch.equal(ids, module.tid2eid[batch.flatten()])
-            scores = spec.sqrt_softplus(logits).gather(1, ids)
+            scores = spec.expert_scores(logits).gather(1, ids)
             torch.testing.assert_close(
                 weights, spec.routing_weights(scores, scale), rtol=2e-6, atol=0
             )
@@ -104,7 +104,7 @@ def test_how_bf16_differs(bf16):
     differing, total = 0, 0
     for module, x, other in theirs:
         logits, _, ids = module(x)
-        bias, scores = module.e_score_correction_bias.float(), spec.sqrt_softplus(logits)
+        bias, scores = module.e_score_correction_bias.float(), spec.expert_scores(logits)
         rows, unexplained = small_models.unexplained(logits, bias, ids, other, scores)
         assert unexplained == 0
         differing, total = differing + rows, total + len(x)

@@ -42,6 +42,18 @@ def score(logits: Singles) -> Singles:
     # By comparison, which takes the other operand for a NaN: numpy's fmin and fmax may return a
     # signalling one.
     positive = np.where(logits > 0, np.minimum(logits, constant("LOGIT_MAX")), np.float32(0))
+    u = exponential(logits)
+    return np.sqrt(fma(u, horner("LOG1P_C", u), positive))
+
+
+def sigmoid(logits: Singles) -> Singles:
+    """1 / (1 + exp(-logits)) as the kernels compute it, bit for bit."""
+    u = exponential(logits)
+    return np.where(logits >= 0, np.float32(1), u) / (np.float32(1) + u)
+
+
+def exponential(logits: Singles) -> Singles:
+    """exp(-|logits|) as the kernels compute it, bit for bit; 0 for a NaN."""
     near = np.abs(logits) < constant("EXP_CLAMP")
     magnitude = np.where(near, np.abs(logits), constant("EXP_CLAMP"))
     shifted = fma(magnitude, constant("EXP_NEG_LOG2E"), constant("EXP_SHIFT"))
@@ -50,5 +62,4 @@ def score(logits: Singles) -> Singles:
     r = fma(n, constant("EXP_NEG_LN2_LO"), r)
     p = horner("EXP_C", r)
     scaled = (p.view(np.uint32) + (shifted.view(np.uint32) << np.uint32(23))).view(np.float32)
-    u = scaled * constant("EXP_UNSCALE")
-    return np.sqrt(fma(u, horner("LOG1P_C", u), positive))
+    return scaled * constant("EXP_UNSCALE")

@@ -1,5 +1,6 @@
-"""Screening and the exact root, run on the CPU as arrays of FP32, with approximations that err as
-much as the hardware's may: no expert of a token's top k is lost, and the root is correctly rounded.
+"""Screening, the exact root and the exact division, run on the CPU as arrays of FP32, with
+approximations that err as much as the hardware's may: no expert of a token's top k is lost, root
+and division are correctly rounded, and scores have the bits of numpy's emulation.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 
 from build_kernels.kernels.common import scoring
 from build_kernels.kernels.common.numerics import CONSTANTS
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import screening
+from tests.kernels import emulation
 
 Floats = NDArray[np.float32]
 
-#: What ex2.approx, sqrt.approx and rsqrt.approx may be off by, relative.
+#: What ex2.approx, sqrt.approx, rsqrt.approx and rcp.approx may be off by, relative.
 APPROXIMATE = 2.0**-22
 LEAST = np.finfo(np.float32).tiny
 
@@ -41,6 +44,12 @@ class Arrays:
 
     def rsqrt_approx(self, a: Floats) -> Floats:
         return self.off((1 / np.sqrt(a.astype(np.float64))).astype(np.float32))
+
+    def rcp_approx(self, a: Floats) -> Floats:
+        return self.off((1 / a.astype(np.float64)).astype(np.float32))
+
+    def not_negative(self, a: Floats) -> NDArray[np.bool_]:
+        return np.greater_equal(a, 0)
 
     def fma_rn(self, a: Floats, b: Floats, c: Floats) -> Floats:
         exact = np.asarray(a, np.float64) * np.asarray(b, np.float64)
@@ -101,17 +110,29 @@ def _as_arrays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def exact_keys(logits: Floats, biases: Floats, off: float) -> Floats:
+RULES = [Scoring(), Scoring("sigmoid"), Scoring("sqrtsoftplus", 1.7), Scoring("sigmoid", 0.3)]
+rules = pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: f"{rule.function}-{rule.temperature}"
+)
+
+
+def exact_keys(logits: Floats, biases: Floats, off: float, rule: Scoring) -> Floats:
     """The keys, from scores that are off by as much as those of the router may be."""
+    if rule.temperature != 1:
+        logits = logits * np.float32(1 / rule.temperature)
     clamped = np.clip(logits.astype(np.float64), -CONSTANTS["LOGIT_MAX"], CONSTANTS["LOGIT_MAX"])
-    softplus = np.maximum(clamped, 0) + np.log1p(np.exp(-np.abs(clamped)))
-    score = (np.sqrt(softplus) * (1 + off)).astype(np.float32)
-    return score + biases
+    small = np.exp(-np.abs(clamped))
+    if rule.function == "sigmoid":
+        score = np.where(clamped >= 0, 1, small) / (1 + small)
+    else:
+        score = np.sqrt(np.maximum(clamped, 0) + np.log1p(small))
+    return (score * (1 + off)).astype(np.float32) + biases
 
 
+@rules
 @pytest.mark.parametrize("off", [-4e-7, 0.0, 4e-7])
 @pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-3, 1.0, 1e6, 1e25])
-def test_every_expert_of_the_top_k_passes(spread: float, off: float) -> None:
+def test_every_expert_of_the_top_k_passes(spread: float, off: float, rule: Scoring) -> None:
     """For any low bound as the threshold, every expert whose key is as large passes."""
     generator = np.random.default_rng(5)
     logits = np.concatenate(
@@ -120,8 +141,8 @@ def test_every_expert_of_the_top_k_passes(spread: float, off: float) -> None:
         + [[np.inf, -np.inf, 3.4e38, -3.4e38, 0.0, -0.0, 1e-40]]
     ).astype(np.float32)
     biases = (generator.standard_normal(len(logits)) * spread).astype(np.float32)
-    keys = exact_keys(logits, biases, off)
-    low, high = screening.bounds(screening.screened(logits), biases)
+    keys = exact_keys(logits, biases, off, rule)
+    low, high = screening.bounds(screening.screened(logits, rule), biases)
     order = np.argsort(-keys, kind="stable")
     # The least high bound among those with this key or a larger one.
     least = np.minimum.accumulate(high[order])
@@ -131,18 +152,20 @@ def test_every_expert_of_the_top_k_passes(spread: float, off: float) -> None:
     assert (least[last] >= screening.below(low))[bounded].all()
 
 
-def test_bounds_are_close() -> None:
+@rules
+def test_bounds_are_close(rule: Scoring) -> None:
     """Tight bounds leave few candidates: their relative width is at most 2^-12 within [-80, 80].
 
     Below some -87 softplus is subnormal and has fewer bits.
     """
-    logits = np.linspace(-80, 80, 100001).astype(np.float32)
-    low, high = screening.bounds(screening.screened(logits), np.zeros_like(logits))
+    logits = np.linspace(-80, 80, 100001).astype(np.float32) * np.float32(min(1, rule.temperature))
+    low, high = screening.bounds(screening.screened(logits, rule), np.zeros_like(logits))
     assert (high - low <= high * 2.0**-12).all()
 
 
-def test_a_nan_passes_and_bounds_nothing() -> None:
-    score = screening.screened(np.array([np.nan], np.float32))
+@rules
+def test_a_nan_passes_and_bounds_nothing(rule: Scoring) -> None:
+    score = screening.screened(np.array([np.nan], np.float32), rule)
     low, high = screening.bounds(score, np.zeros(1, np.float32))
     assert np.isnan(low).all()
     assert screening.near([high], np.array([3e38], np.float32))[0] & 0xFFFFFFFF == 1
@@ -203,3 +226,66 @@ def test_the_root_of_what_stands_apart() -> None:
     edges = np.nextafter(np.float32(2.0**-100), np.array([0, 1], np.float32))
     found, expected = roots(np.array([0.0, 1e-45, CONSTANTS["LOGIT_MAX"], *powers, *edges]))
     assert np.array_equal(found, expected)
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+@rules
+def test_scores_have_the_bits_of_the_emulation(rule: Scoring, exact: None) -> None:
+    """The code of the kernels against the sequence of numerics.py in numpy, edges included."""
+    generator = np.random.default_rng(11)
+    logits = np.concatenate(
+        [
+            generator.normal(0, 5, 100_000),
+            generator.uniform(-110, 110, 100_000),
+            [np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 0.0, -0.0, 1e-45, -1e-45],
+        ]
+    ).astype(np.float32)
+    of_function = emulation.sigmoid if rule.function == "sigmoid" else emulation.score
+    z = logits if rule.temperature == 1 else logits * np.float32(1 / rule.temperature)
+    with np.errstate(divide="ignore"):
+        found = rule.score(logits)
+    assert np.array_equal(found.view(np.int32), of_function(z).view(np.int32))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch, _as_arrays: None) -> None:
+    """fma rounds once, also where the sum of two float64 would be rounded to a tie."""
+    monkeypatch.setattr(Arrays, "fma_rn", lambda self, a, b, c: emulation.fma(*arrays_of(a, b, c)))
+
+
+def arrays_of(*values: Floats | np.float32) -> list[Floats]:
+    return [np.asarray(value, np.float32) for value in np.broadcast_arrays(*values)]
+
+
+#: Last places by which an inverse may be off: rcp.approx has an error of one.
+PLACES = (-2, -1, 0, 1, 2)
+
+
+def divided(a: Floats, b: Floats, places: int) -> Floats:
+    """``scoring.divided`` with an inverse that is off by so many last places."""
+    right = (1 / b.astype(np.float64)).astype(np.float32)
+    off = (right.view(np.int32) + places).view(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arrays, "rcp_approx", lambda self, _: off)
+        return scoring.divided(a, b)
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_the_division_is_rounded_correctly(places: int, exact: None) -> None:
+    """Of 1 by a sixteenth of all sums, and of exponentials of every size by theirs.
+
+    The largest sum below 2 is the one whose inverse a step of Newton does not reach from 1/2.
+    """
+    patterns = np.arange(0x3F800000, 0x40000000, 16, dtype=np.int32) + places + 2
+    sums = np.append(patterns, [0x3FFFFFFE, 0x3FFFFFFF, 0x40000000]).astype(np.int32)
+    sums = sums.view(np.float32)
+    assert np.array_equal(divided(np.ones_like(sums), sums, places), np.float32(1) / sums)
+    generator = np.random.default_rng(12)
+    tiny = generator.integers(0, 0x33000000, 20_000, dtype=np.int32)
+    ordinary = generator.integers(0x33000000, 0x3F800001, 400_000, dtype=np.int32)
+    edges = [0, 1, 0x3F7FFFFE, 0x3F7FFFFF, 0x3F800000]
+    u = np.concatenate([tiny, ordinary, edges]).astype(np.int32).view(np.float32)
+    sums = np.float32(1) + u
+    assert np.array_equal(divided(u, sums, places), u / sums)

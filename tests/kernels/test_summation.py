@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from build_kernels.kernels.common.numerics import CONSTANTS, SLICES, dense_tag
+from build_kernels.kernels.common.numerics import CONSTANTS, SLICES, dense_tag, gather_tag
 from build_kernels.kernels.dense import summation
+from router_runtime.format.scoring import SCORINGS, scoring_constants
 from tests.kernels.summation import SLICES as EXPECTED_SLICES
 
 
@@ -41,4 +42,15 @@ def test_every_way_to_ask_for_the_slices_agrees(chunks: int) -> None:
 
 def test_the_tree_is_part_of_the_tag() -> None:
     assert SLICES == EXPECTED_SLICES
-    assert dense_tag({**CONSTANTS, "MMA": "wgmma"}) == "bf16-k16-f32/chunk256/slices4/epilogue1"
+    constants = {**CONSTANTS, "MMA": "wgmma", **scoring_constants("sqrtsoftplus", 1.0)}
+    assert dense_tag(constants) == "bf16-k16-f32/chunk256/slices4/epilogue1"
+
+
+def test_how_an_entry_scores_is_part_of_the_tag() -> None:
+    tags = {
+        tag({**CONSTANTS, "MMA": "wgmma", **scoring_constants(function, temperature)})
+        for tag in (dense_tag, gather_tag)
+        for function in SCORINGS
+        for temperature in (1.0, 2.0, 2.0 + 2**-22)
+    }
+    assert len(tags) == 2 * 2 * 3

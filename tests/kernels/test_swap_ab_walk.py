@@ -45,7 +45,15 @@ from tests.kernels.tensor_core import (
     to_bf16,
     together,
 )
-from tests.kernels.walk import Running, as_python, packed, packed_place, plain, swizzled_place
+from tests.kernels.walk import (
+    NO_SCORES,
+    Running,
+    as_python,
+    packed,
+    packed_place,
+    plain,
+    swizzled_place,
+)
 
 
 @pytest.fixture
@@ -211,7 +219,7 @@ def walk(g: SwapAbGeometry, running: Running, mma: Any, image: Sums, hidden: Sum
     """The logits [tokens, experts] that the threads of one cluster hold in the end."""
     memory = Memory()
     address = memory.add(image)
-    kernel = plain(swap_ab.SwapAb)(g, mma)
+    kernel = plain(swap_ab.SwapAb)(g, mma, NO_SCORES)
     cluster: list[Block] = []
     found = np.full((g.tile_tokens * g.cluster_t, g.padded_experts), np.nan, np.float32)
 

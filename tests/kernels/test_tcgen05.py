@@ -43,7 +43,7 @@ from tests.kernels.tensor_core import (
     operand_address,
     to_bf16,
 )
-from tests.kernels.walk import Running, as_python, packed, plain
+from tests.kernels.walk import NO_SCORES, Running, as_python, packed, plain
 
 #: A model of a user, whose geometry is searched: experts that fill no group, few chunks.
 OWN = Model("own", 1024, 144, 6, 1.0, 0, 100)
@@ -264,7 +264,7 @@ def route(
     """What one cluster stores to global memory, by address."""
     mma = plain(tcgen05_split_k.SplitKTcgen05)(g)
     sender = plain(SumsExchange)(g, mma)
-    kernel = plain(split_k.SplitK)(g, mma, sender)
+    kernel = plain(split_k.SplitK)(g, mma, sender, NO_SCORES)
     first_token = number * g.tokens_tile
     tile_tokens = min(len(hidden) - first_token, g.tokens_tile)
     cluster: list[Block] = []

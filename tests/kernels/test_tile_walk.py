@@ -24,7 +24,15 @@ from build_kernels.kernels.dense.mma import tile_registers
 from build_kernels.kernels.dense.ring import Ring
 from tests.kernels.summation import chunk_sums, tree, uneven
 from tests.kernels.tensor_core import BASE, Block, Memory, Sums, bf16, exact, to_bf16, together
-from tests.kernels.walk import Running, as_python, packed, packed_place, plain, swizzled_place
+from tests.kernels.walk import (
+    NO_SCORES,
+    Running,
+    as_python,
+    packed,
+    packed_place,
+    plain,
+    swizzled_place,
+)
 
 
 class Registers(list[Any]):
@@ -119,7 +127,7 @@ def walk(g: TileGeometry, running: Running, image: Sums, hidden: Sums) -> Sums:
     memory = Memory()
     address = memory.add(image)
     mma = plain(ModelTile)(g)
-    kernel = plain(tile.Tile)(g, mma)
+    kernel = plain(tile.Tile)(g, mma, NO_SCORES)
     cluster: list[Block] = []
     found = np.full((g.tokens_tile * g.cluster_t, g.padded_experts), np.nan, np.float32)
     full, weight_full = BASE + g.barrier_offset, BASE + g.weight_barrier_offset

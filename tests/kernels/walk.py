@@ -32,6 +32,10 @@ class Running:
         block.here.thread = thread
 
 
+#: How the kernels of a walk score: not at all, because a walk follows sums.
+NO_SCORES: Any = types.SimpleNamespace(score=lambda logit: np.float32(0))
+
+
 class Prefixed:
     def __init__(self, running: Running, prefix: str) -> None:
         self.running, self.prefix = running, prefix
@@ -58,7 +62,6 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> Ru
         arch=arch, make_rmem_tensor=lambda size, kind: [None] * size, size=len
     )
     scoring = types.SimpleNamespace(
-        score=lambda logit: np.float32(0),
         ordered_key=lambda logit, score, bias: 0,
         stored_logit=lambda logit: int(np.float32(logit).view(np.uint32)),
     )

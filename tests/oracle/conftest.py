@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from router_runtime.format.scoring import scoring_constants
+
 if importlib.util.find_spec("torch") is None:
     # The builder's environment: the oracle is written in torch.
     collect_ignore_glob = ["test_*.py"]
@@ -22,6 +24,7 @@ def oracle_outputs(case, inputs):
     from router_runtime import spec
 
     given = SimpleNamespace(**inputs)
+    rule = rule_of(case)
     if case.serving:
         return served_outputs(case, inputs)
     if case.kernel == "hash_router":
@@ -37,6 +40,7 @@ def oracle_outputs(case, inputs):
             given.sentinel,
             image_mask=inputs.get("image_mask"),
             image_bias=inputs.get("image_bias"),
+            **rule,
         )
     if case.kernel == "topk_select":
         return spec.topk_select(given.scores, given.top_k)
@@ -44,7 +48,7 @@ def oracle_outputs(case, inputs):
         return indexer_outputs(inputs)
     if case.kernel == "activation_topk":
         return spec.activation_topk(
-            given.logits, given.bias, given.top_k, given.scale, bool(given.renormalize)
+            given.logits, given.bias, given.top_k, given.scale, bool(given.renormalize), **rule
         )
     return spec.dense_router(
         given.hidden_states,
@@ -54,7 +58,13 @@ def oracle_outputs(case, inputs):
         given.scale,
         bool(given.renormalize),
         k_chunk=128,
+        **rule,
     )
+
+
+def rule_of(case):
+    """How a case scores, as keyword arguments of spec.py."""
+    return {"scoring": case.scoring, "gate_temperature": case.gate_temperature}
 
 
 def indexer_outputs(inputs):
@@ -97,6 +107,7 @@ def served_outputs(case, inputs):
             spec.NO_EXPERT,
             padding=padding,
             **{name: inputs.get(name) for name in _MAY_HAVE},
+            **rule_of(case),
         )
     else:
         logits = inputs.get("logits")
@@ -110,6 +121,7 @@ def served_outputs(case, inputs):
             bool(given.renormalize),
             padding=padding,
             **{name: inputs.get(name) for name in _MAY_HAVE},
+            **rule_of(case),
         )
     if "expert_map" not in inputs:
         return values, spec.with_sentinel(ids, given.sentinel)
@@ -141,10 +153,41 @@ SUBJECTS = {
     ),
     "activation_topk-256": ("activation_topk", {}, {"experts": (1, 256), "top_k": (1, 32)}),
     "activation_topk-1024": ("activation_topk", {}, {"experts": (385, 1024), "top_k": (1, 32)}),
+    "activation_topk-sigmoid": (
+        "activation_topk",
+        scoring_constants("sigmoid", 1.0),
+        {"experts": (1, 384), "top_k": (1, 32)},
+    ),
     "hash_gate": (
         "hash_gate",
         {"HIDDEN": 320, "EXPERTS": 40, "TOP_K": 6, "IMAGES": 1},
         {"tokens": (1, 2**31 - 1)},
+    ),
+    "hash_gate-temperature": (
+        "hash_gate",
+        {
+            "HIDDEN": 192,
+            "EXPERTS": 24,
+            "TOP_K": 4,
+            "IMAGES": 1,
+            **scoring_constants("sigmoid", 0.7),
+        },
+        {"tokens": (1, 2**31 - 1)},
+    ),
+    "dense_router_decode-sigmoid": (
+        "dense_router_decode",
+        {"HIDDEN": 256, "EXPERTS": 48, "TOP_K": 8, **scoring_constants("sigmoid", 1.0)},
+        {"tokens": (1, 64)},
+    ),
+    "dense_router_prefill-sigmoid-temperature": (
+        "dense_router_prefill",
+        {"HIDDEN": 192, "EXPERTS": 40, "TOP_K": 4, **scoring_constants("sigmoid", 1.7)},
+        {"tokens": (1, 2**31 - 1)},
+    ),
+    "dense_router_decode-temperature": (
+        "dense_router_decode",
+        {"HIDDEN": 256, "EXPERTS": 48, "TOP_K": 6, **scoring_constants("sqrtsoftplus", 0.3)},
+        {"tokens": (1, 64)},
     ),
     "dense_router_decode": (
         "dense_router_decode",

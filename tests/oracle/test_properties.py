@@ -58,7 +58,7 @@ def test_any_bits_route_safely(inputs):
 def test_ranks_are_ordered(inputs):
     logits, bias, k, scale, renormalize = inputs
     _, ids = spec.activation_topk(logits, bias, k, scale, renormalize)
-    keys = spec.selection_keys(spec.sqrt_softplus(logits), bias, logits)
+    keys = spec.selection_keys(spec.expert_scores(logits), bias, logits)
     for row_keys, row in zip(keys.tolist(), ids.tolist(), strict=True):
         assert row == sorted(range(len(row_keys)), key=lambda e: (-row_keys[e], e))[:k]
 
@@ -77,7 +77,7 @@ def test_a_token_ignores_its_neighbours(inputs):
 def test_renaming_experts_renames_ids(inputs, random):
     """Where no keys tie, the order of experts does not matter."""
     logits, bias, k, scale, renormalize = inputs
-    keys = spec.selection_keys(spec.sqrt_softplus(logits), bias, logits)
+    keys = spec.selection_keys(spec.expert_scores(logits), bias, logits)
     order = list(range(logits.shape[1]))
     random.shuffle(order)
     permutation = torch.tensor(order)
@@ -93,7 +93,7 @@ def test_renaming_experts_renames_ids(inputs, random):
 @given(routing_inputs())
 def test_keys_are_never_nan_nor_minus_zero(inputs):
     logits, bias, *_ = inputs
-    keys = spec.selection_keys(spec.sqrt_softplus(logits), bias, logits)
+    keys = spec.selection_keys(spec.expert_scores(logits), bias, logits)
     assert not keys.isnan().any()
     assert (keys.view(torch.int32) != -(2**31)).all()
 

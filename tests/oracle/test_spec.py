@@ -44,9 +44,31 @@ def score_by_definition(z: float) -> float:
     return fl32(float(context.sqrt(context.ln(one_plus))))
 
 
-def route_by_definition(logits, bias, k, scale, renormalize):
+def sigmoid_by_definition(z: float) -> float:
+    """1 / (1 + e^-z) with enough digits that nothing is lost."""
+    if math.isnan(z) or z < -1000:
+        return 0.0
+    if z > 1000:
+        return 1.0
+    context = Context(prec=130 + int(abs(z)))
+    return fl32(float(context.divide(1, context.add(1, context.exp(Decimal(-z))))))
+
+
+def tempered_by_definition(z: float, temperature: float) -> float:
+    """fl32(z * fl32(1 / T)), with T in fp32."""
+    if temperature == 1 or math.isnan(z) or math.isinf(z):
+        return z
+    inverse = fl32_exact(1 / Fraction(fl32(temperature)))
+    product = Fraction(z) * Fraction(inverse)
+    if abs(product) > Fraction(FLT_MAX):  # far enough above it in these tests to round to infinity
+        return math.copysign(INF, z)
+    return fl32_exact(product)
+
+
+def route_by_definition(logits, bias, k, scale, renormalize, scoring="sqrtsoftplus", temperature=1):
     """One token, in Python floats rounded to fp32 after every operation."""
-    scores = [score_by_definition(z) for z in logits]
+    function = sigmoid_by_definition if scoring == "sigmoid" else score_by_definition
+    scores = [function(tempered_by_definition(z, temperature)) for z in logits]
     keys = []
     for z, s, b in zip(logits, scores, bias, strict=True):
         key = fl32(s + b)
@@ -76,7 +98,9 @@ def number(rng: random.Random) -> float:
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_activation_topk(renormalize):
+@pytest.mark.parametrize("scoring", ["sqrtsoftplus", "sigmoid"])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
+def test_activation_topk(renormalize, scoring, temperature):
     rng = random.Random(20)
     for _ in range(60):
         experts = rng.randrange(1, 24)
@@ -84,10 +108,18 @@ def test_activation_topk(renormalize):
         rows = [[number(rng) for _ in range(experts)] for _ in range(4)]
         bias = [number(rng) for _ in range(experts)]
         weights, ids = spec.activation_topk(
-            torch.tensor(rows), torch.tensor(bias), k, scale, renormalize
+            torch.tensor(rows),
+            torch.tensor(bias),
+            k,
+            scale,
+            renormalize,
+            scoring=scoring,
+            gate_temperature=temperature,
         )
         for row, found_weights, found_ids in zip(rows, weights.tolist(), ids.tolist(), strict=True):
-            expected_weights, expected_ids = route_by_definition(row, bias, k, scale, renormalize)
+            expected_weights, expected_ids = route_by_definition(
+                row, bias, k, scale, renormalize, scoring, temperature
+            )
             assert found_ids == expected_ids
             assert found_weights == expected_weights
 
@@ -98,12 +130,28 @@ def test_scores_are_rounded_once():
     z += [-16.0, -16.6, -17.0, 16.6, 80.0, -80.0, -104.0, 0.0, -0.0, 2.0**-149, 88.8, -88.8, -200.0]
     z += [INF, -INF, NAN, FLT_MAX, -FLT_MAX, 1e30, -1e30]
     z = [fl32(v) for v in z]
-    assert spec.sqrt_softplus(torch.tensor(z)).tolist() == [score_by_definition(v) for v in z]
+    assert spec.expert_scores(torch.tensor(z)).tolist() == [score_by_definition(v) for v in z]
+
+
+def test_sigmoids_are_rounded_once():
+    rng = random.Random(22)
+    z = [fl32(rng.uniform(-110, 30)) for _ in range(400)]
+    z += [-16.6, 16.6, -87.0, -88.0, -103.0, -104.0, 0.0, -0.0, 2.0**-149, 1.2e-7, -1.2e-7]
+    z = [fl32(v) for v in z] + [INF, -INF, NAN, FLT_MAX, -FLT_MAX]
+    found = spec.expert_scores(torch.tensor(z), "sigmoid").tolist()
+    assert found == [sigmoid_by_definition(v) for v in z]
+
+
+def test_a_temperature_divides_before_the_clamp():
+    scores = spec.expert_scores(torch.tensor([INF, FLT_MAX, NAN]), gate_temperature=4.0)
+    assert scores.tolist() == [fl32(math.sqrt(FLT_MAX)), fl32(math.sqrt(FLT_MAX / 4)), 0.0]
+    scores = spec.expert_scores(torch.tensor([FLT_MAX, -FLT_MAX]), gate_temperature=0.5)
+    assert scores.tolist() == [fl32(math.sqrt(FLT_MAX)), 0.0]
 
 
 def test_subnormal_scores_are_not_flushed():
     z = torch.tensor([-180.0, -190.0, -200.0])
-    scores = spec.sqrt_softplus(z)
+    scores = spec.expert_scores(z)
     assert 0 < scores[2] < 2.0**-126
     assert scores.tolist() == [score_by_definition(v) for v in z.tolist()]
 

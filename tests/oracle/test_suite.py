@@ -13,6 +13,7 @@ import torch
 from router_runtime import spec
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.suite import cases_of, cases_sha256
+from router_runtime.format.scoring import scoring_constants
 from router_runtime.verification import checks, inputs
 from router_runtime.verification.bounds import TOLERANCES
 from router_runtime.verification.examine import examine
@@ -95,6 +96,7 @@ def test_tolerances_are_those_of_the_design():
     assert TOLERANCES["LOGIT"] == 2.0**-20
     assert TOLERANCES["SCORE"] == 4e-7
     assert TOLERANCES["SCORE_UNDERFLOW"] == 4e-23
+    assert TOLERANCES["SIGMOID_UNDERFLOW"] == 2.0**-149
 
 
 def test_dense_kernels_get_the_same_inputs():
@@ -206,7 +208,7 @@ def routed(change_logits=None, *, scores=None, ids=None, weights=None, report=la
         bias = given["bias"]
         if change_logits is not None:
             logits = change_logits(logits)
-        s = (scores or spec.sqrt_softplus)(logits)
+        s = (scores or spec.expert_scores)(logits)
         keys = spec.selection_keys(s, bias, logits)
         chosen = spec.topk_select(keys, case.sizes["top_k"])[1]
         if ids is not None:
@@ -229,7 +231,7 @@ def naive_softplus(logits):
 
 def flushed(logits):
     """Scores flushed to zero with the softplus, as under -ftz."""
-    scores = spec.sqrt_softplus(logits)
+    scores = spec.expert_scores(logits)
     return torch.where(scores * scores < 2.0**-126, torch.zeros_like(scores), scores)
 
 
@@ -265,6 +267,58 @@ SCORING_MUTANTS = {
 @pytest.mark.parametrize("mutant", SCORING_MUTANTS)
 def test_wrong_scoring_is_caught(kernel, mutant):
     assert problems((kernel, *SHAPES[kernel]), runner(SCORING_MUTANTS[mutant]))
+
+
+def by(scoring, temperature=1.0):
+    """The oracle with that rule in place of the case's."""
+
+    def scores(logits):
+        return spec.expert_scores(logits, scoring, temperature)
+
+    return routed(scores=scores)
+
+
+#: How an entry says that it scores, and how a faulty kernel does.
+OTHER_RULES = {
+    "sigmoid for sqrtsoftplus": (("sqrtsoftplus", 1.0), by("sigmoid")),
+    "sqrtsoftplus for sigmoid": (("sigmoid", 1.0), by("sqrtsoftplus")),
+    "temperature forgotten": (("sigmoid", 1.7), by("sigmoid")),
+    "temperature inverted": (("sigmoid", 1.7), by("sigmoid", 1 / 1.7)),
+    "temperature of a part in a million": (("sqrtsoftplus", 1.7), by("sqrtsoftplus", 1.70001)),
+    "an inexact division": (
+        ("sigmoid", 1.0),
+        routed(scores=lambda z: spec.expert_scores(z, "sigmoid") * (1 + 1e-6)),
+    ),
+    "a sigmoid of NaN": (("sigmoid", 1.0), routed(scores=lambda z: z.sigmoid().nan_to_num(0.5))),
+}
+
+
+@pytest.mark.parametrize("kernel", ["activation_topk", DENSE])
+@pytest.mark.parametrize("mutant", OTHER_RULES)
+def test_scoring_by_another_rule_is_caught(kernel, mutant):
+    rule, outputs = OTHER_RULES[mutant]
+    constants, limits = SHAPES[kernel]
+    assert problems((kernel, {**constants, **scoring_constants(*rule)}, limits), runner(outputs))
+
+
+def test_cases_of_another_rule_have_inputs_of_their_own():
+    constants, limits = SHAPES[DENSE]
+    rules = [(scoring, t) for scoring in spec.SCORINGS for t in (1.0, 0.5)]
+    listed = [cases_of(DENSE, {**constants, **scoring_constants(*rule)}, limits) for rule in rules]
+    assert listed[0] == cases_of(DENSE, constants, limits)
+    assert len({case.seed for cases in listed for case in cases}) == sum(map(len, listed))
+    for rule, cases in zip(rules, listed, strict=True):
+        assert {(case.scoring, case.gate_temperature) for case in cases} == {rule}
+
+
+def test_flushed_subnormals_of_a_sigmoid_are_caught():
+    def flushed_sigmoid(logits):
+        scores = spec.expert_scores(logits, "sigmoid")
+        return torch.where(scores < 2.0**-126, torch.zeros_like(scores), scores)
+
+    constants, limits = SHAPES["activation_topk"]
+    subject = ("activation_topk", {**constants, **scoring_constants("sigmoid", 1.0)}, limits)
+    assert problems(subject, runner(routed(scores=flushed_sigmoid)))
 
 
 def test_a_small_error_of_given_logits_is_caught():

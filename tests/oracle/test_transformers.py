@@ -59,7 +59,7 @@ def test_topk_router(model):
     assert (logits - spec.dense_logits(x, weight)).abs().max() < 1e-4
 
     weights, ids = spec.dense_router(x, weight, bias, TOP_K, scale)
-    scores = spec.sqrt_softplus(logits)
+    scores = spec.expert_scores(logits)
     ranked = spec.topk_select(spec.selection_keys(scores, bias, logits), TOP_K + 1)[0]
     decided = ranked[:, TOP_K - 1] - ranked[:, TOP_K] > 1e-5
     assert decided.sum() > 0.9 * TOKENS

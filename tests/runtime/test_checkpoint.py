@@ -133,14 +133,53 @@ def test_a_model_with_a_vision_tower() -> None:
     assert RouterConfig.from_hf(outer, layer=0) == CONFIG
 
 
+def test_a_model_that_scores_by_a_sigmoid() -> None:
+    """Without hash layers, with the entries of such configurations."""
+    config = {
+        "model_type": "kimi_k2",
+        "hidden_size": 7168,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.827,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "vocab_size": 163840,
+    }
+    expected = RouterConfig(7168, 384, 8, 2.827, scoring="sigmoid")
+    assert RouterConfig.from_hf(config, layer=1) == expected
+    assert RouterConfig.from_hf(config) == expected
+    kinds = ["dense", *["sparse"] * 60]
+    assert RouterConfig.from_hf(config | {"mlp_layer_types": kinds}, layer=1) == expected
+    with pytest.raises(InputError, match="layer 0: expected a layer with a router"):
+        RouterConfig.from_hf(config, layer=0)
+    unscaled = RouterConfig.from_hf(config | {"routed_scaling_factor": None}, layer=1)
+    assert unscaled == RouterConfig(7168, 384, 8, 1.0, scoring="sigmoid")
+    del config["routed_scaling_factor"]
+    with pytest.raises(InputError, match="expected the entry routed_scaling_factor"):
+        RouterConfig.from_hf(config, layer=1)
+
+
+def test_a_gate_temperature() -> None:
+    found = RouterConfig.from_hf(RELEASED | {"gate_temp": 2.0}, layer=3)
+    assert (found.scoring, found.gate_temperature) == ("sqrtsoftplus", 2.0)
+
+
 @pytest.mark.parametrize(
     ("change", "layer", "message"),
     [
-        ({"scoring_func": "sigmoid"}, 3, "scoring_func .*expected sqrtsoftplus, found sigmoid"),
+        ({"scoring_func": "softmax"}, 3, "scoring_func .*sqrtsoftplus or sigmoid, found softmax"),
         ({"topk_method": "group_limited_greedy"}, 3, "topk_method"),
-        ({"n_group": 8}, 3, "n_group of the configuration"),
+        ({"n_group": 8}, 3, "n_group of the configuration: expected 1: no kernel .* found 8"),
+        ({"scoring_func": "sigmoid", "n_group": 8}, 3, "n_group of the configuration: expected 1"),
+        ({"scoring_func": "sigmoid", "topk_group": 4}, 3, "topk_group of the configuration"),
         ({"topk_group": 4}, None, "topk_group"),
-        ({"gate_temp": 2.0}, 3, "gate_temp"),
+        ({"gate_temp": 0.0}, 3, "gate_temperature: expected a number from"),
+        ({"gate_temp": "warm"}, 3, "gate_temperature"),
         ({"hidden_size": None}, 3, "expected the entry hidden_size, found .*vocab_size"),
         ({"n_routed_experts": None}, 3, "n_routed_experts or num_local_experts"),
         ({"num_hash_layers": None}, 3, "the entry mlp_layer_types or num_hash_layers"),

@@ -49,7 +49,8 @@ def test_schemas_are_exact() -> None:
     serving = ", *, ScalarType? ids_dtype=None, Tensor? is_padding=None, "
     serving += "Tensor? num_valid_tokens=None"
     images, given = ", Tensor? image_mask=None", ", Tensor? given_ids=None, Tensor? given_mask=None"
-    rules = f"{images}, Tensor? image_bias=None{given}, int sentinel=-1"
+    scoring = ', str scoring="sqrtsoftplus"'
+    rules = f"{images}, Tensor? image_bias=None{given}, int sentinel=-1{scoring}"
     shared = ", int? shared_experts=None, int? shared_id=None, float? shared_weight=None"
     expected = {
         "dense_router": f"{dense}{serving}{images}{given}{shared})",
@@ -64,7 +65,7 @@ def test_schemas_are_exact() -> None:
         "activation_topk": "(Tensor logits, Tensor bias, int k, float scale, bool renormalize"
         f"{serving}{rules}{shared})",
         "activation_topk_replay": "(Tensor logits, Tensor given_ids, float scale, "
-        f"bool renormalize{serving}, int sentinel=-1{shared})",
+        f"bool renormalize{serving}, int sentinel=-1{scoring}{shared})",
     }
     for name, arguments in expected.items():
         op = getattr(torch.ops.dsv4, name).default

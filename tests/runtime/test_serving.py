@@ -142,7 +142,7 @@ def test_replay(dense: Router) -> None:
     logits = dense.forward_with_logits(x)[2]
     order = torch.tensor([2, 0, 3, 1])
     found = dense.replay(x, ids[:, order])
-    scores = spec.sqrt_softplus(logits).gather(1, ids[:, order].long())
+    scores = spec.expert_scores(logits).gather(1, ids[:, order].long())
     same(found, (spec.routing_weights(scores, 1.5), ids[:, order]))
 
 
@@ -253,7 +253,7 @@ def test_coarse_logits_and_biases_are_those_values_in_fp32(
         x = x.T.contiguous().T
     exact, mixed = (x.float(), bias.float()), (x, bias.float())
     plain, images = rows.activation_topk_cpu(*exact, K, 1.5, True), mask(9, 1)
-    rules = {"image_bias": image_bias.float()}
+    rules: Any = {"image_bias": image_bias.float()}
     expected = rows.serve_activation_cpu(
         *exact, K, 1.5, True, call=Call(image_mask=images), **rules
     )

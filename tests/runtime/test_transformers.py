@@ -95,7 +95,7 @@ def test_hash_gates_keep_the_tables_order() -> None:
         (module, *_), batch = hashed(model), tokens(30)
         logits, weights, ids = module(states(30, dtype), batch)
         assert torch.equal(ids, module.tid2eid[batch])
-        scores = spec.sqrt_softplus(logits.float()).gather(1, ids)
+        scores = spec.expert_scores(logits.float()).gather(1, ids)
         assert not torch.equal(scores, scores.sort(dim=1, descending=True).values)
         torch.testing.assert_close(weights, spec.routing_weights(scores, 1.5), rtol=1e-6, atol=0)
 
@@ -131,7 +131,7 @@ def test_why_bf16_models_route_otherwise() -> None:
     differing = 0
     for module, (_, _, other) in zip(dense(model), theirs, strict=True):
         logits, _, ids = module(x)
-        bias, scores = module.e_score_correction_bias.float(), spec.sqrt_softplus(logits)
+        bias, scores = module.e_score_correction_bias.float(), spec.expert_scores(logits)
         rows, unexplained = small_models.unexplained(logits, bias, ids, other, scores)
         assert unexplained == 0
         differing += rows

@@ -2,7 +2,8 @@
 //
 // Steps 2 to 7 of router_runtime/spec.py, one warp per token:
 //
-//   2, 3  score  = sqrt(softplus(logit))          a NaN logit: 0; an infinite one: as +-FLT_MAX
+//   2, 3  score  = sqrt(softplus(logit))          or sigmoid(logit), by the constant SCORING;
+//                                                 a NaN logit: 0; an infinite one: as +-FLT_MAX
 //   4     key    = fl32(score + bias)             -inf if this or the logit is a NaN
 //   5     ids    = the top_k experts of largest key, in rank order; equal keys: the lower id first
 //   6     weight = score / (sum + 1e-20) * scale  sum of the selected scores in rank order;
@@ -69,18 +70,18 @@ __device__ __forceinline__ int select_expert(const float* logits_row, const floa
 
     // Two loops, so that the chains of softplus overlap: the square root's branch would keep them
     // apart (common/scoring.cuh), and the compiler would sink each chain down to its square root.
-    float squared_scores[VALUES];
+    float unfinished[VALUES];
 #pragma unroll
     for (unsigned v = 0; v < VALUES; ++v) {
-        squared_scores[v] = softplus(logits[v]);
+        unfinished[v] = unfinished_score(logits[v]);
         biases[v] = bias_for_key(logits[v], biases[v]);
-        prevent_sinking(squared_scores[v]);
+        prevent_sinking(unfinished[v]);
         prevent_sinking(biases[v]);
     }
     unsigned keys[VALUES];
 #pragma unroll
     for (unsigned v = 0; v < VALUES; ++v) {
-        const unsigned key = selection_key(__fsqrt_rn(squared_scores[v]), biases[v]);
+        const unsigned key = selection_key(finished_score(unfinished[v]), biases[v]);
         keys[v] = value_index(lane, v) < experts ? key : 0;
     }
 

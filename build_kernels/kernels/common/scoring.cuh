@@ -4,22 +4,20 @@
 // Every operation is one IEEE-rounded FP32 operation with subnormals kept, in the order that
 // common/numerics.py states together with the constants (EXP_*, LOG1P_*, LOGIT_MAX,
 // RENORM_EPSILON, all macros here) and the error bound. So the bits are the same on every target
-// and in the CuTe DSL kernels (common/scoring.py).
+// and in the CuTe DSL kernels (common/scoring.py). The macros SCORING and GATE_TEMPERATURE say
+// which function of the logit a score is.
 //
 // Functions are called by one lane for its own values unless they say that the full warp calls.
 #pragma once
 
 #include "common/selection.cuh"
 
-// softplus(logit) = max(logit, 0) + log1p(exp(-|logit|)), the square of the score (steps 2 and 3).
-// A NaN logit gives +0; an infinite logit counts as the finite number next to it.
-//
-// Separate from `score_of` for a caller that evaluates many logits: the square root branches (to a
-// slow path for subnormals), and a branch keeps the long chains before it from overlapping.
-__device__ __forceinline__ float softplus(float logit) {
-    // fmaxf and fminf return the operand that is a number: a NaN becomes 0 here, EXP_CLAMP below.
-    const float positive = fminf(fmaxf(logit, 0.0f), LOGIT_MAX);
-    const float magnitude = fminf(fabsf(logit), EXP_CLAMP);
+enum class Scoring { sqrtsoftplus, sigmoid };
+
+// exp(-|z|), 0 for a NaN.
+__device__ __forceinline__ float exponential(float z) {
+    // fminf returns the operand that is a number: a NaN becomes EXP_CLAMP.
+    const float magnitude = fminf(fabsf(z), EXP_CLAMP);
 
     // u = exp(-magnitude) = exp(r) * 2^n, with exp(r) = p by a polynomial of degree 6.
     const float shifted = __fmaf_rn(magnitude, EXP_NEG_LOG2E, EXP_SHIFT);
@@ -36,7 +34,15 @@ __device__ __forceinline__ float softplus(float logit) {
     // The low bits of `shifted` hold n + 30; added to the exponent field they scale p by 2^(n +
     // 30).
     const unsigned scaled = __float_as_uint(p) + (__float_as_uint(shifted) << 23);
-    const float u = __fmul_rn(__uint_as_float(scaled), EXP_UNSCALE);
+    return __fmul_rn(__uint_as_float(scaled), EXP_UNSCALE);
+}
+
+// softplus(z) = max(z, 0) + log1p(exp(-|z|)). A NaN gives +0; an infinite z counts as the finite
+// number next to it.
+__device__ __forceinline__ float softplus(float z) {
+    // fmaxf and fminf return the operand that is a number: a NaN becomes 0.
+    const float positive = fminf(fmaxf(z, 0.0f), LOGIT_MAX);
+    const float u = exponential(z);
 
     // q = log1p(u) / u, by a polynomial of degree 8.
     float q = LOG1P_C8;
@@ -51,8 +57,41 @@ __device__ __forceinline__ float softplus(float logit) {
     return __fmaf_rn(u, q, positive);
 }
 
-// The score of a logit, sqrt(softplus(logit)) (step 3). A NaN logit scores +0.
-__device__ __forceinline__ float score_of(float logit) { return __fsqrt_rn(softplus(logit)); }
+// a / b rounded to the nearest, for b = fl32(1 + u) with u in [0, 1], and a either u or 1. Without
+// the branch of a general division; common/scoring.py has the argument.
+__device__ __forceinline__ float divided(float a, float b) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    inverse = __fmaf_rn(__fmaf_rn(-b, inverse, 1.0f), inverse, inverse);
+    inverse = fmaxf(inverse, 0x1.000002p-1f);
+    const float quotient = __fmul_rn(a, inverse);
+    return __fmaf_rn(__fmaf_rn(-b, quotient, a), inverse, quotient);
+}
+
+// 1 / (1 + exp(-z)). A NaN gives +0.
+__device__ __forceinline__ float sigmoid(float z) {
+    const float u = exponential(z);
+    return divided(z >= 0.0f ? 1.0f : u, __fadd_rn(u, 1.0f));
+}
+
+// The first part of `score_of`, for a caller that scores many logits: what follows has a branch (the
+// square root's, to a slow path for subnormals), and a branch keeps the long chains before it from
+// overlapping.
+__device__ __forceinline__ float unfinished_score(float logit) {
+    const float z =
+        GATE_TEMPERATURE == 1.0f ? logit : __fmul_rn(logit, 1.0f / GATE_TEMPERATURE);
+    return Scoring::SCORING == Scoring::sigmoid ? sigmoid(z) : softplus(z);
+}
+
+// The score of a logit, from its `unfinished_score`.
+__device__ __forceinline__ float finished_score(float unfinished) {
+    return Scoring::SCORING == Scoring::sigmoid ? unfinished : __fsqrt_rn(unfinished);
+}
+
+// The score of a logit (step 3). A NaN logit scores +0.
+__device__ __forceinline__ float score_of(float logit) {
+    return finished_score(unfinished_score(logit));
+}
 
 // The bias to add to the score of `logit`: `bias`, or -inf if the logit is a NaN, which makes the
 // key -inf (step 2).

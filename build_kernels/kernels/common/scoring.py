@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cutlass import Float32, Int32
 
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.common.ptx import arith
+from router_runtime.format.contract import Constants
 
 
 def constant(name: str) -> Float32:
@@ -13,18 +16,69 @@ def constant(name: str) -> Float32:
     return Float32(CONSTANTS[name])
 
 
-def score(logit: Float32) -> Float32:
-    """Return sqrt(softplus(logit)), 0 for a NaN logit."""
-    linear = arith.min_f32(arith.max_f32(logit, Float32(0.0)), constant("LOGIT_MAX"))
-    magnitude = arith.min_f32(arith.abs_f32(logit), constant("EXP_CLAMP"))
+@dataclass(frozen=True)
+class Scoring:
+    """How an entry scores: its constants SCORING and GATE_TEMPERATURE."""
+
+    function: str = "sqrtsoftplus"
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, constants: Constants) -> Scoring:
+        """Return that of an entry. Raises ValueError for a function without code."""
+        found = cls(str(constants["SCORING"]), float(constants["GATE_TEMPERATURE"]))
+        if found.function not in ("sqrtsoftplus", "sigmoid"):
+            raise ValueError(
+                f"expected SCORING to be sqrtsoftplus or sigmoid, found {found.function}"
+            )
+        return found
+
+    def tempered(self, logit: Float32) -> Float32:
+        """Return the logit divided by the gate temperature: multiplied by its fp32 reciprocal."""
+        if self.temperature == 1.0:
+            return logit
+        return arith.mul_rn(logit, Float32(1.0 / self.temperature))
+
+    def score(self, logit: Float32) -> Float32:
+        """Return the score of a logit, 0 for a NaN logit."""
+        z = self.tempered(logit)
+        if self.function == "sigmoid":
+            exponential = _exponential(z)
+            numerator = arith.select(arith.not_negative(z), Float32(1.0), exponential)
+            return divided(numerator, arith.add_rn(exponential, Float32(1.0)))
+        linear = arith.min_f32(arith.max_f32(z, Float32(0.0)), constant("LOGIT_MAX"))
+        exponential = _exponential(z)
+        return square_root(arith.fma_rn(exponential, _horner("LOG1P_C", exponential), linear))
+
+
+def _exponential(z: Float32) -> Float32:
+    """Return exp(-abs(z)), 0 for a NaN."""
+    magnitude = arith.min_f32(arith.abs_f32(z), constant("EXP_CLAMP"))
     shifted = arith.fma_rn(magnitude, constant("EXP_NEG_LOG2E"), constant("EXP_SHIFT"))
     multiple = arith.add_rn(shifted, Float32(-CONSTANTS["EXP_SHIFT"]))
     rest = arith.fma_rn(multiple, constant("EXP_NEG_LN2_HI"), arith.neg_f32(magnitude))
     rest = arith.fma_rn(multiple, constant("EXP_NEG_LN2_LO"), rest)
     power = _horner("EXP_C", rest)
     scaled = arith.from_bits(arith.bits(power) + (arith.bits(shifted) << 23))
-    exponential = arith.mul_rn(scaled, constant("EXP_UNSCALE"))
-    return square_root(arith.fma_rn(exponential, _horner("LOG1P_C", exponential), linear))
+    return arith.mul_rn(scaled, constant("EXP_UNSCALE"))
+
+
+def divided(a: Float32, b: Float32) -> Float32:
+    """Return fl32(a / b), for b = fl32(1 + u) with u in [0, 1], and a either u or 1.
+
+    div.rn.f32 has a branch for quotients that are subnormal or of subnormals, around which nothing
+    can be scheduled. Here such a quotient has b = 1: the inverse is 1, and the quotient exact. No
+    other intermediate result is subnormal, so that one step of Newton each for the inverse and the
+    quotient suffice, but for b = 2 - 2^-23: from the inverse 1/2 they come to a tie and stay there.
+    So the inverse is at least that of this b, which also serves for b = 2. All pairs of a and b
+    were tried, with inverses that are off by up to two last places.
+    """
+    inverse = arith.rcp_approx(b)
+    opposite = arith.neg_f32(b)
+    inverse = arith.fma_rn(arith.fma_rn(opposite, inverse, Float32(1.0)), inverse, inverse)
+    inverse = arith.max_f32(inverse, Float32(0.5 + 2.0**-24))
+    quotient = arith.mul_rn(a, inverse)
+    return arith.fma_rn(arith.fma_rn(opposite, quotient, a), inverse, quotient)
 
 
 def square_root(a: Float32) -> Float32:

@@ -9,6 +9,7 @@ from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from build_kernels.kernels.common.parameters import ROUTING, Routing
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.forms.decode import Decode
@@ -24,37 +25,37 @@ from build_kernels.kernels.dense.mma.wgmma import SwapAbWgmma, TileWgmma
 from router_runtime.format.contract import Constants
 
 
-def _decode(g: Any) -> Decode:
-    return Decode(g, DecodeMmaSync(g))
+def _decode(g: Any, rule: Scoring) -> Decode:
+    return Decode(g, DecodeMmaSync(g), rule)
 
 
-def _split_k_tcgen05(g: Any) -> SplitK:
+def _split_k_tcgen05(g: Any, rule: Scoring) -> SplitK:
     mma = SplitKTcgen05(g)
-    return SplitK(g, mma, SumsExchange(g, mma))
+    return SplitK(g, mma, SumsExchange(g, mma), rule)
 
 
-def _swap_ab_wgmma(g: Any) -> SwapAb:
-    return SwapAb(g, SwapAbWgmma(g))
+def _swap_ab_wgmma(g: Any, rule: Scoring) -> SwapAb:
+    return SwapAb(g, SwapAbWgmma(g), rule)
 
 
-def _swap_ab_mma_sync(g: Any) -> SwapAb:
-    return SwapAb(g, SwapAbMmaSync(g))
+def _swap_ab_mma_sync(g: Any, rule: Scoring) -> SwapAb:
+    return SwapAb(g, SwapAbMmaSync(g), rule)
 
 
-def _swap_ab_tcgen05(g: Any) -> SwapAb:
-    return SwapAb(g, SwapAbTcgen05(g))
+def _swap_ab_tcgen05(g: Any, rule: Scoring) -> SwapAb:
+    return SwapAb(g, SwapAbTcgen05(g), rule)
 
 
-def _tile_wgmma(g: Any) -> Tile:
-    return Tile(g, TileWgmma(g))
+def _tile_wgmma(g: Any, rule: Scoring) -> Tile:
+    return Tile(g, TileWgmma(g), rule)
 
 
-def _tile_mma_sync(g: Any) -> Tile:
-    return Tile(g, TileMmaSync(g))
+def _tile_mma_sync(g: Any, rule: Scoring) -> Tile:
+    return Tile(g, TileMmaSync(g), rule)
 
 
-#: (form, MMA) -> what makes the form's object of a geometry.
-PROGRAMS: Mapping[tuple[str, str], Callable[[Any], Any]] = {
+#: (form, MMA) -> what makes the form's object of a geometry, with how it scores.
+PROGRAMS: Mapping[tuple[str, str], Callable[[Any, Scoring], Any]] = {
     ("decode", "mma_sync"): _decode,
     ("split_k", "tcgen05"): _split_k_tcgen05,
     ("swap_ab", "wgmma"): _swap_ab_wgmma,
@@ -85,7 +86,7 @@ def program(constants: Constants) -> tuple[Callable[..., None], tuple[object, ..
     class or an argument gets into the cubin.
     """
     form, mma = form_and_mma(constants)
-    found = PROGRAMS[form, mma](geometry_of(constants))
+    found = PROGRAMS[form, mma](geometry_of(constants), Scoring.of(constants))
     # The DSL keeps the name with the class's function: it is set anew for each program.
     found.kernel.set_name_prefix(
         symbol(form, mma), remove_cutlass_symbol=True, keep_mangled_name=False

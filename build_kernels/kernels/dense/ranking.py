@@ -12,9 +12,10 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 
-from build_kernels.kernels.common import epilogue, scoring
+from build_kernels.kernels.common import epilogue
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, memory, warp_ops
+from build_kernels.kernels.common.scoring import Scoring, constant
 
 
 def insert(ranks: cute.Tensor, value: Int64, top_k: int) -> None:
@@ -92,11 +93,12 @@ def weigh_or_replay(
     member: Int32,
     members: cutlass.Constexpr[int],
     experts: cutlass.Constexpr[int],
+    rule: cutlass.Constexpr[Scoring],
 ) -> None:
     """Do what ``weigh`` does, for a token that may be replayed or padding.
 
     ``given`` is not 0 if the caller has given the experts, ``padding`` if the token has none.
-    ``rows`` and ``cta_experts`` are those of ``logit_at``.
+    ``rows`` and ``cta_experts`` are those of ``logit_at``; ``rule`` is how the entry scores.
     """
     chosen_experts, chosen_scores = [], []
     for turn in cutlass.range_constexpr(-(-top_k // members)):
@@ -104,7 +106,7 @@ def weigh_or_replay(
         if given != 0:
             rank = arith.min_s32(turn * members + member, Int32(top_k - 1))
             expert = epilogue.given_id(routing, token, rank, top_k, experts)
-            score = scoring.score(logit_at(arith.max_s32(expert, Int32(0)), rows, cta_experts))
+            score = rule.score(logit_at(arith.max_s32(expert, Int32(0)), rows, cta_experts))
         if padding != 0:
             expert = Int32(-1)
         chosen_experts.append(expert)
@@ -135,7 +137,7 @@ def weigh(
             warp_ops.broadcast(arith.bits(own_scores[rank // members]), leader + rank % members)
         )
         total = score if cutlass.const_expr(rank == 0) else arith.add_rn(total, score)
-    divisor = arith.add_rn(total, scoring.constant("RENORM_EPSILON"))
+    divisor = arith.add_rn(total, constant("RENORM_EPSILON"))
     for turn in cutlass.range_constexpr(-(-top_k // members)):
         rank = turn * members + member
         share = arith.div_rn(own_scores[turn], divisor)

@@ -14,10 +14,12 @@ from cutlass import Float32, Int32
 
 from build_kernels.kernels.common import scoring
 from build_kernels.kernels.common.ptx import arith, warp_ops
+from build_kernels.kernels.common.scoring import Scoring
 
 #: Largest relative and absolute error of a screened score. log1p(u) / u is a polynomial, off by
 #: 5.7e-5 at most; ex2.approx errs by 2^-22, its argument by 126 * 2^-23; the root halves a relative
-#: error. Below -87, ex2.approx gives 0.
+#: error. A sigmoid has no polynomial and no root: its relative error is at most that of u, 1.1e-5,
+#: and those of an addition, a product and rcp.approx (2^-23). Below -87, ex2.approx gives 0.
 SCREEN_RELATIVE = 2.0**-14
 SCREEN_ABSOLUTE = 2.0**-60
 
@@ -34,15 +36,20 @@ def screening_groups(top_k: int) -> int:
     return 1 << (4 * top_k - 1).bit_length()
 
 
-def screened(logit: Float32) -> Float32:
-    """Return sqrt(softplus(logit)) by hardware approximations."""
+def screened(logit: Float32, rule: Scoring) -> Float32:
+    """Return the score of a logit by hardware approximations."""
+    z = rule.tempered(logit)
     exponential = arith.exp2_approx(
-        arith.mul_rn(arith.abs_f32(logit), scoring.constant("EXP_NEG_LOG2E"))
+        arith.mul_rn(arith.abs_f32(z), scoring.constant("EXP_NEG_LOG2E"))
     )
+    if rule.function == "sigmoid":
+        inverse = arith.rcp_approx(arith.add_rn(exponential, Float32(1.0)))
+        negative = arith.mul_rn(exponential, inverse)
+        return arith.select(arith.not_negative(z), inverse, negative)
     share = Float32(LOG1P_OVER_U[-1])
     for coefficient in reversed(LOG1P_OVER_U[:-1]):
         share = arith.fma_rn(share, exponential, Float32(coefficient))
-    linear = arith.max_f32(logit, Float32(0.0))
+    linear = arith.max_f32(z, Float32(0.0))
     return arith.sqrt_approx(arith.fma_rn(exponential, share, linear))
 
 

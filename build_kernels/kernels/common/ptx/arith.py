@@ -44,6 +44,11 @@ def rsqrt_approx(a: Float32) -> Float32:
     return Float32(pure(T.f32(), [a], "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
+def rcp_approx(a: Float32) -> Float32:
+    """Return about 1 / a; subnormals count as zero, whose result is infinite."""
+    return Float32(pure(T.f32(), [a], "rcp.approx.ftz.f32 $0, $1;", "=f,f"))
+
+
 def exp2_approx(a: Float32) -> Float32:
     """Return about 2**a; subnormals count as zero."""
     return Float32(pure(T.f32(), [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
@@ -77,6 +82,12 @@ def neg_f32(a: Float32) -> Float32:
 def unordered(a: Float32, b: Float32) -> Boolean:
     """Return whether a or b is a NaN."""
     return Boolean(arith.cmpf(arith.CmpFPredicate.UNO, a.ir_value(), b.ir_value()))
+
+
+def not_negative(a: Float32) -> Boolean:
+    """Return whether a >= 0, which is true of both zeros and false of a NaN."""
+    zero = Float32(0.0)
+    return Boolean(arith.cmpf(arith.CmpFPredicate.OGE, a.ir_value(), zero.ir_value()))
 
 
 def bits(a: Float32) -> Int32:

@@ -14,6 +14,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, memory, warp_ops
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, ranking, screening
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import LANES
@@ -30,8 +31,8 @@ class SwapAbEpilogue:
     that it ranks. ``shared`` is the address of the CTA's shared memory.
     """
 
-    def __init__(self, geometry: SwapAbGeometry) -> None:
-        self.g = geometry
+    def __init__(self, geometry: SwapAbGeometry, rule: Scoring) -> None:
+        self.g, self.rule = geometry, rule
 
     def sync_consumers(self) -> None:
         """Wait for all consumer warps."""
@@ -199,7 +200,7 @@ class SwapAbEpilogue:
         best = [Float32(float("-inf"))] * groups
         for offset in offsets:
             for logit, bias in zip(four(row + offset), four(bias_row + own + offset), strict=True):
-                low, high = screening.bounds(screening.screened(logit), bias)
+                low, high = screening.bounds(screening.screened(logit, self.rule), bias)
                 group = len(highs) % groups
                 best[group] = arith.max_f32(best[group], low)
                 highs.append(high)
@@ -298,6 +299,7 @@ class SwapAbEpilogue:
                 member,
                 g.rank_threads,
                 g.experts,
+                self.rule,
             )
 
     @cute.jit
@@ -324,7 +326,7 @@ class SwapAbEpilogue:
                 logit, expert = memory.load_shared_v2(listed + entry * 8)
                 logit = arith.from_bits(logit)
                 expert = arith.select(some, expert, Int32(0))
-                score = scoring.score(logit)
+                score = self.rule.score(logit)
                 bias = memory.load_shared_f32(bias_row + expert * 4)
                 key = arith.select(some, scoring.ordered_key(logit, score, bias), Int32(0))
                 memory.store_shared_v2(slots + number * 8, ~expert, key)
@@ -388,11 +390,11 @@ class SwapAbEpilogue:
         for expert in cutlass.range(member, g.experts, g.rank_threads, unroll=1):
             logit = ranking.logit_at(expert, logits, g.tile_experts)
             bias = memory.load_shared_f32(bias_row + expert * 4)
-            key = scoring.ordered_key(logit, scoring.score(logit), bias)
+            key = scoring.ordered_key(logit, self.rule.score(logit), bias)
             ranking.insert(ranks, arith.pack(key, ~expert), g.top_k)
         best = ranking.merge_lanes([Int64(ranks[i]) for i in range(g.top_k)], g.rank_threads)
         if wanted and member == 0:
             for i in cutlass.range_constexpr(g.top_k):
                 expert = ~arith.halves(best[i])[1]
-                score = scoring.score(ranking.logit_at(expert, logits, g.tile_experts))
+                score = self.rule.score(ranking.logit_at(expert, logits, g.tile_experts))
                 memory.store_shared_v2(records + i * 16, expert, arith.bits(score))

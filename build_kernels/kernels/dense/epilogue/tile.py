@@ -15,6 +15,7 @@ from cutlass import Float32, Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, memory
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, ranking, screening
 from build_kernels.kernels.dense.geometry.common import LANES
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
@@ -27,8 +28,8 @@ CONSUMERS = 1
 class TileEpilogue:
     """All consumer threads call the methods. ``shared`` is the address of the shared memory."""
 
-    def __init__(self, geometry: TileGeometry, mma: TileMma) -> None:
-        self.g, self.mma = geometry, mma
+    def __init__(self, geometry: TileGeometry, mma: TileMma, rule: Scoring) -> None:
+        self.g, self.mma, self.rule = geometry, mma, rule
 
     def sync_consumers(self) -> None:
         """Wait for all consumer warps."""
@@ -100,7 +101,7 @@ class TileEpilogue:
             group = pair % groups
             for half in range(2):
                 for i in range(2):
-                    score = screening.screened(logit(half, pair, i))
+                    score = screening.screened(logit(half, pair, i), self.rule)
                     low, high = screening.bounds(score, bias[half][i])
                     best[half][group] = arith.max_f32(best[half][group], low)
                     highs[half].append(high)
@@ -167,7 +168,7 @@ class TileEpilogue:
             following = self.take(words, own_pair)
             ahead = self.load_if(following, own_logits)
             key = scoring.ordered_key(
-                logit, scoring.score(logit), memory.load_shared_f32(bias_row + expert * 4)
+                logit, self.rule.score(logit), memory.load_shared_f32(bias_row + expert * 4)
             )
             ranking.insert(ranks, arith.pack(key, ~expert), g.top_k)
             column = following
@@ -187,7 +188,7 @@ class TileEpilogue:
             column = arith.max_s32(expert, Int32(0))
             owner = arith.quotient(column, g.cta_experts)
             place = self.at_cta(logits, owner, t_rank) + arith.remainder(column, g.cta_experts) * 4
-            score = scoring.score(memory.load_cluster_f32(place))
+            score = self.rule.score(memory.load_cluster_f32(place))
             own_experts.append(expert)
             own_scores.append(arith.select(arith.less(expert, Int32(0)), Float32(0.0), score))
         ranking.weigh(

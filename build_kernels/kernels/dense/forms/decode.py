@@ -31,6 +31,7 @@ from cutlass import Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, summation
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, LANES
 from build_kernels.kernels.dense.geometry.decode import MMA_SYNC_M, MMA_SYNC_N, DecodeGeometry
@@ -40,8 +41,8 @@ from build_kernels.kernels.dense.mma.mma_sync import DecodeMmaSync, Sums
 class Decode:
     """The host function of the form, when called, and its device code."""
 
-    def __init__(self, geometry: DecodeGeometry, mma: DecodeMmaSync) -> None:
-        self.g, self.mma = geometry, mma
+    def __init__(self, geometry: DecodeGeometry, mma: DecodeMmaSync, rule: Scoring) -> None:
+        self.g, self.mma, self.rule = geometry, mma, rule
         self.expert_groups = epilogue.ExpertGroups.of(geometry)
 
     @cute.jit
@@ -354,7 +355,7 @@ class Decode:
         expert = expert + (place - in_warp)
         bias = memory.load_shared_f32(bias_row + expert * 4)
         logit = summation.add_chunks(terms, arith.add_rn)
-        score = scoring.score(logit)
+        score = self.rule.score(logit)
         real = arith.less(first_expert + expert, Int32(g.experts))
         key = arith.select(real, scoring.ordered_key(logit, score, bias), Int32(0))
         pair = [key, arith.bits(score)]

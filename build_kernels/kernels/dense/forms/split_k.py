@@ -24,6 +24,7 @@ from cutlass import Int32, Int64, cute
 from build_kernels.kernels.common import epilogue, scoring
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier, memory
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, summation
 from build_kernels.kernels.dense.exchange.split_k import SumsExchange
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, K_BLOCK, LANES
@@ -39,8 +40,10 @@ PRODUCER = 0
 class SplitK:
     """The host function of the form, when called, and its device code."""
 
-    def __init__(self, geometry: SplitKGeometry, mma: SplitKMma, exchange: SumsExchange) -> None:
-        self.g, self.mma, self.exchange = geometry, mma, exchange
+    def __init__(
+        self, geometry: SplitKGeometry, mma: SplitKMma, exchange: SumsExchange, rule: Scoring
+    ) -> None:
+        self.g, self.mma, self.exchange, self.rule = geometry, mma, exchange, rule
         self.expert_groups = epilogue.ExpertGroups.of(geometry)
 
     @cute.jit
@@ -269,7 +272,7 @@ class SplitK:
                 for chunk in range(g.chunks)
             ]
             logit = summation.add_chunks(terms, arith.add_rn)
-            score = scoring.score(logit)
+            score = self.rule.score(logit)
             expert = group * g.group_experts + column
             real = arith.less(expert, Int32(g.experts))
             key = scoring.ordered_key(logit, score, memory.load_shared_f32(bias_row + column * 4))

@@ -27,6 +27,7 @@ from cutlass import Float32, Int32, Int64, cute
 
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, cluster
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.epilogue.swap_ab import SwapAbEpilogue
@@ -45,9 +46,9 @@ from build_kernels.kernels.dense.ring import Ring, TurnState
 class SwapAb:
     """The host function of the form, when called, and its device code."""
 
-    def __init__(self, geometry: SwapAbGeometry, mma: SwapAbMma) -> None:
+    def __init__(self, geometry: SwapAbGeometry, mma: SwapAbMma, rule: Scoring) -> None:
         self.g, self.mma = geometry, mma
-        self.epilogue = SwapAbEpilogue(geometry)
+        self.epilogue = SwapAbEpilogue(geometry, rule)
 
     @cute.jit
     def __call__(

@@ -22,6 +22,7 @@ from cutlass import Int32, Int64, cute
 
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier
+from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, cluster
 from build_kernels.kernels.dense.epilogue.tile import TileEpilogue
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES
@@ -38,9 +39,9 @@ PRODUCER_REGISTERS = 24
 class Tile:
     """The host function of the form, when called, and its device code."""
 
-    def __init__(self, geometry: TileGeometry, mma: TileMma) -> None:
+    def __init__(self, geometry: TileGeometry, mma: TileMma, rule: Scoring) -> None:
         self.g, self.mma = geometry, mma
-        self.epilogue = TileEpilogue(geometry, mma)
+        self.epilogue = TileEpilogue(geometry, mma, rule)
 
     @cute.jit
     def __call__(
