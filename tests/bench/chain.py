@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,16 +154,18 @@ class Chain:
         weight, bias = self.layers.weights[last], self.layers.biases[last]
         model, x, found = self.layers.model, x[rows], output.values[rows]
         table, token_ids = self.layers.tables[last], self.layers.token_ids[rows]
+        rule: Any = {"scoring": model.scoring, "gate_temperature": model.gate_temperature}
         if output.ids is None:
             exact = spec.dense_logits64(x, weight)
             wrong = ~((found - exact).abs() <= _TOLERANCE).all(dim=1)
         else:
             if output.mode == "dense":
-                exact, ids = spec.dense_router(x, weight, bias, model.top_k, model.scale)
+                given = x, weight, bias, model.top_k, model.scale
+                exact, ids = spec.dense_router(*given, **rule)
             elif output.mode == "hash":
                 exact, ids = spec.hash_router(token_ids, table, model.top_k)
             else:
-                exact, ids = spec.hash_gate(x, token_ids, weight, table, model.scale)
+                exact, ids = spec.hash_gate(x, token_ids, weight, table, model.scale, **rule)
             wrong = (output.ids[rows] != ids).any(dim=1)
             wrong |= ~((found - exact).abs() <= _TOLERANCE).all(dim=1)
         return int(wrong.sum())

@@ -19,6 +19,7 @@ from build_kernels.catalog.models import Model
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request, resolve
+from router_runtime.format.scoring import SIGMOID, SQRT_SOFTPLUS, scoring_constants
 from router_runtime.ops.functions import activation_topk
 from tests.bench.artifacts import DENSE
 from tests.bench.chain import Layers, Output, Route
@@ -59,11 +60,28 @@ def mm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
+def rule(model: Model) -> dict[str, Any]:
+    """How a model scores, under the names of RouterConfig and of ``spec.py``."""
+    return {"scoring": model.scoring, "gate_temperature": model.gate_temperature}
+
+
+def scored(logits: Tensor, scoring: str, gate_temperature: float) -> Tensor:
+    """Scores as one writes them in torch."""
+    logits = logits if gate_temperature == 1 else logits / gate_temperature
+    return logits.sigmoid() if scoring == SIGMOID else torch.nn.functional.softplus(logits).sqrt()
+
+
 def mathematics(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: float,
+    scoring: str = SQRT_SOFTPLUS,
+    gate_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The router as one writes it in torch: one line, and one or more kernels, for each step."""
-    scores = torch.nn.functional.softplus(mm(x, weight)).sqrt()
+    scores = scored(mm(x, weight), scoring, gate_temperature)
     ids = (scores + bias).topk(k, dim=-1).indices
     chosen = scores.gather(1, ids)
     return chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20) * scale, ids
@@ -75,7 +93,7 @@ def make_router(
     """A router of the product, by its public constructor. Variants of kernels that it has no use
     for are left out.
     """
-    config = RouterConfig(model.hidden, model.experts, model.top_k, model.scale)
+    config = RouterConfig(model.hidden, model.experts, model.top_k, model.scale, **rule(model))
     return Router(
         config,
         weight=weight,
@@ -138,6 +156,7 @@ class GateRouters:
             *(model.hidden, model.experts, model.top_k, model.scale),
             mode="hash_gate",
             vocab_size=model.vocab,
+            **rule(model),
         )
         self._token_ids = layers.token_ids
         self._routers = [
@@ -184,7 +203,7 @@ def _gathered(layers: Layers, mode: Mode, settings: Settings) -> Route:
     def route(layer: int, x: Tensor) -> Output:
         ids = layers.tables[layer][layers.token_ids[: x.shape[0]]]
         logits = (x.float().unsqueeze(1) * layers.weights[layer][ids.long()].float()).sum(dim=-1)
-        scores = torch.nn.functional.softplus(logits).sqrt()
+        scores = scored(logits, **rule(model))
         weights = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * model.scale
         return Output(weights, ids, "hash_gate")
 
@@ -205,13 +224,18 @@ def _mm_activation_topk(layers: Layers, mode: Mode, settings: Settings) -> Route
         def on_cpu(layer: int, x: Tensor) -> Output:
             logits = mm(x, layers.weights[layer])
             bias = layers.biases[layer]
-            return Output(*activation_topk(logits, bias, model.top_k, model.scale, True))
+            logits = logits if model.gate_temperature == 1 else logits / model.gate_temperature
+            weights, ids = activation_topk(
+                logits, bias, model.top_k, model.scale, True, scoring=model.scoring
+            )
+            return Output(weights, ids)
 
         return on_cpu
     index = layers.device.index
     kernels = kernels_on(index, settings.folders[mode])
     request = Request(
         "activation_topk",
+        scoring_constants(model.scoring, 1.0),
         quantities={"experts": model.experts, "top_k": model.top_k},
         variant=settings.variants.get("activation_topk"),
     )
@@ -228,6 +252,7 @@ def _mm_activation_topk(layers: Layers, mode: Mode, settings: Settings) -> Route
 
     def route(layer: int, x: Tensor) -> Output:
         logits = mm(x, layers.weights[layer])
+        logits = logits if model.gate_temperature == 1 else logits / model.gate_temperature
         tokens = logits.shape[0]
         weights = logits.new_empty(tokens, model.top_k)
         ids = logits.new_empty(tokens, model.top_k, dtype=torch.int32)
@@ -247,6 +272,8 @@ def _mm_activation_topk(layers: Layers, mode: Mode, settings: Settings) -> Route
 def _mm_triton(layers: Layers, mode: Mode, settings: Settings) -> Route:
     if layers.device.type == "cpu":
         raise ImportError("Triton needs a GPU")
+    if rule(layers.model) != {"scoring": SQRT_SOFTPLUS, "gate_temperature": 1}:
+        raise ImportError("the kernel in Triton scores by sqrtsoftplus, with the temperature 1")
     from tests.bench.triton_topk import topk
 
     model = layers.model
@@ -263,7 +290,8 @@ def _eager(layers: Layers, mode: Mode, settings: Settings) -> Route:
 
     def route(layer: int, x: Tensor) -> Output:
         weight, bias = layers.weights[layer], layers.biases[layer]
-        return Output(*mathematics(x, weight, bias, model.top_k, model.scale))
+        given = x, weight, bias, model.top_k, model.scale
+        return Output(*mathematics(*given, **rule(model)))
 
     return route
 
@@ -288,7 +316,8 @@ class _Compiled:
                 mathematics, backend=backend, dynamic=False, fullgraph=True
             )
         weight, bias = layers.weights[layer], layers.biases[layer]
-        return Output(*self._function(x, weight, bias, model.top_k, model.scale))
+        given = x, weight, bias, model.top_k, model.scale
+        return Output(*self._function(*given, **rule(model)))
 
 
 OURS = "dense_router"

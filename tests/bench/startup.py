@@ -38,6 +38,7 @@ from router_runtime.evidence.choice import DENSE
 from router_runtime.evidence.store import read_evidence
 from router_runtime.format import provenance
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.format.scoring import CONSTANTS as SCORING
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 
@@ -152,14 +153,15 @@ def _chosen(
         for entry in manifest.entries
         if entry.model == model and entry.kernel in DENSE
     )
-    constants = {name: sizes[name] for name in ("HIDDEN", "EXPERTS", "TOP_K")}
+    constants = {name: sizes[name] for name in ("HIDDEN", "EXPERTS", "TOP_K", *SCORING)}
     requests = [Request(kernel, constants) for kernel in DENSE]
     dense = dispatch(requests, device, manifest, status_if_fitting(requests, device, status))
     chosen = [each.entry for each in dense.require()]
     taken = (*DENSE, *WITHOUT_A_ROUTER)
-    others = {entry.kernel: entry.model for entry in manifest.entries if entry.kernel not in taken}
-    for kernel, owner in sorted(others.items()):
-        request = Request(kernel, constants if owner is not None else {})
+    others = {entry.kernel: entry for entry in manifest.entries if entry.kernel not in taken}
+    for kernel, one in sorted(others.items()):
+        stated = {name: value for name, value in constants.items() if name in one.constants}
+        request = Request(kernel, stated)
         found = resolve(request, device, manifest, status_if_fitting([request], device, status))
         chosen += [candidate.entry for candidate in found.candidates if candidate.accepted]
     return chosen

@@ -20,6 +20,8 @@ from build_kernels.kernels.common.numerics import CONSTANTS
 from router_runtime.format.manifest import loads
 from tests.builder.conftest import FILES, MODEL, Project
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -106,7 +108,8 @@ def test_unknown_names_are_answered_with_the_nearest(
 def test_constants_come_from_numerics_variant_and_model(kernels: Path) -> None:
     jobs = {job.key: job for job in plan.plan()}
     assert jobs["scale/any/sm_90a/one"].constants == {"FACTOR": 2.0}
-    shape = {"HIDDEN": 7168, "EXPERTS": 384, "TOP_K": 6}
+    shape: dict[str, object] = {"HIDDEN": 7168, "EXPERTS": 384, "TOP_K": 6}
+    shape |= {"SCORING": "sqrtsoftplus", "GATE_TEMPERATURE": 1.0}
     assert jobs["shift/dsv4-pro/sm_90a/b"].constants == {**CONSTANTS, **shape, "TILE": 1}
 
 
@@ -363,9 +366,48 @@ def test_a_model_from_a_file(tmp_path: Path) -> None:
     assert read_model(path).scale == 2.0
 
 
+def test_a_model_file_says_how_its_model_scores(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MODEL + 'scoring = "sigmoid"\ngate_temperature = 2\n')
+    plain = Model("pruned", 4096, 144, 6, 1.5, 3, 129280)
+    sigmoid = dataclasses.replace(plain, scoring="sigmoid", gate_temperature=2.0)
+    assert read_model(path) == sigmoid
+    said = {"scoring": "sigmoid", "gate_temperature": 2.0}
+    assert sigmoid.shape() == {**plain.shape(), **said}
+    # The statement of a release, which has the shape, stays as it was for the others.
+    assert not plain.shape().keys() & said.keys()
+    assert Model("pruned", **sigmoid.shape()) == sigmoid  # type: ignore[arg-type]
+
+
+def test_a_sigmoid_has_entries_of_every_form() -> None:
+    """The example: every entry of its model says how it scores, and in its numerics tag."""
+    model = read_model(EXAMPLES / "kimi_k2.toml")
+    plain = dataclasses.replace(model, name="plain", scoring="sqrtsoftplus")
+    jobs = plan.plan(targets=("sm_90a", "sm_100f"), extra_models=[model, plain])
+    tags: dict[str, set[str | None]] = {}
+    for job in jobs:
+        if job.model is not None:
+            tag = contracts.declared(job)[1]
+            tags.setdefault(job.model, set()).add(tag)
+            found = job.constants["SCORING"], job.constants["GATE_TEMPERATURE"]
+            assert found == ("sigmoid" if job.model == model.name else "sqrtsoftplus", 1.0)
+    assert not tags[model.name] & tags["plain"]
+    forms = {
+        (job.constants.get("FORM"), job.constants.get("MMA"))
+        for job in jobs
+        if job.model == model.name
+    }
+    assert {("decode", "mma_sync"), ("split_k", "tcgen05"), ("swap_ab", "tcgen05")} <= forms
+    assert {form for form, mma in forms if mma == "wgmma"} <= {"swap_ab", "tile"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("vocab", 'scoring = "softmax"\nvocab', r"scoring: expected one of \['sqrtsoftplus', 's"),
+        ("vocab", "scoring = 1\nvocab", "scoring: expected str, found 1"),
+        ("vocab", "gate_temperature = 0.0\nvocab", "gate_temperature: expected 9.53674e-07 to"),
+        ("vocab", "gate_temperature = nan\nvocab", "gate_temperature: expected 9.53674e-07 to"),
         ("experts", "expert", "unknown key in mine.toml 'expert': did you mean 'experts'"),
         ("hidden = 4096", "", r"missing \['hidden'\]"),
         ("4096", '"4096"', "hidden: expected int, found '4096'"),

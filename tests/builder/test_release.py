@@ -910,7 +910,7 @@ def test_a_release_can_have_a_model_of_ones_own(committed: Project, tmp_path: Pa
     source.rename(source.with_name("shape.cu")).write_text(text)
     committed.build("--update-lock")
     commit = committed.commit()
-    (tmp_path / "mine.toml").write_text(MODEL)
+    (tmp_path / "mine.toml").write_text(MODEL + 'scoring = "sigmoid"\n')
     release = ("--out", tmp_path / "out", "--target", "sm_90a", "--model-file")
     folder = committed.release(*release, tmp_path / "mine.toml")
     start, _, version = folder.name.partition("-")
@@ -919,7 +919,8 @@ def test_a_release_can_have_a_model_of_ones_own(committed: Project, tmp_path: Pa
     statement = statement_loads((folder / f"{folder.name}.provenance.json").read_bytes())
     assert statement.clean
     shape = {"hidden": 4096, "experts": 144, "top_k": 6, "scale": 1.5}
-    assert statement.models == {"pruned": {**shape, "hash_layers": 3, "vocab": 129280}}
+    shape |= {"hash_layers": 3, "vocab": 129280}
+    assert statement.models == {"pruned": {**shape, "scoring": "sigmoid"}}
     keys = [entry.key for entry in loads((folder / "manifest.json").read_bytes()).entries]
     assert keys == [
         *("scale/any/sm_90a/one", "scale/any/sm_90a/two"),

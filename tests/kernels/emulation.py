@@ -49,7 +49,8 @@ def score(logits: Singles) -> Singles:
 def sigmoid(logits: Singles) -> Singles:
     """1 / (1 + exp(-logits)) as the kernels compute it, bit for bit."""
     u = exponential(logits)
-    return np.where(logits >= 0, np.float32(1), u) / (np.float32(1) + u)
+    scores: Singles = np.where(logits >= 0, np.float32(1), u) / (np.float32(1) + u)
+    return scores
 
 
 def exponential(logits: Singles) -> Singles:

@@ -25,6 +25,7 @@ from router_runtime.device import artifact_store, driver
 from router_runtime.evidence.store import Evidence, write_record
 from router_runtime.format import advice
 from router_runtime.format.manifest import MANIFEST_NAME
+from router_runtime.routing.config import RouterConfig
 from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
 from router_runtime.verification.timing import Timing
 from tests.runtime import releases
@@ -665,7 +666,7 @@ def test_why_names_the_expected_latency(build: SimpleNamespace, tmp_path: Path) 
 def test_shapes_are_those_of_a_router(build: SimpleNamespace) -> None:
     """The doctor requests the constants that a Router requests, where the kernel has them."""
     shapes = {entry.kernel: decisions.shape_of(entry) for entry in build.small()}
-    assert shapes["dense_router_decode"] == {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
+    assert shapes["dense_router_decode"] == RouterConfig(128, 24, 4, 1.0).constants()
 
 
 TIMINGS = (Timing("small", 16, ("dense_router_prefill/small/sm_90a/x",), 1, 6.0, 8.0, 3.0),)

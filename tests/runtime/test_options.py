@@ -398,7 +398,7 @@ def test_launches_of_packed_and_strided_calls(
 
 def test_activation_launches(gpu: Any) -> None:
     logits = torch.randn(9, E, generator=seeded(7))
-    rules = {
+    rules: Any = {
         **{"image_bias": TENSORS["image_bias"], "sentinel": 7},
         **{"expert_map": MAP.physical, "replica_counts": MAP.counts},
         **{"replica_start": MAP.start, "replica_step": MAP.step},
