@@ -14,8 +14,8 @@ from router_runtime.format import system_errors
 
 
 def read_model(path: Path) -> Model:
-    """Return the model of a TOML file that has the fields of ``Model``, without those of
-    ``OPTIONAL`` if it likes, and perhaps the tables that ``build-kernels tune`` writes.
+    """Return the model of a TOML file that has the fields of ``Model``, of which those of
+    ``OPTIONAL`` may be absent, and perhaps the tables that ``build-kernels tune`` writes.
 
     Raises BuildError for a file that cannot be read, other keys, values of another type or out of
     range, and the name of a model of the catalog.

@@ -43,8 +43,7 @@ class Model:
         own = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "measured")
-            and getattr(self, field.name) != field.default
+            if field.name not in ("name", "measured") and getattr(self, field.name) != field.default
         }
         return {**own, **dict(self.measured)}
 

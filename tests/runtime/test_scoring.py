@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +122,7 @@ def test_kernels_for_another_rule_do_not_serve(
     gpu.entries = entries_of(build, SIGMOID)
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     build_on_the_fake_gpu(monkeypatch)
-    tensors = {"weight": WEIGHT, "bias": BIAS}
+    tensors: Any = {"weight": WEIGHT, "bias": BIAS}
     Router(SIGMOID, **tensors, device="cpu")
     with pytest.raises(ResolutionError) as plain:
         Router(PLAIN, **tensors, device="cpu")
@@ -159,7 +158,7 @@ def test_temperatures_in_range() -> None:
 
 
 def test_what_a_router_says_of_itself() -> None:
-    tensors = {"weight": WEIGHT, "bias": BIAS}
+    tensors: Any = {"weight": WEIGHT, "bias": BIAS}
     text = repr(Router(WARM, **tensors, device="cpu"))
     assert "scoring=sigmoid, gate_temperature=1.7" in text
     text = repr(Router(PLAIN, **tensors, device="cpu"))
@@ -271,7 +270,7 @@ def test_opcheck_and_compile() -> None:
 
 
 @pytest.fixture
-def manifest(build: SimpleNamespace) -> Iterator[Any]:
+def manifest(build: SimpleNamespace) -> Any:
     return build.manifest(entries_of(build, PLAIN, SIGMOID))
 
 
