@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from router_runtime.format.scoring import SCORINGS
 from tests.fuzz.suite import BATCHES, run
 
 
@@ -14,10 +15,20 @@ from tests.fuzz.suite import BATCHES, run
 @click.option(
     "--model", nargs=3, default=(4096, 256, 6), show_default=True, help="hidden, experts, k"
 )
-def main(rows: int, seed: int, device: str, model: tuple[int, int, int]) -> None:
+@click.option("--scoring", type=click.Choice(SCORINGS), default=SCORINGS[0], show_default=True)
+@click.option("--temperature", default=1.0, show_default=True, help="The model's gate temperature.")
+def main(
+    rows: int,
+    seed: int,
+    device: str,
+    model: tuple[int, int, int],
+    scoring: str,
+    temperature: float,
+) -> None:
     """Any bits into every op; exits with an AssertionError if a promise is broken."""
     largest = BATCHES[-1] if rows > 100_000 else 129
-    counts = run(device, rows, model=model, seed=seed, largest=largest)
+    rule = {"scoring": scoring, "gate_temperature": temperature}
+    counts = run(device, rows, model=model, rule=rule, seed=seed, largest=largest)
     for name, count in counts.items():
         click.echo(f"{name:<24}{count:>12} rows")
     click.echo(f"{'all':<24}{sum(counts.values()):>12} rows, every promise kept")

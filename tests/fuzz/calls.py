@@ -177,6 +177,8 @@ def activation_topk(routers: Routers, draw: Draw, rows: int) -> Call:
         mapped = table, counts, start, step
     given = Given.draw(draw, keywords, (rows, k, experts), padding, sentinel)
     scale = draw.choose.choice((0.0, 1e-30, 1.0, 1.5, 1e18))
+    if draw.choose.random() < 0.5:
+        keywords["scoring"] = "sigmoid"
     return Call(
         "activation_topk",
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from router_runtime import Router, RouterConfig, register_router, unregister_router
 from tests.fuzz.draw import Draw
+
+#: How the routers of a model score, as fields of RouterConfig.
+Rule = Mapping[str, Any]
+PLAIN: Rule = {"scoring": "sqrtsoftplus", "gate_temperature": 1.0}
 
 
 @dataclass
@@ -29,7 +34,9 @@ class Routers:
     gated: list[tuple[Router, Tensor]]
 
     @classmethod
-    def build(cls, device: str, model: tuple[int, int, int], draw: Draw) -> Routers:
+    def build(
+        cls, device: str, model: tuple[int, int, int], draw: Draw, rule: Rule = PLAIN
+    ) -> Routers:
         """Routers of random weights. ``model`` is (hidden, experts, k)."""
         hidden, experts, k = model
         vocab = 977
@@ -52,7 +59,9 @@ class Routers:
             if number == 0:
                 biases = [draw.normal(experts) * 0.1 for _ in range(2)]
             router = Router(
-                RouterConfig(hidden, experts, k, (1.5, 1e18, 0.0)[number], sentinel=sentinel),
+                RouterConfig(
+                    hidden, experts, k, (1.5, 1e18, 0.0)[number], sentinel=sentinel, **rule
+                ),
                 weight=weight.bfloat16(),
                 bias=biases[0],
                 image_bias=biases[1],
@@ -76,7 +85,11 @@ class Routers:
             ids = draw.integers(0, experts, vocab, k)
             router = Router(
                 RouterConfig(
-                    hidden, experts, k, 2.5, mode="hash_gate", vocab_size=vocab, sentinel=sentinel
+                    *(hidden, experts, k, 2.5),
+                    mode="hash_gate",
+                    vocab_size=vocab,
+                    sentinel=sentinel,
+                    **rule,
                 ),
                 weight=(draw.normal(experts, hidden) * hidden**-0.5).bfloat16(),
                 table=ids,

@@ -11,7 +11,7 @@ from tests.fuzz.calls import CALLS
 from tests.fuzz.draw import Draw
 from tests.fuzz.guarded import PATTERNS
 from tests.fuzz.promises import same, violations
-from tests.fuzz.routers import Routers
+from tests.fuzz.routers import PLAIN, Routers, Rule
 from tests.fuzz.selections import indices_violations, select_violations
 
 #: The ops that select from rows of scores, with the promises of each.
@@ -26,6 +26,7 @@ def run(
     rows: int,
     *,
     model: tuple[int, int, int],
+    rule: Rule = PLAIN,
     seed: int = 0,
     ops: Any = None,
     largest: int = BATCHES[-1],
@@ -36,6 +37,7 @@ def run(
         device: Where the tensors are.
         rows: Over all ops and both runs of each call.
         model: hidden, experts, k.
+        rule: How it scores.
         seed: Decides everything that is random.
         ops: In place of ``torch.ops.dsv4``.
         largest: The largest batch.
@@ -49,7 +51,7 @@ def run(
     """
     ops = torch.ops.dsv4 if ops is None else ops
     draw = Draw(seed, device)
-    routers = Routers.build(device, model, draw)
+    routers = Routers.build(device, model, draw, rule)
     counts = dict.fromkeys((*CALLS, *SELECTIONS), 0)
     canaries = [draw.normal(tokens, routers.hidden).bfloat16() for tokens in (5, 70)]
     tokens = draw.integers(0, routers.vocab, 9)

@@ -18,6 +18,8 @@ from router_runtime.device.artifact_store import find_artifacts
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.format.advice import ARTIFACTS_VARIABLE
 from router_runtime.format.manifest import MANIFEST_NAME, loads
+from router_runtime.format.scoring import CONSTANTS as SCORING
+from router_runtime.format.scoring import SQRT_SOFTPLUS, scoring_constants
 from router_runtime.format.target import Target
 
 HERE = Path(__file__).parent
@@ -77,18 +79,34 @@ def verification(tmp_path_factory):
         yield Verification(passed, tuple(lines), folder)
 
 
-def _models(folder, kernel):
-    """(hidden, experts, top_k) of every model for which this machine can run that kernel."""
+def _constants(folder, kernel):
+    """What a Router requests of every model for which this machine can run that kernel, sorted."""
     import torch
 
     capability = torch.cuda.get_device_capability()
-    return sorted(
-        {
-            tuple(int(entry.constants[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K"))
-            for entry in loads((folder / MANIFEST_NAME).read_bytes()).entries
-            if entry.kernel == kernel and Target.parse(entry.target).runs_on(*capability)
-        }
-    )
+    names = ("HIDDEN", "EXPERTS", "TOP_K", *SCORING)
+    found = {
+        tuple(entry.constants[name] for name in names)
+        for entry in loads((folder / MANIFEST_NAME).read_bytes()).entries
+        if entry.kernel == kernel and Target.parse(entry.target).runs_on(*capability)
+    }
+    return [dict(zip(names, values, strict=True)) for values in sorted(found)]
+
+
+def _models(folder, kernel):
+    """(hidden, experts, top_k) of those that score by sqrtsoftplus, with the temperature 1."""
+    plain = scoring_constants(SQRT_SOFTPLUS, 1.0)
+    return [
+        tuple(int(each[name]) for name in ("HIDDEN", "EXPERTS", "TOP_K"))
+        for each in _constants(folder, kernel)
+        if plain.items() <= each.items()
+    ]
+
+
+@pytest.fixture(scope="session")
+def all_models(verification):
+    """The constants of every dense model that this machine can serve, however it scores."""
+    return _constants(verification.folder, "dense_router_decode")
 
 
 @pytest.fixture(scope="session")

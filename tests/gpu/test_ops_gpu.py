@@ -174,15 +174,20 @@ def test_strided_token_ids(same):
     assert (found[1][(token_ids < 0) | (token_ids >= 100)] == -1).all()
 
 
-def scores_of(logits):
+def scores_of(logits, scoring):
     """The kernel's scores: with every expert chosen, no bias, no renormalisation and scale 1, the
     weights are the scores in rank order.
     """
     experts = logits.shape[1]
     bias = torch.zeros(experts, device="cuda")
-    weights, ids = torch.ops.dsv4.activation_topk(logits, bias, experts, 1.0, False)
+    weights, ids = torch.ops.dsv4.activation_topk(
+        logits, bias, experts, 1.0, False, scoring=scoring
+    )
     return torch.empty_like(logits).scatter_(1, ids.long(), weights)
 
+
+#: The absolute error of a score below a logit of -80.
+UNDERFLOW = {"sqrtsoftplus": 4e-23, "sigmoid": 2.0**-149}
 
 #: fp32 logits tried in each range below, evenly spaced among all bit patterns of the range.
 SAMPLES = 2**24
@@ -191,14 +196,15 @@ SAMPLES = 2**24
 @pytest.mark.parametrize(
     ("first", "last", "absolute"),
     [
-        (0x00000000, 0x42A00000, 0.0),  # 0 to 80, subnormals included
-        (0x80000000, 0xC2A00000, 0.0),  # -0 to -80
-        (0xC2A00001, 0xC3800000, 4e-23),  # below -80 to -256
-        (0x42A00001, 0x7F7FFFFF, 0.0),  # above 80 to FLT_MAX
+        (0x00000000, 0x42A00000, None),  # 0 to 80, subnormals included
+        (0x80000000, 0xC2A00000, None),  # -0 to -80
+        (0xC2A00001, 0xC3800000, UNDERFLOW),  # below -80 to -256
+        (0x42A00001, 0x7F7FFFFF, None),  # above 80 to FLT_MAX
     ],
     ids=["0..80", "-80..0", "-256..-80", "80..max"],
 )
-def test_accuracy_of_scores(first, last, absolute):
+@pytest.mark.parametrize("scoring", UNDERFLOW)
+def test_accuracy_of_scores(first, last, absolute, scoring):
     step = max(1, (last - first) // SAMPLES) | 1
     bits = torch.arange(first, last + 1, step, device="cuda")
     bits = torch.cat((torch.tensor([last], device="cuda"), bits))
@@ -206,10 +212,11 @@ def test_accuracy_of_scores(first, last, absolute):
     worst = 0.0
     for part in bits.split(2**22):
         logits = part.to(torch.int32).view(torch.float32).view(-1, 32)
-        exact = spec.sqrt_softplus64(logits)
-        found = scores_of(logits).double()
+        exact = spec.SCORINGS[scoring](logits)
+        found = scores_of(logits, scoring).double()
         assert found.isfinite().all()
         error = (found - exact).abs()
-        worst = max(worst, float((error / (4e-7 * exact + absolute)).max()))
+        allowed = 4e-7 * exact + (absolute[scoring] if absolute else 0.0)
+        worst = max(worst, float((error / allowed).nan_to_num(0.0).max()))
     print(f"{bits.numel()} logits, worst error {worst:.3f} of the allowed one")
     assert worst <= 1

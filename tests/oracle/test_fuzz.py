@@ -12,9 +12,13 @@ from tests.fuzz.suite import SELECTIONS, run
 MODEL = (128, 24, 4)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_op_keeps_its_promises(seed):
-    counts = run("cpu", 2500, model=MODEL, seed=seed, largest=257)
+@pytest.mark.parametrize(
+    ("seed", "scoring", "temperature"),
+    [(0, "sqrtsoftplus", 1.0), (1, "sigmoid", 1.0), (2, "sigmoid", 0.3), (3, "sqrtsoftplus", 7.0)],
+)
+def test_every_op_keeps_its_promises(seed, scoring, temperature):
+    rule = {"scoring": scoring, "gate_temperature": temperature}
+    counts = run("cpu", 2500, model=MODEL, rule=rule, seed=seed, largest=257)
     assert sum(counts.values()) >= 2500
     assert len(set(counts.values())) == 1
 
