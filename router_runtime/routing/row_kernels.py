@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from router_runtime.device import driver
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request, option
 from router_runtime.errors import RouterRuntimeError
+from router_runtime.format.contract import Constants
 from router_runtime.format.manifest import Entry
 from router_runtime.routing.launches import ServingLaunch
 from router_runtime.routing.placement import Placement, refuse_capture
@@ -41,7 +43,8 @@ class RowKernelUse(NamedTuple):
         quantities: The names of the sizes of a call, which the entries' limits are about.
         constants: The names of sizes that come before those, and that must be an entry's own.
         choose: Chooses among the entries that serve a call; None: the closest fit.
-        fixed: (name, value) of constants that the entries must have for any call of this use.
+        fixed: Constants that the entries must have for any call of this use.
+        key: What tells this use from others of the kernel; empty: there are none.
 
     """
 
@@ -50,7 +53,8 @@ class RowKernelUse(NamedTuple):
     quantities: tuple[str, ...]
     constants: tuple[str, ...] = ()
     choose: Choose | None = None
-    fixed: tuple[tuple[str, int | float | str], ...] = ()
+    fixed: Constants = types.MappingProxyType({})
+    key: str = ""
 
 
 class RowKernel:
@@ -61,7 +65,7 @@ class RowKernel:
         refuse_capture(f"the first call of {use.name} on {device}, which loads its kernels,")
         self._use = use
         self._kernels = kernels_on(device.index)
-        resolution = self._kernels.resolve(Request(use.name, dict(use.fixed)))
+        resolution = self._kernels.resolve(Request(use.name, use.fixed))
         resolution.require()
         accepted = [each for each in resolution.candidates if each.accepted]
         self._launchers = {
@@ -89,7 +93,7 @@ class RowKernel:
         fixed = len(use.constants)
         request = Request(
             use.name,
-            constants=dict((*use.fixed, *zip(use.constants, sizes[:fixed], strict=True))),
+            constants={**use.fixed, **dict(zip(use.constants, sizes[:fixed], strict=True))},
             quantities=dict(zip(use.quantities, sizes[fixed:], strict=True)),
         )
         resolution = self._kernels.resolve(request)
@@ -103,14 +107,14 @@ class RowKernel:
 
 
 _lock = threading.Lock()
-_loaded: dict[tuple[object, ...], RowKernel] = {}
+_loaded: dict[tuple[str, torch.device], RowKernel] = {}
 #: The ops with several kernels that have loaded them on a device, by the name of their first one.
 _prepared: set[tuple[str, torch.device]] = set()
 
 
 def row_kernel(use: RowKernelUse, device: torch.device) -> RowKernel:
     """The kernel on a device, loaded by the first call; from any thread."""
-    key = use.name, use.fixed, device
+    key = use.key or use.name, device
     found = _loaded.get(key)
     if found is not None:
         return found

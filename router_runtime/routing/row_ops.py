@@ -53,7 +53,8 @@ _ACTIVATION = {
             *("experts", "row_stride", "top_k", "scale", "renormalize", "sentinel", "image_bias"),
         ),
         quantities=("experts", "top_k"),
-        fixed=tuple(scoring_constants(function, 1.0).items()),
+        fixed=scoring_constants(function, 1.0),
+        key=f"activation_topk/{function}",
     )
     for function in SCORINGS
 }
@@ -67,9 +68,7 @@ def check_select(scores: Tensor, k: int) -> None:
     check_int("k", k, 1, min(MAX_SELECTED, columns))
 
 
-def check_activate(
-    logits: Tensor, bias: Tensor, k: int, scale: float, function: str = SQRT_SOFTPLUS
-) -> None:
+def check_activate(logits: Tensor, bias: Tensor, k: int, scale: float) -> None:
     """Raise InputError for arguments that ``activation_topk`` does not serve."""
     check_logits(logits)
     check_logits_bias("bias", bias, logits)
@@ -77,7 +76,6 @@ def check_activate(
     check_int("experts", experts, 1, MAX_EXPERTS)
     check_int("k", k, 1, min(MAX_TOP_K, experts))
     check_scale("scale", scale)
-    check_scoring("scoring", function)
 
 
 def topk_select_cpu(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +163,8 @@ def serve_activation_cpu(
     **rules: Any,
 ) -> Results:
     """``activation_topk`` of CPU tensors. ``rules`` are the keywords of ``_check_rules``."""
-    check_activate(logits, bias, k, scale, scoring)
+    check_activate(logits, bias, k, scale)
+    check_scoring("scoring", scoring)
     image_bias, sentinel, expert_map = _check_rules(logits, call, **rules)
     tokens, experts = logits.shape
     results = call.prepare(CPU, tokens, Sizes(k, experts, sentinel, image_bias is not None))
@@ -313,5 +312,8 @@ def _activation_kernel(
     logits: Tensor, bias: Tensor, k: int, scale: float, function: str = SQRT_SOFTPLUS
 ) -> RowKernel:
     """The kernel for arguments that it serves."""
-    check_activate(logits, bias, k, scale, function)
-    return row_kernel(_ACTIVATION[function], logits.device)
+    check_activate(logits, bias, k, scale)
+    use = _ACTIVATION.get(function)
+    if use is None:
+        raise wrong_value("scoring", f"one of {list(SCORINGS)}", function)
+    return row_kernel(use, logits.device)

@@ -22,6 +22,7 @@ from router_runtime.evidence.suite import cases_of
 from router_runtime.format.contract import Contract, GridAxis, Parameter
 from router_runtime.format.manifest import Entry, Manifest, Resources, Toolchain, artifact_name
 from router_runtime.format.manifest import dumps as dump_manifest
+from router_runtime.format.scoring import scoring_constants
 from router_runtime.verification import shared_trials, verify
 from router_runtime.verification.examine import examine
 from router_runtime.verification.inputs import ROW_INPUT, make_inputs
@@ -109,7 +110,10 @@ def machine(monkeypatch, outputs):
             self.entry = loaded
 
         def __call__(self, given, values, ids, *logits, **more):
-            found = outputs(self.case, given)
+            case = self.case
+            if f"{self.entry.kernel} by sqrtsoftplus" in broken:
+                case = dataclasses.replace(case, scoring="sqrtsoftplus", gate_temperature=1.0)
+            found = outputs(case, given)
             if f"{self.entry.kernel} in one bit" in broken:
                 found[0].view(torch.int32)[:, 0] += (found[0][:, 0] > 0).int()
             write(given, found, values, ids, **more)
@@ -150,6 +154,28 @@ def test_all_pass_and_nothing_is_written(folder, machine):
     assert text.count("  pass") == 3
     assert "sm_100a" not in text
     assert not (folder / "evidence").exists()
+
+
+def test_entries_are_judged_by_their_own_scoring(folder, machine):
+    """Of two models of one shape, one scores by a sigmoid at a temperature."""
+    kernel = "dense_router_decode"
+    constants = {**DENSE["constants"], **scoring_constants("sigmoid", 1.7)}
+    own = DENSE | {"constants": constants, "numerics": f"{DENSE['numerics']}/sigmoid"}
+    entries = [
+        dataclasses.replace(
+            each, model=model, file=artifact_name(kernel, model, "sm_90a", "portable", each.sha256)
+        )
+        for model, each in (
+            ("plain", entry(kernel, parameters=LOGITS, digest="3", **DENSE)),
+            ("sigmoid", entry(kernel, parameters=LOGITS, digest="6", **own)),
+        )
+    ]
+    manifest = Manifest("0" * 64, Toolchain({}, {}), tuple(entries))
+    (folder / "manifest.json").write_bytes(dump_manifest(manifest))
+    assert verify.run(folder, False, lambda _: None).passed
+    machine.add(f"{kernel} by sqrtsoftplus")
+    found = verify.run(folder, False, lambda _: None)
+    assert [not each.problems for each in found.entries] == [True, False]
 
 
 def test_recorded_evidence_verifies(folder, machine):
