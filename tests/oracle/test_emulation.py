@@ -105,6 +105,8 @@ def machine(
                 kernel="dense_router_decode",
                 serving="sentinel" in given,
                 sizes={"top_k": self.entry.constants["TOP_K"]},
+                scoring="sqrtsoftplus",
+                gate_temperature=1.0,
             )
             write(given, outputs(case, given), values, ids, **more)
             for stored in logits:
