@@ -166,6 +166,7 @@ def test_what_a_router_says_of_itself() -> None:
     assert "gate_temperature" not in text
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.9's own, in load
 def test_an_exported_program_keeps_its_rule(tmp_path: Path) -> None:
     router = Router(WARM, weight=WEIGHT, bias=BIAS, device="cpu")
     program = torch.export.export(router, (X,))
