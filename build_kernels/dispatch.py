@@ -6,7 +6,7 @@ what decides is in the catalog, the kernels' contracts, ``artifacts.lock`` and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,12 @@ from router_runtime.evidence.status import status
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
 from router_runtime.format.manifest import Entry, Manifest
 
-#: The routers whose batches several entries share: name -> kernels, and constants that they have.
-ROUTERS = {"dense": (DENSE, {}), "hash_gate": (("hash_gate",), {"IMAGES": 0})}
+#: The routers whose batches several entries share: name -> the kernels whose order of sums all must
+#: have, and others. Of hash_gate, only what serves batches without images.
+ROUTERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "dense": (DENSE, ()),
+    "hash_gate": (("hash_gate",), DENSE[-1:]),
+}
 
 #: For an entry that artifacts.lock does not name: no evidence is about it.
 _NO_DIGEST = "0" * 64
@@ -93,17 +97,21 @@ def rows(target: str, artifacts: Path | None) -> list[Row]:
     evidence = recorded(artifacts)
     found = []
     for model in MODELS:
-        for router, (kernels, constants) in ROUTERS.items():
+        for router, (leading, others) in ROUTERS.items():
             entries = [
                 entry
                 for entry in manifest.entries
-                if (entry.kernel in kernels and entry.model == model.name)
-                and all(entry.constants.get(name) == value for name, value in constants.items())
+                if (entry.kernel in (*leading, *others) and entry.model == model.name)
+                and not entry.constants.get("IMAGES")
             ]
-            accepted = divide([Option(entry, 0, closeness(entry, ())) for entry in entries])
+
+            def option(entry: Entry, rank: int, leading: Collection[str] = leading) -> Option:
+                return Option(entry, rank, closeness(entry, ()), entry.kernel in leading)
+
+            accepted = divide([option(entry, 0) for entry in entries])
             default = divide(
                 [
-                    Option(entry, status_rank(status_of(entry)), closeness(entry, ()))
+                    option(entry, status_rank(status_of(entry)))
                     for entry in entries
                     if serves(status_of(entry))
                 ]

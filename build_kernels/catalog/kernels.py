@@ -157,21 +157,14 @@ _ACTIVATION_TOPK_SIGMOID = _table(
     ("sigmoid1024", ANY,  1024,            4),
 )
 
-#: Few tokens: one warp for each chunk of the hidden dimension. The more tokens, the fewer warps for
-#: each, so that more tokens are in flight on a multiprocessor. Image tokens are selected by their
-#: scores for all experts.
+#: Few tokens: as many warps for each group of chunks as have experts to take, at most 16 in all.
+#: Many tokens: one, so that more tokens are in flight on a multiprocessor. Image tokens are
+#: selected by their scores for all experts.
 _HASH_GATE = _table(
-    "variant        model           IMAGES WARPS",
-    ("portable",    "dsv4-flash",   0,     16),
-    ("portable",    "dsv4-pro",     0,     28),
-    ("portable",    "dsv41-flash",  0,     20),
-    ("portable",    "dsv41-dspark", 0,     20),
+    "variant        model           IMAGES EXPERT_WARPS",
+    ("portable",    "dsv4-pro",     0,     3),
     ("portable",    ANY,            0,     None),
-    ("more_tokens", "dsv4-flash",   0,     8),
-    ("more_tokens", "dsv4-pro",     0,     14),
-    ("more_tokens", "dsv41-flash",  0,     10),
-    ("more_tokens", "dsv41-dspark", 0,     10),
-    ("many_tokens", ANY,            0,     4),
+    ("many_tokens", ANY,            0,     1),
     ("images",      ANY,            1,     None),
 )
 

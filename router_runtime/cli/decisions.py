@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from router_runtime.device.dispatch import Dispatch, dispatch
+from router_runtime.device.dispatch import Dispatch, dispatch, gate_requests
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request, Resolution, next_step, resolve
 from router_runtime.evidence.choice import DENSE
@@ -151,7 +151,8 @@ def router_requests(
 ) -> tuple[Request, ...]:
     """The requests that a Router makes for ``kernel``, ``dense_router`` included."""
     names = DENSE if kernel == DENSE_ROUTER else (kernel,)
-    return tuple(Request(name, constants=shape, accept=accept) for name in names)
+    requests = tuple(Request(name, constants=shape, accept=accept) for name in names)
+    return gate_requests(*requests) if shape.get("IMAGES") == 0 else requests
 
 
 def shape_of(entry: Entry) -> Constants:

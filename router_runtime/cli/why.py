@@ -144,10 +144,11 @@ def parse(text: str, manifest: Manifest, accept: str | None = None) -> Question:
     for name, value_ in _DEFAULTS.items():
         if any(name in entry.constants for entry in entries):
             shape.setdefault(name, value_)
-    requests = tuple(
-        dataclasses.replace(each, variant=variant)
-        for each in router_requests(kernel, shape, accept)
-    )
+    requests = router_requests(kernel, shape, accept)
+    if variant is not None:
+        requests = tuple(
+            dataclasses.replace(each, variant=variant) for each in requests if each.leads
+        )
     return Question(text, requests, True, quantities.get("tokens"))
 
 

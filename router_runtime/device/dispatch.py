@@ -14,9 +14,19 @@ from pathlib import Path
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.device.resolve import Request, Resolution, next_step, option, resolve
 from router_runtime.errors import ResolutionError
-from router_runtime.evidence.choice import TokenRange, agrees, divide
+from router_runtime.evidence.choice import DENSE, TokenRange, agrees, divide
 from router_runtime.format.advice import build_artifacts
 from router_runtime.format.manifest import Entry, Manifest
+
+
+def gate_requests(gate: Request) -> tuple[Request, ...]:
+    """Return the requests of a router that looks experts up and weighs them: ``gate``, for the
+    kernel hash_gate without image tokens, and one for the dense kernel for many tokens, where that
+    can look up and adds a logit in the same order.
+    """
+    shape = {name: value for name, value in gate.constants.items() if name != "IMAGES"}
+    dense = Request(DENSE[-1], shape, parameters=("table",), accept=gate.accept, leads=False)
+    return gate, dense
 
 
 @dataclass(frozen=True, slots=True)

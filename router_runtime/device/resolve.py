@@ -52,7 +52,8 @@ class Request:
     ``constants`` must equal the entry's constants of those names. ``quantities`` must lie within
     the entry's limits, where it states any. ``parameters`` are names of parameters that it must
     have. ``variant`` names the one variant that may serve, proven or not. ``accept`` is a status
-    (``ladder.ACCEPTABLE``) that may serve beside those that do by default.
+    (``ladder.ACCEPTABLE``) that may serve beside those that do by default. Where several requests
+    are dispatched together, those with ``leads`` decide whose bits all entries must give.
     """
 
     kernel: str
@@ -61,6 +62,7 @@ class Request:
     parameters: tuple[str, ...] = ()
     variant: str | None = None
     accept: str | None = None
+    leads: bool = True
 
     def __str__(self) -> str:
         facts = [f"{name}={value}" for name, value in sorted(self.constants.items())]
@@ -170,7 +172,8 @@ def option(candidate: Candidate, request: Request) -> Option:
     rank = 0
     if request.variant is None:
         rank = status_rank(candidate.status, request.accept)
-    return Option(candidate.entry, rank, closeness(candidate.entry, request.quantities))
+    fit = closeness(candidate.entry, request.quantities)
+    return Option(candidate.entry, rank, fit, request.leads)
 
 
 def _preference(candidate: Candidate, request: Request) -> tuple[object, ...]:

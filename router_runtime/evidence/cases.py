@@ -42,6 +42,14 @@ SERVING = (
     ("padding", "count", "images", "map", "wide"),
 )
 
+#: More of them, for the dense kernels: a ``table`` that experts are looked up in by token id, as
+#: hash_gate does.
+LOOKUPS = (
+    ("table",),
+    ("table", "padding", "images", "map", "wide"),
+    ("table", "replay"),
+)
+
 #: The version of the oracle suite, that is of what "passes the suite" means. Evidence of another
 #: version proves nothing. Raise it by one when a cubin that passed could now fail, or one that
 #: failed could now pass: after a change of the mathematics in ``spec.py``, of the inputs that a
@@ -65,7 +73,7 @@ class Case:
         renormalize: Whether the weights of a token are divided by their sum.
         variations: Whether launches on rearranged rows follow, which must give each row the same
             bits (batch invariance).
-        serving: The serving inputs that the case has, names of ``SERVING``.
+        serving: The serving inputs that the case has, names of ``SERVING`` and ``LOOKUPS``.
         scoring: The scoring function of the kernel.
         gate_temperature: What it divides logits by.
 
@@ -158,11 +166,15 @@ def _clamped(limits: Limits, quantity: str, wanted: int) -> int:
     return min(max(wanted, low), high)
 
 
-def _served(cases: Iterable[Case], images: bool = True, replay: bool = True) -> Iterator[Case]:
-    """Each case with serving inputs that ``SERVING`` lists, as far as the kernel has them."""
+def _served(
+    cases: Iterable[Case], images: bool = True, replay: bool = True, table: bool = False
+) -> Iterator[Case]:
+    """Each case with serving inputs that ``SERVING`` and ``LOOKUPS`` list, as far as the kernel has
+    them.
+    """
     absent = {name for name, has in (("images", images), ("replay", replay)) if not has}
     for case in cases:
-        for inputs in SERVING:
+        for inputs in (*SERVING, *(LOOKUPS if table else ())):
             if not absent.intersection(inputs):
                 name = f"{case.name}-{'+'.join(inputs)}"
                 # What decides by row would not survive a rearrangement of the rows.
@@ -327,7 +339,8 @@ def _dense_router(kernel: str, constants: Constants, limits: Limits) -> Iterator
         (
             case("random", min(299, largest), variations=True),
             case("nan_rows", tokens, renormalize=False),
-        )
+        ),
+        table=True,
     )
 
 

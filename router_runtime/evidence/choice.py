@@ -30,12 +30,14 @@ class Option:
         entry: The entry.
         rank: The smaller, the better its evidence (``ladder.status_rank``).
         fit: What ``closeness`` returned: the smaller, the closer it fits the request.
+        leads: Whether its ``numerics`` tag may be that of all that serve.
 
     """
 
     entry: Entry
     rank: int
     fit: tuple[object, ...]
+    leads: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ def divide(options: Sequence[Option]) -> Division:
 
     One ``numerics`` tag serves all: an entry with another tag, or with none to compare, would make
     a token's bits depend on the size of its batch, and is left out. The tag is that of an entry of
-    the best rank that serves one token; of several, the one whose entries are together the
-    fastest, with the same weight for every measured number of tokens.
+    the best rank that serves one token, among those that may lead; of several, the one whose
+    entries are together the fastest, with the same weight for every measured number of tokens.
     """
     leader = _leader(options)
     if leader is None:
@@ -116,7 +118,7 @@ def _token_limits(entry: Entry) -> tuple[int, int]:
 
 
 def _leader(options: Sequence[Option]) -> Entry | None:
-    ranked = _ranked(options, 1, 1)
+    ranked = _ranked([option for option in options if option.leads], 1, 1)
     if not ranked:
         return None
     leaders: dict[str | None, Entry] = {}

@@ -40,6 +40,10 @@ SERVED = (
     *("expert_map", "replica_counts", "replicas", "replica_start", "replica_step"),
 )
 
+#: The parameters of a kernel with which it looks experts up in a table by token id. For hash_gate
+#: they are what it is; a dense kernel does so if the table is there.
+LOOKUP = ("token_ids_i32", "token_ids_i64", "table", "vocab")
+
 
 class ReplayInputs(Shared, total=False):
     """What a method or an op that weighs given experts takes as keyword arguments: serving inputs

@@ -25,7 +25,7 @@ HASH_ROUTER = "hash_router"
 HASH_GATE = "hash_gate"
 
 #: The kernels that serve each mode.
-KERNELS = {"dense": DENSE, "hash": (HASH_ROUTER,), "hash_gate": (HASH_GATE,)}
+KERNELS = {"dense": DENSE, "hash": (HASH_ROUTER,), "hash_gate": (HASH_GATE, DENSE[-1])}
 
 
 @explains_construction

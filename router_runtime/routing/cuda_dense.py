@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from router_runtime.device.kernels import Kernels
@@ -14,7 +15,7 @@ from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.packing import selector
 from router_runtime.device.tensor_map import Matrix
 from router_runtime.evidence.choice import DENSE, TokenRange
-from router_runtime.routing.call import Call, Results
+from router_runtime.routing.call import LOOKUP, Call, Results
 from router_runtime.routing.checks import check_activations, readable_rows
 from router_runtime.routing.config import RouterConfig
 from router_runtime.routing.expert_map import ExpertMap
@@ -28,34 +29,15 @@ from router_runtime.routing.workspace import workspaces_of
 #: What a launch of a dense kernel may be given. A contract takes those that it names.
 _VARYING = (
     *("hidden_states", "weights_out", "ids_out", "logits_out", "tokens", "row_stride"),
-    "workspace",
+    *("workspace", "token_ids_i32", "token_ids_i64"),
 )
 
 
-class DenseLauncher:
-    """One dense kernel, bound to the weights of one router.
+class Launcher(Protocol):
+    """One kernel, bound to the weights of one router. ``DenseLauncher`` says what is what."""
 
-    Attributes:
-        mapped: whether the kernel reads the hidden states through a tensor map, which takes no rows
-            that overlap.
-
-    """
-
-    def __init__(
-        self, kernel: LoadedKernel, config: RouterConfig, weights: Weights, placement: Placement
-    ) -> None:
-        contract = kernel.entry.contract
-        self.mapped = any(recipe.argument == "hidden_states" for recipe in contract.tensor_maps)
-        self._hidden_size = config.hidden_size
-        self._workspaces = workspaces_of(kernel, placement.device)
-        self._workspaces.address(placement.stream())  # made now, and not by the first call
-        fixed: dict[str, Any] = {"bias": weights.bias, "scale": config.routed_scaling_factor}
-        fixed |= {"renormalize": int(config.renormalize), "sentinel": config.sentinel}
-        fixed["image_bias"] = weights.image_bias
-        fixed |= {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
-        given = [index for index, name in enumerate(_VARYING) if name in kernel.arguments]
-        self._select = selector(given)
-        self._launch = ServingLaunch(kernel, tuple(_VARYING[index] for index in given), **fixed)
+    mapped: bool
+    selects_images: bool
 
     def __call__(
         self,
@@ -67,6 +49,63 @@ class DenseLauncher:
         ids: int,
         logits: int,
         served: Served | None = None,
+        token_ids: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Launch on ``stream``."""
+
+
+class DenseLauncher:
+    """One dense kernel, bound to the weights of one router. It selects experts by their scores and
+    the bias; for a router with a table and no bias it looks them up there, as hash_gate does.
+
+    Attributes:
+        mapped: whether the kernel reads the hidden states through a tensor map, which takes no rows
+            that overlap.
+        selects_images: whether a kernel that looks experts up selects those of image tokens.
+
+    """
+
+    selects_images = True
+
+    def __init__(
+        self, kernel: LoadedKernel, config: RouterConfig, weights: Weights, placement: Placement
+    ) -> None:
+        contract = kernel.entry.contract
+        self.mapped = any(recipe.argument == "hidden_states" for recipe in contract.tensor_maps)
+        self._hidden_size = config.hidden_size
+        self._workspaces = workspaces_of(kernel, placement.device)
+        self._workspaces.address(placement.stream())  # made now, and not by the first call
+        looks_up = "table" in weights.tensors
+        fixed: dict[str, Any] = {"scale": config.routed_scaling_factor}
+        if looks_up:
+            # No look-up reads the bias, but the kernel loads it.
+            fixed["bias"] = weights.weight.new_zeros(config.num_experts, dtype=torch.float32)
+            fixed |= {"table": weights.table, "vocab": weights.table.shape[0]}
+        else:
+            fixed |= {"bias": weights.bias, **dict.fromkeys(LOOKUP, 0)}
+        fixed |= {"renormalize": int(config.renormalize), "sentinel": config.sentinel}
+        fixed["image_bias"] = weights.image_bias
+        fixed |= {recipe.parameter: weights.packed(recipe) for recipe in contract.repacks}
+        given = [
+            index
+            for index, name in enumerate(_VARYING)
+            if name in kernel.arguments and name not in fixed
+        ]
+        self._select = selector(given)
+        varying = tuple(_VARYING[index] for index in given)
+        self._launch = ServingLaunch(kernel, varying, looks_up=looks_up, **fixed)
+
+    def __call__(
+        self,
+        stream: int,
+        address: int,
+        row_stride: int,
+        tokens: int,
+        weights: int,
+        ids: int,
+        logits: int,
+        served: Served | None = None,
+        token_ids: tuple[int, int] = (0, 0),
     ) -> None:
         """Launch on ``stream``.
 
@@ -79,24 +118,39 @@ class DenseLauncher:
             ids: where int32 ids go; 0 if they are int64, which ``served`` has the address of.
             logits: where the logits go, fp32 ``[tokens, num_experts]``; 0 for none.
             served: what the call has beside, if it is no plain one.
+            token_ids: where int32 and where int64 token ids are, for a router with a table; one of
+                the two is 0.
 
         """
         rows: int | Matrix = address
         if self.mapped:
             rows = Matrix(address, tokens, self._hidden_size, row_stride)
         workspace = self._workspaces.address(stream)
-        given = self._select((rows, weights, ids, logits, tokens, row_stride, workspace))
+        given = self._select(
+            (rows, weights, ids, logits, tokens, row_stride, workspace, *token_ids)
+        )
         if served is None:
             self._launch.plain(stream, *given)
         else:
             self._launch.serve(stream, given, served)
 
 
+def rows_for(launcher: Launcher, tensor: Tensor) -> tuple[Tensor, int, int]:
+    """``readable_rows`` that a kernel can read: through a tensor map, rows do not overlap."""
+    tensor, address, row_stride = readable_rows(tensor)
+    columns = tensor.shape[1]
+    if row_stride < columns and launcher.mapped:
+        # The rows overlap, or there is one row, whose stride may be anything.
+        tensor = tensor.contiguous()
+        address, row_stride = tensor.data_ptr(), columns
+    return tensor, address, row_stride
+
+
 class Plan:
     """Launchers by the most tokens that each serves, in ascending order."""
 
     def __init__(
-        self, token_ranges: Sequence[TokenRange], launchers: Mapping[str, DenseLauncher]
+        self, token_ranges: Sequence[TokenRange], launchers: Mapping[str, Launcher]
     ) -> None:
         self.highs = [each.high for each in token_ranges]
         self.launchers = [launchers[each.entry.key] for each in token_ranges]
@@ -213,7 +267,7 @@ class CudaDense:
         served: Served | None = None,
     ) -> None:
         own = self._weights
-        if own.key._version != own.version:
+        if own.keys[0]._version != own.version:
             own.follow()
         place = bisect.bisect_left(plan.highs, tokens)
         if place == len(plan.highs):
@@ -223,11 +277,7 @@ class CudaDense:
             return
         launcher = plan.launchers[place]
         # ``tensor`` becomes the copy, if there is one: it must stay alive until the launch.
-        tensor, address, row_stride = readable_rows(tensor)
-        if row_stride < self._hidden_size and launcher.mapped:
-            # The rows overlap, or there is one row, whose stride may be anything.
-            tensor = tensor.contiguous()
-            address, row_stride = tensor.data_ptr(), self._hidden_size
+        tensor, address, row_stride = rows_for(launcher, tensor)
         launcher(
             self.placement.stream(),
             address,

@@ -37,12 +37,20 @@ def served(call: Call, rows: slice, results: Results, expert_map: ExpertMap | No
 class ServingLaunch:
     """A kernel bound for each kind of call, so that none is slowed down by what it does not have.
 
-    ``plain`` is called with the arguments named in ``varying``.
+    ``plain`` is called with the arguments named in ``varying``. With ``looks_up``, some arguments
+    of a plain call are serving inputs of the kernel, which is told to read those.
     """
 
     __slots__ = ("_bind_options", "_options", "_serve", "_served", "_with_options", "plain")
 
-    def __init__(self, kernel: LoadedKernel, varying: tuple[str, ...], **fixed: Any) -> None:
+    def __init__(
+        self,
+        kernel: LoadedKernel,
+        varying: tuple[str, ...],
+        *,
+        looks_up: bool = False,
+        **fixed: Any,
+    ) -> None:
         own = kernel.arguments
         served = tuple(name for name in SERVED if name in own)
         options = tuple(name for name in OPTIONS if name in own)
@@ -53,7 +61,7 @@ class ServingLaunch:
             kind = {"serving": serving} if "serving" in own else {}
             return kernel.bind((*varying, *more), **fixed, **kind, **dict.fromkeys(absent, 0))
 
-        self.plain = bind(_PLAIN)
+        self.plain = bind(_SERVED if looks_up else _PLAIN)
         self._serve = bind(_SERVED, *served)
         # Bound by the first call with options: most routers never have one.
         self._bind_options: Callable[[], BoundLaunch] = lambda: bind(

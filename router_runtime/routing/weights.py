@@ -30,15 +30,15 @@ class Weights:
 
     ``packed`` returns the buffer of a kernel's Repack recipe; equal recipes share one buffer.
 
-    Before a launch a back end compares ``key._version`` with ``version``, and calls ``follow``
-    where they differ: that costs a call nothing but the comparison.
+    Before a launch a back end compares the sum of the ``_version`` of ``keys`` with ``version``,
+    and calls ``follow`` where they differ: that costs a call nothing but the comparison.
 
     Attributes:
         device: where the tensors are.
         tensors: the tensors, by name.
-        key: the tensor that kernels cannot read as somebody left it: the weight of a dense gate, of
-            which they read packed copies; else the table, whose entries they use as addresses.
-        version: torch's count of writes to ``key`` when all was last up to date; -1 if ``follow``
+        keys: the tensors that kernels cannot read as somebody left them: the weight, of which they
+            read packed copies, and the table, whose entries they use as addresses.
+        version: torch's count of writes to ``keys`` when all was last up to date; -1 if ``follow``
             has more to look at.
 
     """
@@ -72,12 +72,16 @@ class Weights:
         self._packed: list[tuple[Repack, Tensor]] = []
         self.device = device
         self._config = config
-        self._key_name = "weight" if config.mode == "dense" else "table"
-        self.key = self.tensors[self._key_name]
+        self._key_names = tuple(name for name in ("weight", "table") if name in self.tensors)
+        self.keys = tuple(self.tensors[name] for name in self._key_names)
         self._sources: dict[str, Source] = {}
         self._replaced: set[str] = set()
         self._lock = threading.RLock()
-        self._written = self.version = self.key._version
+        self._written = self._versions()
+        self.version = sum(self._written)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(key._version for key in self.keys)
 
     @property
     def weight(self) -> Tensor:
@@ -126,7 +130,7 @@ class Weights:
         if "weight" in values:
             for recipe, buffer in self._packed:
                 repack(recipe, self.weight, buffer)
-        self._written = self.key._version
+        self._written = self._versions()
         self._settle()
 
     # --- changes that do not come through ``write`` ---
@@ -158,12 +162,12 @@ class Weights:
 
     def current(self) -> Weights:
         """These tensors, once ``follow`` has seen every change."""
-        if self.key._version != self.version:
+        if sum(self._versions()) != self.version:
             self.follow()
         return self
 
     def follow(self) -> None:
-        """Bring what kernels read up to date with writes to ``key``, and with the tensors of the
+        """Bring what kernels read up to date with writes to ``keys``, and with the tensors of the
         module that the values were copied from.
 
         Raises InputError for values that are refused, for other tensors in the places of the
@@ -185,8 +189,10 @@ class Weights:
                 if self._sources[name].changed()
             }
             given = dict(changed)
-            if self.key._version != self._written:
-                given.setdefault(self._key_name, self.key)
+            now = zip(self._key_names, self.keys, self._written, strict=True)
+            for name, key, written in now:
+                if key._version != written:
+                    given.setdefault(name, key)
             if given:
                 values = self._checked(given, changed)
                 with quiet(self.device, f"a call after a change of {', '.join(given)}"):
@@ -212,7 +218,7 @@ class Weights:
             ) from error
 
     def _settle(self) -> None:
-        self.version = -1 if self._sources or self._replaced else self._written
+        self.version = -1 if self._sources or self._replaced else sum(self._written)
 
 
 def checked_values(config: RouterConfig, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

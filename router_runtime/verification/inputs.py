@@ -80,6 +80,11 @@ def _token_ids(case: Case, random: Random) -> Tensor:
     dtype = torch.int64 if case.sizes["index_bits"] == 64 else torch.int32
     if case.pattern != "out_of_range":
         return random.integers(0, vocab, tokens).to(dtype)
+    return _outside_too(random, vocab, tokens, dtype)
+
+
+def _outside_too(random: Random, vocab: int, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Token ids at both ends of the vocabulary and outside it."""
     edges = [0, -1, vocab - 1, vocab, vocab + 1, 2**31 - 1, -(2**31)]
     if dtype == torch.int64:
         # Their low 32 bits are valid ids: a kernel that truncates would read the table.
@@ -221,7 +226,7 @@ def _dense_router(case: Case, random: Random) -> Inputs:
 
 
 def _serving(case: Case, random: Random) -> Inputs:
-    """The serving inputs that ``cases.SERVING`` names: padding, images, expert map, given ids."""
+    """The serving inputs that ``cases.SERVING`` and ``cases.LOOKUPS`` name."""
     tokens, experts, top_k = (case.sizes[name] for name in ("tokens", "experts", "top_k"))
     wide = "wide" in case.serving
     marks = random.integers(0, 4, 2, tokens)
@@ -246,6 +251,12 @@ def _serving(case: Case, random: Random) -> Inputs:
         strange = random.choice(torch.tensor(edges), tokens, top_k)
         given = torch.where(random.integers(0, 16, tokens, top_k) == 0, strange, given)
         found["given_ids"] = given if wide else given.int()
+    if "table" in case.serving:
+        vocab, dtype = 1009, torch.int64 if wide else torch.int32
+        inside = random.integers(0, vocab, tokens).to(dtype)
+        outside = _outside_too(random, vocab, tokens, dtype)
+        found["token_ids"] = torch.where(random.integers(0, 4, tokens) == 0, outside, inside)
+        found["table"] = random.integers(0, experts, vocab, top_k).int()
     return found
 
 

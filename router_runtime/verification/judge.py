@@ -97,7 +97,7 @@ def judge(
         verdict = _judge_exact(*oracle.looked_up, values, logical)
     elif kernel in ("topk_select", "topk_indices"):
         verdict = _judge_exact(*oracle.selected, values, logical)
-    elif kernel == "hash_gate":
+    elif oracle.looks_up:
         verdict = _judge_gate(oracle, values, logical)
     else:
         verdict = _judge_scored(oracle, values, logical)
@@ -197,7 +197,7 @@ def _replay_findings(oracle: Oracle, expected: Tensor, weights: Tensor, ids: Ten
 
 
 def _judge_gate(oracle: Oracle, weights: Tensor, ids: Tensor) -> Verdict:
-    """Judge weights and logical ids of hash_gate."""
+    """Judge weights and logical ids of a kernel that looks experts up and weighs them."""
     inputs, (expected, clear) = oracle.inputs, oracle.expected_ids
     if "given_ids" in inputs:
         return _replay_findings(oracle, expected, weights, ids).verdict(clear, weights, ids)

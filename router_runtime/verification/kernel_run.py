@@ -9,7 +9,7 @@ from torch import Tensor
 
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.errors import ArtifactError, explain
-from router_runtime.routing.call import SERVED
+from router_runtime.routing.call import LOOKUP, SERVED
 from router_runtime.routing.expert_map import signed
 from router_runtime.routing.options import OPTIONS, row_stride
 from router_runtime.routing.weights import repacked
@@ -69,7 +69,7 @@ class KernelRun:
             arguments[name] = None if wide else tensor
             arguments[f"{name.removesuffix('_i32')}_i64"] = tensor if wide else None
         arguments["slots_out"] = more.pop("slots", None)
-        absent = dict.fromkeys((*SERVED, *OPTIONS), 0) | _INDEXER
+        absent = dict.fromkeys((*SERVED, *OPTIONS, *LOOKUP), 0) | _INDEXER
         arguments = absent | {"sentinel": -1, "image_bias": None} | arguments
         arguments["serving"] = int("wide_ids" in inputs)
         arguments |= {"tokens": ids.shape[0], "rows": ids.shape[0], "top_k": ids.shape[-1]}

@@ -8,7 +8,8 @@ keys:
 * scores and keys: ``bounds.py``;
 * ids: those of the exact scores, and which rows are clear (``ranking.py``).
 
-``hash_gate`` does both: the ids of looked-up tokens are exact, those of image tokens are ranked.
+``hash_gate`` does both, and a dense router with a table: the ids of looked-up tokens are exact,
+those of image tokens are ranked.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ class Oracle:
         tokens = self.tensor(ROW_INPUT[self.case.kernel]).shape[0]
         return spec.padding_rows(torch.arange(tokens), marks, count)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether experts are looked up in a table and weighed by their scores."""
+        return "table" in self.inputs and self.case.kernel != "hash_router"
+
     @functools.cached_property
     def looked_up(self) -> tuple[Tensor, Tensor]:
         """The weights of hash_router and the ids of the table, both ``[N, k]``."""
@@ -156,8 +162,8 @@ class Oracle:
 
     @functools.cached_property
     def ranked(self) -> Tensor:
-        """Which tokens of hash_gate select their experts by key instead of looking them up, bool
-        ``[N]``: the images that are no padding.
+        """Which tokens select their experts by key although there is a table, bool ``[N]``: the
+        images that are no padding, unless experts are given.
         """
         images = self.inputs.get("image_mask", self.padding.new_zeros(1))
         assert isinstance(images, Tensor)
@@ -177,7 +183,7 @@ class Oracle:
         Evidence records the digest of the clear rows.
         """
         kernel = self.case.kernel
-        if kernel == "hash_gate":
+        if self.looks_up:
             return _gate_ids(self)
         if kernel in ("hash_router", "topk_select", "topk_indices"):
             ids = (self.looked_up if kernel == "hash_router" else self.selected)[1]
@@ -244,8 +250,8 @@ def _serving_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
 
 
 def _gate_ids(oracle: Oracle) -> tuple[Tensor, Tensor]:
-    """``expected_ids`` of hash_gate: the given ids, or the rows of the table and the ranked ids of
-    images.
+    """``expected_ids`` of a kernel that looks up: the given ids, or the rows of the table and the
+    ranked ids of images.
     """
     if "given_ids" in oracle.inputs:
         return oracle.given, torch.ones_like(oracle.padding)

@@ -63,9 +63,8 @@ def test_an_entry_without_evidence_does_not_serve_by_default(
     assert more
     assert set(more.values()) == {("unproven", "no: portable in pieces of 64")}
     assert _by_default("sm_100f", "dsv4-pro", "hash_gate") == {
-        "1 to 128": ("source-verified", "yes"),
-        "129 to 512": ("unproven", "no: portable"),
-        "513 and more": ("unproven", "no: portable"),
+        "1 to 256": ("source-verified", "yes"),
+        "257 and more": ("unproven", "no: portable"),
     }
 
 

@@ -43,17 +43,22 @@ def hash_contract() -> Contract:
     )
 
 
-def gate_contract() -> Contract:
-    """The contract of hash_gate."""
+#: What a dense kernel has beside, to look experts up in a table.
+LOOKUP = " token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 table=ptr:i32 vocab=i32"
+
+
+def gate_contract(hidden: int = 128, experts: int = 24) -> Contract:
+    """The contract of hash_gate, which reads the weight by columns."""
     return Contract(
         parameters=parameters(
             "hidden_states=ptr:bf16 token_ids_i32=ptr:i32 token_ids_i64=ptr:i64 "
-            "weight=ptr:bf16 table=ptr:i32 row_stride=i64 vocab=i32 weights_out=ptr:f32 "
+            "packed_weight=ptr:bf16 table=ptr:i32 row_stride=i64 vocab=i32 weights_out=ptr:f32 "
             "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
         ),
         grid=(GridAxis("ceil", argument="tokens"), ONE, ONE),
         block=(64, 1, 1),
         programmatic_dependent_launch=True,
+        repacks=(Repack("packed_weight", "weight", experts, (experts, hidden), (1, 0)),),
         limits={"tokens": (1, 2**31 - 1)},
     )
 
@@ -126,7 +131,7 @@ def dense_contract(
             "hidden_states=ptr:bf16 packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
             + "logits_out=ptr:f32 " * logits
             + "ids_out=ptr:i32 workspace=ptr:u32 tokens=i32 row_stride=i64 scale=f32 "
-            "renormalize=i32" + SERVED
+            "renormalize=i32" + SERVED + LOOKUP
         ),
         grid=(GridAxis("constant", 16), ONE, ONE),
         block=(256, 1, 1),
@@ -147,7 +152,7 @@ def prefill_contract(hidden: int, experts: int, tokens: tuple[int, int] = (1, 32
         dense_contract(hidden, experts, tokens=tokens),
         parameters=parameters(
             "hidden_states=tensormap packed_weight=ptr:bf16 bias=ptr:f32 weights_out=ptr:f32 "
-            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED
+            "ids_out=ptr:i32 tokens=i32 scale=f32 renormalize=i32" + SERVED + LOOKUP
         ),
         grid=(GridAxis("ceil", 2, "tokens", 16), ONE, ONE),
         cluster=(2, 1, 1),

@@ -51,7 +51,7 @@ def _run_gate(a: Any, entry: Entry) -> None:
     result = spec.hash_gate(
         view(a.hidden_states, torch.bfloat16, a.tokens, hidden, stride=a.row_stride),
         view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens),
-        view(a.weight, torch.bfloat16, experts, hidden),
+        view(a.packed_weight, torch.bfloat16, hidden, experts).T,
         view(a.table, torch.int32, a.vocab, a.top_k),
         a.scale,
         bool(a.renormalize),
@@ -122,9 +122,22 @@ def _run_dense(a: Any, entry: Entry) -> None:
     assert not weight[experts:].any()
     bias = view(a.bias, torch.float32, experts)
     logits = spec.dense_logits(x, weight[:experts])
-    result = spec.activation_topk(
-        logits, bias, a.top_k, a.scale, bool(a.renormalize), **_served(a, experts), **_rule(entry)
-    )
+    if a.serving and a.table:
+        dtype = torch.int32 if a.token_ids_i32 else torch.int64
+        result = spec.hash_gate(
+            x,
+            view(a.token_ids_i32 or a.token_ids_i64, dtype, a.tokens),
+            weight[:experts],
+            view(a.table, torch.int32, a.vocab, a.top_k),
+            a.scale,
+            bool(a.renormalize),
+            spec.NO_EXPERT,
+            **_served(a, experts),
+            **_rule(entry),
+        )
+    else:
+        given = {**_served(a, experts), **_rule(entry)}
+        result = spec.activation_topk(logits, bias, a.top_k, a.scale, bool(a.renormalize), **given)
     _store(a, a.tokens, result)
     if getattr(a, "logits_out", 0):
         view(a.logits_out, torch.float32, a.tokens, experts).copy_(logits)

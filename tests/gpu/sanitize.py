@@ -58,10 +58,11 @@ def chosen(entry: Entry) -> Iterator[Case]:
     yield cut(next(by_pattern[name] for name in _TIES if name in by_pattern), suite.PATTERN_TOKENS)
     served = [case for case in cases if case.serving]
     names = dict.fromkeys(name for case in served for name in case.serving)
-    # Given ids are not selected, so no bias matters.
-    for without in ("replay", "images") if "replay" in names else ("replay",):
+    # Given ids are neither selected, so no bias matters, nor looked up.
+    for without in (("replay",), ("images", "table")) if "replay" in names else (("replay",),):
         if served:
-            yield cut(served[0], ROWS_AT_MOST, tuple(name for name in names if name != without))
+            inputs = tuple(name for name in names if name not in without)
+            yield cut(served[0], ROWS_AT_MOST, inputs)
 
 
 def _size(case: Case) -> int:

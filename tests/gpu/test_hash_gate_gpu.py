@@ -55,11 +55,13 @@ def pool(gate_models):
 
 
 def routers(model):
-    """The product, and every variant alone."""
+    """The product, and every entry that serves in it alone, dense ones included."""
     product = make_gate(model)
     yield product
-    for variant in sorted({each.entry.variant for each in product.token_ranges}):
-        yield make_gate(model, variants={"hash_gate": variant})
+    for kernel, variant in sorted(
+        {(e.entry.kernel, e.entry.variant) for e in product.token_ranges}
+    ):
+        yield make_gate(model, variants={kernel: variant})
 
 
 def differing(found, expected):
@@ -132,6 +134,25 @@ def test_every_batch_size(gate_models, pool):
                     found = router(x[rows], token_ids[rows])
                     count += differing(found, [output[rows] for output in expected])
             assert int(count) == 0, router.token_ranges
+
+
+def test_dense_router_with_the_given_experts_has_the_same_bits(gate_models, pool):
+    """Both add a logit in one order, so which kernel weighs the experts changes no bit."""
+    for model in gate_models:
+        hidden, experts, top_k = model
+        x, token_ids = pool[hidden]
+        dense = Router(
+            RouterConfig(hidden, experts, top_k, 1.5),
+            weight=draw_weight(model),
+            bias=torch.zeros(experts),
+            device="cuda",
+        )
+        for gate in routers(model):
+            for size in (1, 5, 64, 200, 1024, 4096):
+                found = gate(x[:size], token_ids[:size])
+                assert (found[1] == -1).any() or size < 98
+                expected = dense(x[:size], given_ids=found[1])
+                assert int(differing(found, expected)) == 0, (gate.token_ranges, size)
 
 
 def test_neighbours_that_are_not_finite(gate_models, pool):

@@ -11,14 +11,15 @@ import pytest
 from build_kernels.catalog.kernels import KERNELS as KERNELS_OF_CATALOG
 from build_kernels.catalog.targets import TARGETS
 from build_kernels.compile.sources import KERNELS
-from build_kernels.kernels.common.parameters import ROUTING
+from build_kernels.kernels.common.parameters import DENSE_ROUTING, LOOKUP, ROUTING
+from build_kernels.kernels.dense.contract import MAX_TOKENS
 from build_kernels.plan import plan
 from router_runtime.format.contract import Constants, Contract, GridAxis, validate_contract
 from tests.bench.topk_variants import CANDIDATES, candidates
 
 CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "hash_router": {"THREADS": 128, "TOKENS_PER_BLOCK": 32},
-    "hash_gate": {"WARPS": 16},
+    "hash_gate": {"WARPS": 12, "HIDDEN": 4096, "EXPERTS": 256, "TOP_K": 6, "K_CHUNK": 256},
     "activation_topk": {"EXPERTS_CAPACITY": 384, "TOKENS_PER_BLOCK": 4},
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
     "topk_indices": {
@@ -89,7 +90,49 @@ def test_dense_contracts_end_with_the_routing_parameters(kernel: str) -> None:
     module = importlib.import_module(f"build_kernels.kernels.{kernel}.contract")
     for job in plan(targets=TARGETS, kernels=[kernel]):
         contract = module.contract(job.constants)
-        assert contract.parameters[-len(ROUTING) :] == ROUTING
+        assert contract.parameters[-len(DENSE_ROUTING) :] == DENSE_ROUTING
+
+
+def test_the_look_up_is_what_dense_kernels_have_beside() -> None:
+    own = tuple(each for each in DENSE_ROUTING if each.name in LOOKUP)
+    assert (*ROUTING, *own) == DENSE_ROUTING
+    gate = contract_of("hash_gate")
+    assert gate.limits == {"tokens": (1, MAX_TOKENS)}
+    assert {(each.name, each.type) for each in own} <= {
+        (each.name, each.type) for each in gate.parameters
+    }
+
+
+@pytest.mark.parametrize(
+    ("hidden", "top_k", "images", "warps", "expert_warps"),
+    [
+        (4096, 6, 0, 12, 3),
+        (7168, 6, 0, 14, 2),
+        (2560, 6, 0, 10, 2),
+        (2688, 6, 0, 11, 1),
+        (2688, 16, 0, 11, 1),
+        (64, 6, 0, 1, 1),
+        (64 * 1024, 6, 1, 5, 1),
+        (320 * 256, 6, 1, 1, 1),
+    ],
+)
+def test_hash_gate_has_the_warps_that_fit(
+    hidden: int, top_k: int, images: int, warps: int, expert_warps: int
+) -> None:
+    from build_kernels.kernels.hash_gate.contract import derive
+
+    given = {"HIDDEN": hidden, "EXPERTS": 1024, "TOP_K": top_k, "K_CHUNK": 256, "IMAGES": images}
+    assert derive(given) == {"WARPS": warps, "EXPERT_WARPS": expert_warps, "SLICES": 4}
+
+
+def test_hash_gate_has_no_second_variant_where_it_would_be_the_first() -> None:
+    from build_kernels.kernels.hash_gate.contract import derive
+
+    given = {"HIDDEN": 2688, "EXPERTS": 64, "TOP_K": 8, "K_CHUNK": 256, "EXPERT_WARPS": 1}
+    assert derive(given) is None
+    assert derive({**given, "TOP_K": 9}) is not None
+    with pytest.raises(ValueError, match="HIDDEN to be at most 81920"):
+        derive({**given, "HIDDEN": 81984})
 
 
 def test_activation_topk_has_a_warp_a_token() -> None:

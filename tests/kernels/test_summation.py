@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from build_kernels.kernels.common.numerics import CONSTANTS, SLICES, dense_tag, gather_tag
+from build_kernels.kernels.common.numerics import CONSTANTS, SLICES, dense_tag
 from build_kernels.kernels.dense import summation
+from build_kernels.kernels.hash_gate import contract as hash_gate
 from router_runtime.format.scoring import SCORINGS, scoring_constants
 from tests.kernels.summation import SLICES as EXPECTED_SLICES
 
@@ -48,9 +49,18 @@ def test_the_tree_is_part_of_the_tag() -> None:
 
 def test_how_an_entry_scores_is_part_of_the_tag() -> None:
     tags = {
-        tag({**CONSTANTS, "MMA": "wgmma", **scoring_constants(function, temperature)})
-        for tag in (dense_tag, gather_tag)
+        dense_tag({**CONSTANTS, "MMA": "wgmma", **scoring_constants(function, temperature)})
         for function in SCORINGS
         for temperature in (1.0, 2.0, 2.0 + 2**-22)
     }
-    assert len(tags) == 2 * 2 * 3
+    assert len(tags) == 2 * 3
+
+
+def test_hash_gate_has_the_tag_of_the_dense_kernels() -> None:
+    constants = {**CONSTANTS, **scoring_constants("sqrtsoftplus", 1.0)}
+    assert hash_gate.numerics(constants) == dense_tag({**constants, "MMA": "mma_sync"})
+    assert hash_gate.derive({**constants, "HIDDEN": 4096, "EXPERTS": 256, "TOP_K": 6}) == {
+        "WARPS": 12,
+        "EXPERT_WARPS": 3,
+        "SLICES": SLICES,
+    }

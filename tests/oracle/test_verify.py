@@ -40,6 +40,7 @@ SERVING = (
     "captured_stride shared_experts shared_id shared_weight"
 )
 SCORED = f"{SERVING} image_mask image_bias given_ids_i32 given_ids_i64 given_mask"
+LOOKS_UP = f"{SCORED} token_ids_i32 token_ids_i64 table vocab"
 #: The launch arguments of each kernel; repacked weights have the name of their matrix.
 PARAMETERS = {
     "hash_router": "token_ids_i32 token_ids_i64 table weights_out ids_out tokens vocab top_k"
@@ -53,9 +54,9 @@ PARAMETERS = {
     "hash_gate": "hidden_states token_ids_i32 token_ids_i64 weight table row_stride vocab "
     "weights_out ids_out tokens scale renormalize" + SCORED,
     "dense_router_decode": "hidden_states weight bias weights_out ids_out logits_out workspace "
-    "tokens row_stride scale renormalize" + SCORED,
+    "tokens row_stride scale renormalize" + LOOKS_UP,
     "dense_router_prefill": "hidden_states weight bias weights_out ids_out logits_out workspace "
-    "tokens scale renormalize" + SCORED,
+    "tokens scale renormalize" + LOOKS_UP,
 }
 
 

@@ -618,10 +618,10 @@ def test_a_variant_is_timed_alone_for_the_models_that_have_it(build, tmp_path):
         build.entry(
             "dense_router_decode", build.dense(256, 24), model="wide", constants=wide, variant="few"
         ),
-        build.entry("hash_gate", build.gate(), model="wide", constants=wide | {"IMAGES": 0}),
+        build.entry("hash_gate", build.gate(256, 24), model="wide", constants=wide | {"IMAGES": 0}),
         build.entry(
             "hash_gate",
-            build.gate(),
+            build.gate(256, 24),
             model="wide",
             constants=wide | {"IMAGES": 1},
             variant="images",

@@ -11,9 +11,10 @@ from build_kernels import dispatch as table
 from build_kernels.catalog.models import MODELS
 from build_kernels.catalog.targets import TARGETS
 from build_kernels.plan import plan
-from router_runtime.device.dispatch import dispatch
+from router_runtime.device.dispatch import dispatch, gate_requests
 from router_runtime.device.facts import MINIMUM_DRIVER, DeviceFacts
 from router_runtime.device.resolve import Request
+from router_runtime.evidence.choice import DENSE
 from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
 
@@ -37,8 +38,11 @@ def test_the_table_is_what_the_runtime_does(
     parsed = Target.parse(target)
     device = DeviceFacts(parsed.major, parsed.minor, MINIMUM_DRIVER, 132, 227 * 1024)
     for model in MODELS:
-        for router, (kernels, constants) in table.ROUTERS.items():
-            requests = [Request(kernel, model.constants() | constants) for kernel in kernels]
+        for router in table.ROUTERS:
+            if router == "hash_gate":
+                requests = gate_requests(Request(router, model.constants() | {"IMAGES": 0}))
+            else:
+                requests = tuple(Request(kernel, model.constants()) for kernel in DENSE)
             ranges = dispatch(requests, device, manifest, status_of).token_ranges
             assert ranges
             rows = [row for row in found if (row.model, row.router) == (model.name, router)]

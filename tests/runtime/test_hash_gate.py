@@ -4,6 +4,7 @@ result, with serving inputs and without.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import router_runtime as rt
 from build_kernels.catalog.models import MODELS
 from build_kernels.plan import plan
 from router_runtime import spec
+from router_runtime.device import kernels
 from router_runtime.device.kernels import kernels_on
 from router_runtime.errors import InputError, ResolutionError
 from router_runtime.routing.config import RouterConfig
@@ -29,7 +31,7 @@ from tests.runtime.routers import build_on_the_fake_gpu
 H, E, K, V = 128, 24, 4, 50
 CONFIG = RouterConfig(H, E, K, 1.5, mode="hash_gate", vocab_size=V)
 SHAPE = {"HIDDEN": H, "EXPERTS": E, "TOP_K": K}
-TAG = "gathered"
+TAG, DENSE = "k16", "dense_router_prefill"
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -220,9 +222,156 @@ def test_image_variant_is_required_at_construction(
 
 def test_update_keeps_the_address(gate: Any) -> None:
     made, other = on_gpu(), draw(E, H, seed=9).bfloat16()
+    (packed,) = made.weights.packed_buffers()
     made.update_weights(weight=other)
     same(made(hidden(5), token_ids(5)), expected(5, other))
-    assert gate.launches[0].arguments["weight"] == made.weight.data_ptr()
+    assert gate.launches[0].arguments["packed_weight"] == packed.data_ptr()
+
+
+# --- a dense kernel serves many tokens ------------------------------------------------------------
+
+
+@pytest.fixture
+def with_dense(gpu: Any, build: SimpleNamespace, tmp_path: Path) -> Any:
+    """The fake driver with hash_gate for up to 8 tokens and images, and two dense kernels that are
+    faster from there on, of which the faster one adds in another order.
+    """
+    gate = {"model": "small", "numerics": TAG}
+    gpu.entries = [
+        build.entry(
+            "hash_gate", build.gate(), constants=SHAPE | {"IMAGES": 0}, latency=((8, 1.0),), **gate
+        ),
+        build.entry(
+            "hash_gate",
+            build.gate(),
+            constants=SHAPE | {"IMAGES": 1},
+            variant="images",
+            **gate,
+        ),
+        *(
+            build.entry(
+                "dense_router_prefill",
+                build.prefill(H, E, (1, 40)),
+                model="small",
+                constants=SHAPE,
+                variant=variant,
+                numerics=tag,
+                latency=((8, 2.0), (64, figure)),
+            )
+            for variant, tag, figure in (("portable", TAG, 3.0), ("tcgen05", "other", 1.0))
+        ),
+    ]
+    build.artifacts(tmp_path / "artifacts", gpu.entries)
+    return gpu
+
+
+def served_by(gpu: Any) -> list[str]:
+    return [launch.symbol for launch in gpu.launches]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("tokens", "kernel"), [(8, "hash_gate"), (9, DENSE)])
+def test_one_launch_of_either_kernel(
+    with_dense: Any, tokens: int, kernel: str, dtype: torch.dtype
+) -> None:
+    made = on_gpu()
+    entries = [each.entry for each in made.token_ranges]
+    # Beyond what the dense kernel takes, hash_gate serves again.
+    assert [e.kernel for e in entries] == ["hash_gate", DENSE, "hash_gate"]
+    assert {entry.numerics for entry in entries} == {TAG}
+    x, words = hidden(tokens), token_ids(tokens).to(dtype)
+    same(made(x, words), expected(tokens))
+    same(made(x, words, ids_dtype=torch.int64), expected(tokens))
+    assert served_by(with_dense) == [kernel] * 2
+    for layout in (x.repeat_interleave(2, 0)[::2], x.T.contiguous().T, x[:1].expand(tokens, H)):
+        wanted = spec.hash_gate(layout, token_ids(tokens), WEIGHT, TABLE, 1.5)
+        same(made(layout, words), wanted)
+
+
+def test_serving_inputs_of_a_dense_kernel(with_dense: Any) -> None:
+    """Given experts, padding, images and options, as hash_gate has them."""
+    made, tokens = on_gpu(), 30
+    x, words, rows = hidden(tokens), token_ids(tokens), torch.arange(tokens)
+    images, padding, mask = rows % 3 == 1, rows % 5 == 2, rows % 4 == 0
+    given = torch.randint(0, E, (tokens, K), generator=torch.Generator().manual_seed(3))
+    given[0, 1] = E
+    inputs: dict[str, Any] = {"image_mask": images, "given_ids": given, "given_mask": mask}
+    wanted = expected(tokens, image_bias=IMAGE_BIAS, padding=padding, **inputs)
+    same(made(x, words, is_padding=padding, **inputs), wanted)
+    load = torch.zeros(E, dtype=torch.int32)
+    same(made(x, words, is_padding=padding, expert_load=load, **inputs), wanted)
+    assert torch.equal(load, spec.expert_load(wanted[1], wanted[1], E))
+    assert served_by(with_dense) == [DENSE] * 2
+    # An image token of a small batch has a variant of its own.
+    same(
+        made(x[:3], words[:3], image_mask=images[:3]),
+        spec.hash_gate(
+            *(x[:3], words[:3], WEIGHT, TABLE, 1.5),
+            image_mask=images[:3],
+            image_bias=IMAGE_BIAS,
+        ),
+    )
+    assert served_by(with_dense)[2:] == ["hash_gate"]
+
+
+def test_a_write_into_the_weight_reaches_both_kernels(with_dense: Any) -> None:
+    made = on_gpu()
+    made.weight.neg_()
+    for tokens in (3, 20):
+        same(made(hidden(tokens), token_ids(tokens)), expected(tokens, -WEIGHT))
+    assert served_by(with_dense) == ["hash_gate", DENSE]
+
+
+def test_the_kernel_whose_variant_is_named_serves_alone(with_dense: Any) -> None:
+    for kernel in ("hash_gate", DENSE):
+        ranges = on_gpu(IMAGE_BIAS, **{kernel: "portable"}).token_ranges
+        assert {each.entry.kernel for each in ranges} == {kernel}
+    made = on_gpu(dense_router_prefill="portable")
+    same(made(hidden(90), token_ids(90)), expected(90))
+    assert served_by(with_dense) == [DENSE] * 3
+    words = token_ids(90)
+    weights, ids = made(hidden(90), words, is_padding=torch.arange(90) % 2 == 0)
+    same((weights, ids), expected(90, padding=torch.arange(90) % 2 == 0))
+
+
+@pytest.mark.parametrize("lacks", ["evidence", "table"])
+def test_a_dense_kernel_that_may_not_serve(
+    lacks: str,
+    with_dense: Any,
+    build: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without evidence, or of a release whose kernels cannot look up: hash_gate serves."""
+    if lacks == "evidence":
+        monkeypatch.setattr(
+            kernels,
+            "status",
+            lambda entry, *_: (
+                "unproven"
+                if entry.variant == "portable" and "dense" in entry.kernel
+                else "verified"
+            ),
+        )
+    else:
+        with_dense.entries = [
+            dataclasses.replace(
+                entry,
+                contract=dataclasses.replace(
+                    entry.contract,
+                    parameters=tuple(
+                        p
+                        for p in entry.contract.parameters
+                        if p.name != "vocab" and (p.name != "table" or "dense" not in entry.kernel)
+                    ),
+                ),
+            )
+            if "dense" in entry.kernel
+            else entry
+            for entry in with_dense.entries
+        ]
+        build.artifacts(tmp_path / "artifacts", with_dense.entries)
+    assert {each.entry.kernel for each in on_gpu().token_ranges} == {"hash_gate"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -243,41 +392,44 @@ def test_opcheck_and_compile(router: Router) -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_contracts_bind(model: Any, gpu: Any, build: SimpleNamespace, tmp_path: Path) -> None:
     """The catalog's own contracts: which entry serves which batch, and one numerics tag for all."""
+    from build_kernels.kernels.common.numerics import dense_tag
+    from build_kernels.kernels.dense.contract import contract as dense
     from build_kernels.kernels.hash_gate import contract
 
     gpu.execute = False
-    jobs = plan(targets=["sm_90a"], kernels=["hash_gate"], models=[model.name])
+    both = ["hash_gate", "dense_router_prefill"]
+    jobs = plan(targets=["sm_90a"], kernels=both, models=[model.name])
     gpu.entries = [
         build.entry(
-            "hash_gate",
-            contract.contract(job.constants),
+            job.kernel,
+            (contract.contract if job.kernel == "hash_gate" else dense)(job.constants),
             model=job.model,
             variant=job.variant,
             constants=job.constants,
-            numerics=contract.numerics(job.constants),
+            numerics=(contract.numerics if job.kernel == "hash_gate" else dense_tag)(job.constants),
             latency=job.latency,
         )
         for job in jobs
     ]
     assert len({entry.numerics for entry in gpu.entries}) == 1
-    assert all(job.latency for job in jobs if not job.constants["IMAGES"])
+    assert all(job.latency for job in jobs if not job.constants.get("IMAGES"))
     build.artifacts(tmp_path / "artifacts", gpu.entries)
     config = RouterConfig(
         model.hidden, model.experts, model.top_k, model.scale, mode="hash_gate", vocab_size=11
     )
     weights = Weights(config, torch.device("cpu"), True)
     path = CudaHashGate(config, weights, kernels_on(0), Selection())
-    assert [each.entry.variant for each in path.token_ranges] == [
-        "portable",
-        "more_tokens",
-        "many_tokens",
-    ]
-    for each in path.token_ranges:
+    served = [each.entry for each in path.token_ranges]
+    assert served[0].kernel == "hash_gate"
+    assert (served[0].variant, served[0].constants["IMAGES"]) == ("portable", 0)
+    assert "dense_router_prefill" in {entry.kernel for entry in served}
+    for each in path.token_ranges[:-1]:
         rows = torch.zeros(each.low, model.hidden, dtype=torch.bfloat16)
         path.route(rows, torch.zeros(each.low, dtype=torch.int64))
         (launch,) = gpu.launches[-1:]
-        assert launch.block == (32 * each.entry.constants["WARPS"], 1, 1)
+        assert launch.block == each.entry.contract.block
         assert launch.arguments["vocab"] == 11
+        assert launch.arguments["serving"] == int(each.entry.kernel != "hash_gate")
 
 
 @pytest.mark.parametrize("place", ["cpu", "gpu"])

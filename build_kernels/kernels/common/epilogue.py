@@ -215,6 +215,18 @@ def is_image(routing: Routing, token: Int32) -> Int32:
 
 @cute.jit
 def is_given(routing: Routing, token: Int32) -> Int32:
+    """Return a number other than 0 for a token whose experts are not selected: the caller gives
+    them, or the table does, which it does for every token that is no image.
+    """
+    given = is_given_by_caller(routing, token)
+    if given == 0 and routing.table.toint() != 0:
+        text = arith.equal(is_image(routing, token), Int32(0))
+        given = arith.select(text, Int32(1), Int32(0))
+    return given
+
+
+@cute.jit
+def is_given_by_caller(routing: Routing, token: Int32) -> Int32:
     """Return a number other than 0 for a token whose experts the caller gives."""
     given = Int32(0)
     if routing.given_ids_i32.toint() != 0:
@@ -234,18 +246,44 @@ def given_id(
     top_k: cutlass.Constexpr[int],
     experts: cutlass.Constexpr[int],
 ) -> Int32:
-    """Return the given expert of that rank; -1 for one outside [0, experts)."""
+    """Return the given expert of that rank; -1 for one outside [0, experts).
+
+    ``is_given`` is not 0 for the token.
+    """
     place = Int64(token) * top_k + rank
+    narrow_ids = routing.given_ids_i32.toint()
+    by_caller, found = Int32(1), Int32(1)
+    if routing.table.toint() != 0:
+        by_caller = is_given_by_caller(routing, token)
+    if by_caller == 0:
+        row = token_id(routing, token)
+        place = row * top_k + rank
+        narrow_ids = routing.table.toint()
+        found = arith.select(arith.less(row, Int64(0)), Int32(0), Int32(1))
     expert = Int32(-1)
-    if routing.given_ids_i64.toint() != 0:
-        wide = memory.load_global_b64(routing.given_ids_i64.toint() + place * 8)
-        if wide >= 0 and wide < experts:
-            expert = Int32(wide)
-    else:
-        narrow = memory.load_global_b32(routing.given_ids_i32.toint() + place * 4)
-        if narrow >= 0 and narrow < experts:
-            expert = narrow
+    if found != 0:
+        if narrow_ids != 0:
+            narrow = memory.load_global_b32(narrow_ids + place * 4)
+            if narrow >= 0 and narrow < experts:
+                expert = narrow
+        else:
+            wide = memory.load_global_b64(routing.given_ids_i64.toint() + place * 8)
+            if wide >= 0 and wide < experts:
+                expert = Int32(wide)
     return expert
+
+
+@cute.jit
+def token_id(routing: Routing, token: Int32) -> Int64:
+    """Return the row of the table for a token; -1 if its id is outside [0, vocab)."""
+    row = Int64(-1)
+    if routing.token_ids_i64.toint() != 0:
+        row = memory.load_global_b64(routing.token_ids_i64.toint() + Int64(token) * 8)
+    else:
+        row = Int64(memory.load_global_b32(routing.token_ids_i32.toint() + Int64(token) * 4))
+    if row < 0 or row >= Int64(routing.vocab):
+        row = Int64(-1)
+    return row
 
 
 @cute.jit

@@ -56,7 +56,8 @@ EPILOGUE_VERSION = 1
 #: The scoring function that a tag need not name.
 _PLAIN = ("sqrtsoftplus", 1.0)
 
-#: Slices of the hidden dimension, whose sums a dense kernel adds last (dense/summation.py).
+#: Slices of the hidden dimension, whose sums a dense kernel and hash_gate add last
+#: (dense/summation.py).
 SLICES = 4
 
 
@@ -64,19 +65,13 @@ def dense_tag(constants: Constants) -> str:
     """Return what decides the bits of a dense result: family of MMAs, chunk, slices, epilogue, and
     the scoring function, if it is not sqrtsoftplus with the gate temperature 1.
 
-    Entries with the same tag give the same bits. mma.sync and wgmma are one family: they were
-    compared. tcgen05 is another until it has been compared on a device that has it;
-    ``router-runtime verify`` compares the entries of one family.
+    Entries with the same tag give the same bits, those of hash_gate included. mma.sync and wgmma
+    are one family: they were compared. tcgen05 is another until it has been compared on a device
+    that has it; ``router-runtime verify`` compares the entries of one family.
     """
     family = "bf16-tcgen05-k16-f32" if constants["MMA"] == "tcgen05" else "bf16-k16-f32"
     order = f"chunk{int(constants['K_CHUNK'])}/slices{SLICES}"
     return f"{family}/{order}/{_epilogue_tag(constants)}"
-
-
-def gather_tag(constants: Constants) -> str:
-    """What decides the bits of hash_gate's results: the order of hash_gate/dot_product.cuh, its
-    chunk, epilogue. All of an expert's dot is summed in it; it is not the dense order."""
-    return f"bf16-fma8-tree32-f32/chunk{int(constants['K_CHUNK'])}/{_epilogue_tag(constants)}"
 
 
 def _epilogue_tag(constants: Constants) -> str:

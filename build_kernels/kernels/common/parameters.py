@@ -1,7 +1,8 @@
-"""The parameters that end every dense kernel's list: results, and what serving adds to a call.
+"""The parameters that end every routing kernel's list: results, and what serving adds to a call.
 
-Stated once, as the fields of ``Routing``: a contract takes ``ROUTING`` from it, a kernel takes the
-tuple itself as one argument, which the DSL flattens into these parameters in this order.
+Stated once, as the fields of ``Routing``. The contract of a CUDA C++ kernel takes ``ROUTING`` from
+it, that of a dense kernel ``DENSE_ROUTING``: all of it. A dense kernel takes the tuple itself as
+one argument, which the DSL flattens into these parameters in this order.
 
 ``serving`` says how much of the list a launch uses. With 0, a plain call, nothing below it is read.
 With ``SERVED`` the serving inputs are, with ``WITH_OPTIONS`` the options too. Of what is read, a
@@ -50,6 +51,10 @@ class Routing(NamedTuple):
     - ``shared_experts``, at most ``top_k``: so many experts follow the others in each row. The
       first one has the id ``shared_id``, the next the one after it; ``shared_weight`` is the weight
       of each.
+
+    The look-up of a dense kernel is a serving input. With ``table`` ``[vocab, top_k]``, the experts
+    of a token are those in the row that its element of ``token_ids`` names, and none if that is
+    outside [0, ``vocab``). Given experts take their place, and image tokens select their own.
     """
 
     weights_out: F32Pointer
@@ -87,9 +92,17 @@ class Routing(NamedTuple):
     shared_experts: I32
     shared_id: I32
     shared_weight: F32
+    token_ids_i32: I32Pointer
+    token_ids_i64: I64Pointer
+    table: I32Pointer
+    vocab: I32
 
 
-ROUTING = tuple(
+#: The parameters of the look-up.
+LOOKUP = ("token_ids_i32", "token_ids_i64", "table", "vocab")
+
+DENSE_ROUTING = tuple(
     Parameter(name, hint.__metadata__[0])
     for name, hint in typing.get_type_hints(Routing, include_extras=True).items()
 )
+ROUTING = tuple(parameter for parameter in DENSE_ROUTING if parameter.name not in LOOKUP)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from build_kernels.kernels.common.parameters import ROUTING
+from build_kernels.kernels.common.parameters import DENSE_ROUTING
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, MMA_K
 from build_kernels.kernels.dense.geometry.decode import MMA_SYNC_M, DecodeGeometry
 from build_kernels.kernels.dense.geometry.split_k import SplitKGeometry
@@ -81,7 +81,7 @@ def _decode(g: DecodeGeometry) -> Contract:
             LOGITS_OUT,
             WORKSPACE,
             Parameter("row_stride", "i64"),
-            *ROUTING,
+            *DENSE_ROUTING,
         ),
         grid=(
             GridAxis("constant", g.ctas),
@@ -118,7 +118,7 @@ def _streamed(
             Parameter("packed_weight", "ptr:bf16"),
             Parameter("bias", "ptr:f32"),
             *own,
-            *ROUTING,
+            *DENSE_ROUTING,
         ),
         grid=grid,
         block=(g.threads, 1, 1),

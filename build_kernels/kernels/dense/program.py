@@ -8,7 +8,7 @@ from typing import Any
 from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.common.parameters import ROUTING, Routing
+from build_kernels.kernels.common.parameters import DENSE_ROUTING, Routing
 from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.exchange.split_k import SumsExchange
@@ -109,10 +109,10 @@ def _arguments(constants: Constants) -> tuple[object, ...]:
     The host function makes the tensor map: it takes the pointer in its place and, behind the form's
     other parameters, the stride of the rows.
     """
-    own = [parameter.type for parameter in contract(constants).parameters[: -len(ROUTING)]]
+    own = [parameter.type for parameter in contract(constants).parameters[: -len(DENSE_ROUTING)]]
     if own[0] == "tensormap":
         own = ["ptr:bf16", *own[1:], "i64"]
-    routing = Routing(*(_placeholder(parameter.type) for parameter in ROUTING))
+    routing = Routing(*(_placeholder(parameter.type) for parameter in DENSE_ROUTING))
     return (*(_placeholder(kind) for kind in own), routing)
 
 

@@ -17,29 +17,31 @@
 // steps 1 to 5 over all experts, with the image bias. That code is compiled only into the variant
 // that serves calls with an image mask, because it makes all other calls slower (NOTES.md).
 //
-// Grid: one CTA of WARPS warps per token. Warp w has the chunks w, w + WARPS, w + 2 WARPS, ... of
-// the hidden dimension, for all experts of the token. One warp per chunk gives the shortest time
-// for a single token; with fewer warps, more tokens run on a multiprocessor at once.
+// Grid: one CTA of WARPS warps per token. The warps divide the groups of chunks of the hidden
+// dimension (dot_product.cuh), EXPERT_WARPS warps for each, which divide the token's experts,
+// COLUMN_EXPERTS at a time. The shortest time for a single token comes from a warp for each of these
+// tasks; with fewer warps, more tokens run on a multiprocessor at once.
 //
 // One token is a chain of dependent loads: token id, table row, weight rows. Every warp follows the
 // chain for itself, without a barrier. Steps:
 //
-//   1. All lanes of all warps load the token id and the token's row of the table.
-//   2. For each chunk of its warp, a lane loads 8 elements of the hidden state and of each weight
-//      row and sums the products; shuffles add up the lanes; the chunk's sum of each expert goes to
-//      shared memory (compute_chunk_sums).
+//   1. A warp starts to load its part of the hidden state. All lanes of all warps load the token id
+//      and, of the token's row of the table, the experts of their columns.
+//   2. A warp loads its parts of the weight rows and multiplies. The sums of its columns go to shared
+//      memory (compute_chunk_sums).
 //   3. __syncthreads orders the chunk sums before their loads.
 //   4. Lane j of warp 0 adds the chunk sums of the expert of rank j, computes its score and, by
 //      shuffles, its weight, and stores the result. The other warps exit.
 //
-// Dependent launch (common/ptx.cuh): before the wait, and only where each warp has one chunk, warp
-// 0 prefetches one cache line of every 1/32 of table and weight, so that the pages' translations
-// are known when the chain starts. Everything else comes after the wait.
+// Dependent launch (common/ptx.cuh): before the wait, and only where each warp has one task, warp 0
+// prefetches one cache line of every 1/32 of table and weight, so that the pages' translations are
+// known when the chain starts. Everything else comes after the wait.
 //
-// Constants (build_kernels/catalog, contract.py): HIDDEN, EXPERTS, TOP_K, WARPS, IMAGES.
-// Preconditions: 1 <= TOP_K <= 32, TOP_K <= EXPERTS <= 1024; rows of hidden states and weights
-// start at multiples of 16 bytes (row_stride in elements), the table at a multiple of 16 bytes;
-// exactly one of token_ids_i32 and token_ids_i64 is not null.
+// Constants (build_kernels/catalog, contract.py): HIDDEN, EXPERTS, TOP_K, IMAGES, WARPS,
+// EXPERT_WARPS, SLICES.
+// Preconditions: 1 <= TOP_K <= 32, TOP_K <= EXPERTS <= 1024; rows of hidden states and the packed
+// weight start at multiples of 16 bytes (row_stride in elements); exactly one of token_ids_i32 and
+// token_ids_i64 is not null.
 
 #include "common/memory.cuh"
 #include "common/ptx.cuh"
@@ -48,95 +50,104 @@
 #include "common/serving.cuh"
 #include "dot_product.cuh"
 
-constexpr unsigned ROUNDS = (CHUNKS + WARPS - 1) / WARPS;  // most chunks of one warp
-constexpr unsigned BATCH = TOP_K > 4 ? 8 : TOP_K > 2 ? 4 : TOP_K;  // weight rows loaded at a time
-constexpr unsigned IMAGE_BATCH = 8;                                // the same for image tokens
+constexpr unsigned GROUP_WARPS = WARPS / EXPERT_WARPS;
+static_assert(GROUP_WARPS * EXPERT_WARPS == WARPS, "EXPERT_WARPS warps for each group");
+constexpr unsigned ROUNDS =  // most times that a warp takes COLUMN_EXPERTS of a token's experts
+    (TOP_K + COLUMN_EXPERTS * EXPERT_WARPS - 1) / (COLUMN_EXPERTS * EXPERT_WARPS);
+constexpr bool ONE_TASK = ROUNDS == 1 && GROUP_WARPS == GROUPS;  // of each warp
 constexpr unsigned KEYS = (EXPERTS + 4 * WARP - 1) / (4 * WARP) * 4;  // per lane, of an image token
 static_assert(TOP_K <= WARP, "a lane for each of a token's experts");
 
 // The shared memory of a CTA.
 struct Shared {
+    HiddenStateGroup hidden_state[WARPS];     // of each warp
     float chunk_sums[CHUNKS][WARP];           // [chunk][column], a column per expert, up to 32
     float logits[IMAGES != 0 ? EXPERTS : 1];  // of an image token
     SelectionScratch selection;               // of warp 0
 };
 
-// Loads all TOP_K entries of a table row into every lane that calls it. The row is aligned to its
-// widest vector that divides TOP_K.
-__device__ __forceinline__ void load_table_row(const int* row, int (&ids)[TOP_K]) {
-    constexpr unsigned WIDTH = TOP_K % 4 == 0 ? 4 : TOP_K % 2 == 0 ? 2 : 1;
-    using Ints = typename Vector<WIDTH>::Ints;
-#pragma unroll
-    for (unsigned i = 0; i < TOP_K / WIDTH; ++i) {
-        const Ints entries = reinterpret_cast<const Ints*>(row)[i];
-#pragma unroll
-        for (unsigned j = 0; j < WIDTH; ++j) {
-            ids[WIDTH * i + j] = reinterpret_cast<const int*>(&entries)[j];
-        }
-    }
+// The place among COUNT experts of this lane's column in a round: the last one for columns that are
+// not used.
+template <unsigned COUNT>
+__device__ __forceinline__ unsigned rank_of_column(unsigned round, unsigned warp, unsigned lane) {
+    const unsigned turn = round * EXPERT_WARPS + warp / GROUP_WARPS;
+    const unsigned rank = turn * COLUMN_EXPERTS + lane / (4 * TOGETHER);
+    return min(rank, COUNT - 1);
 }
 
-// Loads the given experts of a token into every lane: 0 for an id that is no expert, whose sums are
-// not used. Returns to lane j the expert of rank j, -1 for none. The full warp calls it. Shuffles
-// instead of a load for each id keep the code short that plain calls jump over.
+// Loads the given experts of a token: to ids[round] that of this lane's column, 0 for an id that is
+// no expert, whose sums are not used. Returns to lane j the expert of rank j, -1 for none. The full
+// warp calls it. Shuffles instead of a load for each id keep the code short that plain calls jump
+// over.
 __device__ __forceinline__ int load_given_experts(const Serving& call, long long token,
-                                                  unsigned lane, int (&ids)[TOP_K]) {
+                                                  unsigned warp, unsigned lane,
+                                                  int (&ids)[ROUNDS]) {
     const int own = lane < TOP_K ? call.given_expert(token * TOP_K + lane, EXPERTS) : -1;
 #pragma unroll
-    for (unsigned j = 0; j < TOP_K; ++j) ids[j] = max(__shfl_sync(ALL_LANES, own, j), 0);
+    for (unsigned round = 0; round < ROUNDS; ++round) {
+        const unsigned rank = rank_of_column<TOP_K>(round, warp, lane);
+        ids[round] = max(__shfl_sync(ALL_LANES, own, rank), 0);
+    }
     return own;
 }
 
-// Computes this warp's chunks of the dots of one token with the experts ids[0] to ids[COUNT - 1],
-// ROWS weight rows at a time, and stores the sums to chunk_sums[chunk][first_column + i].
-//
-// The full warp calls it, every warp of the CTA for its own chunks. No barrier inside: the caller
-// synchronises the CTA before the sums are read.
-template <unsigned COUNT, unsigned ROWS>
-__device__ __forceinline__ void compute_chunk_sums(const bf16* x_row, const bf16* weight,
-                                                   const int* ids, unsigned first_column,
-                                                   unsigned warp, unsigned lane, Shared& shared) {
-#pragma unroll 1
+// Loads the table's experts of a token in the same way. Each lane may call it.
+__device__ __forceinline__ int load_table_row(const int* row, unsigned warp, unsigned lane,
+                                              int (&ids)[ROUNDS]) {
+#pragma unroll
     for (unsigned round = 0; round < ROUNDS; ++round) {
-        const unsigned chunk = round * WARPS + warp;
-        if (CHUNKS % WARPS != 0 && chunk >= CHUNKS) break;
-        const unsigned element = chunk * K_CHUNK + lane * LANE_VALUES;
-        const uint4 packed_x = load_8_elements(x_row, element);
-#pragma unroll
-        for (unsigned first = 0; first < COUNT; first += ROWS) {
-            uint4 rows[ROWS];  // zeros past the last expert
-#pragma unroll
-            for (unsigned j = 0; j < ROWS; ++j) {
-                rows[j] = {};
-                if (first + j < COUNT) {
-                    const long long expert = ids[first + j];
-                    rows[j] = load_8_elements(weight + expert * HIDDEN, element);
-                }
-            }
-            const Floats8 x = to_floats(packed_x);
-            float sums[ROWS];
-#pragma unroll
-            for (unsigned j = 0; j < ROWS; ++j) {
-                sums[j] = first + j < COUNT ? dot_of_lane(x, rows[j]) : 0.0f;
-            }
-            const float sum = sum_over_warp(sums, lane);
-            constexpr unsigned LANES_PER_SUM = WARP / ROWS;  // adjacent lanes with the same sum
-            if (lane % LANES_PER_SUM == 0) {
-                shared.chunk_sums[chunk][first_column + first + lane / LANES_PER_SUM] = sum;
-            }
-        }
+        ids[round] = row[rank_of_column<TOP_K>(round, warp, lane)];
+    }
+    return warp == 0 && lane < TOP_K ? row[lane] : -1;
+}
+
+// Stores the sums of this warp's columns, c of `multiply`, to shared.chunk_sums[chunk][column], the
+// columns of experts from `first` on. The lane of row g has the columns of chunk g % TOGETHER.
+__device__ __forceinline__ void store_chunk_sums(const float (&c)[4], unsigned group,
+                                                 unsigned first, unsigned lane, Shared& shared) {
+    constexpr unsigned ROWS = TOGETHER > 2 ? TOGETHER : 2;  // in which all columns are found
+    const unsigned row = lane / 4;
+    const unsigned column = lane % 4 * 2 + row % 2;
+    const unsigned chunk = column % TOGETHER;
+    if (row < ROWS && chunk == row % TOGETHER) {
+        shared.chunk_sums[group * TOGETHER + chunk][first + column / TOGETHER] =
+            row % 2 == 0 ? c[0] : c[1];
     }
 }
 
-// The logit whose chunk sums are in `column`: their sum in ascending order. Called by one lane,
-// after the CTA's barrier.
-__device__ __forceinline__ float logit_of_column(const Shared& shared, unsigned column) {
-    float logit = shared.chunk_sums[0][column];
-#pragma unroll
-    for (unsigned chunk = 1; chunk < CHUNKS; ++chunk) {
-        logit = __fadd_rn(logit, shared.chunk_sums[chunk][column]);
+// Computes this warp's part of the chunk sums of one token and COUNT experts, and stores them to
+// shared.chunk_sums. expert_of(round, rank) is the expert of this lane's column, which is the one of
+// that rank among them. `x` is the warp's first group, whose load has been started.
+//
+// The full warp calls it, every warp of the CTA for its own part. No barrier inside: the caller
+// synchronises the CTA before the sums are read.
+template <unsigned COUNT, unsigned UNROLL, typename ExpertOf>
+__device__ __forceinline__ void compute_chunk_sums(const bf16* x_row, const bf16* packed_weight,
+                                                   const ExpertOf& expert_of, HiddenStateLoads x,
+                                                   unsigned warp, unsigned lane, Shared& shared) {
+    constexpr unsigned TURNS = (COUNT + COLUMN_EXPERTS - 1) / COLUMN_EXPERTS;
+#pragma unroll 1
+    for (unsigned first = 0; first < GROUPS; first += GROUP_WARPS) {
+        const unsigned group = first + warp % GROUP_WARPS;
+        if (GROUPS % GROUP_WARPS != 0 && group >= GROUPS) break;
+#pragma unroll UNROLL
+        for (unsigned round = 0; round < (TURNS + EXPERT_WARPS - 1) / EXPERT_WARPS; ++round) {
+            const unsigned turn = round * EXPERT_WARPS + warp / GROUP_WARPS;
+            if (TURNS % EXPERT_WARPS != 0 && turn >= TURNS) break;
+            WeightLoads w;
+            const int expert = expert_of(round, rank_of_column<COUNT>(round, warp, lane));
+            load_weights(packed_weight, expert, group, lane, w);
+            if (round == 0) {
+                store_hidden_state(x, lane, shared.hidden_state[warp]);
+                if (GROUP_WARPS < GROUPS && group + GROUP_WARPS < GROUPS) {
+                    load_hidden_state(x_row, group + GROUP_WARPS, lane, x);
+                }
+            }
+            float c[4];
+            multiply(shared.hidden_state[warp], w, group, lane, c);
+            store_chunk_sums(c, group, turn * COLUMN_EXPERTS, lane, shared);
+        }
     }
-    return logit;
 }
 
 // Steps 1 to 5 for an image token: leaves in `id` and `logit` of lane j of warp 0, j < TOP_K, those
@@ -144,23 +155,20 @@ __device__ __forceinline__ float logit_of_column(const Shared& shared, unsigned 
 //
 // 32 experts at a time: every warp sums its chunks of their dots, barrier, warp 0 adds up 32
 // logits, barrier (the columns may be overwritten). Then warp 0 selects among all logits.
-__device__ __forceinline__ void select_image_experts(const bf16* x_row, const bf16* weight,
-                                                     const float* image_bias, unsigned warp,
+__device__ __forceinline__ void select_image_experts(const bf16* x_row, const bf16* packed_weight,
+                                                     const float* image_bias,
+                                                     const HiddenStateLoads& x, unsigned warp,
                                                      unsigned lane, Shared& shared, int& id,
                                                      float& logit) {
 #pragma unroll 1
     for (unsigned base = 0; base < EXPERTS; base += WARP) {
-#pragma unroll 1
-        for (unsigned first = 0; first < WARP; first += IMAGE_BATCH) {
-            int ids[IMAGE_BATCH];  // past the last expert: the last again, sums not used
-#pragma unroll
-            for (unsigned j = 0; j < IMAGE_BATCH; ++j) ids[j] = min(base + first + j, EXPERTS - 1);
-            compute_chunk_sums<IMAGE_BATCH, IMAGE_BATCH>(x_row, weight, ids, first, warp, lane,
-                                                         shared);
-        }
+        const auto expert_of = [base](unsigned, unsigned rank) {
+            return static_cast<int>(min(base + rank, EXPERTS - 1));
+        };
+        compute_chunk_sums<WARP, 1>(x_row, packed_weight, expert_of, x, warp, lane, shared);
         __syncthreads();
         if (warp == 0 && base + lane < EXPERTS) {
-            shared.logits[base + lane] = logit_of_column(shared, lane);
+            shared.logits[base + lane] = add_chunks(shared.chunk_sums, lane);
         }
         __syncthreads();
     }
@@ -184,7 +192,7 @@ __device__ __forceinline__ void select_image_experts(const bf16* x_row, const bf
 // registers by waiting for some of a token's weight rows before it loads the others.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)
 hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* token_ids_i64,
-          const bf16* weight, const int* table, long long row_stride, int vocab,
+          const bf16* packed_weight, const int* table, long long row_stride, int vocab,
           float* weights_out, int* ids_out, int tokens, float scale, int renormalize, int serving,
           int sentinel, int first_row, int replicas, const unsigned char* is_padding,
           const int* num_valid_tokens, const unsigned char* image_mask, const float* image_bias,
@@ -223,13 +231,16 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
                            shared_experts, shared_id, shared_weight}};
 
     griddepcontrol_launch_dependents();
-    if (ROUNDS == 1 && warp == 0) {
+    if (ONE_TASK && warp == 0) {
         prefetch_l2(table + static_cast<long long>(vocab) * TOP_K / WARP * lane);
-        prefetch_l2(weight + EXPERTS * HIDDEN / WARP * lane);
+        prefetch_l2(packed_weight + EXPERTS * HIDDEN / WARP * lane);
     }
     griddepcontrol_wait();
 
     const bf16* x_row = hidden_states + token * row_stride;
+    // A token that has no expert needs none of this, but the others save the time of it.
+    HiddenStateLoads x;
+    load_hidden_state(x_row, warp % GROUP_WARPS, lane, x);
     int id = -1;  // of rank `lane`, in warp 0; -1: no expert
     float logit = 0.0f;
     // Every condition down to the last barrier depends on the token only, so it is the same in all
@@ -239,24 +250,22 @@ hash_gate(const bf16* hidden_states, const int* token_ids_i32, const long long* 
         routed = false;
     } else if (IMAGES != 0 && serving != 0 && call.is_image_token(token) &&
                !call.is_given_token(token)) {
-        select_image_experts(x_row, weight, image_bias, warp, lane, shared, id, logit);
+        select_image_experts(x_row, packed_weight, image_bias, x, warp, lane, shared, id, logit);
     } else {
-        int ids[TOP_K];
+        int ids[ROUNDS];  // the experts of this lane's columns
         if (serving != 0 && call.is_given_token(token)) {
-            id = load_given_experts(call, token, lane, ids);
+            id = load_given_experts(call, token, warp, lane, ids);
         } else {
             const long long token_id = load_i32_or_i64(token_ids_i32, token_ids_i64, token);
             routed = token_id >= 0 && token_id < vocab;
-            if (routed) {
-                const int* table_row = table + token_id * TOP_K;
-                load_table_row(table_row, ids);
-                if (warp == 0 && lane < TOP_K) id = table_row[lane];
-            }
+            if (routed) id = load_table_row(table + token_id * TOP_K, warp, lane, ids);
         }
         if (routed) {
-            compute_chunk_sums<TOP_K, BATCH>(x_row, weight, ids, 0, warp, lane, shared);
+            const auto expert_of = [&ids](unsigned round, unsigned) { return ids[round]; };
+            compute_chunk_sums<TOP_K, ROUNDS>(x_row, packed_weight, expert_of, x, warp, lane,
+                                              shared);
             __syncthreads();
-            if (warp == 0 && lane < TOP_K) logit = logit_of_column(shared, lane);
+            if (warp == 0 && lane < TOP_K) logit = add_chunks(shared.chunk_sums, lane);
             // The score of a NaN is 0: that of a given id that is no expert.
             if (serving != 0 && id < 0) logit = __int_as_float(NAN_LOGIT_BITS);
         }
