@@ -12,6 +12,7 @@ import dataclasses
 import json
 import subprocess
 import tomllib
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.kernels import kernels_on
 from router_runtime.device.resolve import Request
 from router_runtime.routing.router import ROUTERS
-from tests.bench import cli, engines, host, peers, report, startup
+from tests.bench import cli, contenders, engines, host, peers, report, startup
 from tests.bench import options as options_
 from tests.bench import run as run_
 from tests.bench.artifacts import edition, entries_here, variants_of
@@ -833,6 +834,17 @@ def test_variants_make_a_contender_each():
         f"{OURS}[b,c]",
         MM,
     ]
+
+
+def test_a_dense_kernel_that_is_named_serves_hash_layers(monkeypatch):
+    given = []
+    monkeypatch.setattr(contenders, "Router", lambda *_, **more: given.append(more["variants"]))
+    layers = types.SimpleNamespace(
+        model=cli.TINY, token_ids=None, weights=[torch.empty(0)], tables=[None]
+    )
+    named = {"dense_router_prefill": "b", "dense_router_decode": "c", "topk_select": "d"}
+    contenders.GateRouters(layers, "pdl", contenders.Settings({}, named))
+    assert given == [{"dense_router_prefill": "b"}]
 
 
 def test_alone_puts_each_dense_kernel_in_place_of_the_product(tmp_path, build, monkeypatch):
