@@ -120,15 +120,15 @@ _TOPK_SELECT = _table(
 #: Few rows: a cluster per row. Many rows: fewer CTAs for each, which take longer for a row. A ring
 #: has STAGES chunks of LOADS vectors for each lane of its warp.
 _TOPK_INDICES = _table(
-    "variant         model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES EARLY"
-    " SAMPLES CAPACITY MAX_TOP_K",
-    ("block",         ANY,  0,   4, 1,  2, 512, 8, 1, 0, 512,  4608, 2048),
-    ("pair",          ANY,  0,   4, 2,  1, 512, 8, 2, 0, 2048, 8192, 4096),
-    ("quad",          ANY,  0,   4, 4,  2, 512, 8, 1, 0, 1024, 4608, 2048),
-    ("cluster8",      ANY,  0,   4, 8,  1, 512, 8, 2, 0, 1024, 8192, 4096),
-    ("cluster16",     ANY,  0,   4, 16, 1, 512, 8, 2, 0, 1024, 8192, 4096),
-    ("block_bf16",    ANY,  0,   2, 1,  2, 512, 4, 2, 0, 2048, 4608, 2048),
-    ("cluster8_bf16", ANY,  0,   2, 8,  1, 512, 4, 3, 0, 1024, 8192, 4096),
+    "variant         model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS LOADS STAGES"
+    " CAPACITY MAX_TOP_K",
+    ("block",         ANY,  0,   4, 1, 2, 512, 8, 1, 4608, 2048),
+    ("pair",          ANY,  0,   4, 2, 1, 512, 8, 3, 3072, 2048),
+    ("pair_4096",     ANY,  0,   4, 2, 1, 512, 8, 2, 8192, 4096),
+    ("quad",          ANY,  0,   4, 4, 1, 512, 8, 2, 8192, 4096),
+    ("cluster8",      ANY,  0,   4, 8, 1, 512, 8, 2, 8192, 4096),
+    ("block_bf16",    ANY,  0,   2, 1, 2, 512, 4, 2, 4608, 2048),
+    ("cluster8_bf16", ANY,  0,   2, 8, 1, 512, 4, 3, 8192, 4096),
 )
 
 #: The scores are in registers, HELD vectors of each thread: short rows in a CTA, few long ones in a
@@ -136,9 +136,10 @@ _TOPK_INDICES = _table(
 _TOPK_INDICES_HELD = _table(
     "variant          model HELD SCORE_BYTES BLOCKS_PER_ROW BLOCKS_PER_SM THREADS SAMPLES"
     " MAX_TOP_K",
-    ("held8k",        ANY,  4,   4,          1,             2,            512,    0,      2048),
+    ("held8k",        ANY,  8,   4,          1,             2,            256,    0,      2048),
     ("held16k",       ANY,  16,  4,          1,             2,            256,    0,      2048),
     ("held256k",      ANY,  16,  4,          8,             1,            512,    512,    4096),
+    ("held256k_wide", ANY,  8,   4,          16,            1,            512,    512,    4096),
     ("held512k",      ANY,  16,  4,          16,            1,            512,    512,    4096),
     ("held16k_bf16",  ANY,  8,   2,          1,             2,            256,    0,      2048),
     ("held256k_bf16", ANY,  8,   2,          8,             1,            512,    512,    4096),

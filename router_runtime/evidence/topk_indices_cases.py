@@ -14,11 +14,11 @@ from router_runtime.format.contract import Constants
 _LENGTHS = (1, 5, 31, 33, 129, 1000, 4097, 8192, 20000, 65537, 131072, 262144)
 _LONGEST = (2**20, 2**21)
 _TOP_KS = (1, 33, 512, 1024, 2048, 4096)
-#: Rows that draw many candidates, none, or those that a sample of the row does not foretell.
+#: Rows that draw many candidates, none, or those that a part of the row does not foretell.
 _PATTERNS = (
     *("ties", "equal", "two_values", "ascending", "descending", "specials", "signed_zeros"),
     *("mostly_nan", "all_nan", "any_bits", "relu", "subnormals", "outlier", "clustered"),
-    *("beats_sample",),
+    *("beats_sample", "beats_groups"),
 )
 _ROWS, _LONG_ROWS = 9, 2
 #: The sample of "beats_sample" for kernels that take none.
@@ -39,7 +39,7 @@ def topk_indices(constants: Constants, limits: Limits) -> Iterator[Case]:
     """
     score_bytes = int(constants["SCORE_BYTES"])
     # A kernel that takes no sample has to select from such rows too.
-    sample = int(constants["SAMPLES"]) or _SAMPLE
+    sample = int(constants.get("SAMPLES", 0)) or _SAMPLE
     longest, most = limits["row_length"][1], limits["top_k"][1]
 
     def case(pattern: str, length: int, k: int, *, variations: bool = False, **more: int) -> Case:
@@ -73,6 +73,8 @@ def topk_indices(constants: Constants, limits: Limits) -> Iterator[Case]:
             # The sample of a row is of the whole row.
             bounded = int(pattern != "beats_sample" and turn % 2)
             yield case(pattern, length, k, bounded=bounded, sorted=int(turn % 3 == 1))
+        # More than are large where a kernel looks first: it has to look a second time.
+        yield case("beats_groups", length, top_ks[-1])
         for pattern in ("specials", "mostly_nan", "any_bits"):
             yield case(pattern, length, min(512, most), nan_first=1, sorted=1)
     middle = min(1000, longest)
@@ -94,3 +96,4 @@ def topk_indices(constants: Constants, limits: Limits) -> Iterator[Case]:
         if length <= longest:
             for pattern in ("random", "relu", "equal", "beats_sample"):
                 yield case(pattern, length, min(512, most), rows=1)
+            yield case("beats_groups", length, min(2048, most), rows=1)

@@ -31,16 +31,15 @@ from router_runtime.routing.checks import (
 from router_runtime.routing.placement import CPU, Placement
 from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, row_kernel
 
-#: Of an H200 (build_kernels/kernels/topk_indices/NOTES.md). Measured: microseconds before and after
-#: the scores are read; more of them in a cluster, and for each of its CTAs. Bytes a microsecond
-#: that a CTA reads, that all of them read together, and the part of that which one CTA on each
-#: multiprocessor reaches.
-_START_US, _CLUSTER_US, _BLOCK_US = 11.0, 0.8, 0.15
-_CTA_RATE, _MEMORY_RATE, _ALONE = 40e3, 3170e3, 0.9
-#: Predicted: the same of a CTA that holds its part of the row in registers.
-_HELD_START_US, _HELD_CTA_RATE = 4.0, 80e3
-#: From this size on, multiprocessors are left over that make no whole cluster.
-_LARGE_CLUSTER = 8
+#: Measured on an H200 (build_kernels/kernels/topk_indices/NOTES.md). Microseconds of a launch in
+#: which one CTA has a row, beside reading its scores; more for each doubling of the CTAs, up to 8.
+_START_US, _HELD_START_US, _DOUBLING_US, _DOUBLINGS = 5.0, 4.0, 1.6, 3.0
+#: More where the streamed form has too few scores to choose a bound by.
+_UNBOUNDED_US = 12.0
+#: Bytes a microsecond that a CTA reads, and that all of them read together.
+_CTA_RATE, _HELD_CTA_RATE, _MEMORY_RATE = 48e3, 80e3, 3650e3
+#: From this size on, multiprocessors are left over that make no whole cluster: one in 16.
+_LARGE_CLUSTER = 4
 
 
 def estimated_us(
@@ -50,7 +49,8 @@ def estimated_us(
 
     Args:
         constants: The entry's: ``BLOCKS_PER_ROW``, the CTAs of a cluster, ``BLOCKS_PER_SM``, the
-            CTAs that are resident on a multiprocessor, and ``HELD``, 0 in the streamed form.
+            CTAs that are resident on a multiprocessor, and ``HELD``, 0 in the streamed form, which
+            has ``THREADS`` in a CTA that read ``LOADS`` vectors of 16 bytes first.
         rows: Of the call.
         columns: Of the call.
         score_bytes: The size of a score.
@@ -59,15 +59,18 @@ def estimated_us(
     """
     blocks_per_row, per_sm = int(constants["BLOCKS_PER_ROW"]), int(constants["BLOCKS_PER_SM"])
     clusters = multiprocessors * per_sm // blocks_per_row
-    clusters = max(clusters - int(blocks_per_row >= _LARGE_CLUSTER), 1)
+    if blocks_per_row >= _LARGE_CLUSTER:
+        clusters = max(clusters * 15 // 16, 1)
     resident = min(clusters, rows) * blocks_per_row
-    start, cta_rate = _START_US, _CTA_RATE
-    if constants["HELD"]:
-        start, cta_rate = _HELD_START_US, _HELD_CTA_RATE
-    memory_rate = _MEMORY_RATE * (_ALONE if per_sm == 1 else 1.0)
-    read = columns * score_bytes / blocks_per_row / min(cta_rate, memory_rate / resident)
-    shared = _CLUSTER_US + _BLOCK_US * blocks_per_row if blocks_per_row > 1 else 0.0
-    return math.ceil(rows / clusters) * (start + shared + read)
+    share = columns * score_bytes / blocks_per_row
+    start, cta_rate = _HELD_START_US, _HELD_CTA_RATE
+    if not constants["HELD"]:
+        start, cta_rate = _START_US, _CTA_RATE
+        if share < 16 * int(constants["THREADS"]) * int(constants["LOADS"]):
+            start += _UNBOUNDED_US
+    start += _DOUBLING_US * min(math.log2(blocks_per_row), _DOUBLINGS)
+    read = share / min(cta_rate, _MEMORY_RATE / resident)
+    return math.ceil(rows / clusters) * (start + read)
 
 
 def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: int) -> Entry:

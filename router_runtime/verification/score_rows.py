@@ -72,6 +72,7 @@ def score_rows(case: Case, random: Random) -> Tensor:
         # The largest are neighbours: in the part of one CTA.
         "clustered": lambda: raised(slice(length // 2, length // 2 + 6000), 10.0),
         "beats_sample": lambda: raised(_sampled(length, case.sizes["sample"]), 100.0),
+        "beats_groups": lambda: raised(_first_of_parts(length), 100.0),
     }
     return patterns[case.pattern]()
 
@@ -85,6 +86,15 @@ def _sampled(length: int, most: int) -> Tensor:
     number = torch.arange(1 << bits)
     places = (number << 16 | (number * 2654435761 & 0xFFFFFFFF) >> 16) * length >> 16 + bits
     return places.clamp(max=length - 1)
+
+
+def _first_of_parts(length: int) -> Tensor:
+    """51 columns at the beginning of each of 32 parts of a row, no two of them in one group of the
+    maxima by which ``topk_indices`` estimates how large the scores are that it looks for.
+    """
+    parts = torch.arange(32) * length // 32
+    columns = parts.unsqueeze(1) + torch.arange(0, 1020, 20)
+    return columns.flatten().clamp(max=length - 1)
 
 
 def indexer_inputs(case: Case, random: Random) -> dict[str, Tensor | int | float]:

@@ -25,7 +25,7 @@ from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.loader import load_entry
 from router_runtime.format.target import Target
-from tests.bench.topk import HOSTILE, SHAPES, Shape, launch_arguments
+from tests.bench.topk import HOSTILE, LEAST_CALLS, SHAPES, Shape, launch_arguments
 from tests.bench.topk_rows import PATTERNS, RANDOM, Rows
 
 #: Where everything lies.
@@ -35,6 +35,8 @@ CHECKED = (
     *((8192, 4), (16384, 3), (262144, 2), (131071, 2), (20000, 5), (300, 9), (7, 3), (9001, 4)),
     *((5003, 3), (65536, 2), (524288, 1), (2**20, 1), (2**21, 1)),
 )
+#: Patterns that only the trial has.
+BEATING = ("beats_sample", "beats_groups")
 #: Clusters of a shape at most, and columns of a CTA at most: others are not timed.
 _MOST_CTAS, _MOST_COLUMNS = 2048, 300_000
 #: Bytes of the scores of a chain, so that they come from memory; calls of a chain, at most.
@@ -58,7 +60,7 @@ class Trial:
         """Compare ids on every pattern. Returns how many results were not the oracle's."""
         tried = wrong = 0
         for turn, (columns, rows) in enumerate(CHECKED):
-            for pattern in (*PATTERNS, "beats_sample"):
+            for pattern in (*PATTERNS, *BEATING):
                 if self.over():
                     print(f"INCOMPLETE: out of time at {columns} {pattern}")
                     return wrong + 1
@@ -135,7 +137,7 @@ class Trial:
                 or (shape.rows == 1 and shape.columns > _MOST_COLUMNS * ctas)
             ):
                 continue
-            chain = [launch_arguments(scores, ids) for scores in pool]
+            chain = [launch_arguments(pool[i % calls], ids) for i in range(max(calls, LEAST_CALLS))]
             found[name] = timed(kernel, chain)
         return found
 
@@ -160,10 +162,15 @@ def half(kernel: LoadedKernel) -> bool:
 
 
 def drawn(rows: int, columns: int, pattern: str) -> Tensor:
-    """Rows of one of the benchmark's patterns, or with the largest scores where samples are."""
-    if pattern != "beats_sample":
+    """Rows of one of the benchmark's patterns, or with large scores where a kernel looks first."""
+    if pattern not in BEATING:
         return Rows(rows, columns, torch.device(DEVICE)).draw(pattern)
     scores = Rows(rows, columns, torch.device(DEVICE)).draw(RANDOM)
+    if pattern == "beats_groups":
+        parts = torch.arange(32, device=DEVICE) * columns // 32
+        within = torch.arange(0, 1020, 20, device=DEVICE)
+        scores[:, (parts.unsqueeze(1) + within).flatten().clamp(max=columns - 1)] += 100
+        return scores
     bits = min(max((columns // 32).bit_length(), 8), 10) - 1
     number = torch.arange(1 << bits, device=DEVICE)
     places = (number << 16 | (number * 2654435761 & 0xFFFFFFFF) >> 16) * columns >> 16 + bits
@@ -252,7 +259,7 @@ def main() -> None:
                 (shape.rows, shape.columns), sorted(times, key=times.__getitem__)[:3]
             )
     for shape in HOSTILE:
-        for pattern in (*PATTERNS, "beats_sample"):
+        for pattern in (*PATTERNS, *BEATING):
             if not trial.over():
                 times = trial.times(shape, pattern, fastest[shape.rows, shape.columns])
                 tell(f"{shape.columns} x {shape.rows} {pattern}", None, times)

@@ -23,24 +23,10 @@ KERNEL = "topk_indices"
 
 #: Name -> the variant of the catalog that it differs from, and in what.
 CANDIDATES: dict[str, tuple[str, dict[str, int]]] = {
-    # Fewer threads repeat fewer of the steps that each warp does for itself.
-    "t_held8k_256": ("held8k", {"THREADS": 256, "HELD": 8}),
-    "t_held16k_512": ("held16k", {"THREADS": 512, "HELD": 8}),
-    # A sample lets scores be counted while others arrive.
-    "t_held16k_sampled": ("held16k", {"THREADS": 512, "HELD": 8, "SAMPLES": 512}),
-    # A smaller start against half as many multiprocessors.
-    "t_held128k": ("held256k", {"BLOCKS_PER_ROW": 4}),
-    "t_held256k_16": ("held512k", {"HELD": 8}),
-    # Bytes on their way for each multiprocessor: half, and in smaller pieces.
-    "t_quad_4": ("quad", {"LOADS": 4}),
-    "t_quad_4_2": ("quad", {"LOADS": 4, "STAGES": 2}),
-    "t_pair_2": ("pair", {"BLOCKS_PER_SM": 2, "STAGES": 1, "CAPACITY": 4608, "MAX_TOP_K": 2048}),
-    "t_block_4": ("block", {"LOADS": 4}),
-    # A warp's buffer is never idle while the warp appends.
-    "t_block_early": ("block", {"EARLY": 1}),
-    "t_pair_early": ("pair", {"EARLY": 1}),
-    "t_quad_early": ("quad", {"EARLY": 1}),
-    "t_block_early_4": ("block", {"EARLY": 1, "LOADS": 4, "STAGES": 2}),
+    # Bytes on their way for each multiprocessor: as many, in smaller pieces.
+    "t_block_42": ("block", {"LOADS": 4, "STAGES": 2}),
+    # More warps, of which each has one chunk.
+    "t_pair_1024": ("pair_4096", {"THREADS": 1024, "STAGES": 1}),
 }
 
 

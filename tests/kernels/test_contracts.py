@@ -24,7 +24,7 @@ CONSTANTS: Mapping[str, Mapping[str, int]] = {
     "topk_select": {"VALUES_PER_LANE": 32, "WARPS_PER_ROW": 8, "BLOCKS_PER_ROW": 8, "THREADS": 256},
     "topk_indices": {
         **{"SCORE_BYTES": 4, "BLOCKS_PER_ROW": 8, "BLOCKS_PER_SM": 1, "THREADS": 512, "LOADS": 8},
-        **{"STAGES": 2, "SAMPLES": 1024, "CAPACITY": 8192, "MAX_TOP_K": 4096, "HELD": 0},
+        **{"STAGES": 2, "CAPACITY": 8192, "MAX_TOP_K": 4096, "HELD": 0},
     },
 }
 #: Parameters that a kernel reads as integers: bits of numbers, or one of two types.

@@ -32,3 +32,10 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
                  : "memory");
     return loaded;
 }
+
+// The larger of two numbers, NaN if one is NaN.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+}
