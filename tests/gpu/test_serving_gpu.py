@@ -62,6 +62,8 @@ def test_dense_router(models):
     for hidden, experts, top_k in models:
         constants = {"HIDDEN": hidden, "EXPERTS": experts, "TOP_K": top_k}
         for case in served(suite.cases("dense_router_decode", constants, {"tokens": (1, 1000)})):
+            if "table" in case.serving:
+                continue  # of a hash layer, whose Router has another mode: test_hash_gate_gpu.py
             given = make_inputs(case)
             renormalize = bool(given["renormalize"])
             config = RouterConfig(
