@@ -263,9 +263,10 @@ def _suite_cases(
     """Name and seed of every case. Cached: variants with the same limits have the same cases."""
     try:
         listed = cases_of(kernel, dict(constants), dict(limits))
+        # A name has constants of the record in it, which may be no text that could be hashed.
+        return tuple((case.name, case.seed) for case in listed)
     except (KeyError, ValueError) as error:
         raise FormatError(f"evidence: expected a kernel of the suite, found {error}") from error
-    return tuple((case.name, case.seed) for case in listed)
 
 
 def _validate_entry(record: Examined) -> None:

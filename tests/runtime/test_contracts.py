@@ -147,10 +147,8 @@ def test_blackwell_dispatch(build: SimpleNamespace, model: Any, target: str) -> 
 
     assert all(variant.startswith("portable") for variant in served(today))
     verified = served(lambda entry: "verified")
-    # By the predicted figures: with 128 experts, tiles of tcgen05 are no faster.
-    faster = "portable" if model.name == "dsv41-dspark" else "tcgen05"
-    assert {variant.partition("_")[0] for variant in verified} == {faster}
-    assert faster in verified
+    assert {variant.partition("_")[0] for variant in verified} == {"tcgen05"}
+    assert "tcgen05" in verified
     assert served(today, **dict.fromkeys(DENSE, "tcgen05")) == {"tcgen05"}
 
 

@@ -117,13 +117,8 @@ def test_a_tensor_map_is_aligned_by_its_address(
 ) -> None:
     """A driver reports offsets from 0x210 on sm_90a, and 0x240 is the first multiple of 64."""
     prefill = next(entry for entry in fake.entries if entry.contract.tensor_maps)
-    layout: tuple[tuple[int, int], ...]
-    layout = ((0x30, 128), (0xB0, 8), (0xB8, 8), (0xC0, 8), (0xC8, 8), (0xD0, 4), (0xD4, 4))
-    layout = (
-        *layout,
-        *((0xD8 + 4 * i, 4) for i in range(5)),
-        *((0xF0 + 8 * i, 8) for i in range(11)),
-    )
+    layout = prefill.contract.parameter_layout(Target.parse(prefill.target))
+    assert layout[:6] == ((0x30, 128), (0xB0, 8), (0xB8, 8), (0xC0, 8), (0xC8, 8), (0xD0, 4))
     fake.layouts[prefill.symbol] = tuple((offset - 0x30, size) for offset, size in layout)
     with pytest.raises(ArtifactError, match=r"\[\(48, 128\), \(176, 8\).* its contract, found"):
         load(prefill)
