@@ -30,8 +30,8 @@ from router_runtime.evidence.status import status
 from router_runtime.evidence.store import EVIDENCE_NAME, Evidence
 from router_runtime.format.manifest import Entry, Manifest
 
-#: The routers whose batches several entries share: name -> the kernels whose order of sums all must
-#: have, and others. Of hash_gate, only what serves batches without images.
+#: The routers whose batches several entries share: name -> the kernels of which one sets the order
+#: of sums, and others that may serve if they have it. Of hash_gate, only batches without images.
 ROUTERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dense": (DENSE, ()),
     "hash_gate": (("hash_gate",), DENSE[-1:]),

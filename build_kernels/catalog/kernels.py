@@ -158,9 +158,10 @@ _ACTIVATION_TOPK_SIGMOID = _table(
     ("sigmoid1024", ANY,  1024,            4),
 )
 
-#: Few tokens: as many warps for each group of chunks as have experts to take, at most 16 in all.
-#: Many tokens: one, so that more tokens are in flight on a multiprocessor. Image tokens are
-#: selected by their scores for all experts.
+#: ``EXPERT_WARPS`` are the warps of a group of chunks, which divide the experts of a token. Few
+#: tokens: as many as find an expert to take, at most 16 in all. Many tokens: one, so that more
+#: tokens are in flight on a multiprocessor. Image tokens are selected by their scores for all
+#: experts.
 _HASH_GATE = _table(
     "variant        model           IMAGES EXPERT_WARPS",
     ("portable",    "dsv4-pro",     0,     3),
@@ -212,7 +213,7 @@ _SWAP_AB = _table(
     ("wgmma_4096", "dsv41-dspark", 128,         72,         2,        2),
 )
 
-#: The same with mma.sync, for the GPUs that have no other verified MMA.
+#: The same with mma.sync, for GPUs on which no entry with another MMA is verified.
 _SWAP_AB_PORTABLE = _table(
     "variant          model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
     ("portable_256",  "dsv4-flash",   128,         32,         1,        4),

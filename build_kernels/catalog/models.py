@@ -37,8 +37,8 @@ class Model:
     measured: tuple[tuple[str, int | float], ...] = ()
 
     def shape(self) -> dict[str, int | float | str]:
-        """Return everything but the name, as a model file has it that leaves out its defaults:
-        values by their paths.
+        """Return everything but the name and what has its default value: values by their paths in
+        a model file.
         """
         own = {
             field.name: getattr(self, field.name)

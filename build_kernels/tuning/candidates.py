@@ -18,8 +18,8 @@ from build_kernels.kernels.dense.geometry import search
 from build_kernels.kernels.dense.geometry.table import geometry_of
 from router_runtime.format.contract import Constants
 
-#: A division that differs from a better one in its tokens a tile alone counts as so many times
-#: slower, so that the candidates are not all alike.
+#: A division that differs from better ones in the tokens of a tile alone is ranked as if it took
+#: this many times as long, once for each of them, so that the candidates are not all alike.
 ALIKE = 1.04
 
 #: No candidate is predicted to take more than this times the best one.

@@ -92,7 +92,7 @@ def _times(trial: Trial, prefix: str, figures: Figures) -> Iterator[tuple[str, f
 
 def _row(entry: Entry, tokens: Sequence[int], row: Mapping[str, float]) -> Latency:
     """The figures for each of ``tokens`` that one launch serves. A kernel for many tokens takes as
-    long for fewer than were measured.
+    long for fewer tokens than ``FEW`` as for ``FEW``, and is not measured there.
     """
     most = entry.contract.limits["tokens"][1]
     least = 1 if entry.kernel == REFERENCE else FEW

@@ -21,7 +21,7 @@ TUNING_NAME = "tuning.json"
 #: The kernel whose bits are expected of every candidate.
 REFERENCE = "dense_router_decode"
 
-#: A kernel for many tokens takes as long for fewer than these.
+#: A kernel for many tokens takes as long for fewer tokens than these as for these.
 FEW = 128
 
 

@@ -122,7 +122,7 @@ def _is_hash_layer(values: Mapping[str, Any], layer: int) -> bool:
             raise _unfit(f"mlp_layer_types[{layer}]", expected, repr(kind))
         return bool(kind == "hash_moe")
     # A hash layer that is taken for a dense one would route wrongly, so an absent number is not 0,
-    # except where the architecture has no hash layers: no other than DeepSeek-V4's has them.
+    # except for architectures without hash layers: those that score by a sigmoid, and V4.1.
     sigmoid = values.get("scoring_func") == SIGMOID
     absent = 0 if sigmoid or values.get("model_type") == "deepseek_v41" else None
     count = values.get("num_hash_layers", absent)

@@ -1,7 +1,8 @@
-"""The cases of every kernel, each kernel's under a digest of its own.
+"""The cases of every kernel, and the digest of the module that lists them.
 
-Most kernels have theirs in ``cases.py``. A kernel with a module of its own changes nothing of the
-digest under which the evidence of the others was recorded. This module imports no torch.
+Most kernels have their cases in ``cases.py`` and share its digest. A kernel whose cases are in a
+module of their own can change them without making the evidence of other kernels stale. This module
+imports no torch.
 """
 
 from __future__ import annotations

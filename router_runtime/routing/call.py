@@ -40,8 +40,8 @@ SERVED = (
     *("expert_map", "replica_counts", "replicas", "replica_start", "replica_step"),
 )
 
-#: The parameters of a kernel with which it looks experts up in a table by token id. For hash_gate
-#: they are what it is; a dense kernel does so if the table is there.
+#: The parameters of a kernel with which it looks experts up in a table by token id. The kernel
+#: hash_gate always does; a dense kernel does where it is given a table.
 LOOKUP = ("token_ids_i32", "token_ids_i64", "table", "vocab")
 
 
@@ -57,7 +57,7 @@ class ReplayInputs(Shared, total=False):
 
 
 class Inputs(ReplayInputs, total=False):
-    """What any other takes."""
+    """What any other routing method or op takes beside: experts given for all rows or some."""
 
     given_ids: Tensor | None
     given_mask: Tensor | None
@@ -68,9 +68,9 @@ SERVING = frozenset(Inputs.__annotations__) - frozenset(Shared.__annotations__)
 
 
 class Results(NamedTuple):
-    """fp32 ``[tokens, columns]``, ids ``[tokens, columns]`` (physical ones in a mapped call), fp32
-    ``[tokens, experts]``, and the logical ids ``[tokens, top_k]`` of a mapped call. The columns are
-    the ``top_k`` experts and the shared ones.
+    """Weights fp32 ``[tokens, columns]``, ids ``[tokens, columns]`` (physical ones in a mapped
+    call), logits fp32 ``[tokens, experts]``, and the logical ids ``[tokens, top_k]`` of a mapped
+    call. The columns are the ``top_k`` experts and the shared ones.
 
     Weights and ids of a packed call are in ``packed``, int32 ``[tokens, columns]``, and the first
     two have no elements.

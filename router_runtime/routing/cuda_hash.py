@@ -106,7 +106,7 @@ class GateLauncher:
     mapped = False
 
     def __init__(self, kernel: LoadedKernel, config: RouterConfig, weights: Weights) -> None:
-        #: The variant without image tokens would look theirs up.
+        #: A variant without image tokens would look their experts up.
         self.selects_images = bool(kernel.entry.constants["IMAGES"])
         recipes = kernel.entry.contract.repacks
         packed: dict[str, Any] = {each.parameter: weights.packed(each) for each in recipes}

@@ -36,12 +36,12 @@ class ExpertMap(NamedTuple):
 
 
 def signed(number: int) -> int:
-    """The number with a sign that has the 32 bits of one without: what kernels are given."""
+    """The signed number with the 32 bits of an unsigned one: what kernels are given."""
     return number - 2**32 if number >= 2**31 else number
 
 
 def check_order(start: int, step: int) -> None:
-    """Raise InputError for numbers that are no order of copies."""
+    """Raise InputError unless both are from 0 to 2^32 - 1."""
     check_int("replica_start", start, 0, 2**32 - 1)
     check_int("replica_step", step, 0, 2**32 - 1)
 

@@ -10,8 +10,8 @@ record_load     bool, one element: False keeps ``expert_load`` as it is. Read by
 captured_ids    int16 or int32 [tokens or more, top_k], rows at any stride: its first rows become
                 the logical ids, those before the expert map
 
-Results of the caller's whose rows are apart, and packed results, are options too. The mathematics
-is in ``spec.py``.
+Output tensors of the caller whose rows are not adjacent, and packed results, are options too. The
+mathematics is in ``spec.py``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ NAMES = frozenset(Shared.__annotations__) | frozenset(Records.__annotations__)
 
 
 class Sizes(NamedTuple):
-    """What a gate says about the calls that it takes.
+    """What is known of a router, or of a row op's arguments, to check the inputs of a call.
 
     Attributes:
         top_k: k.

@@ -31,14 +31,16 @@ from router_runtime.routing.checks import (
 from router_runtime.routing.placement import CPU, Placement
 from router_runtime.routing.row_kernels import RowKernel, RowKernelUse, row_kernel
 
-#: Measured on an H200 (build_kernels/kernels/topk_indices/NOTES.md). Microseconds of a launch in
-#: which one CTA has a row, beside reading its scores; more for each doubling of the CTAs, up to 8.
+#: Measured on an H200 (build_kernels/kernels/topk_indices/NOTES.md). Microseconds that a launch
+#: takes beside reading the scores, where one CTA has a row: streamed, held; what each doubling of
+#: the CTAs of a row adds, and how many doublings do.
 _START_US, _HELD_START_US, _DOUBLING_US, _DOUBLINGS = 5.0, 4.0, 1.6, 3.0
 #: More where the streamed form has too few scores to choose a bound by.
 _UNBOUNDED_US = 12.0
 #: Bytes a microsecond that a CTA reads, and that all of them read together.
 _CTA_RATE, _HELD_CTA_RATE, _MEMORY_RATE = 48e3, 80e3, 3650e3
-#: From this size on, multiprocessors are left over that make no whole cluster: one in 16.
+#: Clusters of this size and more leave one multiprocessor in 16 idle: the last ones of a GPC make
+#: no whole cluster.
 _LARGE_CLUSTER = 4
 
 

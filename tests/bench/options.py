@@ -1,7 +1,8 @@
 """``python -m tests.bench.options``: what a Router takes with each option, beside a plain call.
 
-The chain and the method are those of ``make bench``, with programmatic dependent launch. One launch
-in each row of the table: what engines do in launches of their own is to be added to ``plain``.
+The chain and the method are those of ``make bench``, with programmatic dependent launch. Each row
+of the table is one launch. To compare with an engine, add the launches in which it does the same to
+``plain``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _shared(router: Router, tokens: int) -> dict[str, Any]:
 
 
 def _mapped(router: Router, tokens: int) -> dict[str, Any]:
-    """The copies of an expert are itself: the ids stay those that the chain checks."""
+    """A map in which each copy of an expert has its logical id, so the chain's check holds."""
     if router.expert_map is None:
         experts = router.config.num_experts
         copies = torch.arange(experts).unsqueeze(1).repeat(1, _COPIES)

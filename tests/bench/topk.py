@@ -30,7 +30,7 @@ from tests.bench.topk_rows import PATTERNS, RANDOM, Rows
 KERNEL = "topk_indices"
 PEER = "torch.topk"
 
-#: Bytes a microsecond that an H200 reads: measured, of 4.8 nominal.
+#: Bytes a microsecond that an H200 reads, measured: 4.2 TB/s of 4.8 nominal.
 _MEMORY_RATE = 4.2e6
 #: Calls with scores of their own, at most; calls of a chain, at least.
 _MOST_CALLS, LEAST_CALLS = 96, 24

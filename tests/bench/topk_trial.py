@@ -28,16 +28,18 @@ from router_runtime.format.target import Target
 from tests.bench.topk import HOSTILE, LEAST_CALLS, SHAPES, Shape, launch_arguments
 from tests.bench.topk_rows import PATTERNS, RANDOM, Rows
 
-#: Where everything lies.
+#: The device of all tensors.
 DEVICE = "cuda"
-#: Columns and rows whose ids are compared: around what the forms hold, and aligned to nothing.
+#: Columns and rows of the calls whose ids are compared: the most that a variant holds and a little
+#: less or more, and rows whose addresses are multiples of no vector.
 CHECKED = (
     *((8192, 4), (16384, 3), (262144, 2), (131071, 2), (20000, 5), (300, 9), (7, 3), (9001, 4)),
     *((5003, 3), (65536, 2), (524288, 1), (2**20, 1), (2**21, 1)),
 )
 #: Patterns that only the trial has.
 BEATING = ("beats_sample", "beats_groups")
-#: Clusters of a shape at most, and columns of a CTA at most: others are not timed.
+#: A variant is timed for a call of at most so many CTAs and, where that has one row, at most so
+#: many columns a CTA.
 _MOST_CTAS, _MOST_COLUMNS = 2048, 300_000
 #: Bytes of the scores of a chain, so that they come from memory; calls of a chain, at most.
 _CHAIN_BYTES, _MOST_CALLS = 200 << 20, 96

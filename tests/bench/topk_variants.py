@@ -23,7 +23,7 @@ KERNEL = "topk_indices"
 
 #: Name -> the variant of the catalog that it differs from, and in what.
 CANDIDATES: dict[str, tuple[str, dict[str, int]]] = {
-    # Bytes on their way for each multiprocessor: as many, in smaller pieces.
+    # As many bytes in flight on each multiprocessor, in smaller pieces.
     "t_block_42": ("block", {"LOADS": 4, "STAGES": 2}),
     # More warps, of which each has one chunk.
     "t_pair_1024": ("pair_4096", {"THREADS": 1024, "STAGES": 1}),
