@@ -5,7 +5,7 @@ applies the expert map: its ids are physical ones, and the logical ones follow a
 results. ``name.packed`` returns one tensor, with id and weight in each word. ``name.out`` returns
 nothing and writes ``weights_out`` and ``ids_out`` (and ``logits_out``), and what a call records is
 written by this form only. The latter two apply the expert map if they are called with
-``mapped=True``, or where there is no router with an ``expert_map``; ``name.out`` also if it is
+``mapped=True`` or, where an op takes no Router, with an ``expert_map``; ``name.out`` also if it is
 called with ``logical_ids_out``.
 
 An op of a Router has each form three times: for callers, with the number ``router_id``; for

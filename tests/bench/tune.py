@@ -42,7 +42,7 @@ from tests.bench.machine import Broken, Cpu, Gpu, Machine, attempt
 #: Batches whose bits are compared, besides those of the class: parts of tiles.
 CHECKED = (1, 67, 130)
 
-#: Seconds after the time is up until a process that is still at work is ended: a kernel hangs.
+#: Seconds after the time is up until the process is ended if it still runs, as when a kernel hangs.
 _GRACE = 45
 _STDERR = 2
 
@@ -308,7 +308,7 @@ def _require_same(
 
 
 def in_turn(trials: Sequence[Trial]) -> list[Trial]:
-    """The first trial of every model, then every second one, and so on."""
+    """The first trial of each model, then the second of each, and so on."""
     places: Counter[str] = Counter()
     order = []
     for trial in trials:

@@ -30,7 +30,7 @@ ROWS, COLUMNS, K = 5, 40, 7
 def indexer(
     gpu: Any, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> Any:
-    """The fake device with kernels for a CTA and for a cluster of 8 of a row."""
+    """The fake device with two variants: a row for a CTA, and a row for a cluster of 8."""
     sizes = {"SCORE_BYTES": 4, "BLOCKS_PER_SM": 1, "HELD": 0, "THREADS": 512, "LOADS": 8}
     gpu.entries += [
         build.entry(
@@ -194,7 +194,7 @@ def test_topk_select_after_another_op_loads_its_own_kernel(indexer: Any) -> None
 
 
 def test_what_the_other_kernel_lacks_is_no_error(gpu: Any) -> None:
-    """There is no topk_indices: few of a short row are selected as ever, and the others say why."""
+    """Without topk_indices, a small k of short rows is still served; other calls say why not."""
     rows.topk_select_cuda(torch.randn(2, 70), 3)
     with pytest.raises(ResolutionError, match=r"topk_indices.*no entry of this kernel"):
         rows.topk_select_cuda(torch.randn(2, 70), 33)
