@@ -314,7 +314,8 @@ def _apply(tuning: Tuning, choices: list[choice.Choice], models: tuple[str, ...]
         if dataclasses.replace(now, measured=()) != dataclasses.replace(model, measured=()):
             raise BuildError(
                 f"{path}: expected the model that the folder was made for, {model.shape()}, found "
-                f"{now.shape()}; next: build-kernels tune {path} --out with a new folder"
+                f"{now.shape()}; next: .venv/bin/python -m build_kernels tune "
+                f"{path} --out with a new folder"
             )
         text = path.read_text(encoding="utf-8")
         text = model_text.rewritten(path.name, text, now, own, tuning.target)

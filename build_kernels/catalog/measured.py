@@ -54,7 +54,8 @@ def check(where: str, model: Model) -> None:
             _known(f"{where}: target", names[0], TARGETS)
             _variant(where, names[1], names[2])
             for tokens in last:
-                if not tokens.isdecimal():
+                # Written one way only, so that no number of tokens is there twice.
+                if not tokens.isdecimal() or tokens.startswith("0"):
                     raise BuildError(
                         f"{where}: {'.'.join((table, *names))}: expected numbers of tokens, found "
                         f"{tokens!r}; next: correct it"

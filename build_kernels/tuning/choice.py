@@ -58,7 +58,8 @@ def choose(tuning: Tuning, entries: Iterable[Entry], figures: Figures) -> list[C
         if found != measured:
             raise BuildError(
                 f"expected figures of the cubins in the folder, found some of others: {key} has "
-                f"{found} here, {measured} was measured; next: python -m tests.bench.tune again"
+                f"{found} here, {measured} was measured; next, on a GPU: "
+                "python -m tests.bench.tune --artifacts with this folder"
             )
     choices = []
     for trial in tuning.trials:
@@ -75,8 +76,8 @@ def choose(tuning: Tuning, entries: Iterable[Entry], figures: Figures) -> list[C
         choices.append(Choice(trial, entry, times[best], today, latency))
     if not choices:
         raise BuildError(
-            "expected figures for the batches of a class, found none; next: "
-            "python -m tests.bench.tune with more --seconds"
+            "expected figures for the batches of a class, found none; next, on a GPU: "
+            "python -m tests.bench.tune --artifacts with this folder, and with more --seconds"
         )
     return choices
 
@@ -104,7 +105,8 @@ def _row(entry: Entry, tokens: Sequence[int], row: Mapping[str, float]) -> Laten
         if figure is None:
             raise BuildError(
                 f"{entry.key}: expected figures for {list(tokens)} tokens, found those for "
-                f"{sorted(map(int, row))}; next: python -m tests.bench.tune with more --seconds"
+                f"{sorted(map(int, row))}; next, on a GPU: python -m tests.bench.tune --artifacts "
+                "with this folder, and with more --seconds"
             )
         latency.append((count, round(figure, 1)))
     return tuple(latency)

@@ -62,7 +62,8 @@ def estimated_us(
     blocks_per_row, per_sm = int(constants["BLOCKS_PER_ROW"]), int(constants["BLOCKS_PER_SM"])
     clusters = multiprocessors * per_sm // blocks_per_row
     if blocks_per_row >= _LARGE_CLUSTER:
-        clusters = max(clusters * 15 // 16, 1)
+        clusters = clusters * 15 // 16
+    clusters = max(clusters, 1)
     resident = min(clusters, rows) * blocks_per_row
     share = columns * score_bytes / blocks_per_row
     start, cta_rate = _HELD_START_US, _HELD_CTA_RATE

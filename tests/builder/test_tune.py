@@ -369,7 +369,7 @@ def test_figures_that_do_not_suffice(compared: tuple[Tuning, Manifest]) -> None:
     few = {**figures.microseconds, key: {"4096": 10.0}}
     with pytest.raises(BuildError, match=rf"{key}: expected figures .* with more --seconds"):
         chosen(compared, dataclasses.replace(figures, microseconds=few))
-    with pytest.raises(BuildError, match=r"found none; next: .* with more --seconds"):
+    with pytest.raises(BuildError, match=r"found none; next, on a GPU: .* --seconds"):
         chosen(compared, dataclasses.replace(figures, microseconds={}))
     for changed in ({key: "1" * 64}, {"dense_router_prefill/gone": "1" * 64}):
         with pytest.raises(BuildError, match="expected figures of the cubins in the folder"):
@@ -484,6 +484,8 @@ def test_a_division_gives_the_model_a_variant_that_the_search_leaves_out(tmp_pat
         ("CLUSTER_T = 2", "CLUSTER_T = 1.0", "a positive integer, .* found 1.0"),
         ("sm_90a", "sm_90", "unknown mine.toml: target 'sm_90': did you mean 'sm_90a'"),
         ("1024 = 9.5", "many = 9.5", "expected numbers of tokens, found 'many'"),
+        ("1024 = 9.5", "01024 = 9.5", "expected numbers of tokens, found '01024'"),
+        ("1024 = 9.5", "0 = 9.5", "expected numbers of tokens, found '0'"),
         ("1024 = 9.5", "1024 = -1", "positive microseconds, found -1"),
         ("1024 = 9.5", "1024 = true", "positive microseconds, found True"),
         ("wgmma_4096.swap_ab]", "wgmma_4096]", "expected divisions.KERNEL.VARIANT.FORM.CONSTANT"),
@@ -596,7 +598,9 @@ def test_the_file_of_the_folders_model_is_required(
     result = command(str(path), *figures)
     assert result.exit_code == 1
     assert "expected the model that the folder was made for" in result.output
-    assert f"next: build-kernels tune {path} --out with a new folder" in result.output
+    assert f"next: .venv/bin/python -m build_kernels tune {path} --out with a new folder" in (
+        result.output
+    )
     assert model_text.MARK not in path.read_text()
 
 

@@ -388,6 +388,8 @@ def test_the_choice_follows_from_sizes_and_constants() -> None:
         for order in (entries, entries[::-1]):
             found = topk_indices.choose(order, (4, rows_, columns, 512), 132)
             assert found is wanted, (rows_, columns)
+    # A device with fewer multiprocessors than a cluster has CTAs is no error.
+    assert topk_indices.choose([cluster, pair], (4, 1, 2**20, 9), 1) in (cluster, pair)
     # Rows too short for the streamed form to take a bound from.
     assert topk_indices.choose([pair, cluster, held_cluster], (4, 1, 8192, 4096), 132) is (
         held_cluster
