@@ -208,6 +208,11 @@ def test_our_modules_are_imported_at_the_top() -> None:
     assert late_imports(sources()) == []
 
 
+def test_no_compiler_leaves_files_at_the_top() -> None:
+    """A compiler that runs there leaves its PTX and cubins, which would then be committed."""
+    assert [path.name for path in ROOT.iterdir() if path.suffix in {".ptx", ".cubin"}] == []
+
+
 def test_no_circle_of_imports() -> None:
     assert cycle(sources()) == []
 

@@ -32,11 +32,12 @@ MASK = np.array([0, 0, 1, 0, 1, 1, 0, 0], np.uint8)
 
 
 @pytest.fixture(scope="module")
-def probe() -> Program:
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Program:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.look_up_probe"],
-        cwd=PACKAGE.parent,
-        env={**os.environ, "CUTE_DSL_ARCH": "sm_90a"},
+        # The DSL leaves PTX and cubin in the folder where it runs.
+        cwd=tmp_path_factory.mktemp("probe"),
+        env={**os.environ, "CUTE_DSL_ARCH": "sm_90a", "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
         check=True,
