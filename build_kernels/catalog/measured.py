@@ -113,7 +113,7 @@ def divisions_of(model: Model, kernel: Kernel) -> dict[str, Constants]:
 
 
 def latency_of(model: Model, target: str, kernel: str, variant: str) -> Latency:
-    """Return the figures that the model states for an entry; none without any."""
+    """Return the measured latencies of an entry in the model file; empty if it has none."""
     prefix = f"latency/{target}/{kernel}/{variant}/"
     return tuple(
         sorted(

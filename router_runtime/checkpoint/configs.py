@@ -95,8 +95,8 @@ def _or(values: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _scale(values: Mapping[str, Any], scoring: str) -> Any:
-    """The routed scaling factor. Configurations of models that score by a sigmoid say null for 1;
-    one that says nothing may mean anything.
+    """The routed scaling factor. Where scores are a sigmoid, null means 1 in the configurations
+    that are published. One without the entry is refused: its default depends on the model.
     """
     name = "routed_scaling_factor"
     if scoring == SIGMOID and name in values:

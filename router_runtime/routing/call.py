@@ -46,8 +46,8 @@ LOOKUP = ("token_ids_i32", "token_ids_i64", "table", "vocab")
 
 
 class ReplayInputs(Shared, total=False):
-    """What a method or an op that weighs given experts takes as keyword arguments: serving inputs
-    and options.
+    """The keyword arguments, serving inputs and options, of the methods and ops that compute the
+    weights of experts that the caller gives.
     """
 
     ids_dtype: torch.dtype | None
@@ -57,7 +57,9 @@ class ReplayInputs(Shared, total=False):
 
 
 class Inputs(ReplayInputs, total=False):
-    """What any other routing method or op takes beside: experts given for all rows or some."""
+    """The keyword arguments of the methods and ops that select experts: those of
+    ``ReplayInputs``, and experts that the caller gives for all rows or, by a mask, for some.
+    """
 
     given_ids: Tensor | None
     given_mask: Tensor | None

@@ -71,13 +71,13 @@ def score_rows(case: Case, random: Random) -> Tensor:
         "outlier": lambda: raised(slice(length // 3, length // 3 + 1), 1e38),
         # The largest are neighbours: in the part of one CTA.
         "clustered": lambda: raised(slice(length // 2, length // 2 + 6000), 10.0),
-        "beats_sample": lambda: raised(_sampled(length, case.sizes["sample"]), 100.0),
-        "beats_groups": lambda: raised(_first_of_parts(length), 100.0),
+        "beats_sample": lambda: raised(sampled_columns(length, case.sizes["sample"]), 100.0),
+        "beats_groups": lambda: raised(first_columns_of_parts(length), 100.0),
     }
     return patterns[case.pattern]()
 
 
-def _sampled(length: int, most: int) -> Tensor:
+def sampled_columns(length: int, most: int) -> Tensor:
     """The columns that ``topk_indices`` reads of a row first, of which it takes at most ``most``,
     to estimate how large the scores are that it looks for. Where these are larger than all others,
     the estimate is wrong, and the kernel has to find that out.
@@ -88,7 +88,7 @@ def _sampled(length: int, most: int) -> Tensor:
     return places.clamp(max=length - 1)
 
 
-def _first_of_parts(length: int) -> Tensor:
+def first_columns_of_parts(length: int) -> Tensor:
     """51 columns at the beginning of each of 32 parts of a row, no two of them in one group of the
     maxima by which ``topk_indices`` estimates how large the scores are that it looks for.
     """

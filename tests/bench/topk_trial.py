@@ -25,6 +25,7 @@ from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.device.loader import load_entry
 from router_runtime.format.target import Target
+from router_runtime.verification.score_rows import first_columns_of_parts, sampled_columns
 from tests.bench.topk import HOSTILE, LEAST_CALLS, SHAPES, Shape, launch_arguments
 from tests.bench.topk_rows import PATTERNS, RANDOM, Rows
 
@@ -36,6 +37,8 @@ CHECKED = (
     *((8192, 4), (16384, 3), (262144, 2), (131071, 2), (20000, 5), (300, 9), (7, 3), (9001, 4)),
     *((5003, 3), (65536, 2), (524288, 1), (2**20, 1), (2**21, 1)),
 )
+#: The size of the sample that the held form takes.
+_SAMPLE = 512
 #: Patterns that only the trial has.
 BEATING = ("beats_sample", "beats_groups")
 #: A variant is timed for a call of at most so many CTAs and, where that has one row, at most so
@@ -168,15 +171,12 @@ def drawn(rows: int, columns: int, pattern: str) -> Tensor:
     if pattern not in BEATING:
         return Rows(rows, columns, torch.device(DEVICE)).draw(pattern)
     scores = Rows(rows, columns, torch.device(DEVICE)).draw(RANDOM)
-    if pattern == "beats_groups":
-        parts = torch.arange(32, device=DEVICE) * columns // 32
-        within = torch.arange(0, 1020, 20, device=DEVICE)
-        scores[:, (parts.unsqueeze(1) + within).flatten().clamp(max=columns - 1)] += 100
-        return scores
-    bits = min(max((columns // 32).bit_length(), 8), 10) - 1
-    number = torch.arange(1 << bits, device=DEVICE)
-    places = (number << 16 | (number * 2654435761 & 0xFFFFFFFF) >> 16) * columns >> 16 + bits
-    scores[:, places.clamp(max=columns - 1)] += 100
+    large = (
+        sampled_columns(columns, _SAMPLE)
+        if pattern == "beats_sample"
+        else first_columns_of_parts(columns)
+    )
+    scores[:, large.to(DEVICE)] += 100
     return scores
 
 

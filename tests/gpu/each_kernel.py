@@ -11,9 +11,9 @@ from router_runtime.routing.cuda_dense import Plan
 
 
 def each_kernel(router: Router) -> Iterator[str]:
-    """Have each kernel serve ``router`` in turn: first those of every batch as they are dispatched,
-    then each alone, with larger batches split. Yields a name for
-    each arrangement.
+    """Have each kernel serve ``router`` in turn: first every batch as it is dispatched, then each
+    kernel that takes single tokens alone, with larger batches split. Yields a name for each
+    arrangement.
     """
     backend: Any = router.backend
     own, token_ranges = backend.plan, backend.token_ranges

@@ -9,8 +9,7 @@ import math
 import pytest
 import torch
 
-from router_runtime.evidence.choice import TokenRange
-from router_runtime.routing.cuda_dense import Plan
+from tests.gpu.each_kernel import each_kernel
 
 #: As many rows as the largest batch; every batch is made of some of them.
 POOL = 16384
@@ -52,21 +51,8 @@ class Subject:
         return tuple(output[where] for output in self.expected)
 
     def kernels(self):
-        """Each way of serving in turn: as dispatched, then each kernel alone with the sizes that
-        it takes; larger batches are split.
-        """
-        backend = self.router.backend
-        own, token_ranges = backend.plan, backend.token_ranges
-        launchers = dict(zip((each.entry.key for each in token_ranges), own.launchers, strict=True))
-        try:
-            yield "as dispatched"
-            for entry in {each.entry.key: each.entry for each in token_ranges}.values():
-                low, high = entry.contract.limits["tokens"]
-                if low == 1:
-                    backend.plan = Plan([TokenRange(low, high, entry)], launchers)
-                    yield entry.key
-        finally:
-            backend.plan = own
+        """Each way of serving in turn."""
+        return each_kernel(self.router)
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,9 @@
 //      shuffles, its weight, and stores the result. The other warps exit.
 //
 // Dependent launch (common/ptx.cuh): before the wait, and only where each warp has one task, warp 0
-// prefetches one cache line of every 1/32 of table and weight, so that the pages' translations are
-// known when the chain starts. Everything else comes after the wait.
+// prefetches 32 cache lines of the table and 32 of the weight, evenly spread, so that the addresses
+// of their memory pages have been translated when the chain starts. Everything else comes after the
+// wait.
 //
 // Constants (build_kernels/catalog, contract.py): HIDDEN, EXPERTS, TOP_K, IMAGES, WARPS,
 // EXPERT_WARPS, SLICES.

@@ -10,13 +10,13 @@
 // Steps, with the barriers of the CTA (of the cluster: the exchanges) between them:
 //
 //   1. Range. A key that at least `wanted` keys reach: if that many groups of scores each have a
-//      maximum that is at least x, so many scores reach x. One CTA: the least maximum of so many groups
-//      (one barrier). With SAMPLES: each CTA reads the same sample, one score for each thread, and takes the
+//      maximum that is at least x, so many scores reach x. Without SAMPLES, in one CTA: the least maximum
+//      of `wanted` groups (one barrier). With SAMPLES: each CTA reads the same sample, one score for each thread, and takes the
 //      maximum of its groups that `rank` of them reach (one barrier, while the slice arrives). This one
 //      is only likely to be low enough.
 //   2. Count. Each thread counts its keys in the range, in 256 bins of equal width (one barrier or
-//      exchange), and each warp finds the bin of rank `wanted`. A sampled range with too few keys: step
-//      2 again with the keys below it.
+//      exchange), and each warp finds the bin that has the key of rank `wanted`, counted from the largest.
+//      If a sampled range has fewer keys than that: step 2 again with the keys below the range.
 //   3. Near. If the bin has at most NEAR keys, they are collected (one barrier or exchange), and each
 //      warp finds the cut among them. If it has more, step 2 again with the range of the bin; a bin of
 //      a single key ends that.

@@ -29,7 +29,10 @@ class SplitKMma(ABC):
         self.g: Any = geometry
 
     def allocate(self, shared: Int32, warp: Int32) -> None:
-        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        """Set up what the MMA needs beside registers: its barriers, its tensor memory.
+
+        Called by all threads, before the CTA's first barrier.
+        """
         return
 
     @abstractmethod
@@ -74,7 +77,10 @@ class SwapAbMma(ABC):
         """Arrivals of one CTA that release the weights of a stage."""
 
     def allocate(self, shared: Int32, warp: Int32) -> None:
-        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        """Set up what the MMA needs beside registers: its barriers, its tensor memory.
+
+        Called by all threads, before the CTA's first barrier.
+        """
         return
 
     def issue(self, shared: Int32, hidden: Ring, weight: Ring, cta: Cta, warp: Int32) -> None:
@@ -136,7 +142,10 @@ class TileMma(ABC):
         return self.releases * int(self.g.cluster_t)
 
     def allocate(self, shared: Int32, warp: Int32) -> None:
-        """Take what is needed besides registers. All threads, before the CTA's first barrier."""
+        """Set up what the MMA needs beside registers: its barriers, its tensor memory.
+
+        Called by all threads, before the CTA's first barrier.
+        """
         return
 
     def issue(

@@ -107,8 +107,9 @@ class BoundInRegisters(BoundSwapAbMma):
         """
         g = self.g
         before = state
-        # When to add the peers' sums: at once with two buffers, where they were sent a chunk ago;
-        # half a chunk later with one, where they were sent at the end of the chunk before.
+        # The block in which to add the sums that other CTAs have sent. With two buffers they were
+        # sent a whole chunk ago and have arrived: the first. With one buffer they were sent at the
+        # end of the last chunk: half a chunk later, so that this warp need not wait for them.
         moment = 0 if g.buffers > 1 else g.chunk_k_blocks // 2
         for block in range(g.chunk_k_blocks):
             mbarrier.wait(self.hidden.full_at(state.stage), state.phase)
