@@ -1,8 +1,8 @@
 """The streamed form of ``topk_indices``, step by step over CTAs, warps and chunks: rows that
 selections get wrong come out exact, and what makes a random row fast holds.
 
-Names are those of ``streamed.cuh``, whose constants are read from it. Chunks of different warps
-arrive in a random order.
+Names are those of ``streamed.cuh`` and the files that it includes, whose constants are read from
+them. Chunks of different warps arrive in a random order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tests.kernels.test_held_walk import PATTERNS, bits, held_key, oracle
 
 Integers = NDArray[np.int64]
 WARP, BINS, LEAST_KEY, ALL = 32, 256, 0x007FFFFF, 0xFFFFFFFF
-SOURCE = (KERNELS / "topk_indices" / "streamed.cuh").read_text()
+SOURCE = "".join(
+    path.read_text() for path in sorted((KERNELS / "topk_indices").glob("streamed*.cuh"))
+)
 
 
 def stated(name: str) -> str:

@@ -11,8 +11,8 @@
 // A score and its position form a candidate (common/selection.cuh): one number, and the order of
 // these numbers is the order of the scores. No two are equal.
 //
-// Two forms, each in a file of its own: held.cuh keeps the scores of short rows, and of a few long ones,
-// in registers; streamed.cuh serves rows of any length. The CTAs of a cluster share one row.
+// Two forms: held.cuh keeps the scores of short rows, and of a few long ones, in registers;
+// streamed.cuh, and the files that it includes, serves rows of any length. The CTAs of a cluster share one row.
 //
 // The result depends on nothing but the row: a sample only decides how many steps and how much memory
 // the selection takes, and the order in which threads append to a list only where in it something is.

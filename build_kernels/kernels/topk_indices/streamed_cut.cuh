@@ -1,0 +1,102 @@
+// Step 4 of the streamed form of topk_indices: the cut of the lists of a cluster.
+#pragma once
+
+#include "streamed_search.cuh"
+
+static_assert(WARPS % BLOCKS_PER_ROW == 0, "warps are divided among the CTAs to read from");
+
+// What the cluster has found, the same in all CTAs but for the last three.
+struct Found {
+    Cut cut;
+    unsigned above, equal;  // candidates in the CTAs before this one: above the cut, at its key
+    unsigned own_equal;     // candidates of this CTA at the key of the cut
+};
+
+// The sums of two numbers, each below 2^16, and of a third over the threads of the CTA. A barrier has to
+// lie between a call and the next store to the warps' counts.
+__device__ __forceinline__ void add_over_block(unsigned& over, unsigned& same, unsigned& own,
+                                               Shared& shared) {
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const unsigned both = __reduce_add_sync(ALL_LANES, over | same << 16);
+    own = __reduce_add_sync(ALL_LANES, own);
+    if (lane == 0) {
+        shared.warp_counts[0][warp] = both;
+        shared.warp_counts[1][warp] = own;
+    }
+    __syncthreads();
+    unsigned before, total;
+    sum_of_warps(shared.warp_counts[0], warp, lane, before, total);
+    sum_of_warps(shared.warp_counts[1], warp, lane, before, own);
+    over = total & 0xffff;
+    same = total >> 16;
+}
+
+// The cut of a cluster whose lists have `count` candidates in the CTA of the lane's number and
+// `all` together, few enough that each CTA holds their keys.
+__device__ __forceinline__ Found find_gathered(unsigned count, unsigned all, unsigned cta_rank,
+                                               unsigned wanted, unsigned least, unsigned largest,
+                                               Shared& shared) {
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const unsigned behind = sum_up_to_lane(count, lane);
+    const unsigned source = warp % BLOCKS_PER_ROW;
+    const unsigned size = __shfl_sync(ALL_LANES, count, source);
+    unsigned* const keys = gathered_keys() + __shfl_sync(ALL_LANES, behind, source) - size;
+    const unsigned* const key_words = reinterpret_cast<const unsigned*>(list_entries()) + 1;
+#pragma unroll 4
+    for (unsigned i = warp / BLOCKS_PER_ROW * WARP + lane; i < size;
+         i += WARPS / BLOCKS_PER_ROW * WARP)
+        keys[i] = load_from_cluster_rank(key_words + 2 * i, source);
+    __syncthreads();
+    Found found;
+    found.cut = find_cut<false>(
+        [&](const auto& visit) {
+            for (unsigned i = threadIdx.x; i < all; i += THREADS) visit(gathered_keys()[i]);
+        },
+        wanted, least, largest, shared.bins, shared);
+    const unsigned end = __shfl_sync(ALL_LANES, behind, cta_rank);
+    const unsigned begin = end - __shfl_sync(ALL_LANES, count, cta_rank);
+    unsigned over = 0, same = 0, own = 0;
+    for (unsigned i = threadIdx.x; i < end; i += THREADS) {
+        const unsigned key = gathered_keys()[i];
+        const bool before = i < begin;
+        over += before && key > found.cut.key;
+        same += before && key == found.cut.key;
+        own += !before && key == found.cut.key;
+    }
+    add_over_block(over, same, own, shared);
+    found.above = over;
+    found.equal = same;
+    found.own_equal = own;
+    return found;
+}
+
+// The same where the lists are too long for that: their histograms are added up, round by round.
+__device__ __noinline__ Found find_by_histograms(unsigned count, unsigned cta_rank, unsigned wanted,
+                                                 unsigned least, unsigned largest, Shared& shared) {
+    const unsigned lane = threadIdx.x % WARP;
+    Found found;
+    found.cut = find_cut<true>(
+        [&](const auto& visit) {
+            for (unsigned i = threadIdx.x; i < count; i += THREADS)
+                visit(candidate_key(list_entries()[i]));
+        },
+        wanted, least, largest, shared.bins, shared);
+    unsigned over = 0, same = 0;
+    for (unsigned i = threadIdx.x; i < count; i += THREADS) {
+        over += candidate_key(list_entries()[i]) > found.cut.key;
+        same += candidate_key(list_entries()[i]) == found.cut.key;
+    }
+    unsigned none = 0;
+    add_over_block(over, same, none, shared);
+    Notice& notice = shared.notices[0];
+    if (threadIdx.x == 0) {
+        notice.above = over;
+        notice.equal = same;
+    }
+    cluster_sync();
+    const bool one = lane < cta_rank;
+    found.above = __reduce_add_sync(ALL_LANES, one ? load_from_cluster_rank(&notice.above, lane) : 0);
+    found.equal = __reduce_add_sync(ALL_LANES, one ? load_from_cluster_rank(&notice.equal, lane) : 0);
+    found.own_equal = same;
+    return found;
+}
