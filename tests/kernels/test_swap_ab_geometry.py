@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common.numerics import CONSTANTS, SLICES
 from build_kernels.kernels.dense.contract import contract
-from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES
+from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES, screening_groups
 from build_kernels.kernels.dense.geometry.swap_ab import (
-    LISTED,
     N_TILE,
-    RANKED,
     SwapAbGeometry,
 )
-from build_kernels.kernels.dense.screening import screening_groups
 from router_runtime.format.contract import GridAxis, validate_contract
 
 
@@ -130,9 +129,9 @@ def test_screening_reads_without_bank_conflicts(g: SwapAbGeometry) -> None:
 def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
     assert g.owned_tokens * g.cluster_e >= g.held_tokens == g.held_n_tiles * N_TILE
     assert g.rank_passes * g.consumer_threads >= g.owned_tokens * g.rank_threads
-    assert RANKED % g.rank_round == g.rank_round % g.rank_threads == 0
-    assert g.top_k <= RANKED
-    assert g.top_k <= LISTED
+    assert g.ranked % g.rank_round == g.rank_round % g.rank_threads == 0
+    assert g.top_k <= g.ranked
+    assert g.top_k <= g.listed
     # A threshold is the k-th largest of the bounds of this number of groups.
     assert screening_groups(g.top_k) >= 2 * g.top_k
 
@@ -153,3 +152,43 @@ def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
 def test_what_cannot_be_built_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         SwapAbGeometry.of(constants(**changes))
+
+
+#: Hidden elements, experts, k; experts and tokens of a tile, CLUSTER_T, SPLIT_K: many ranks, and a
+#: last part with few experts, where far more than 32 experts are candidates.
+MANY_CANDIDATES = [
+    ((7168, 896, 16), (128, 40, 1, 2)),
+    ((7168, 896, 16), (256, 40, 1, 4)),
+    ((4096, 288, 8), (128, 40, 1, 4)),
+    ((2048, 512, 10), (128, 32, 1, 4)),
+    ((7168, 384, 6), (128, 40, 1, 4)),
+]
+
+
+@pytest.mark.parametrize(("shape", "division"), MANY_CANDIDATES)
+def test_the_candidates_of_random_tokens_fit_their_lists(
+    shape: tuple[int, int, int], division: tuple[int, int, int, int]
+) -> None:
+    """Otherwise every token would be ranked from all its logits."""
+    g = SwapAbGeometry(*shape, 256, *division)
+    g.check()
+    counts = candidates_of_random_tokens(g, 2000)
+    assert abs(counts.sum(axis=1).mean() / g.candidates - 1) < 0.15
+    too_many = (counts.sum(axis=1) > g.ranked) | (counts.max(axis=1) > g.listed)
+    assert too_many.mean() < 0.01
+
+
+def candidates_of_random_tokens(g: SwapAbGeometry, tokens: int) -> npt.NDArray[np.int64]:
+    """Candidates of each token among the experts of each e rank: keys at or above the ``top_k``-th
+    largest maximum of the groups, which are those of the threads that screen the token."""
+    numbers = np.random.default_rng(3)
+    keys = np.full((tokens, g.padded_experts), -np.inf)
+    keys[:, : g.experts] = numbers.standard_normal((tokens, g.experts))
+    own = max(1, screening_groups(g.top_k) // g.token_threads)
+    counts = []
+    for part in np.split(keys, g.cluster_e, axis=1):
+        threads = part.reshape(tokens, g.token_threads, g.thread_experts)
+        maxima = [threads[:, :, group::own].max(axis=2) for group in range(own)]
+        ordered = np.sort(np.concatenate(maxima, axis=1), axis=1)
+        counts.append((part >= ordered[:, -g.top_k, None]).sum(axis=1))
+    return np.stack(counts, axis=1)

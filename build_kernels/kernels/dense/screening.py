@@ -27,15 +27,6 @@ SCREEN_ABSOLUTE = 2.0**-60
 LOG1P_OVER_U = (0.99994328, -0.49697779, 0.30630088, -0.15742713, 0.04134727)
 
 
-def screening_groups(top_k: int) -> int:
-    """Return how many groups of a CTA's experts give a token's threshold.
-
-    A power of two, at least four times ``top_k``. For 6 ranks of 128 experts, 6.4 experts are
-    candidates on average; with half as many groups 7.1, with a quarter 10.
-    """
-    return 1 << (4 * top_k - 1).bit_length()
-
-
 def screened(logit: Float32, rule: Scoring) -> Float32:
     """Return the score of a logit by hardware approximations."""
     z = rule.tempered(logit)

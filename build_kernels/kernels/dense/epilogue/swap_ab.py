@@ -17,8 +17,8 @@ from build_kernels.kernels.common.ptx import arith, memory, warp_ops
 from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, ranking, screening
 from build_kernels.kernels.dense.cluster import Cta
-from build_kernels.kernels.dense.geometry.common import LANES
-from build_kernels.kernels.dense.geometry.swap_ab import LISTED, N_TILE, RANKED, SwapAbGeometry
+from build_kernels.kernels.dense.geometry.common import LANES, screening_groups
+from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, SwapAbGeometry
 
 #: Named barrier of the consumer warps.
 CONSUMERS = 1
@@ -112,8 +112,8 @@ class SwapAbEpilogue:
     ) -> None:
         """Send the candidates of the held tokens to the CTAs that rank them.
 
-        ``token_threads`` threads work on each token. A CTA sends up to LISTED of its candidates,
-        and how many there are. ``images`` is not 0 if there may be image tokens.
+        ``token_threads`` threads work on each token. A CTA sends up to ``listed`` of its
+        candidates, and how many there are. ``images`` is not 0 if there may be image tokens.
         """
         g = self.g
         lane = arith.remainder(thread, LANES)
@@ -154,12 +154,12 @@ class SwapAbEpilogue:
             if member == 0:
                 target = shared + g.count_offset + (row * g.cluster_e + cta.e_rank) * 4
                 memory.store_cluster_b32(memory.map_shared(target, owner), total)
-            target = shared + g.list_offset + row * g.list_row_bytes + cta.e_rank * (LISTED * 8)
+            target = shared + g.list_offset + row * g.list_row_bytes + cta.e_rank * (g.listed * 8)
             target = memory.map_shared(target, owner)
             logits = shared + token * g.logit_row_bytes
             for word in cutlass.range_constexpr(g.thread_words):
                 mask = masks[word]
-                while mask != 0 and place < LISTED:
+                while mask != 0 and place < g.listed:
                     number = arith.lowest_bit(mask) + 32 * word
                     column = member * g.thread_experts + (number ^ (self.bank_swizzle(member) * 4))
                     logit = memory.load_shared_f32(logits + column * 4)
@@ -195,7 +195,7 @@ class SwapAbEpilogue:
             return [arith.from_bits(value) for value in memory.load_shared_v4(address)]
 
         highs: list[Float32] = []
-        bounds = screening.screening_groups(g.top_k)
+        bounds = screening_groups(g.top_k)
         groups = max(1, bounds // g.token_threads)
         best = [Float32(float("-inf"))] * groups
         for offset in offsets:
@@ -260,7 +260,7 @@ class SwapAbEpilogue:
             for count in counts[1:]:
                 total, most = total + count, arith.max_s32(most, count)
             fits = arith.both(
-                arith.less(total, Int32(RANKED + 1)), arith.less(most, Int32(LISTED + 1))
+                arith.less(total, Int32(g.ranked + 1)), arith.less(most, Int32(g.listed + 1))
             )
             total = arith.select(arith.both(ranked, fits), total, Int32(0))
             # Threads without a token have a row of their own.
@@ -330,7 +330,7 @@ class SwapAbEpilogue:
                 bias = memory.load_shared_f32(bias_row + expert * 4)
                 key = arith.select(some, scoring.ordered_key(logit, score, bias), Int32(0))
                 memory.store_shared_v2(slots + number * 8, ~expert, key)
-                memory.store_shared_f32(slots + (RANKED * 8 + number * 4), score)
+                memory.store_shared_f32(slots + (g.ranked * 8 + number * 4), score)
 
     @cute.jit
     def rank_listed(
@@ -356,7 +356,7 @@ class SwapAbEpilogue:
             for i in cutlass.range_constexpr(len(ranks)):
                 key, inverse = arith.halves(ranks[i])
                 if key != 0 and above[i] < g.top_k:
-                    score_bits = memory.load_shared_b32(slots + (RANKED * 8 + numbers[i] * 4))
+                    score_bits = memory.load_shared_b32(slots + (g.ranked * 8 + numbers[i] * 4))
                     memory.store_shared_v2(records + above[i] * 16, ~inverse, score_bits)
 
     def entry(self, number: Int32, counts: list[Int32]) -> Int32:
@@ -365,7 +365,7 @@ class SwapAbEpilogue:
         for part in range(len(counts) - 1):
             beyond = arith.less(counts[part] - 1, number)
             # In the next list, or in one behind it.
-            later = (part + 1) * LISTED + number - counts[part]
+            later = (part + 1) * self.g.listed + number - counts[part]
             entry = arith.select(beyond, later, entry)
             number = arith.select(beyond, number - counts[part], Int32(-1))
         return entry

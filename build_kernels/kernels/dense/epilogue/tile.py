@@ -17,7 +17,7 @@ from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, memory
 from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, ranking, screening
-from build_kernels.kernels.dense.geometry.common import LANES
+from build_kernels.kernels.dense.geometry.common import LANES, screening_groups
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
 from build_kernels.kernels.dense.mma.interface import TileMma
 
@@ -92,7 +92,7 @@ class TileEpilogue:
             return Float32(totals[pair // pairs][i + 2 * half + 4 * (pair % pairs)])
 
         self.mma.store_logits(totals, shared, thread)
-        bounds = screening.screening_groups(g.top_k)
+        bounds = screening_groups(g.top_k)
         groups = bounds // 4
         best = [[Float32(float("-inf"))] * groups for _ in range(2)]
         highs: list[list[Float32]] = [[], []]

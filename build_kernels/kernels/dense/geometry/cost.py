@@ -65,7 +65,7 @@ class Machine:
         return self.resident[min(listed for listed in self.resident if listed >= size)]
 
 
-H100 = Machine(clock=1755, resident={1: 132, 2: 66, 3: 42, 4: 30, 6: 18, 8: 15, 16: 7})
+H100 = Machine(clock=1755, resident={1: 132, 2: 66, 3: 39, 4: 30, 6: 18, 8: 15, 16: 7})
 
 #: Predicted: the same inlet, and as many clusters of 4 and more.
 B200 = Machine(
@@ -200,6 +200,11 @@ WGMMA_ALONE = 440
 #: Clocks from the request of a stage to its arrival: a short ring waits for it.
 LATENCY = 1650
 
+#: Candidates of a token whose ranking is in what a token costs, and clocks for each one more and
+#: each token that a thread ranks for.
+FEW_CANDIDATES = 20
+RANK_MORE = 40
+
 #: Clocks of the epilogue of the tile form: 128 tokens by two warpgroups.
 EPILOGUE = 12500
 
@@ -223,6 +228,7 @@ def _swap_ab(g: SwapAbGeometry, mma: str, clusters: int, machine: Machine) -> fl
     sums = g.cta_slices * g.exchange_bytes / machine.peers
     # Storing, screening, the cluster barrier, ranking, stores.
     epilogue = 3600 + 85 * g.held_tokens
+    epilogue += RANK_MORE * max(0.0, g.candidates - FEW_CANDIDATES) * g.rank_passes
     return START + MEET * g.cluster + g.k_blocks * stage + sums + epilogue
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from build_kernels.kernels.dense.geometry.common import (
     WARPGROUP,
     Geometry,
     ceil_div,
+    screening_groups,
 )
 
 #: Partial sums are exchanged in n-tiles of 8 tokens: 4 registers of an accumulator, 16 bytes per
@@ -25,9 +27,11 @@ from build_kernels.kernels.dense.geometry.common import (
 N_TILE = 8
 N_TILE_BYTES = LANES * 16
 
-#: Most candidates of a token that a CTA sends, and most that are ranked by counting.
-LISTED = 32
-RANKED = 32
+#: Places for the candidates of a token, in a CTA's list and where they are ranked by counting: a
+#: multiple of LIST_STEP, with SPARE times as many as are expected of independent logits. A token
+#: with more candidates is ranked from all its logits, which takes far longer.
+LIST_STEP = 32
+SPARE = 1.3
 
 #: Stages that hide the latency of memory.
 MIN_STAGES = 4
@@ -229,6 +233,36 @@ class SwapAbGeometry(Geometry):
         """Words of one thread's mask of candidates."""
         return ceil_div(self.thread_experts, 32)
 
+    def expected_candidates(self, e_rank: int) -> float:
+        """Return how many candidates a token has among the experts of an e rank, on average, if
+        logits are independent and alike.
+
+        The threshold is the ``top_k``-th largest maximum of groups of ``size`` experts, so a share
+        1 - q**size of the groups lies above it, where q is the share of experts below it.
+        """
+        real = max(0, min(self.tile_experts, self.experts - e_rank * self.tile_experts))
+        size = self.tile_experts / screening_groups(self.top_k)
+        groups = real / size
+        if groups <= self.top_k - 0.5:
+            return real
+        return float(real * (1 - (1 - (self.top_k - 0.5) / groups) ** (1 / size)))
+
+    @property
+    def listed(self) -> int:
+        """Most candidates of a token that a CTA sends."""
+        most = max(self.expected_candidates(e_rank) for e_rank in range(self.cluster_e))
+        return ceil_div(math.ceil(SPARE * most), LIST_STEP) * LIST_STEP
+
+    @property
+    def candidates(self) -> float:
+        """Candidates of a token that are expected of all e ranks together."""
+        return sum(self.expected_candidates(e_rank) for e_rank in range(self.cluster_e))
+
+    @property
+    def ranked(self) -> int:
+        """Most candidates of a token that are ranked by counting."""
+        return ceil_div(math.ceil(SPARE * self.candidates), LIST_STEP) * LIST_STEP
+
     @property
     def rank_threads(self) -> int:
         """Threads that rank one token's candidates."""
@@ -238,7 +272,7 @@ class SwapAbGeometry(Geometry):
     @property
     def rank_round(self) -> int:
         """Candidates of a token that are ranked at a time. Few tokens have more."""
-        return max(RANKED // 2, self.rank_threads)
+        return max(LIST_STEP // 2, self.rank_threads)
 
     @property
     def rank_passes(self) -> int:
@@ -357,9 +391,9 @@ class SwapAbGeometry(Geometry):
 
     @property
     def list_row_bytes(self) -> int:
-        """(logit, expert) of a token's candidates, LISTED from each CTA. Rows are padded, so that
-        neighbouring ones start in different banks."""
-        return self.cluster_e * LISTED * 8 + 16
+        """(logit, expert) of a token's candidates, ``listed`` from each CTA. Rows are padded, so
+        that neighbouring ones start in different banks."""
+        return self.cluster_e * self.listed * 8 + 16
 
     @property
     def slot_offset(self) -> int:
@@ -370,7 +404,7 @@ class SwapAbGeometry(Geometry):
     def slot_row_bytes(self) -> int:
         """(~expert, key) of a token's candidates, 64-bit numbers, then their scores. There is one
         row more than tokens, for threads without a token; likewise of records."""
-        return RANKED * 12 + 16
+        return self.ranked * 12 + 16
 
     @property
     def record_offset(self) -> int:
