@@ -16,6 +16,7 @@ from build_kernels.kernels.common import scoring
 from build_kernels.kernels.common.numerics import CONSTANTS
 from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import screening
+from build_kernels.kernels.dense.geometry.common import screening_groups
 from tests.kernels import emulation
 
 Floats = NDArray[np.float32]
@@ -79,6 +80,9 @@ class Arrays:
     def from_bits(self, a: NDArray[np.int32]) -> Floats:
         return a.view(np.float32)
 
+    def equal(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return np.equal(a, b)
+
     def less(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.bool_]:
         return np.less(a, b)
 
@@ -98,13 +102,18 @@ class Arrays:
 @pytest.fixture(autouse=True)
 def _as_arrays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     arrays = Arrays()
-    constants = types.SimpleNamespace(constant=lambda name: np.float32(CONSTANTS[name]))
+    constants = types.SimpleNamespace(
+        constant=lambda name: np.float32(CONSTANTS[name]),
+        ordered=scoring.ordered,
+        key_of=scoring.key_of,
+    )
     replaced = {"arith": arrays, "warp_ops": arrays, "scoring": constants}
     replaced |= {"Float32": np.float32, "Int32": np.int64}
     for name, value in replaced.items():
         monkeypatch.setattr(screening, name, value)
     monkeypatch.setattr(scoring, "arith", arrays)
     monkeypatch.setattr(scoring, "Float32", np.float32)
+    monkeypatch.setattr(scoring, "Int32", np.int32)
     # As on the hardware, infinities and NaN are results like others.
     with np.errstate(over="ignore", invalid="ignore"):
         yield
@@ -205,6 +214,33 @@ def test_united_groups_give_a_lower_threshold() -> None:
     assert (found <= every).all()
     # Groups are united, not lost: the largest bounds stay.
     assert (found >= np.sort(best.reshape(-1, 100), axis=0)[-32]).all()
+
+
+@pytest.mark.parametrize(
+    ("own", "lanes", "top_k"), [(10, 16, 16), (5, 32, 16), (16, 4, 8), (2, 32, 6)]
+)
+@pytest.mark.parametrize("values", ["random", "few values", "mostly -inf"])
+def test_of_exact_keys_the_best_are_kept(values: str, own: int, lanes: int, top_k: int) -> None:
+    generator = np.random.default_rng(10)
+    keys = generator.standard_normal((own, lanes, 400)).astype(np.float32)
+    if values == "few values":
+        keys = np.round(keys)
+    elif values == "mostly -inf":
+        keys = np.where(generator.random(keys.shape) < 0.97, np.float32(-np.inf), keys)
+    # Some places hold no candidate, but at least ``top_k`` do.
+    absent = generator.random(keys.shape) < 0.2
+    absent.reshape(-1, 400)[:top_k] = False
+    patterns = np.where(absent, np.int32(0), scoring.ordered((keys + 0).view(np.int32)))
+    groups = screening_groups(top_k)
+    least = screening.least_kept(list(patterns.astype(np.int32)), lanes, top_k, groups)
+    kept = patterns.view(np.uint32) >= least.view(np.uint32)
+    present = np.where(absent, np.float32(np.nan), keys).reshape(-1, 400)
+    # NaN sorts last.
+    kth = -np.sort(-present, axis=0)[top_k - 1]
+    assert not (kept & absent).any()
+    assert kept[~absent & (keys >= kth)].all()
+    if values == "random":
+        assert kept.sum(axis=(0, 1)).mean() < 1.6 * top_k
 
 
 def roots(values: Sequence[float] | Floats) -> tuple[Floats, Floats]:

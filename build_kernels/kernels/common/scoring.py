@@ -106,7 +106,18 @@ def ordered_key(logit: Float32, score_of_logit: Float32, bias: Float32) -> Int32
     """
     key = arith.add_rn(score_of_logit, bias)
     pattern = arith.select(arith.unordered(logit, key), Int32(-0x00800000), arith.bits(key))
+    return ordered(pattern)
+
+
+def ordered(pattern: Int32) -> Int32:
+    """Return the bits of a number as a pattern that orders like it, as an unsigned number."""
     return pattern ^ ((pattern >> 31) | Int32(-0x80000000))
+
+
+def key_of(pattern: Int32) -> Float32:
+    """Return the number that an ordered pattern stands for; -inf for 0, "no candidate"."""
+    number = arith.from_bits(pattern ^ (~(pattern >> 31) | Int32(-0x80000000)))
+    return arith.select(arith.equal(pattern, Int32(0)), Float32(float("-inf")), number)
 
 
 def stored_logit(logit: Float32) -> Int32:

@@ -103,6 +103,20 @@ def threshold(best: Sequence[Float32], lanes: int, top_k: int, groups: int) -> F
     return below(values[top_k - 1])
 
 
+def least_kept(patterns: Sequence[Int32], lanes: int, top_k: int, groups: int) -> Int32:
+    """Return an ordered pattern such that a key with a smaller one is not among the best.
+
+    ``lanes`` neighbouring threads hold a token's exact keys; all call this. ``patterns`` are those
+    of this thread's keys (``scoring.ordered_key``), 0 for none. At least ``top_k`` keys are not
+    below the result. ``groups`` is that of ``threshold``.
+    """
+    count = max(1, min(len(patterns), groups // lanes))
+    best = [Float32(float("-inf"))] * count
+    for i, pattern in enumerate(patterns):
+        best[i % count] = arith.max_f32(best[i % count], scoring.key_of(pattern))
+    return scoring.ordered(arith.bits(threshold(best, lanes, top_k, groups)))
+
+
 def descending(values: list[Float32]) -> list[Float32]:
     """Return the values, the largest first."""
     if len(values) < 2:

@@ -18,7 +18,7 @@ from build_kernels.kernels.common.scoring import Scoring
 from build_kernels.kernels.dense import biases, ranking, screening
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import LANES, screening_groups
-from build_kernels.kernels.dense.geometry.swap_ab import N_TILE, SwapAbGeometry
+from build_kernels.kernels.dense.geometry.swap_ab import LIST_STEP, N_TILE, SwapAbGeometry
 
 #: Named barrier of the consumer warps.
 CONSUMERS = 1
@@ -149,7 +149,7 @@ class SwapAbEpilogue:
         count = arith.population(masks[0])
         for word in cutlass.range_constexpr(1, g.thread_words):
             count = count + arith.population(masks[word])
-        place, total = self.before(count, member)
+        place, total = self.before(count, member, g.token_threads)
         if held:
             if member == 0:
                 target = shared + g.count_offset + (row * g.cluster_e + cta.e_rank) * 4
@@ -168,11 +168,14 @@ class SwapAbEpilogue:
                     mask = mask & (mask - 1)
                     place = place + 1
 
-    def before(self, count: Int32, member: Int32) -> tuple[Int32, Int32]:
-        """Return the sum of the counts of a token's threads before this one, and the sum of all."""
+    def before(self, count: Int32, member: Int32, members: int) -> tuple[Int32, Int32]:
+        """Return the sum of the counts of a token's threads before this one, and the sum of all.
+
+        ``members`` neighbouring threads work on the token; this is number ``member`` of them.
+        """
         before, total = Int32(0), count
         distance = 1
-        while distance < self.g.token_threads:
+        while distance < members:
             other = warp_ops.shuffle_xor(total, distance)
             later = arith.equal(member & distance, Int32(distance))
             before = arith.select(later, before + other, before)
@@ -268,13 +271,14 @@ class SwapAbEpilogue:
             slots = shared + g.slot_offset + own_row * g.slot_row_bytes
             records = shared + g.record_offset + own_row * (g.top_k * 16)
             listed = shared + g.list_offset + row * g.list_row_bytes
-            rounds = arith.quotient(
-                warp_ops.redux_max_u32(total) + (g.rank_round - 1), g.rank_round
-            )
+            rounds = self.rounds(total)
             self.score_listed(listed, bias_row, counts, total, slots, rounds, member)
             cute.arch.sync_warp()
-            self.rank_listed(total, slots, records, rounds, member)
             lacking = arith.both(ranked, arith.equal(total, Int32(0)))
+            if cutlass.const_expr(g.ranked > LIST_STEP):
+                total = self.narrow(total, slots, member)
+                rounds = self.rounds(total)
+            self.rank_listed(total, slots, records, rounds, member)
             if warp_ops.ballot(lacking) != 0:
                 self.rank_all(lacking, bias_row, logits, records, member)
             cute.arch.sync_warp()
@@ -301,6 +305,11 @@ class SwapAbEpilogue:
                 g.experts,
                 self.rule,
             )
+
+    def rounds(self, total: Int32) -> Int32:
+        """Return how many rounds rank the ``total`` candidates of each token of a warp."""
+        size = self.g.rank_round
+        return arith.quotient(warp_ops.redux_max_u32(total) + (size - 1), size)
 
     @cute.jit
     def score_listed(
@@ -331,6 +340,41 @@ class SwapAbEpilogue:
                 key = arith.select(some, scoring.ordered_key(logit, score, bias), Int32(0))
                 memory.store_shared_v2(slots + number * 8, ~expert, key)
                 memory.store_shared_f32(slots + (g.ranked * 8 + number * 4), score)
+
+    @cute.jit
+    def narrow(self, total: Int32, slots: Int32, member: Int32) -> Int32:
+        """Keep only the scored candidates that can still be among the best. Returns how many.
+
+        Every e rank has sent those that can be among its own best, and ranking compares each with
+        each. Those that are kept move to the first slots, those behind them get key 0.
+        """
+        g = self.g
+        numbers = [first + member for first in range(0, g.ranked, g.rank_threads)]
+        found = [memory.load_shared_v2(slots + number * 8) for number in numbers]
+        scores = [memory.load_shared_b32(slots + (g.ranked * 8 + number * 4)) for number in numbers]
+        keys = [
+            arith.select(arith.less(number, total), key, Int32(0))
+            for number, (_, key) in zip(numbers, found, strict=True)
+        ]
+        least = screening.least_kept(keys, g.rank_threads, g.top_k, screening_groups(g.top_k))
+        kept = [arith.at_least_u32(key, least) for key in keys]
+        count = Int32(0)
+        for each in kept:
+            count = count + arith.select(each, Int32(1), Int32(0))
+        place, left = self.before(count, member, g.rank_threads)
+        # All have read their slots.
+        cute.arch.sync_warp()
+        for number, (inverse, _), key, score, each in zip(
+            numbers, found, keys, scores, kept, strict=True
+        ):
+            if each:
+                memory.store_shared_v2(slots + place * 8, inverse, key)
+                memory.store_shared_b32(slots + (g.ranked * 8 + place * 4), score)
+                place = place + 1
+            if number >= left:
+                memory.store_shared_v2(slots + number * 8, Int32(0), Int32(0))
+        cute.arch.sync_warp()
+        return left
 
     @cute.jit
     def rank_listed(
