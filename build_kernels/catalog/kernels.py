@@ -192,10 +192,13 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
 )
 
-#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 128
+#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 384 experts
+#: have a variant for 128 tokens, whose tiles are smaller than those for 256 may be; 128
 #: experts begin with the variant for 512 tokens.
 _SWAP_AB = _table(
     "variant       model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
+    ("wgmma_128",  "dsv4-pro",     128,         32,         1,        4),
+    ("wgmma_128",  "dsv41-flash",  128,         32,         1,        4),
     ("wgmma_256",  "dsv4-flash",   128,         32,         2,        4),
     ("wgmma_256",  "dsv4-pro",     128,         40,         1,        4),
     ("wgmma_256",  "dsv41-flash",  128,         40,         1,        4),
@@ -279,6 +282,7 @@ _DECODE_CLASSES: _Classes = {
     "tcgen05": ((1, 8, 16, 32, 64), ("split_k",)),
 }
 _PREFILL_CLASSES: _Classes = {
+    "wgmma_128": ((128,), ("swap_ab", "tile")),
     "wgmma_256": ((128, 256), ("swap_ab", "tile")),
     "wgmma_512": ((512,), ("swap_ab", "tile")),
     "wgmma_1024": ((1024,), ("swap_ab", "tile")),

@@ -100,9 +100,16 @@ def test_another_text_is_refused(text: str) -> None:
 def test_classes_are_those_with_the_targets_own_mma() -> None:
     prefill = kernel("dense_router_prefill")
     names = [each.name for each in classes(prefill, "sm_90a", ALL)]
-    assert names == ["wgmma_256", "wgmma_512", "wgmma_1024", "wgmma_4096", "wgmma_wide"]
+    assert names == [
+        "wgmma_128",
+        "wgmma_256",
+        "wgmma_512",
+        "wgmma_1024",
+        "wgmma_4096",
+        "wgmma_wide",
+    ]
     names = [each.name for each in classes(prefill, "sm_90a", frozenset({128, 16384}))]
-    assert names == ["wgmma_256", "wgmma_wide"]
+    assert names == ["wgmma_128", "wgmma_256", "wgmma_wide"]
     assert {each.constants["MMA"] for each in classes(prefill, "sm_100f", ALL)} == {"tcgen05"}
     decode = classes(kernel("dense_router_decode"), "sm_90a", ALL)
     assert [each.name for each in decode] == ["portable", "portable_32"]
