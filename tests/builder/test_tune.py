@@ -156,7 +156,7 @@ def test_what_serves_today_and_what_no_form_can_build_are_no_candidates() -> Non
     found, refused = candidates(variant("wgmma_4096"), FLASH, today("wgmma_4096", FLASH), 0, given)
     assert found == []
     assert list(refused) == ["dsv4-flash/4096:128x999:1:1", "dsv4-flash/4096:0x8:1:1"]
-    assert "expected a multiple of 256 hidden elements" in refused["dsv4-flash/4096:128x999:1:1"]
+    assert "expected a multiple of 64 hidden elements" in refused["dsv4-flash/4096:128x999:1:1"]
 
 
 # --- the folder ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from tests.kernels.tensor_core import Sums
@@ -20,6 +22,13 @@ def chunk_sums(weight: Sums, hidden: Sums, k_chunk: int) -> list[Sums]:
     return found
 
 
+def tree_slices(hidden: int, k_chunk: int) -> list[range]:
+    """Return the hidden elements of each slice; slices without elements are left out."""
+    chunks = -(-hidden // k_chunk)
+    ends = [min(number * chunks // SLICES * k_chunk, hidden) for number in range(SLICES + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(ends) if start < end]
+
+
 def tree(weight: Sums, hidden: Sums, k_chunk: int) -> Sums:
     """Return the logits: chunks in the order of each slice, then the slices in their order."""
     terms = chunk_sums(weight, hidden, k_chunk)
@@ -35,6 +44,6 @@ def tree(weight: Sums, hidden: Sums, k_chunk: int) -> Sums:
 def uneven(hidden: Sums, k_chunk: int, generator: np.random.Generator) -> Sums:
     """Return hidden states whose chunks have other sizes, so that a sum depends on its order."""
     chunks = -(-hidden.shape[1] // k_chunk)
-    sizes = np.exp2(generator.permutation(np.linspace(0, 16, chunks).round()))
+    sizes = np.exp2(generator.permutation(np.linspace(0, 24, chunks).round()))
     scaled: Sums = hidden * sizes.astype(np.float32).repeat(k_chunk)[: hidden.shape[1]]
     return scaled

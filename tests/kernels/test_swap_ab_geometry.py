@@ -12,12 +12,17 @@ from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
 from build_kernels.kernels.common.numerics import CONSTANTS, SLICES
 from build_kernels.kernels.dense.contract import contract
-from build_kernels.kernels.dense.geometry.common import MAX_SHARED_BYTES, screening_groups
+from build_kernels.kernels.dense.geometry.common import (
+    K_BLOCK,
+    MAX_SHARED_BYTES,
+    screening_groups,
+)
 from build_kernels.kernels.dense.geometry.swap_ab import (
     N_TILE,
     SwapAbGeometry,
 )
 from router_runtime.format.contract import GridAxis, validate_contract
+from tests.kernels.summation import tree_slices
 
 
 def rows_variants() -> Iterator[tuple[str, dict[str, int | float | str]]]:
@@ -87,7 +92,50 @@ def test_k_ranks_divide_the_n_tiles(g: SwapAbGeometry) -> None:
 
 def test_k_ranks_divide_the_slices(g: SwapAbGeometry) -> None:
     assert g.cta_slices * g.split_k == SLICES
-    assert sum(g.slice_chunks) * g.split_k * g.k_chunk == g.hidden
+    assert g.even
+    assert g.share_k_blocks == [g.hidden // K_BLOCK // g.split_k] * g.split_k
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 4])
+@pytest.mark.parametrize("hidden", range(1024, 8192 + 64, 64))
+def test_k_ranks_divide_the_slices_of_any_hidden_size(hidden: int, split_k: int) -> None:
+    g = SwapAbGeometry.of(constants(HIDDEN=hidden, TILE_TOKENS=32, SPLIT_K=split_k))
+    ends = [len(own) for own in tree_slices(hidden, g.k_chunk)]
+    assert [len(own) * K_BLOCK for own in g.slices] == ends
+    for turn in range(g.cta_slices):
+        # The next slices: the exchange adds them in ascending order.
+        taken = [g.shares[k_rank][turn] for k_rank in g.ascending(turn)]
+        assert taken == g.slices[turn * split_k : (turn + 1) * split_k]
+    # Under the first chunk of a slice, a CTA of a share adds what its peers have sent.
+    assert split_k == 1 or min(len(own) for own in g.slices) >= g.chunk_k_blocks
+    # Only the last chunk is short, and is the last one of its CTA.
+    short = [len(own) % g.chunk_k_blocks for share in g.shares for own in share[:-1]]
+    assert not any(short)
+    assert g.k_blocks == max(g.share_k_blocks)
+    assert sum(g.share_k_blocks) * K_BLOCK == hidden
+
+
+@pytest.mark.parametrize(
+    ("hidden", "blocks"),
+    [
+        (2560, [20, 20]),
+        (3584, [28, 28]),
+        (1536, [12, 12]),
+        (2688, [20, 22]),
+        (2880, [24, 21]),
+    ],
+)
+def test_shares_are_as_even_as_slices_allow(hidden: int, blocks: list[int]) -> None:
+    """Where slices of n and n + 1 chunks take turns, a k rank gets one of each."""
+    assert SwapAbGeometry.of(constants(HIDDEN=hidden, SPLIT_K=2)).share_k_blocks == blocks
+
+
+@pytest.mark.parametrize("hidden", range(256, 1024, 64))
+def test_fewer_chunks_than_slices_are_not_divided(hidden: int) -> None:
+    g = SwapAbGeometry.of(constants(HIDDEN=hidden, SPLIT_K=1, TILE_TOKENS=16))
+    assert len(g.slices) == min(SLICES, -(-hidden // g.k_chunk))
+    with pytest.raises(ValueError, match="at least 1024"):
+        SwapAbGeometry.of(constants(HIDDEN=hidden, SPLIT_K=2, TILE_TOKENS=16))
 
 
 @pytest.mark.parametrize("peers", ["cluster_e", "cluster_t"])
@@ -142,6 +190,8 @@ def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
         {"TILE_TOKENS": 44},
         {"TILE_EXPERTS": 96},
         {"SPLIT_K": 3},
+        {"HIDDEN": 4064},
+        {"HIDDEN": 0},
         {"TILE_TOKENS": 512},
         {"CLUSTER_T": 32},
         {"SPLIT_K": 4, "TILE_TOKENS": 16},

@@ -16,7 +16,7 @@ import pytest
 
 from build_kernels.catalog.models import Model
 from build_kernels.kernels.common.numerics import CONSTANTS, SLICES
-from build_kernels.kernels.dense import ring
+from build_kernels.kernels.dense import ring, share
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.contract import contract
 from build_kernels.kernels.dense.exchange import swap_ab as exchange
@@ -60,7 +60,7 @@ from tests.kernels.walk import (
 def running(monkeypatch: pytest.MonkeyPatch) -> Running:
     proxy = as_python(
         monkeypatch,
-        *(swap_ab, exchange, ring),
+        *(swap_ab, exchange, ring, share),
         *(swap_ab_registers, tcgen05_swap_ab, tcgen05_accumulators),
     )
     monkeypatch.setattr(swap_ab, "SliceExchange", plain(SliceExchange))
@@ -150,10 +150,49 @@ def test_every_logit_is_the_sum_in_order(
     check(g, image, running, in_registers(running, g, all_lanes=False))
 
 
-def test_every_lane_may_release_the_weights(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+#: Divisions whose slices differ or whose last chunk is short, with (stages, buffers) of each.
+UNEVEN = {
+    "one short chunk": ({"HIDDEN": 192, "TILE_TOKENS": 8}, (2, 1)),
+    "a short fourth chunk": ({"HIDDEN": 896, "TILE_TOKENS": 8}, (3, 1)),
+    "slices of one and two": ({"HIDDEN": 1536, "TILE_TOKENS": 16, "CLUSTER_T": 2}, (3, 1)),
+    "slices of two and three": ({"HIDDEN": 2688, "TILE_TOKENS": 8}, (2, 1)),
+    "the shorter slice in turn": ({"HIDDEN": 1536, "TILE_TOKENS": 16, "SPLIT_K": 2}, (2, 1)),
+    "in turn, the last one short": ({"HIDDEN": 1344, "TILE_TOKENS": 16, "SPLIT_K": 2}, (3, 2)),
+    "shares of three and four": (
+        {"HIDDEN": 1728, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 2},
+        (3, 1),
+    ),
+    "shares of five and six": ({"HIDDEN": 2688, "TILE_TOKENS": 24, "SPLIT_K": 2}, (5, 2)),
+    "even but for the last": ({"HIDDEN": 1984, "TILE_TOKENS": 16, "SPLIT_K": 2}, (2, 1)),
+    "more stages than blocks": ({"HIDDEN": 1216, "TILE_TOKENS": 16, "SPLIT_K": 2}, (10, 2)),
+    "four shares, the last short": ({"HIDDEN": 1920, "TILE_TOKENS": 32, "SPLIT_K": 4}, (3, 1)),
+    "four shares of one and two": ({"HIDDEN": 1536, "TILE_TOKENS": 32, "SPLIT_K": 4}, (5, 1)),
+    "parts and shares": (
+        {"EXPERTS": 128, "HIDDEN": 1472, "TILE_TOKENS": 16, "SPLIT_K": 2},
+        (3, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("division", "ring"), UNEVEN.values(), ids=UNEVEN)
+def test_slices_may_differ_and_the_last_chunk_be_short(
+    division: dict[str, int],
+    ring: tuple[int, int],
+    running: Running,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    division = {"EXPERTS": 128, "HIDDEN": 1024, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2}
+    common = {"TILE_EXPERTS": 64, "CLUSTER_T": 1, "SPLIT_K": 1}
+    g, image = made(SwapAbGeometry, {**common, **division}, *ring, monkeypatch)
+    assert g.last_k_blocks or not g.even
+    check(g, image, running, in_registers(running, g, all_lanes=False))
+
+
+@pytest.mark.parametrize("hidden", [1024, 1344])
+def test_every_lane_may_release_the_weights(
+    hidden: int, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``mma.sync`` does without multicast."""
+    division = {"EXPERTS": 128, "HIDDEN": hidden, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2}
     g, image = made(SwapAbGeometry, {"TILE_EXPERTS": 64, **division}, 3, 1, monkeypatch)
     check(g, image, running, in_registers(running, g, all_lanes=True))
 
@@ -166,8 +205,24 @@ def test_every_lane_may_release_the_weights(
         ({"HIDDEN": 2048, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2}, 3, 2),
         ({"EXPERTS": 256, "HIDDEN": 1024, "TILE_TOKENS": 32, "CLUSTER_T": 1, "SPLIT_K": 2}, 5, 1),
         ({"EXPERTS": 200, "TILE_EXPERTS": 256, "HIDDEN": 512, "TILE_TOKENS": 16}, 3, 1),
+        ({"HIDDEN": 1344, "TILE_TOKENS": 16, "SPLIT_K": 2}, 3, 1),
+        ({"HIDDEN": 1728, "TILE_TOKENS": 16, "CLUSTER_T": 2, "SPLIT_K": 2}, 3, 2),
+        ({"HIDDEN": 1152, "TILE_TOKENS": 32, "SPLIT_K": 4}, 5, 1),
+        ({"HIDDEN": 2240, "TILE_TOKENS": 16}, 4, 1),
+        ({"HIDDEN": 128, "TILE_TOKENS": 16}, 2, 1),
     ],
-    ids=["one block", "two tiles", "two shares", "two parts and shares", "two rows of experts"],
+    ids=[
+        "one block",
+        "two tiles",
+        "two shares",
+        "two parts and shares",
+        "two rows of experts",
+        "the shorter slice in turn",
+        "shares of three and four",
+        "one chunk in a share",
+        "slices of two and three",
+        "one short chunk",
+    ],
 )
 def test_with_tensor_memory(
     division: dict[str, int],
@@ -210,7 +265,7 @@ def check(g: SwapAbGeometry, image: Contract, running: Running, mma: Any) -> Non
     found = walk(g, running, mma, packed(image, weight), hidden)
     expected = tree(weight, hidden, g.k_chunk)
     assert np.array_equal(found[:tokens, : g.experts], expected)
-    if g.hidden // g.k_chunk >= 8:
+    if g.hidden >= 8 * g.k_chunk:
         one_by_one = functools.reduce(np.add, chunk_sums(weight, hidden, g.k_chunk))
         assert not np.array_equal(expected, one_by_one)
 
@@ -273,7 +328,8 @@ def walk(g: SwapAbGeometry, running: Running, mma: Any, image: Sums, hidden: Sum
             block.barrier_init(hidden_ring.full_at(stage), 1)
             block.barrier_init(hidden_ring.empty_at(stage), mma.hidden_releases * g.cluster_e)
             block.barrier_init(weight_ring.empty_at(stage), mma.weight_releases * g.cluster_t)
-            block.barrier_arrive_expect_tx(hidden_ring.full_at(stage), g.stage_bytes)
+            if stage < g.share_k_blocks[block.rank % g.cluster_x // g.cluster_e]:
+                block.barrier_arrive_expect_tx(hidden_ring.full_at(stage), g.stage_bytes)
         exchanges = g.buffers * g.consumer_warps if g.split_k > 1 else 0
         first = block.base + g.exchange_barrier_offset
         for number in range(exchanges):

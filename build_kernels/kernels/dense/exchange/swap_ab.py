@@ -1,7 +1,7 @@
 """Exchange of the swap-A/B form: the sums of every slice cross between the k ranks.
 
-The CTAs of the k ranks multiply neighbouring slices at the same time. Every n-tile of tokens has
-one CTA that adds its slices, in ascending order. Warp w of a CTA sends its sums of all other
+In each turn, the CTAs of the k ranks multiply one of the next slices each. Every n-tile of tokens
+has one CTA that adds its slices, in ascending order. Warp w of a CTA sends its sums of all other
 n-tiles to warp w of the CTA that adds them, by asynchronous stores into its shared memory. Each
 buffer and warp has a full barrier, which counts the bytes that arrive here, and an empty barrier,
 which counts the peers that have read what this warp sent.
@@ -49,18 +49,19 @@ class SliceExchange:
         return exchange_barriers(self.g, first, buffer, self.warp)
 
     @cute.jit
-    def send(self, sums: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
+    def send(self, sums: cute.Tensor, turn: cutlass.Constexpr[int]) -> None:
         """Send the sums of a slice to the peers that add them, and keep those that this CTA adds.
 
-        ``sums`` has four of this thread for each n-tile of tokens. ``phase`` counts the slices that
-        have passed through the buffer.
+        ``sums`` has four of this thread for each n-tile of tokens. ``turn`` counts the slices of
+        this CTA before.
         """
         g = self.g
         e_rank, k_rank, t_rank = self.cta
+        buffer, phase = turn % g.buffers, turn // g.buffers
         full, empty = self.barriers(buffer)
-        if phase > 0:
+        if cutlass.const_expr(phase > 0):
             # The peers have read what was in the buffer.
-            mbarrier.wait(empty, (phase - 1) & 1)
+            mbarrier.wait(empty, Int32((phase - 1) & 1))
         else:
             self.expect(full)
         room = (
@@ -89,19 +90,20 @@ class SliceExchange:
             async_copy.store_async(place + n_tile * N_TILE_BYTES, full, words)
 
     @cute.jit
-    def add(self, totals: cute.Tensor, buffer: cutlass.Constexpr[int], phase: Int32) -> None:
-        """Add one slice of every k rank, in ascending order, to this thread's totals.
+    def add(self, totals: cute.Tensor, turn: cutlass.Constexpr[int]) -> None:
+        """Add the slices of a turn, in ascending order, to this thread's totals.
 
         It waits for the peers' sums; then the buffer is empty.
         """
         g = self.g
         e_rank, k_rank, t_rank = self.cta
+        buffer, phase = turn % g.buffers, turn // g.buffers
         full, empty = self.barriers(buffer)
-        mbarrier.wait(full, phase & 1)
+        mbarrier.wait(full, Int32(phase & 1))
         room = buffer * g.exchange_bytes + self.warp * g.warp_bytes
         first = self.shared + g.exchange_offset + room + self.lane * 16
         seen = Int32(1)
-        for source in cutlass.range_constexpr(g.split_k):
+        for source in g.ascending(turn):
             slot = arith.min_s32(self.slot(Int32(source), k_rank), Int32(g.split_k - 2))
             mine = arith.equal(k_rank, Int32(source))
             for n_tile in cutlass.range_constexpr(g.held_n_tiles):
@@ -112,7 +114,7 @@ class SliceExchange:
                     total = Float32(totals[4 * n_tile + i])
                     totals[4 * n_tile + i] = arith.add_rn(total, term)
                     seen = seen | got[i]
-        if phase * g.buffers + buffer < g.cta_slices - g.buffers:
+        if cutlass.const_expr(turn < g.cta_slices - g.buffers):
             self.expect(full)
             # The buffer may be released only when the loads have returned. MMAs that were issued
             # before can delay the loads for longer than the peers need to fill the buffer again, so

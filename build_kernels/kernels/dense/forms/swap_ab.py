@@ -28,7 +28,7 @@ from cutlass import Float32, Int32, Int64, cute
 from build_kernels.kernels.common.parameters import Routing
 from build_kernels.kernels.common.ptx import arith, async_copy, mbarrier
 from build_kernels.kernels.common.scoring import Scoring
-from build_kernels.kernels.dense import biases, cluster
+from build_kernels.kernels.dense import biases, cluster, share
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.epilogue.swap_ab import SwapAbEpilogue
 from build_kernels.kernels.dense.exchange.swap_ab import (
@@ -142,7 +142,8 @@ class SwapAb:
             mbarrier.fence_init()
             # The first filling of every stage; thread 0 expects each later one in time.
             for stage in cutlass.range_constexpr(g.stages):
-                mbarrier.arrive_expect_tx(full + BARRIER_BYTES * stage, Int32(g.stage_bytes))
+                if stage < share.k_blocks(g, k_rank):
+                    mbarrier.arrive_expect_tx(full + BARRIER_BYTES * stage, Int32(g.stage_bytes))
         self.mma.allocate(shared, warp)
         biases.load(
             bias.toint(),
@@ -244,13 +245,13 @@ class SwapAb:
         g = self.g
         peers = Int32((1 << g.cluster_e) - 1) << g.cta_rank(Int32(0), cta.k_rank, cta.t_rank)
         state = TurnState(g.stages)
-        for number in cutlass.range(g.k_blocks, unroll=1):
+        for number in cutlass.range(share.k_blocks(g, cta.k_rank), unroll=1):
             if arith.remainder(number, g.cluster_e) == cta.e_rank:
                 if number >= g.stages:
                     mbarrier.wait(ring.empty_at(state.stage), state.phase())
                     state = state.released()
                 place = ring.data_at(state.stage)
-                x = self.k_block_of(number, cta.k_rank) * K_BLOCK
+                x = share.k_block_of(g, number, cta.k_rank) * K_BLOCK
                 full = ring.full_at(state.stage)
                 if cutlass.const_expr(g.cluster_e > 1):
                     async_copy.tile_multicast(place, tensor_map, x, first_token, full, peers)
@@ -270,13 +271,13 @@ class SwapAb:
         peers = peers << g.cta_rank(cta.e_rank, cta.k_rank, Int32(0))
         size = Int32(g.weight_stage_bytes)
         state = TurnState(g.stages)
-        for number in cutlass.range(g.k_blocks, unroll=1):
+        for number in cutlass.range(share.k_blocks(g, cta.k_rank), unroll=1):
             if arith.remainder(number, g.cluster_t) == cta.t_rank:
                 if number >= g.stages:
                     mbarrier.wait(ring.empty_at(state.stage), state.phase())
                     state = state.released()
                 place = ring.data_at(state.stage)
-                k_block = self.k_block_of(number, cta.k_rank)
+                k_block = share.k_block_of(g, number, cta.k_rank)
                 address = first + Int64(k_block) * (g.padded_experts * K_BLOCK * 2)
                 full = ring.full_at(state.stage)
                 if cutlass.const_expr(g.cluster_t > 1):
@@ -284,15 +285,6 @@ class SwapAb:
                 else:
                     async_copy.bulk(place, address, size, full)
             state = state.next()
-
-    def k_block_of(self, number: Int32, k_rank: Int32) -> Int32:
-        """Return which 64-element block of the hidden dimension fills a stage of a k rank for the
-        ``number``-th time, from 0."""
-        g = self.g
-        if g.split_k == 1:
-            return number
-        own = arith.quotient(number, g.slice_k_blocks) * g.split_k + k_rank
-        return own * g.slice_k_blocks + arith.remainder(number, g.slice_k_blocks)
 
     # --- step 1: the multiplication ---------------------------------------------------------------
 
@@ -318,28 +310,29 @@ class SwapAb:
         state = mma.begin()
         self.clear(totals)
         if cutlass.const_expr(g.split_k == 1):
-            for chunks, slices in g.alike_slices:
-                for _ in cutlass.range(slices, unroll=1):
+            for run in g.runs:
+                for number in cutlass.range(run.start, run.stop, unroll=1):
                     self.clear(sums)
-                    state = self.chunks(mma, state, sums, chunks)
+                    whole, short = share.chunks_of_slice(g, run, number)
+                    state = self.chunks(mma, state, sums, whole, short)
                     for i in cutlass.range_constexpr(4 * g.n_tiles):
                         totals[i] = arith.add_rn(Float32(totals[i]), Float32(sums[i]))
         else:
             exchange = SliceExchange(g, shared, cta, warp, lane)
-            for number, chunks in enumerate(g.slice_chunks):
-                buffer, phase = number % g.buffers, Int32(number // g.buffers)
+            for turn in cutlass.range_constexpr(g.cta_slices):
+                whole, short = share.chunks_of_turn(g, turn, cta.k_rank)
                 self.clear(sums)
-                if cutlass.const_expr(number >= g.buffers):
+                if cutlass.const_expr(turn >= g.buffers):
                     # The peers' sums that the buffer held before are added under the first chunk.
-                    add = partial(exchange.add, totals, buffer, phase - 1)
-                    state = mma.chunk(state, add)
+                    add = partial(exchange.add, totals, turn - g.buffers)
+                    state = mma.chunk(state, g.chunk_k_blocks, add)
                     mma.add_to(state, sums)
-                    state = self.chunks(mma, state, sums, chunks - 1)
+                    state = self.chunks(mma, state, sums, whole - 1, short)
                 else:
-                    state = self.chunks(mma, state, sums, chunks)
-                exchange.send(sums, buffer, phase)
-            for number in cutlass.range_constexpr(g.cta_slices - g.buffers, g.cta_slices):
-                exchange.add(totals, number % g.buffers, Int32(number // g.buffers))
+                    state = self.chunks(mma, state, sums, whole, short)
+                exchange.send(sums, turn)
+            for turn in cutlass.range_constexpr(g.cta_slices - g.buffers, g.cta_slices):
+                exchange.add(totals, turn)
         return totals
 
     def clear(self, sums: cute.Tensor) -> None:
@@ -347,16 +340,34 @@ class SwapAb:
         for i in range(cute.size(sums)):
             sums[i] = Float32(-0.0)
 
-    @cute.jit
     def chunks(
         self,
         mma: BoundSwapAbMma,
         state: Any,
         sums: cute.Tensor,
-        count: cutlass.Constexpr[int],
+        whole: Int32 | int,
+        short: Int32 | int,
     ) -> Any:
-        """Multiply that many chunks and add each to ``sums``. Returns the state behind them."""
+        """Multiply ``whole`` chunks, then ``short`` (0 or 1) short ones, and add each to ``sums``.
+
+        Returns the state behind them. No code is made for a short chunk that no CTA has.
+        """
+        state = self.alike(mma, state, sums, whole, self.g.chunk_k_blocks)
+        if isinstance(short, int) and short == 0:
+            return state
+        return self.alike(mma, state, sums, short, self.g.last_k_blocks)
+
+    @cute.jit
+    def alike(
+        self,
+        mma: BoundSwapAbMma,
+        state: Any,
+        sums: cute.Tensor,
+        count: Int32,
+        blocks: cutlass.Constexpr[int],
+    ) -> Any:
+        """Multiply that many chunks of ``blocks`` blocks and add each to ``sums``."""
         for _ in cutlass.range(count, unroll=1):
-            state = mma.chunk(state, None)
+            state = mma.chunk(state, blocks, None)
             mma.add_to(state, sums)
         return state

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from build_kernels.kernels.common.numerics import SLICES
@@ -47,9 +47,9 @@ class SwapAbGeometry(Geometry):
 
     A cluster is ``cluster_e`` x ``split_k`` x ``cluster_t`` CTAs, in this order of rank: parts of
     the experts, shares of the hidden dimension, tiles of tokens. CTAs that need the same weights or
-    the same hidden states take turns in fetching them for all. The CTA of k rank r multiplies the
-    slices r, r + split_k, ...; of every slice's sums it keeps the n-tiles of tokens that it adds,
-    and sends the others to the CTAs of the other k ranks.
+    the same hidden states take turns in fetching them for all. The CTAs of the k ranks take one
+    slice each, then the next ones (``shares``); of every slice's sums a CTA keeps the n-tiles of
+    tokens that it adds, and sends the others to the CTAs of the other k ranks.
     """
 
     tile_experts: int
@@ -63,17 +63,20 @@ class SwapAbGeometry(Geometry):
     def check(self) -> None:
         """Raise ValueError unless the tile divides evenly and fits cluster and shared memory."""
         g = self
-        whole = g.k_chunk * (SLICES if g.split_k > 1 else 1)
+        # A share of K has no slice without a whole chunk, under whose MMAs it adds other sums.
+        least = g.k_chunk * SLICES if g.split_k > 1 else K_BLOCK
         if (
-            g.hidden % whole
+            g.hidden % K_BLOCK
+            or g.hidden < least
             or SLICES % g.split_k
             or g.tile_tokens % N_TILE
             or g.tile_experts % MMA_M
         ):
             raise ValueError(
-                f"expected a multiple of {whole} hidden elements, a K split that divides {SLICES}, "
-                f"tiles of a multiple of {N_TILE} tokens and {MMA_M} experts, found hidden "
-                f"{g.hidden} in {g.split_k}, {g.tile_tokens} tokens, {g.tile_experts} experts"
+                f"expected a multiple of {K_BLOCK} hidden elements, at least {least}, a K split "
+                f"that divides {SLICES}, tiles of a multiple of {N_TILE} tokens and {MMA_M} "
+                f"experts, found hidden {g.hidden} in {g.split_k}, {g.tile_tokens} tokens, "
+                f"{g.tile_experts} experts"
             )
         # A CTA that adds nothing would run ahead of those that wait for each other's sums.
         if g.n_tiles < g.split_k:
@@ -147,32 +150,69 @@ class SwapAbGeometry(Geometry):
         left = launched - WARPGROUP * self.producer_registers
         return min(MAX_CONSUMER_REGISTERS, left // self.consumer_threads // 8 * 8)
 
-    # --- hidden dimension ---
-    @property
-    def slice_chunks(self) -> list[int]:
-        """Chunks of each slice that one CTA multiplies; all alike if the slices are divided."""
-        chunks = [len(own) for own in summation.slice_chunks(self.hidden // self.k_chunk)]
-        return chunks[:: self.split_k]
+    # --- hidden dimension: slices, as runs of its 64-element blocks ---
+    @cached_property
+    def slices(self) -> list[range]:
+        """The blocks of each slice. The last chunk of the last one can be short."""
+        blocks, whole = self.hidden // K_BLOCK, self.chunk_k_blocks
+        chunks = summation.slice_chunks(ceil_div(blocks, whole))
+        return [range(own.start * whole, min(own.stop * whole, blocks)) for own in chunks]
 
     @property
-    def alike_slices(self) -> list[tuple[int, int]]:
-        """Runs of slices with the same number of chunks: (chunks, slices)."""
-        return [(chunks, len(list(run))) for chunks, run in itertools.groupby(self.slice_chunks)]
+    def last_k_blocks(self) -> int:
+        """Blocks of the last, short chunk; 0 if all chunks are whole."""
+        return self.hidden // K_BLOCK % self.chunk_k_blocks
+
+    @property
+    def even(self) -> bool:
+        """Whether all slices have the same number of blocks."""
+        return len({len(own) for own in self.slices}) == 1
+
+    @property
+    def runs(self) -> list[range]:
+        """Numbers of slices: those without a short chunk, then the last one if it has one."""
+        whole = len(self.slices) - (self.last_k_blocks > 0)
+        return [run for run in (range(whole), range(whole, len(self.slices))) if run]
+
+    @cached_property
+    def shares(self) -> list[list[range]]:
+        """The slices that each k rank multiplies, in its order.
+
+        In each turn every k rank takes one of the next ``split_k`` slices: in ascending order,
+        unless the largest share has fewer blocks when every second turn is in descending order.
+        """
+        in_order = [
+            self.slices[first : first + self.split_k]
+            for first in range(0, len(self.slices), self.split_k)
+        ]
+        there_and_back = [
+            turn[::-1] if number % 2 else turn for number, turn in enumerate(in_order)
+        ]
+
+        def largest(turns: list[list[range]]) -> int:
+            return max(sum(len(own) for own in share) for share in zip(*turns, strict=True))
+
+        turns = min(in_order, there_and_back, key=largest)
+        return [list(share) for share in zip(*turns, strict=True)]
 
     @property
     def cta_slices(self) -> int:
-        """Slices that one CTA multiplies."""
-        return len(self.slice_chunks)
+        """Slices that one CTA multiplies: its turns."""
+        return len(self.shares[0])
+
+    def ascending(self, turn: int) -> list[int]:
+        """Return the k ranks in the ascending order of the slices that they take in a turn."""
+        return sorted(range(self.split_k), key=lambda k_rank: self.shares[k_rank][turn].start)
+
+    @cached_property
+    def share_k_blocks(self) -> list[int]:
+        """Blocks that the CTA of each k rank multiplies: fillings of its ring."""
+        return [sum(len(own) for own in share) for share in self.shares]
 
     @property
     def k_blocks(self) -> int:
-        """64-element blocks that one CTA multiplies: fillings of its ring."""
-        return sum(self.slice_chunks) * self.chunk_k_blocks
-
-    @property
-    def slice_k_blocks(self) -> int:
-        """64-element blocks of one slice, where the slices are divided among CTAs."""
-        return self.slice_chunks[0] * self.chunk_k_blocks
+        """Most blocks that one CTA multiplies."""
+        return max(self.share_k_blocks)
 
     # --- tokens ---
     @property

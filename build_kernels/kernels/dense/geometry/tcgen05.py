@@ -46,11 +46,6 @@ class SwapAbTcgen05Geometry(SwapAbGeometry):
             )
         SwapAbGeometry.check(self)
 
-    @property
-    def cta_chunks(self) -> int:
-        """Chunks that one CTA multiplies."""
-        return sum(self.slice_chunks)
-
     # --- tensor memory ---
     @property
     def row_tiles(self) -> int:

@@ -109,8 +109,8 @@ class BoundSwapAbMma(ABC):
         """Return the state before the first chunk."""
 
     @abstractmethod
-    def chunk(self, state: Any, meanwhile: Callable[[], None] | None) -> Any:
-        """Multiply the next chunk from zero. Returns the state behind it.
+    def chunk(self, state: Any, blocks: int, meanwhile: Callable[[], None] | None) -> Any:
+        """Multiply the next chunk, of ``blocks`` stages, from zero. Returns the state behind it.
 
         It waits for the stages, and they are released when the MMAs have read them. ``meanwhile``
         is called once, under the MMAs.

@@ -14,6 +14,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from build_kernels.kernels.common.ptx import arith, mbarrier, memory
+from build_kernels.kernels.dense import share
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import BARRIER_BYTES, LANES
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
@@ -70,6 +71,7 @@ class SwapAbInRegisters(SwapAbMma):
             hidden,
             weight,
             cta,
+            share.k_blocks(self.g, cta.k_rank),
             thread,
             cute.arch.lane_idx(),
             self.all_lanes_release,
@@ -81,7 +83,8 @@ class SwapAbInRegisters(SwapAbMma):
 class BoundInRegisters(BoundSwapAbMma):
     """What ``SwapAbInRegisters.bind`` returns, for the thread ``thread``.
 
-    ``all_lanes_release`` is that of the MMA object.
+    ``k_blocks`` counts the fillings of the CTA's ring; ``all_lanes_release`` is that of the MMA
+    object.
     """
 
     g: SwapAbGeometry
@@ -89,6 +92,7 @@ class BoundInRegisters(BoundSwapAbMma):
     hidden: Ring
     weight: Ring
     cta: Cta
+    k_blocks: Int32 | int
     thread: Int32
     lane: Int32
     all_lanes_release: bool
@@ -98,9 +102,10 @@ class BoundInRegisters(BoundSwapAbMma):
         return CountedRingState(self.g.stages)
 
     def chunk(
-        self, state: CountedRingState, meanwhile: Callable[[], None] | None
+        self, state: CountedRingState, blocks: int, meanwhile: Callable[[], None] | None
     ) -> CountedRingState:
-        """Multiply a chunk, from the ring's ``state`` on. Returns the state behind it.
+        """Multiply a chunk of ``blocks`` stages, from the ring's ``state`` on. Returns the state
+        behind it.
 
         ``meanwhile`` runs under the chunk's MMAs. A stage is released one block later, when its
         MMAs are known to have completed.
@@ -110,8 +115,8 @@ class BoundInRegisters(BoundSwapAbMma):
         # The block in which to add the sums that other CTAs have sent. With two buffers they were
         # sent a whole chunk ago and have arrived: the first. With one buffer they were sent at the
         # end of the last chunk: half a chunk later, so that this warp need not wait for them.
-        moment = 0 if g.buffers > 1 else g.chunk_k_blocks // 2
-        for block in range(g.chunk_k_blocks):
+        moment = 0 if g.buffers > 1 else blocks // 2
+        for block in range(blocks):
             mbarrier.wait(self.hidden.full_at(state.stage), state.phase)
             self.expect(state.stage, state.count)
             self.stages.multiply(state.stage, starts=block == 0)
@@ -138,7 +143,7 @@ class BoundInRegisters(BoundSwapAbMma):
         Called when the present filling has arrived, and before the stage is released.
         """
         g = self.g
-        if self.thread == 0 and number + g.stages < g.k_blocks:
+        if self.thread == 0 and number + g.stages < self.k_blocks:
             mbarrier.arrive_expect_tx(self.hidden.full_at(stage), Int32(g.stage_bytes))
 
     @cute.jit
@@ -148,7 +153,7 @@ class BoundInRegisters(BoundSwapAbMma):
         following = number + g.stages
         e = arith.remainder(following, g.cluster_e)
         t = arith.remainder(following, g.cluster_t)
-        if following < g.k_blocks:
+        if following < self.k_blocks:
             if cutlass.const_expr(self.all_lanes_release):
                 rank = g.cta_rank(cta.e_rank, cta.k_rank, t)
                 mbarrier.arrive_remote(memory.map_shared(self.weight.empty_at(stage), rank))

@@ -45,11 +45,12 @@ def address(g: Any, shared: Int32) -> Int32:
     return memory.load_shared_b32(shared + g.tensor_address_offset)
 
 
-def drain(ring: Ring, fillings: int) -> None:
+def drain(ring: Ring, fillings: Int32 | int) -> None:
     """Wait until all stages of a ring have been released, after ``fillings`` fillings."""
-    for stage in range(min(ring.stages, fillings)):
-        last = (fillings - 1 - stage) // ring.stages
-        mbarrier.wait(ring.empty_at(stage), Int32(last % 2))
+    for stage in range(ring.stages):
+        # Fillings of the stage, and one more: the phase before the first counts as released.
+        count = (fillings - 1 - stage + 2 * ring.stages) // ring.stages
+        mbarrier.wait(ring.empty_at(stage), Int32(count % 2))
 
 
 def free(g: Any, tensor: Int32) -> None:

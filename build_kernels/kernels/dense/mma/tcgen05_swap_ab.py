@@ -16,6 +16,7 @@ from cutlass import Float32, Int32, cute
 
 from build_kernels.kernels.common.ptx import arith, mbarrier, tcgen05, tcgen05_layout
 from build_kernels.kernels.common.ptx.tcgen05_layout import PACKED_STAGE, SWIZZLED_ROWS
+from build_kernels.kernels.dense import share
 from build_kernels.kernels.dense.cluster import Cta
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K, WARPGROUP
 from build_kernels.kernels.dense.geometry.tcgen05 import ACCUMULATORS, SwapAbTcgen05Geometry
@@ -69,15 +70,22 @@ class SwapAbTcgen05(SwapAbMma):
             tensor = tcgen05_accumulators.address(g, shared)
             accumulators = tcgen05_accumulators.barriers(g, shared)
             state = CountedRingState(g.stages)
-            for chunk in cutlass.range(g.cta_chunks, unroll=1):
-                state = self.issue_chunk(chunk, tensor, accumulators, hidden, weight, cta, state)
-            tcgen05_accumulators.drain(accumulators, g.cta_chunks)
+            whole, short = share.chunks_of_share(g, cta.k_rank)
+            rings = (accumulators, hidden, weight)
+            for chunk in cutlass.range(whole, unroll=1):
+                state = self.issue_chunk(chunk, g.chunk_k_blocks, tensor, *rings, cta, state)
+            # The short chunk is the last one of its CTA.
+            if cutlass.const_expr(g.last_k_blocks > 0):
+                for chunk in cutlass.range(whole, whole + short, unroll=1):
+                    state = self.issue_chunk(chunk, g.last_k_blocks, tensor, *rings, cta, state)
+            tcgen05_accumulators.drain(accumulators, whole + short)
             tcgen05_accumulators.free(g, tensor)
 
     @cute.jit
     def issue_chunk(
         self,
         chunk: Int32,
+        blocks: cutlass.Constexpr[int],
         tensor: Int32,
         accumulators: Ring,
         hidden: Ring,
@@ -85,18 +93,19 @@ class SwapAbTcgen05(SwapAbMma):
         cta: Cta,
         state: CountedRingState,
     ) -> CountedRingState:
-        """Issue the MMAs of a chunk, k ascending, the first one from zero. The last commit makes
-        the accumulator full. Returns the ring's state behind the chunk."""
+        """Issue the MMAs of a chunk of ``blocks`` stages, k ascending, the first one from zero. The
+        last commit makes the accumulator full. Returns the ring's state behind the chunk."""
         g = self.g
         number, turn = arith.remainder(chunk, ACCUMULATORS), arith.quotient(chunk, ACCUMULATORS)
         mbarrier.wait(accumulators.empty_at(number), arith.remainder(turn, 2) ^ 1)
         accumulator = tensor + number * g.accumulator_columns
         instruction = tcgen05_layout.instruction_descriptor(g.tile_tokens)
-        for block in cutlass.range_constexpr(g.chunk_k_blocks):
+        fillings = share.k_blocks(g, cta.k_rank)
+        for block in cutlass.range_constexpr(blocks):
             mbarrier.wait(hidden.full_at(state.stage), state.phase)
             following = state.count + g.stages
             # Before the stage is released: the bytes of its next filling are announced.
-            if cute.arch.lane_idx() == 0 and following < g.k_blocks:
+            if cute.arch.lane_idx() == 0 and following < fillings:
                 mbarrier.arrive_expect_tx(hidden.full_at(state.stage), Int32(g.stage_bytes))
             cute.arch.sync_warp()
             tcgen05.fence_after()
@@ -112,7 +121,7 @@ class SwapAbTcgen05(SwapAbMma):
                         instruction,
                         block > 0 or step > 0,
                     )
-            if following < g.k_blocks:
+            if following < fillings:
                 self.release(hidden, weight, cta, state.stage, following)
             state = state.next()
         tcgen05.commit(accumulators.full_at(number))
@@ -178,7 +187,9 @@ class BoundTcgen05(BoundSwapAbMma):
         """Return the state before the first chunk."""
         return RingState(ACCUMULATORS)
 
-    def chunk(self, state: RingState, meanwhile: Callable[[], None] | None) -> RingState:
+    def chunk(
+        self, state: RingState, blocks: int, meanwhile: Callable[[], None] | None
+    ) -> RingState:
         """Wait until the issuing warp's MMAs have completed the next chunk."""
         if meanwhile is not None:
             meanwhile()
