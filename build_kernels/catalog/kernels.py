@@ -192,9 +192,9 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
 )
 
-#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. 384 experts
-#: have a variant for 128 tokens, whose tiles are smaller than those for 256 may be; 128
-#: experts begin with the variant for 512 tokens.
+#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. Models
+#: with 384 experts have a variant for 128 tokens, as those tiles would take two waves for 256; the
+#: one with 128 experts begins with the variant for 512.
 _SWAP_AB = _table(
     "variant       model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
     ("wgmma_128",  "dsv4-pro",     128,         32,         1,        4),
