@@ -274,11 +274,12 @@ class SwapAbEpilogue:
             rounds = self.rounds(total)
             self.score_listed(listed, bias_row, counts, total, slots, rounds, member)
             cute.arch.sync_warp()
-            lacking = arith.both(ranked, arith.equal(total, Int32(0)))
+            left = total
             if cutlass.const_expr(g.ranked > LIST_STEP):
-                total = self.narrow(total, slots, member)
-                rounds = self.rounds(total)
-            self.rank_listed(total, slots, records, rounds, member)
+                left = self.narrow(total, slots, member)
+                rounds = self.rounds(left)
+            self.rank_listed(left, slots, records, rounds, member)
+            lacking = arith.both(ranked, arith.equal(total, Int32(0)))
             if warp_ops.ballot(lacking) != 0:
                 self.rank_all(lacking, bias_row, logits, records, member)
             cute.arch.sync_warp()
