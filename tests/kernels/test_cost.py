@@ -43,6 +43,24 @@ TRIED = (
 )
 
 
+#: Divisions of other models, by hidden elements, experts and k, as measured on an H200: many
+#: candidates, a last part with few experts, unequal slices, a short last chunk.
+OTHERS = (
+    ((7168, 896, 16), (128, 80, 1, 2), 512, 22.4),
+    ((7168, 896, 16), (128, 72, 1, 1), 1024, 37.0),
+    ((7168, 896, 16), (128, 96, 1, 1), 4096, 126.4),
+    ((4096, 288, 8), (128, 40, 1, 4), 256, 8.55),
+    ((4096, 288, 8), (192, 40, 2, 4), 512, 8.97),
+    ((4096, 288, 8), (192, 72, 2, 1), 4096, 26.7),
+    ((2048, 512, 10), (128, 40, 1, 4), 256, 7.58),
+    ((2048, 512, 10), (128, 72, 1, 1), 4096, 32.2),
+    ((2048, 256, 8), (128, 64, 1, 1), 4096, 14.1),
+    ((2688, 160, 6), (128, 32, 1, 4), 256, 5.46),
+    ((2688, 160, 6), (192, 72, 2, 2), 4096, 14.5),
+    ((2880, 128, 4), (128, 40, 2, 4), 1024, 5.82),
+    ((2880, 128, 4), (128, 72, 2, 2), 4096, 12.4),
+)
+
 JOBS = [job for job in plan.plan(targets=["sm_90a"], models=MEASURED) if "FORM" in job.constants]
 
 
@@ -83,6 +101,16 @@ def test_predictions_are_near_what_was_tried(
     for tokens, found in zip(TRIED_TOKENS, figures, strict=True):
         prediction = cost.microseconds(g, "wgmma", tokens, cost.H100)
         assert found / FACTOR <= prediction <= found * FACTOR, tokens
+
+
+@pytest.mark.parametrize(("shape", "division", "tokens", "found"), OTHERS)
+def test_predictions_are_near_what_other_models_take(
+    shape: tuple[int, int, int], division: tuple[int, int, int, int], tokens: int, found: float
+) -> None:
+    g = SwapAbGeometry(*shape, 256, *division)
+    g.check()
+    prediction = cost.microseconds(g, "wgmma", tokens, cost.H100)
+    assert found / FACTOR <= prediction <= found * FACTOR
 
 
 @pytest.mark.parametrize("model", MEASURED)

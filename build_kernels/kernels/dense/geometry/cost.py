@@ -200,13 +200,15 @@ WGMMA_ALONE = 440
 #: Clocks from the request of a stage to its arrival: a short ring waits for it.
 LATENCY = 1650
 
-#: Candidates of a token whose ranking is in what a token costs, and clocks for each one more and
-#: each token that a thread ranks for.
+#: Candidates of a token whose screening and ranking is in what a token costs; and clocks for each
+#: one more, for each token that a thread ranks for.
 FEW_CANDIDATES = 20
-RANK_MORE = 40
+RANK_MORE = 130
 
-#: Clocks of the epilogue of the tile form: 128 tokens by two warpgroups.
+#: Clocks of the epilogue of the tile form: 128 tokens by two warpgroups. Candidates are inserted in
+#: a list of k, so it takes longer with a larger k than this.
 EPILOGUE = 12500
+EPILOGUE_TOP_K = 8
 
 
 def _swap_ab(g: SwapAbGeometry, mma: str, clusters: int, machine: Machine) -> float:
@@ -249,7 +251,8 @@ def _tile(g: TileGeometry, mma: str, clusters: int, machine: Machine) -> float:
         multiply,
         waits,
     )
-    return START + g.k_blocks * stage + EPILOGUE
+    epilogue = EPILOGUE * max(1.0, g.top_k / EPILOGUE_TOP_K)
+    return START + g.k_blocks * stage + epilogue
 
 
 def _in_gpc(clusters: int, size: int, machine: Machine) -> int:
