@@ -75,7 +75,7 @@ test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU 
 # The loader queries one kernel parameter too many on purpose, so errors of API calls are not reported.
 .PHONY: sanitize
 sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer; options: SANITIZE="dense_router_prefill/dsv4-pro"
-	for tool in memcheck racecheck synccheck; do \
+	for tool in memcheck racecheck 'synccheck --num-cuda-barriers 65536'; do \
 	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
 	        $(PYTHON_GPU) -m tests.gpu.sanitize $(SANITIZE) || exit 1; \
 	done
