@@ -214,3 +214,15 @@ def test_inside_torch():
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores, given["row_ends"]), layer(scores, given["row_ends"]))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_infinities_beside_nan_that_ranks_first(rows):
+    """More NaN than are selected, and as many infinities, which fill lists and are not selected."""
+    random = Random(8)
+    scores = random.normal(rows, 70001)
+    drawn = random.integers(0, 10, rows, 70001)
+    scores[drawn == 0], scores[drawn == 1] = torch.nan, torch.inf
+    scores = scores.cuda()
+    found = rt.topk_indices(scores, 2048, nan_first=True)
+    assert torch.equal(found, spec.topk_indices(scores, 2048, nan_first=True))

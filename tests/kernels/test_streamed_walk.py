@@ -21,7 +21,7 @@ from build_kernels.plan import plan
 from tests.kernels.test_held_walk import PATTERNS, bits, held_key, oracle
 
 Integers = NDArray[np.int64]
-WARP, BINS, LEAST_KEY, ALL = 32, 256, 0x007FFFFF, 0xFFFFFFFF
+WARP, BINS, LEAST_KEY, INFINITE_KEY, ALL = 32, 256, 0x007FFFFF, 0xFF800000, 0xFFFFFFFF
 SOURCE = "".join(
     path.read_text() for path in sorted((KERNELS / "topk_indices").glob("streamed*.cuh"))
 )
@@ -52,6 +52,7 @@ class Cut:
 
 
 def find_cut(keys: Integers, wanted: int, least: int, largest: int, spare: int = 0) -> Cut:
+    assert ((keys >= least) & (keys <= largest)).sum() >= wanted
     for _ in range(ROUNDS):
         span = largest - least
         shift = max(span.bit_length() - 8, 0)
@@ -87,6 +88,8 @@ class Walk:
         self.groups = 2 * self.threads * self.ctas
         self.ring_bytes = self.warps * constants["STAGES"] * 16 * self.chunk
         self.keys = held_key(given, 4, nan)
+        self.scores = given.view(np.float32)
+        self.nan_key = ALL if nan else LEAST_KEY
         self.candidates = self.keys << 31 | (2**31 - 1 - np.arange(len(given)))
         self.length, self.k = len(given), k
         self.wanted = min(k, self.length)
@@ -167,17 +170,46 @@ class Walk:
             warp = int(self.random.choice([w for w, own in enumerate(waiting) if own]))
             first = waiting[warp].pop(0)
             last = min(first + self.chunk, self.of_warp(block, warp)[1])
-            scores = self.candidates[first * self.values : last * self.values]
-            rest = scores[scores >= bound].tolist()
+            rest = self.entering(first * self.values, last * self.values, bound)
             while rest:
                 room = self.capacity - len(entries)
                 entries, rest = entries + rest[:room], rest[room:]
                 if rest:
                     self.reductions += 1
-                    entries = sorted(entries)[-self.k :]
-                    bound = entries[0]
+                    entries, bound = self.reduced(np.array(entries, np.int64), bound)
                     rest = [candidate for candidate in rest if candidate >= bound]
         return np.array(entries, np.int64)
+
+    def entering(self, begin: int, end: int, bound: int) -> list[int]:
+        """The candidates of a chunk that are appended: by a comparison of scores, which is made
+        exact where it lets others enter.
+        """
+        key, index = bound >> 31, 2**31 - 1 - (bound & (2**31 - 1))
+        if begin > index:
+            if key == ALL:
+                return []
+            key += 1
+        if key > max(INFINITE_KEY, self.nan_key):
+            return []
+        finite = min(max(key, LEAST_KEY), INFINITE_KEY)
+        least = np.uint32(finite ^ 0x80000000 if finite >> 31 else ~finite & ALL)
+        scores = self.scores[begin:end]
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            enters = scores >= least.view(np.float32)
+        if self.nan_key >= key:
+            enters |= np.isnan(scores)
+        found = self.candidates[begin:end][enters]
+        if bound >> 31 >= INFINITE_KEY or 0 <= index - begin < self.chunk * self.values:
+            found = found[found >= bound]
+        assert (found >= bound).all()
+        return [int(candidate) for candidate in found]
+
+    def reduced(self, entries: Integers, bound: int) -> tuple[list[int], int]:
+        """The k largest of a full list, and the least of them."""
+        keys = entries >> 31
+        find_cut(keys, self.k, max(bound >> 31, LEAST_KEY), int(keys.max()))
+        kept = np.sort(entries)[-self.k :]
+        return kept.tolist(), int(kept[0])
 
     def ids(self) -> Integers:
         for attempt in range(ATTEMPTS):
@@ -272,6 +304,18 @@ def test_of_equal_scores_those_up_to_the_end_of_a_chunk_enter(variant: str) -> N
     walk.ids()
     assert walk.listed <= 512 + walk.chunk * walk.values
     assert (walk.attempts, walk.reductions) == (0, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_infinities_do_not_enter_where_nan_ranks_first(variant: str) -> None:
+    constants = VARIANTS[variant]
+    random = np.random.default_rng(15)
+    length = max(70_001, least_bounded(constants))
+    given = bits(random.standard_normal(length).astype(np.float32))
+    drawn = random.integers(0, 10, length)
+    given[drawn == 0], given[drawn == 1] = 0x7FC00000, 0x7F800000
+    walk = Walk(constants, given, 2048, nan=True)
+    assert np.array_equal(walk.ids(), oracle(given, 2048, True))
 
 
 def test_a_bound_that_is_too_high_is_found_out() -> None:

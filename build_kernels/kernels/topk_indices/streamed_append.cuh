@@ -33,6 +33,7 @@ __device__ __forceinline__ unsigned entering_scores(const uint4* buffer, unsigne
         if (key == ALL) return 0;
         ++key;
     }
+    if (key > max(INFINITE_KEY, nan_key)) return 0;
     const unsigned finite = min(max(key, LEAST_KEY), INFINITE_KEY);
     const float least = __uint_as_float((finite >> 31) != 0 ? finite ^ 0x80000000u : ~finite);
     unsigned entering = nan_key >= key ? scores_from<true>(buffer, least, lane)
@@ -50,7 +51,7 @@ __device__ __forceinline__ unsigned score_of_bit(unsigned bit, unsigned lane) {
 }
 
 // Those of the scores in `entering` that reach the bound: for the chunk that its position is in, where
-// scores with its key may come before or after it.
+// scores with its key may come before or after it, and for a bound that +inf need not reach.
 __device__ __noinline__ unsigned reaching(unsigned entering, const uint4* buffer, unsigned position,
                                           Candidate bound, const Row& row, unsigned lane) {
     unsigned found = 0;
@@ -107,7 +108,8 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
             const bool risen = full;  // the bound, after the scores of the chunk were compared
             full = false;
             if (__any_sync(ALL_LANES, entering != 0)) {
-                if (risen || candidate_index(bound) - position < CHUNK_VECTORS * VALUES)
+                if (risen || candidate_key(bound) >= INFINITE_KEY ||
+                    candidate_index(bound) - position < CHUNK_VECTORS * VALUES)
                     entering = reaching(entering, buffer, position, bound, row, lane);
                 unsigned place = reserve_places(__popc(entering), lane, shared);
                 while (entering != 0 && place < CAPACITY) {
