@@ -159,7 +159,7 @@ class Walk:
         mean = self.k * self.threads / self.length
         rank = int(mean + 4 * mean**0.5 + 4)
         low = int(maxima[rank - 1]) if rank <= WARP else self.least
-        spread = max(3 * min(int(maxima[0]) - low, 1 << 30), 254)
+        spread = max(2 * min(int(maxima[0]) - low, 1 << 30), 254)
         return Range(low, self.most, low + min(spread, self.most - low))
 
     def cut(self) -> tuple[int, int]:
@@ -188,12 +188,29 @@ class Walk:
             if found.is_exact(number):
                 return least, wanted
             if size <= NEAR:
-                near = np.sort(keys[(keys >= least) & (keys <= most)])[::-1]
-                key = int(near[wanted - 1])
-                if (near >= key).sum() == wanted:
-                    return key - 1, 0
-                return key, wanted - int((near > key).sum())
+                return self.near_cut(least, most, size, wanted)
             found = Range(least, most, most)
+
+    def near_cut(self, least: int, most: int, size: int, wanted: int) -> tuple[int, int]:
+        """Of the keys in [least, most]. Each CTA has the places of the list behind those of the
+        CTAs before it, so that a place says whether a key is of an earlier CTA.
+        """
+        near = np.zeros(NEAR, np.int64)
+        inside = [own[(own >= least) & (own <= most)] for own in self.keys.reshape(self.blocks, -1)]
+        starts = np.cumsum([0, *map(len, inside)])
+        for start, own in zip(starts, inside, strict=False):
+            near[start : start + len(own)] = own
+        assert starts[-1] == size
+        assert near[size:].max(initial=0) == 0
+        above = (near[:, None] < near).sum(axis=1)
+        key = int(near[(near != 0) & (above < wanted)].min())
+        ties = wanted - int((near > key).sum())
+        for cta, start in enumerate(starts[:-1]):
+            earlier = self.keys[:cta]
+            over = int((near[:start] > key).sum()) + int((earlier > most).sum())
+            assert over == (earlier > key).sum()
+            assert (near[:start] == key).sum() == (earlier == key).sum()
+        return (key - 1, 0) if ties == (near == key).sum() else (key, ties)
 
     def emitted(self, key: int, ties: int) -> NDArray[np.int64]:
         above = self.words(self.keys > key)

@@ -28,6 +28,8 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "near.cuh"
+#include "ring.cuh"
 #include "rows.cuh"
 
 constexpr bool SAMPLED = SAMPLES > 0;
@@ -35,7 +37,6 @@ constexpr unsigned PER_THREAD = HELD * VALUES;            // scores
 constexpr unsigned WORDS = (PER_THREAD + WARP - 1) / WARP;  // masks of a thread's scores
 constexpr unsigned FIELDS = WARP / VALUES;                // stripes of one mask
 constexpr unsigned ROUNDS = 8;                            // at most: see tests/kernels/test_held_walk.py
-constexpr unsigned NEAR = 2 * WARP;
 constexpr unsigned ENTRIES = HELD * WARPS;                // one for each warp and stripe
 constexpr unsigned ENTRIES_PER_LANE = ENTRIES / WARP;
 constexpr unsigned HALF = WARP / 2;
@@ -46,7 +47,7 @@ constexpr unsigned KEY_SHIFT = SCORE_BYTES == 2 ? 16 : 0;
 constexpr unsigned LEAST = LEAST_KEY >> KEY_SHIFT;
 constexpr unsigned MOST = ALL >> KEY_SHIFT;
 constexpr unsigned WIDEST = 0xfd000000u;  // 255 bins of 2^24 keys hold it, and sums with it fit 32 bits
-static_assert(THREADS >= BINS && NEAR * BLOCKS_PER_ROW % THREADS % WARP == 0, "see where they are used");
+static_assert(THREADS >= BINS, "one thread for each bin");
 static_assert(PER_THREAD >= GROUPS, "each group has a score");
 static_assert(ENTRIES % WARP == 0 && WARPS % ENTRIES_PER_LANE == 0, "a lane has entries of one stripe");
 static_assert(PER_THREAD * THREADS < 1 << 16, "16 bits for a count of the CTA");
@@ -58,12 +59,11 @@ struct Shared {
     unsigned lows[WARPS], highs[WARPS];
     alignas(16) unsigned groups[WARP];       // maxima of the sample
     alignas(16) unsigned bins[UNCOUNTED + 4];  // of each round, and one of which nothing is read
-    alignas(16) unsigned sums[BINS];         // of the cluster
-    alignas(16) unsigned earlier[BINS];      // of the CTAs before this one
-    alignas(16) unsigned near[NEAR];         // this CTA's keys in the bin of the cut; 0: none
-    alignas(16) unsigned merged[NEAR];       // the cluster's
-    unsigned from_earlier[NEAR];             // whether it is of a CTA before this one
-    unsigned near_count, merged_count;
+    alignas(16) unsigned sums[BINS];     // of the cluster
+    alignas(16) unsigned earlier[BINS];  // of the CTAs before this one
+    alignas(16) unsigned near[NEAR];         // keys in the bin of the cut, CTA by CTA; 0: none
+    unsigned near_count;                     // of this CTA's
+    unsigned long long near_arrivals;        // of the other CTAs' keys
     alignas(16) unsigned entries[ENTRIES];   // scores above the cut, and 2^16 times those at it
 };
 
@@ -158,8 +158,14 @@ __device__ __forceinline__ void prepare(Shared& shared) {
 #pragma unroll
     for (unsigned first = 0; first < UNCOUNTED / 4; first += THREADS)
         if (first + threadIdx.x < UNCOUNTED / 4) bins[first + threadIdx.x] = uint4{};
-    if (threadIdx.x < NEAR) shared.near[threadIdx.x] = shared.merged[threadIdx.x] = 0;
-    if (threadIdx.x == 0) shared.near_count = shared.merged_count = 0;
+    if (threadIdx.x < NEAR) shared.near[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+        shared.near_count = 0;
+        if constexpr (BLOCKS_PER_ROW > 1) {
+            init_barrier(&shared.near_arrivals);
+            publish_barriers();
+        }
+    }
 }
 
 // Counts a key in a bin of the first round if it is in the range. Few keys of a sampled range are, so
@@ -230,8 +236,8 @@ __device__ __forceinline__ Range range_of_sample(unsigned key, unsigned wanted, 
     }
     const unsigned low = __reduce_max_sync(ALL_LANES, reaching >= rank ? own : LEAST);
     const unsigned most = __reduce_max_sync(ALL_LANES, own);
-    // The row's largest keys are beyond the sample's.
-    const unsigned spread = max(3 * min(most - low, 1u << 30), 254u);
+    // The row's largest keys are beyond the sample's; the one of rank `wanted` is not far.
+    const unsigned spread = max(2 * min(most - low, 1u << 30), 254u);
     return make_range(low, MOST, low + min(spread, MOST - low));
 }
 
@@ -291,11 +297,12 @@ struct HeldCut {
     unsigned above_earlier, equal_earlier;  // scores of the CTAs before this one: above it, at it
 };
 
-// The cut at the key of rank `wanted` of the `size` keys in [least, most], at most NEAR. Called by all
-// threads of the cluster, once.
+// The cut at the key of rank `wanted` of the `size` keys in [least, most], at most NEAR, of which
+// `inside_earlier` are in the CTAs before this one. Called by all threads of the cluster, once, after a
+// cluster barrier.
 __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], unsigned least,
                                             unsigned most, unsigned size, unsigned wanted,
-                                            unsigned above_earlier, unsigned cta_rank,
+                                            unsigned above_earlier, unsigned inside_earlier,
                                             Shared& shared) {
     const unsigned lane = threadIdx.x % WARP;
     unsigned marks[WORDS] = {};
@@ -306,61 +313,34 @@ __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], 
     for (unsigned word = 0; word < WORDS; ++word) {
         for (unsigned rest = marks[word]; rest != 0; rest &= rest - 1) {
             const unsigned key = pick(keys, word * WARP + __ffs(rest) - 1);
-            shared.near[atomicAdd(&shared.near_count, 1u)] = key;
+            const unsigned place = inside_earlier + atomicAdd(&shared.near_count, 1u);
+            if constexpr (BLOCKS_PER_ROW > 1) {
+#pragma unroll 1
+                for (unsigned cta = 0; cta < BLOCKS_PER_ROW; ++cta)
+                    store_counted(&shared.near[place], cta, key, &shared.near_arrivals);
+            } else {
+                shared.near[place] = key;
+            }
         }
     }
     __syncwarp();
     if constexpr (BLOCKS_PER_ROW > 1) {
-        cluster_sync();
-#pragma unroll
-        for (unsigned first = 0; first < NEAR * BLOCKS_PER_ROW; first += THREADS) {
-            const unsigned i = first + threadIdx.x;
-            if (i >= NEAR * BLOCKS_PER_ROW) break;
-            const unsigned key = load_from_cluster_rank(&shared.near[i % NEAR], i / NEAR);
-            if (key == 0) continue;
-            const unsigned place = atomicAdd(&shared.merged_count, 1u);
-            shared.merged[place] = key;
-            shared.from_earlier[place] = i / NEAR < cta_rank;
-        }
+        if (threadIdx.x == 0) expect_bytes(&shared.near_arrivals, 4 * size);
+        wait_for_stores(&shared.near_arrivals);
+    } else {
+        __syncthreads();
     }
-    __syncthreads();
-    const unsigned* const list = BLOCKS_PER_ROW > 1 ? shared.merged : shared.near;
-    unsigned key = 0, key_above = 0, key_reaching = 0;
-    unsigned own[2] = {list[lane], 0};
-    if (size > WARP) own[1] = list[lane + WARP];
-#pragma unroll
-    for (unsigned j = 0; j < 2; ++j) {
-        if (j > 0 && size <= WARP) break;
-        unsigned above = 0, reaching = 0;  // keys above this lane's, and at least as large
-#pragma unroll 1
-        for (unsigned i = 0; i < size; i += 4) {
-            const uint4 four = reinterpret_cast<const uint4*>(list)[i / 4];
-            above += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
-            reaching +=
-                (four.x >= own[j]) + (four.y >= own[j]) + (four.z >= own[j]) + (four.w >= own[j]);
-        }
-        if (own[j] == 0 || above >= wanted || reaching < wanted) continue;
-        key = own[j];
-        key_above = above;
-        key_reaching = reaching;
-    }
-    HeldCut cut;
-    cut.key = __reduce_max_sync(ALL_LANES, key);
-    cut.ties = wanted - __reduce_max_sync(ALL_LANES, key_above);
-    cut.above_earlier = above_earlier;
-    cut.equal_earlier = 0;
+    const NearKey found = near_key(shared.near, size, wanted, lane);
+    HeldCut cut{found.key, wanted - found.above(), above_earlier, 0};
     if constexpr (BLOCKS_PER_ROW > 1) {
-        unsigned over = 0, same = 0;
 #pragma unroll
         for (unsigned j = 0; j < 2; ++j) {
-            const bool counts = own[j] != 0 && shared.from_earlier[lane + j * WARP] != 0;
-            over += counts && own[j] > cut.key;
-            same += counts && own[j] == cut.key;
+            const unsigned earlier = __ballot_sync(ALL_LANES, lane + j * WARP < inside_earlier);
+            cut.above_earlier += __popc(found.over[j] & earlier);
+            cut.equal_earlier += __popc(found.same[j] & earlier);
         }
-        cut.above_earlier += __reduce_add_sync(ALL_LANES, over);
-        cut.equal_earlier = __reduce_add_sync(ALL_LANES, same);
     }
-    if (__reduce_max_sync(ALL_LANES, key_reaching) == wanted) {  // all of them: above a lower key
+    if (cut.ties == found.equal()) {  // all of them: above a lower key
         cut.above_earlier += cut.equal_earlier;
         cut.equal_earlier = cut.ties = 0;
         --cut.key;
@@ -392,7 +372,8 @@ __device__ __forceinline__ HeldCut find_held_cut(const unsigned (&keys)[PER_THRE
             return {least - 1, 0, above_earlier + spot.inside_earlier, 0};
         if (range.is_exact(bin)) return {least, wanted, above_earlier, spot.inside_earlier};
         if (spot.found.size <= NEAR)
-            return near_cut(keys, least, most, spot.found.size, wanted, above_earlier, cta_rank, shared);
+            return near_cut(keys, least, most, spot.found.size, wanted, above_earlier,
+                            spot.inside_earlier, shared);
         range = make_range(least, most, most);
     }
 }
@@ -554,7 +535,7 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sort
     const HeldCut cut = find_held_cut(keys, range, wanted, cta_rank, shared);
     if constexpr (BLOCKS_PER_ROW > 1) {  // no CTA reads another's memory from here on
         __syncwarp();
-        cluster_arrive();
+        cluster_arrive_relaxed();
     }
     emit_held(keys, cut, begin, shared, [&](unsigned place, unsigned position) {
         if (!sorted) {
@@ -572,7 +553,9 @@ __device__ __forceinline__ void select_row(const Row& row, unsigned k, bool sort
         __syncwarp();
         cluster_wait();
         if (!sorted) return;
-        cluster_sync();
+        __syncwarp();
+        cluster_arrive();  // it releases the stores to another CTA too
+        cluster_wait();
         if (cta_rank != 0) return;
     } else {
         if (!sorted) return;

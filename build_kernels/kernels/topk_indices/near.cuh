@@ -1,0 +1,44 @@
+// What both forms of topk_indices do at last: of a few keys in shared memory, each warp finds the one of
+// a rank.
+#pragma once
+
+#include "rows.cuh"
+
+constexpr unsigned NEAR = 2 * WARP;
+
+// Where the key of a rank is among listed ones.
+struct NearKey {
+    unsigned key;
+    unsigned over[2], same[2];  // a bit for each place of the list: keys above it, at it
+
+    __device__ __forceinline__ unsigned above() const { return __popc(over[0]) + __popc(over[1]); }
+    __device__ __forceinline__ unsigned equal() const { return __popc(same[0]) + __popc(same[1]); }
+};
+
+// The key of rank `wanted` >= 1 from above of the `size` keys in `near`, whose other places up to NEAR
+// are 0. Called by a warp.
+__device__ __forceinline__ NearKey near_key(const unsigned* near, unsigned size, unsigned wanted,
+                                            unsigned lane) {
+    unsigned own[2] = {near[lane], 0};
+    if (size > WARP) own[1] = near[lane + WARP];
+    unsigned least_taken = ALL;  // the least key that fewer than `wanted` are above
+#pragma unroll
+    for (unsigned j = 0; j < 2; ++j) {
+        if (j > 0 && size <= WARP) break;
+        unsigned above = 0;
+#pragma unroll 1
+        for (unsigned i = 0; i < size; i += 4) {
+            const uint4 four = reinterpret_cast<const uint4*>(near)[i / 4];
+            above += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
+        }
+        if (own[j] != 0 && above < wanted) least_taken = min(least_taken, own[j]);
+    }
+    NearKey found;
+    found.key = __reduce_min_sync(ALL_LANES, least_taken);
+#pragma unroll
+    for (unsigned j = 0; j < 2; ++j) {
+        found.over[j] = __ballot_sync(ALL_LANES, own[j] > found.key);
+        found.same[j] = __ballot_sync(ALL_LANES, own[j] == found.key);
+    }
+    return found;
+}
