@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from build_kernels.catalog.targets import TARGETS
 from build_kernels.compile.sources import KERNELS
 from build_kernels.plan import plan
-from tests.kernels.test_held_walk import PATTERNS, bits, held_key, oracle
+from tests.kernels.test_held_walk import NEAR, PATTERNS, bits, held_key, oracle
 
 Integers = NDArray[np.int64]
 WARP, BINS, LEAST_KEY, INFINITE_KEY, ALL = 32, 256, 0x007FFFFF, 0xFF800000, 0xFFFFFFFF
@@ -51,7 +51,9 @@ class Cut:
     equal: int
 
 
-def find_cut(keys: Integers, wanted: int, least: int, largest: int, spare: int = 0) -> Cut:
+def find_cut(
+    keys: Integers, wanted: int, least: int, largest: int, spare: int = 0, listed: bool = False
+) -> Cut:
     assert ((keys >= least) & (keys <= largest)).sum() >= wanted
     for _ in range(ROUNDS):
         span = largest - least
@@ -69,6 +71,12 @@ def find_cut(keys: Integers, wanted: int, least: int, largest: int, spare: int =
         if shift == 0:
             return Cut(least, wanted, size)
         largest = least + min(largest - least, (1 << shift) - 1)
+        if listed and size <= NEAR:
+            near = keys[(keys >= least) & (keys <= largest)]
+            above = (near[:, None] < near).sum(axis=1)
+            key = int(near[above < wanted].min())
+            ties, equal = wanted - int((near > key).sum()), int((near == key).sum())
+            return Cut(key - 1, 0, 0) if ties == equal else Cut(key, ties, equal)
     raise AssertionError("a search ends in so many rounds")
 
 
@@ -219,31 +227,49 @@ class Walk:
             if self.listed >= self.wanted:
                 break
             self.attempts += 1
-        limit = np.sort(np.concatenate(lists))[-self.wanted]
         found = np.full(self.wanted, -1, np.int64)
-        place = 0
+        keys = [entries >> 31 for entries in lists]
+        every = np.concatenate(keys)
+        cut = Cut(0, 0, 0)
+        if self.listed > self.wanted:
+            least = max(bound >> 31, LEAST_KEY)
+            cut = find_cut(every, self.wanted, least, int(every.max()), listed=True)
         for cta, entries in enumerate(lists):
-            positions = 2**31 - 1 - (entries[entries >= limit] & (2**31 - 1))
+            earlier = np.concatenate([every[:0], *keys[:cta]])
+            ties_before = min(int((earlier == cut.key).sum()), cut.ties)
+            place = int((earlier > cut.key).sum()) + ties_before
+            equal = np.sort(entries[keys[cta] == cut.key])
+            ties = min(cut.ties - ties_before, len(equal))
+            taken = np.concatenate((entries[keys[cta] > cut.key], equal[len(equal) - ties :]))
             begin = self.of_block(cta)[0] * self.values
-            self.emit(positions, begin, place, found)
-            place += len(positions)
+            self.emit(2**31 - 1 - (taken & (2**31 - 1)), begin, place, found)
         return found
 
     def emit(self, positions: Integers, begin: int, place: int, found: Integers) -> None:
-        """Each position goes to the place after all marks before its own."""
+        """Each position goes to the place after all marks before its own: those of the warps
+        before, of the warp's vectors before, and within the vector.
+        """
         size = 128 * bitmap_vectors(self.ring_bytes)
         window = begin
         while len(positions):
             here = positions[(positions >= window) & (positions < window + size)]
             marks = np.zeros(size, bool)
             marks[here - window] = True
-            per_vector = marks.reshape(-1, 128).sum(axis=1)
-            places = place + per_vector.cumsum() - per_vector
+            vectors = int(here.max(initial=window) - window) // 128 + 1
+            share = 1 << ((vectors - 1) // self.threads).bit_length()  # of a thread
+            assert share * self.threads >= vectors
+            per_vector = np.zeros(share * self.threads, np.int64)
+            per_vector[:vectors] = marks[: 128 * vectors].reshape(-1, 128).sum(axis=1)
+            by_warp = per_vector.reshape(self.warps, -1)
+            places = (by_warp.cumsum(axis=1) - by_warp).ravel()
+            warps = by_warp.sum(axis=1).cumsum() - by_warp.sum(axis=1)
             for position in here.tolist():
                 bit = position - window
-                within = int(marks[bit // 128 * 128 : bit].sum())
-                assert found[places[bit // 128] + within] == -1
-                found[places[bit // 128] + within] = position
+                vector = bit // 128
+                to = place + warps[vector // share // WARP] + places[vector]
+                to += int(marks[128 * vector : bit].sum())
+                assert found[to] == -1
+                found[to] = position
             place += len(here)
             positions = positions[positions >= window + size]
             window += size

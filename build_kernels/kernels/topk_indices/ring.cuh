@@ -17,6 +17,12 @@ __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Orders this thread's earlier stores to shared memory before copies to the same places that start
+// behind a barrier.
+__device__ __forceinline__ void fence_stores_before_copies() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Starts a copy, which completes a phase of `barrier`. Both addresses and `bytes` are multiples of
 // 16. Called by one thread, after all threads have read what was there.
 __device__ __forceinline__ void start_copy(void* shared, const void* global, unsigned bytes,

@@ -46,6 +46,8 @@ __device__ __forceinline__ void prepare(Shared& shared) {
     }
     clear_bins(shared.bins);
     clear_bins(shared.group_bins);
+    if (threadIdx.x < NEAR) shared.near[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.near_count = 0;
     __syncwarp();
 }
 
@@ -62,14 +64,19 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned k, bool so
     row.own = row.block.of_warp(threadIdx.x / WARP);
     const unsigned wanted = min(k, row.length());
 
+    const unsigned begin = cta_rank == 0 ? row.begin : max(row.block.first * VALUES, row.body);
+    const unsigned end =
+        cta_rank == BLOCKS_PER_ROW - 1 ? row.end : max(row.block.last * VALUES, row.body);
+
     // 1 and 2, and 3: until the lists hold the row's largest scores.
     unsigned consumed = 0, count = 0, all = 0, least = 0, largest = 0;
     unsigned lane_count = 0;  // candidates in the list of the CTA of the lane's number
+    ListedKeys listed;
     for (unsigned attempt = 0;; ++attempt) {
         begin_list(row, k, attempt, cta_rank, consumed, shared);
         __syncthreads();
         stream_slice(row, k, consumed, shared);
-        count = all = shared.count;
+        count = lane_count = all = shared.count;
         least = max(candidate_key(shared.bound), LEAST_KEY);
         largest = shared.largest;
         if constexpr (BLOCKS_PER_ROW > 1) {
@@ -79,51 +86,62 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned k, bool so
                 notice.least = least;
                 notice.largest = largest;
             }
-            cluster_sync();
+            cluster_arrive_shared();
+            if (!sorted && begin < end) clear_marks(vectors_of(begin, end));  // while others arrive
+            cluster_wait();
             const bool one = lane < BLOCKS_PER_ROW;
             lane_count = one ? load_from_cluster_rank(&notice.count, lane) : 0;
             least = one ? load_from_cluster_rank(&notice.least, lane) : ALL;
             largest = one ? load_from_cluster_rank(&notice.largest, lane) : 0;
+            listed.load();
             all = __reduce_add_sync(ALL_LANES, lane_count);
             least = __reduce_min_sync(ALL_LANES, least);
             largest = __reduce_max_sync(ALL_LANES, largest);
         }
         if (all >= wanted || attempt + 1 == ATTEMPTS) break;
-        __syncthreads();
+        if constexpr (BLOCKS_PER_ROW > 1) {
+            cluster_sync();  // all CTAs have read the lists, which begin anew
+        } else {
+            __syncthreads();
+        }
         clear_bins(shared.group_bins);
+        fence_stores_before_copies();
         __syncthreads();
+    }
+    if constexpr (BLOCKS_PER_ROW == 1) {
+        if (!sorted && begin < end) clear_marks(vectors_of(begin, end));
+        listed.load();
     }
 
     // 4. All candidates, or the largest of them.
-    Candidate limit = 0;
-    unsigned place = 0;
+    Share share{0, 0};
+    // Whether the keys that were read are used, the same in all CTAs of the cluster.
+    const bool by_listed = all > wanted && !__any_sync(ALL_LANES, lane_count > READERS * READ);
     if (all > wanted) {
-        Found found{};
-        if constexpr (BLOCKS_PER_ROW == 1) {
-            found.cut = find_cut<false>(
-                [&](const auto& visit) {
-                    for (unsigned i = threadIdx.x; i < count; i += THREADS)
-                        visit(candidate_key(list_entries()[i]));
-                },
-                wanted, least, largest, shared.bins, shared);
-            found.own_equal = found.cut.equal;
-        } else if (all <= GATHERED) {
-            found = find_gathered(lane_count, all, cta_rank, wanted, least, largest, shared);
+        if (by_listed) {
+            listed.end_at(__shfl_sync(ALL_LANES, lane_count, ListedKeys::source()));
+            share = share_of_listed(listed, count, cta_rank, wanted, least, largest, row.length(),
+                                    shared);
         } else {
-            found = find_by_histograms(count, cta_rank, wanted, least, largest, shared);
+            share = share_of_long_lists(lane_count, all, count, cta_rank, wanted, least, largest,
+                                        row.length(), shared);
+            __syncthreads();
+            if (!sorted && begin < end) clear_marks(vectors_of(begin, end));
+            __syncthreads();
         }
-        const unsigned taken_before = min(found.equal, found.cut.ties);
-        place = found.above + taken_before;
-        const Cut own{found.cut.key, min(found.cut.ties - taken_before, found.own_equal),
-                      found.own_equal};
-        limit = least_taken(own, count, row.length(), shared);
     } else {
-        place = __reduce_add_sync(ALL_LANES, lane < cta_rank ? lane_count : 0);
+        if (threadIdx.x < WARP)
+            share.place = __reduce_add_sync(ALL_LANES, lane < cta_rank ? lane_count : 0);
+        __syncthreads();
     }
     // No CTA reads another's memory from here on; completed by a cluster_wait below.
     if constexpr (BLOCKS_PER_ROW > 1) {
         __syncwarp();
-        cluster_arrive();
+        if (by_listed) {
+            cluster_arrive_relaxed();
+        } else {
+            cluster_arrive();
+        }
     }
 
     // 5.
@@ -132,12 +150,9 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned k, bool so
 #pragma unroll 1
         for (unsigned i = wanted + threadIdx.x; i < k; i += THREADS) output.store_none(i);
     if (!sorted) {
-        const unsigned begin = cta_rank == 0 ? row.begin : max(row.block.first * VALUES, row.body);
-        const unsigned end = cta_rank == BLOCKS_PER_ROW - 1 ? row.end
-                                                            : max(row.block.last * VALUES, row.body);
-        emit_in_order(limit, count, place, begin - row.begin, end - row.begin, output, shared);
+        emit_in_order(share, count, begin - row.begin, end - row.begin, output, shared);
     } else {
-        emit_by_rank(limit, count, place, wanted, cta_rank, output, shared);
+        emit_by_rank(share, count, wanted, cta_rank, output, shared);
     }
     if constexpr (BLOCKS_PER_ROW > 1) {
         __syncwarp();

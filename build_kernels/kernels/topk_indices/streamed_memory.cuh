@@ -1,6 +1,7 @@
 // The streamed form of topk_indices: how a row is divided, and what lies where in shared memory.
 #pragma once
 
+#include "near.cuh"
 #include "rows.cuh"
 
 constexpr unsigned CHUNK_VECTORS = WARP * LOADS;
@@ -43,6 +44,8 @@ struct Shared {
     unsigned warp_counts[2][WARP];
     Notice notices[ATTEMPTS];
     unsigned ties[WARPS];  // in each warp's first chunk: scores with a key, scores above it << 16
+    alignas(16) unsigned near[NEAR];  // keys in the bin of the cut; 0: none
+    unsigned near_count;
     alignas(16) Bins bins;        // zero, except during a search
     alignas(16) Bins group_bins;  // zero before the search for a bound
     alignas(16) unsigned sums[BINS];          // of the cluster

@@ -29,8 +29,9 @@ __device__ __forceinline__ void sum_of_warps(const unsigned* values, unsigned wa
 // At least `wanted` >= 1 keys are in [least, largest]; those outside are ignored. The bins are zero,
 // with a barrier behind that; afterwards they are not. Each round counts the keys of a range of 256
 // bins, finds the bin of rank `wanted`, and goes on with its range. A bin that is taken whole ends it,
-// as does one of which at most `spare` keys more than wanted are taken then.
-template <bool CLUSTERED, typename ForEach>
+// as does one of which at most `spare` keys more than wanted are taken then. With LISTED, which a row
+// has once, so does one with at most NEAR keys: they are listed, and each warp finds the cut among them.
+template <bool CLUSTERED, bool LISTED = false, typename ForEach>
 __device__ __forceinline__ Cut find_cut(const ForEach& for_each, unsigned wanted, unsigned least,
                                         unsigned largest, Bins& all_bins, Shared& shared,
                                         unsigned spare = 0) {
@@ -60,6 +61,20 @@ __device__ __forceinline__ Cut find_cut(const ForEach& for_each, unsigned wanted
         if (found.size - wanted <= spare) return {least - 1, 0, 0};
         if (shift == 0) return {least, wanted, found.size};
         largest = least + min(largest - least, (1u << shift) - 1);
+        if constexpr (LISTED) {
+            if (found.size <= NEAR) {
+                for_each([&](unsigned key) {
+                    if (key - least <= largest - least)
+                        shared.near[atomicAdd(&shared.near_count, 1u)] = key;
+                });
+                __syncthreads();
+                const NearKey near =
+                    near_key(shared.near, found.size, wanted, threadIdx.x % WARP);
+                const unsigned ties = wanted - near.above(), equal = near.equal();
+                if (ties == equal) return {near.key - 1, 0, 0};
+                return {near.key, ties, equal};
+            }
+        }
         // The next round's bins are others; the cluster's sums are written after its barrier.
     }
 }
