@@ -23,24 +23,10 @@ KERNEL = "topk_indices"
 
 #: Name -> the variant of the catalog that it differs from, and in what.
 CANDIDATES: dict[str, tuple[str, dict[str, int]]] = {
-    # Two CTAs on a multiprocessor, so that those of the next launch wait there already.
-    "t_pair_320": (
-        "pair",
-        {"THREADS": 320, "STAGES": 2, "CAPACITY": 2304, "BLOCKS_PER_SM": 2},
-    ),
-    "t_pair_256": (
-        "pair",
-        {"THREADS": 256, "LOADS": 4, "STAGES": 5, "CAPACITY": 2304, "BLOCKS_PER_SM": 2},
-    ),
-    # Three CTAs on a multiprocessor, for many short rows.
-    "t_short_81": (
-        "block",
-        {"THREADS": 256, "LOADS": 8, "STAGES": 1, "CAPACITY": 2176, "BLOCKS_PER_SM": 3},
-    ),
-    "t_short_43": (
-        "block",
-        {"THREADS": 256, "LOADS": 4, "STAGES": 3, "CAPACITY": 2176, "BLOCKS_PER_SM": 3},
-    ),
+    # As many bytes in flight on each multiprocessor, in smaller pieces.
+    "t_block_42": ("block", {"LOADS": 4, "STAGES": 2}),
+    # More warps, of which each has one chunk.
+    "t_pair_1024": ("pair_4096", {"THREADS": 1024, "STAGES": 1}),
 }
 
 

@@ -59,6 +59,7 @@ struct Shared {
     unsigned lows[WARPS], highs[WARPS];
     alignas(16) unsigned groups[WARP];       // maxima of the sample
     alignas(16) unsigned bins[UNCOUNTED + 4];  // of each round, and one of which nothing is read
+    unsigned pairs[2][BINS / 2];         // counts of two bins each, of every other round
     alignas(16) unsigned sums[BINS];     // of the cluster
     alignas(16) unsigned earlier[BINS];  // of the CTAs before this one
     alignas(16) unsigned near[NEAR];         // keys in the bin of the cut, CTA by CTA; 0: none
@@ -254,17 +255,29 @@ __device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsig
                                           Shared& shared) {
     const unsigned* bins = shared.bins + round * BINS;
     if constexpr (BLOCKS_PER_ROW > 1) {
+        // Two counts in a word: each CTA reads the counts of all, and what it reads limits how fast.
+        unsigned* const pairs = shared.pairs[round % 2];
+        __syncthreads();
+        if (threadIdx.x < BINS / 2)
+            pairs[threadIdx.x] = bins[threadIdx.x] | bins[threadIdx.x + BINS / 2] << 16;
         cluster_sync();
-        if (threadIdx.x < BINS) {
-            unsigned sum = 0, earlier = 0;
+        if (threadIdx.x < BINS / 2) {
+            unsigned sums[2] = {}, earlier[2] = {};
 #pragma unroll
             for (unsigned cta = 0; cta < BLOCKS_PER_ROW; ++cta) {
-                const unsigned count = load_from_cluster_rank(&bins[threadIdx.x], cta);
-                sum += count;
-                earlier += cta < cta_rank ? count : 0;
+                const unsigned both = load_from_cluster_rank(&pairs[threadIdx.x], cta);
+#pragma unroll
+                for (unsigned half = 0; half < 2; ++half) {
+                    const unsigned count = half == 0 ? both & 0xffff : both >> 16;
+                    sums[half] += count;
+                    earlier[half] += cta < cta_rank ? count : 0;
+                }
             }
-            shared.sums[threadIdx.x] = sum;
-            shared.earlier[threadIdx.x] = earlier;
+#pragma unroll
+            for (unsigned half = 0; half < 2; ++half) {
+                shared.sums[threadIdx.x + half * (BINS / 2)] = sums[half];
+                shared.earlier[threadIdx.x + half * (BINS / 2)] = earlier[half];
+            }
         }
         bins = shared.sums;
     }
