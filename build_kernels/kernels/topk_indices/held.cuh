@@ -11,15 +11,16 @@
 //
 //   1. Range. A key that at least `wanted` keys reach: if that many groups of scores each have a
 //      maximum that is at least x, so many scores reach x. Without SAMPLES, in one CTA: the least maximum
-//      of `wanted` groups (one barrier). With SAMPLES: each CTA reads the same sample, one score for each thread, and takes the
-//      maximum of its groups that `rank` of them reach (one barrier, while the slice arrives). This one
-//      is only likely to be low enough.
+//      of `wanted` groups (one barrier). With SAMPLES: each CTA reads the same sample, one score for each
+//      thread, and takes the maximum of its groups that `rank` of them reach (one barrier, while the
+//      slice arrives). This one is only likely to be low enough.
 //   2. Count. Each thread counts its keys in the range, in 256 bins of equal width (one barrier or
-//      exchange), and each warp finds the bin that has the key of rank `wanted`, counted from the largest.
+//      exchange); then the bin is found that has the key of rank `wanted`, counted from the largest.
 //      If a sampled range has fewer keys than that: step 2 again with the keys below the range.
-//   3. Near. If the bin has at most NEAR keys, they are collected (one barrier or exchange), and each
-//      warp finds the cut among them. If it has more, step 2 again with the range of the bin; a bin of
-//      a single key ends that.
+//   3. Near. If the bin has at most NEAR keys, they are collected, and the cut is found among them. In a
+//      cluster each of them is sent to all CTAs, which wait for as many bytes as the counts tell; no
+//      barrier of the cluster is needed. If the bin has more, step 2 again with its range; a bin of a
+//      single key ends that.
 //   4. Emit. Each thread marks its scores that the cut takes; the marks of a warp are transposed so that
 //      each lane has 32 consecutive positions; their counts give the places (one barrier).
 //
@@ -55,15 +56,31 @@ static_assert(BLOCKS_PER_ROW == 1 || SAMPLED, "CTAs agree on a range by a sample
 static_assert(!SAMPLED || (SAMPLES == THREADS && 2 * WARPS == WARP), "one group of samples for each lane");
 static_assert((MAX_TOP_K & (MAX_TOP_K - 1)) == 0, "the sort pads to a power of 2");
 
+// Where the key of a rank is.
+struct Spot {
+    BinOfRank found;
+    unsigned above_earlier;   // keys in the bins above it, of the CTAs before this one
+    unsigned inside_earlier;  // keys in it, of those
+};
+
+// Which scores are selected: those with a key above `key`, and the first `ties` of the row with this
+// one.
+struct HeldCut {
+    unsigned key, ties;
+    unsigned above_earlier, equal_earlier;  // scores of the CTAs before this one: above it, at it
+};
+
 struct Shared {
     unsigned lows[WARPS], highs[WARPS];
     alignas(16) unsigned groups[WARP];       // maxima of the sample
     alignas(16) unsigned bins[UNCOUNTED + 4];  // of each round, and one of which nothing is read
-    unsigned pairs[2][BINS / 2];         // counts of two bins each, of every other round
-    alignas(16) unsigned sums[BINS];     // of the cluster
-    alignas(16) unsigned earlier[BINS];  // of the CTAs before this one
+    unsigned pairs[2][BINS / 2];             // counts of two bins each, of every other round
+    alignas(16) unsigned sums[BINS];         // of the cluster
+    alignas(16) unsigned earlier[BINS];      // of the CTAs before this one
     alignas(16) unsigned near[NEAR];         // keys in the bin of the cut, CTA by CTA; 0: none
     unsigned near_count;                     // of this CTA's
+    Spot spot;                               // what one warp has found for all
+    HeldCut cut;
     unsigned long long near_arrivals;        // of the other CTAs' keys
     alignas(16) unsigned entries[ENTRIES];   // scores above the cut, and 2^16 times those at it
 };
@@ -242,13 +259,6 @@ __device__ __forceinline__ Range range_of_sample(unsigned key, unsigned wanted, 
     return make_range(low, MOST, low + min(spread, MOST - low));
 }
 
-// Where the key of a rank is.
-struct Spot {
-    BinOfRank found;
-    unsigned above_earlier;   // keys in the bins above it, of the CTAs before this one
-    unsigned inside_earlier;  // keys in it, of those
-};
-
 // The bin of the key of rank `wanted` among those that the threads have counted in a round's bins.
 // Called by all threads of the cluster.
 __device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsigned cta_rank,
@@ -283,8 +293,11 @@ __device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsig
     }
     __syncthreads();
     const unsigned lane = threadIdx.x % WARP;
-    Spot spot{bin_of_rank(bins, wanted, lane), 0, 0};
-    if constexpr (BLOCKS_PER_ROW > 1) {
+    // Alone, each warp searches for itself. In a cluster the search is longer, and with 16 warps what
+    // all of them repeat takes more time than another barrier.
+    if constexpr (BLOCKS_PER_ROW == 1) return {bin_of_rank(bins, wanted, lane), 0, 0};
+    if (threadIdx.x < WARP) {
+        Spot spot{bin_of_rank(bins, wanted, lane), 0, 0};
         const uint4* mine = reinterpret_cast<const uint4*>(shared.earlier) + 2 * lane;
         const uint4 low = mine[0], high = mine[1];
         const unsigned counts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -299,16 +312,33 @@ __device__ __forceinline__ Spot find_spot(unsigned round, unsigned wanted, unsig
         }
         spot.above_earlier = __reduce_add_sync(ALL_LANES, above);
         spot.inside_earlier = __reduce_add_sync(ALL_LANES, inside);
+        if (lane == 0) shared.spot = spot;
     }
-    return spot;
+    __syncthreads();
+    return shared.spot;
 }
 
-// Which scores are selected: those with a key above `key`, and the first `ties` of the row with this
-// one.
-struct HeldCut {
-    unsigned key, ties;
-    unsigned above_earlier, equal_earlier;  // scores of the CTAs before this one: above it, at it
-};
+// The cut at the key of rank `wanted` of the `size` listed keys. Called by a warp.
+__device__ __forceinline__ HeldCut cut_of_near(unsigned size, unsigned wanted, unsigned above_earlier,
+                                               unsigned inside_earlier, const Shared& shared) {
+    const unsigned lane = threadIdx.x % WARP;
+    const NearKey found = near_key(shared.near, size, wanted, lane);
+    HeldCut cut{found.key, wanted - found.above(), above_earlier, 0};
+    if constexpr (BLOCKS_PER_ROW > 1) {
+#pragma unroll
+        for (unsigned j = 0; j < 2; ++j) {
+            const unsigned earlier = __ballot_sync(ALL_LANES, lane + j * WARP < inside_earlier);
+            cut.above_earlier += __popc(found.over[j] & earlier);
+            cut.equal_earlier += __popc(found.same[j] & earlier);
+        }
+    }
+    if (cut.ties == found.equal()) {  // all of them: above a lower key
+        cut.above_earlier += cut.equal_earlier;
+        cut.equal_earlier = cut.ties = 0;
+        --cut.key;
+    }
+    return cut;
+}
 
 // The cut at the key of rank `wanted` of the `size` keys in [least, most], at most NEAR, of which
 // `inside_earlier` are in the CTAs before this one. Called by all threads of the cluster, once, after a
@@ -336,29 +366,19 @@ __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], 
             }
         }
     }
-    __syncwarp();
-    if constexpr (BLOCKS_PER_ROW > 1) {
-        if (threadIdx.x == 0) expect_bytes(&shared.near_arrivals, 4 * size);
-        wait_for_stores(&shared.near_arrivals);
-    } else {
+    if constexpr (BLOCKS_PER_ROW == 1) {
         __syncthreads();
+        return cut_of_near(size, wanted, above_earlier, inside_earlier, shared);
     }
-    const NearKey found = near_key(shared.near, size, wanted, lane);
-    HeldCut cut{found.key, wanted - found.above(), above_earlier, 0};
-    if constexpr (BLOCKS_PER_ROW > 1) {
-#pragma unroll
-        for (unsigned j = 0; j < 2; ++j) {
-            const unsigned earlier = __ballot_sync(ALL_LANES, lane + j * WARP < inside_earlier);
-            cut.above_earlier += __popc(found.over[j] & earlier);
-            cut.equal_earlier += __popc(found.same[j] & earlier);
-        }
+    __syncwarp();
+    if (threadIdx.x < WARP) {
+        if (lane == 0) expect_bytes(&shared.near_arrivals, 4 * size);
+        wait_for_stores(&shared.near_arrivals);
+        const HeldCut cut = cut_of_near(size, wanted, above_earlier, inside_earlier, shared);
+        if (lane == 0) shared.cut = cut;
     }
-    if (cut.ties == found.equal()) {  // all of them: above a lower key
-        cut.above_earlier += cut.equal_earlier;
-        cut.equal_earlier = cut.ties = 0;
-        --cut.key;
-    }
-    return cut;
+    __syncthreads();
+    return shared.cut;
 }
 
 // The cut that takes the `wanted` largest keys of the cluster, after the first count, of the keys in

@@ -14,13 +14,14 @@
 //      overflow. Warps wait for each other only then, and at the end.
 //   3. Verify. If all lists together have fewer than top_k candidates, the bound was too high:
 //      steps 1 and 2 again with a lower bound, at last with one that every candidate reaches.
-//   4. Cut. Each CTA collects the keys of all lists of the cluster (if they are too many, their
-//      histograms instead, one for each round). A radix search, 8 bits a round, finds the key of
-//      rank top_k, how many of the scores with that key are taken, and how many candidates the CTAs
-//      before this one emit.
-//   5. Emit. Each CTA marks the positions of its candidates that pass the cut in a bitmap, and counts
-//      the marks before each candidate: its place. In rank order: the CTA of rank 0 collects and
-//      sorts them.
+//   4. Cut. The threads of each CTA read the keys of all lists of the cluster, READ of them each. (If the
+//      lists are longer, they are collected in shared memory, or their histograms are, one for each
+//      round.) A radix search, 8 bits a round, ends with the few keys of a bin. It finds the key of rank
+//      top_k, how many of the scores with that key are taken, and how many candidates the CTAs before
+//      this one emit.
+//   5. Emit. Each CTA marks the positions of its candidates that pass the cut in a bitmap, which is
+//      cleared while the cluster waits, and counts the marks before each candidate: its place. In rank
+//      order: the CTA of rank 0 collects and sorts them.
 //
 // Steps 1, 2, 4 and 5 each have a file of their own. What they share is in streamed_memory.cuh (the
 // slice, the shared memory), streamed_copies.cuh (chunks), streamed_search.cuh (the key of a rank) and
