@@ -166,11 +166,22 @@ def test_a_variant_that_another_one_replaces_is_left_out() -> None:
 
 
 def test_a_form_that_cannot_divide_a_router_is_left_out() -> None:
-    shape = {**CONSTANTS, "HIDDEN": 2688, "EXPERTS": 160, "TOP_K": 6}
+    """swap_ab has no ring of one stage."""
+    shape = {**CONSTANTS, "HIDDEN": 64, "EXPERTS": 160, "TOP_K": 6}
     assert search.best(["split_k", "swap_ab"], "wgmma", shape, [128], cost.H100) is None
     found = search.best(["split_k", "swap_ab", "tile"], "wgmma", shape, [128], cost.H100)
     assert found is not None
     assert found["FORM"] == "tile"
+
+
+@pytest.mark.parametrize("hidden", [1536, 1792, 2560, 2688, 2880, 3584])
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_a_few_hundred_tokens_get_shares_of_any_hidden_size(hidden: int, tokens: int) -> None:
+    shape = {**CONSTANTS, "HIDDEN": hidden, "EXPERTS": 160, "TOP_K": 6}
+    found = search.best(["swap_ab", "tile"], "wgmma", shape, [tokens], cost.H100)
+    assert found is not None
+    assert found["FORM"] == "swap_ab"
+    assert int(found["SPLIT_K"]) > 1
 
 
 def test_more_tokens_get_larger_tiles() -> None:

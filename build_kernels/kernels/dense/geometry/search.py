@@ -37,8 +37,10 @@ MAX_THREADS = 512
 MAX_TILE = 256
 
 #: Registers of a thread besides its sums: addresses, counters, the masks of screening; with
-#: ``mma.sync`` operands as well, with ``tcgen05`` what is loaded from tensor memory at a time.
-OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 52, "tcgen05": 56}
+#: ``mma.sync`` operands as well, with ``tcgen05`` what is loaded from tensor memory at a time. With
+#: ``mma.sync`` more where slices differ. Found by compiling: with fewer, some entries spill.
+OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 74, "tcgen05": 56}
+UNEVEN_REGISTERS: Mapping[str, int] = {"wgmma": 0, "mma_sync": 8, "tcgen05": 0}
 
 _Division = dict[str, int]
 
@@ -135,7 +137,8 @@ def fits(g: Geometry, mma: str) -> bool:
         if mma == "tcgen05" and g.split_k > 1:
             kept += g.held_n_tiles
         sums = 4 * (own * g.n_tiles + kept)
-        return sums + OTHER_REGISTERS[mma] <= g.consumer_registers
+        other = OTHER_REGISTERS[mma] + (0 if g.even else UNEVEN_REGISTERS[mma])
+        return sums + other <= g.consumer_registers
     assert isinstance(g, TileGeometry)
     return (
         not _serialises(g, mma)
@@ -150,10 +153,13 @@ def _spills(g: SwapAbGeometry, mma: str) -> bool:
     """Return whether ptxas is known to spill although the count of registers fits.
 
     Found by compiling: with ``mma.sync`` it spills for tiles of 120 tokens, not for 112; and, with
-    all of K in a CTA that shares its weights with none, for 5 and 7 e ranks and 64 to 80 tokens.
+    all of K in a CTA, for more than 80 tokens if slices differ, and for 5 and 7 e ranks and 64 to
+    80 tokens if the CTA shares its weights with none.
     """
     if mma != "mma_sync":
         return False
+    if g.split_k == 1 and g.tile_tokens > 80 and not g.even:
+        return True
     return g.tile_tokens > 112 or (g.split_k == 1 and g.cluster_t == 1 and g.cluster_e > 4)
 
 
