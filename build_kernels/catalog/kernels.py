@@ -216,8 +216,8 @@ _SWAP_AB = _table(
     ("wgmma_4096", "dsv41-dspark", 128,         72,         2,        2),
 )
 
-#: The same with mma.sync, for GPUs on which no entry with another MMA is verified. With 384 experts,
-#: ``portable`` is as fast for 4096 tokens and more as any division of this form.
+#: The same with mma.sync, for GPUs on which no entry with another MMA is verified. Models with 384
+#: experts have no row for 4096 tokens: ``portable`` is as fast from there on.
 _SWAP_AB_PORTABLE = _table(
     "variant          model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
     ("portable_256",  "dsv4-flash",   128,         32,         1,        4),

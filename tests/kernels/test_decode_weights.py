@@ -43,16 +43,18 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def first_lanes(g: DecodeGeometry) -> tuple[list[int], list[int]]:
     """Make lane 0 of every warp read its weights, those with a slab first. Returns how many
     warps of each kind there are, as lists of their slabs."""
+    lane: Any = 0
     image: Any = types.SimpleNamespace(toint=lambda: 0)
-    own, spare = [], []
+    own: list[int] = []
+    spare: list[int] = []
     per_slab = g.m_tiles // g.warp_m
     for k_rank in range(g.cluster_k):
         for warp in range(g.warps):
-            slab = k_rank * g.cta_slabs + warp // per_slab
+            slab: Any = k_rank * g.cta_slabs + warp // per_slab
             (own if slab < g.slabs else spare).append(slab)
             for e_part in range(g.groups * g.cluster_e):
-                m_tile = e_part * g.cta_experts // MMA_SYNC_M + warp % per_slab * g.warp_m
-                DecodeMmaSync(g).load_weight(image, m_tile, slab, 0)
+                m_tile: Any = e_part * g.cta_experts // MMA_SYNC_M + warp % per_slab * g.warp_m
+                DecodeMmaSync(g).load_weight(image, m_tile, slab, lane)
     return own, spare
 
 

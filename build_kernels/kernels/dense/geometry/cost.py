@@ -229,7 +229,7 @@ def _swap_ab(g: SwapAbGeometry, mma: str, clusters: int, machine: Machine) -> fl
     )
     sums = g.cta_slices * g.exchange_bytes / machine.peers
     # Storing, screening, the cluster barrier, ranking, stores.
-    epilogue = 3600 + 85 * g.held_tokens
+    epilogue: float = 3600 + 85 * g.held_tokens
     epilogue += RANK_MORE * max(0.0, g.candidates - FEW_CANDIDATES) * g.rank_passes
     return START + MEET * g.cluster + g.k_blocks * stage + sums + epilogue
 
