@@ -77,7 +77,8 @@ def estimated_us(
 
 
 def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: int) -> Entry:
-    """The entry that is expected to be the fastest, of equals the first. Pure.
+    """The entry that is expected to be the fastest, of equals the one that holds fewer scores in
+    registers, then the first. Pure.
 
     Args:
         entries: Those that serve the call.
@@ -88,8 +89,9 @@ def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: in
     score_bytes, rows, columns, _ = sizes
     return min(
         entries,
-        key=lambda entry: estimated_us(
-            entry.constants, rows, columns, score_bytes, multiprocessors
+        key=lambda entry: (
+            estimated_us(entry.constants, rows, columns, score_bytes, multiprocessors),
+            entry.constants["HELD"],
         ),
     )
 

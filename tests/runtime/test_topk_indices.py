@@ -362,10 +362,11 @@ def entry_of(blocks_per_row: int, blocks_per_sm: int, held: int = 0) -> Any:
 def test_the_choice_follows_from_sizes_and_constants() -> None:
     """For shapes that were measured on an H200, the variant that was the fastest there."""
     block, pair, quad, cluster = (entry_of(*each) for each in ((1, 2), (2, 1), (4, 1), (8, 1)))
-    held, held_cluster, wide = entry_of(1, 2, 16), entry_of(8, 1, 16), entry_of(16, 1, 8)
+    short, held = entry_of(1, 2, 8), entry_of(1, 2, 16)
+    held_cluster, wide = entry_of(8, 1, 16), entry_of(16, 1, 8)
     streamed = [block, pair, quad, cluster]
     for rows_, columns, wanted in (
-        (4, 8192, held),
+        (4, 8192, short),
         (1, 16384, held),
         (256, 16384, held),
         (1, 131072, wide),
@@ -384,6 +385,7 @@ def test_the_choice_follows_from_sizes_and_constants() -> None:
         (1, 2**21, cluster),
     ):
         entries = [*streamed, *([held] if columns <= 16384 else [])]
+        entries += [short] if columns <= 8192 else []
         entries += [held_cluster, wide] if columns <= 262144 else []
         for order in (entries, entries[::-1]):
             found = topk_indices.choose(order, (4, rows_, columns, 512), 132)
