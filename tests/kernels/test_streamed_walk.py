@@ -33,6 +33,8 @@ def stated(name: str) -> str:
     return str(found)
 
 
+#: The CTA whose chunks tell whether each warp of the cluster has one.
+(ASKED,) = re.findall(r"row\.of_block\(([^()]*)\)\.chunks\(\) >= WARPS", SOURCE)
 ROUNDS, ATTEMPTS = int(stated("ROUNDS")), int(stated("ATTEMPTS"))
 
 
@@ -138,10 +140,11 @@ class Walk:
 
     def bound(self, attempt: int) -> int:
         rank = self.groups_to_reach(attempt)
-        first, last = self.of_block(0)
+        first, last = self.of_block({"0": 0, "BLOCKS_PER_ROW - 1": self.ctas - 1}[ASKED])
         if rank == 0 or -(-(last - first) // self.chunk) < self.warps:
             return 0
         chunks = self.first_chunks()
+        assert all(first < last for first, last in chunks), "a warp waits for a chunk it has not"
         maxima = np.zeros((len(chunks), 2 * WARP), np.int64)
         for own, (first, last) in zip(maxima, chunks, strict=True):
             keys = self.keys[first * self.values : last * self.values]
@@ -321,6 +324,22 @@ def test_a_random_row_is_read_once_and_its_list_is_short(variant: str) -> None:
     walk.ids()
     assert (walk.attempts, walk.reductions) == (0, 0)
     assert walk.listed < 4 * 512
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_warp_waits_only_for_a_chunk_that_it_has(variant: str) -> None:
+    """Rows about as long as those of which each warp has a chunk: in some, the first CTA has one
+    chunk more than the last one.
+    """
+    constants = VARIANTS[variant]
+    chunk = WARP * constants["LOADS"] * 16 // constants["SCORE_BYTES"]
+    shortest = least_bounded(constants) - constants["BLOCKS_PER_ROW"] * chunk
+    values = 16 // constants["SCORE_BYTES"]
+    for vectors in range(2 * constants["BLOCKS_PER_ROW"] + 1):
+        length = shortest + vectors * values
+        given = row(constants, "normal", length)
+        walk = Walk(constants, given, 512, nan=False)
+        assert np.array_equal(walk.ids(), oracle(given, 512, False)), length
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -143,8 +143,9 @@ __device__ __forceinline__ void begin_list(const Slice& row, unsigned k, unsigne
     unsigned edge_bits = 0;
     if (warp == 0 && on_edge) edge_bits = row.bits(edge);
     const unsigned rank = groups_to_reach(row.length(), k, attempt);
-    // Every warp has a chunk then, and all groups but few exist.
-    const bool chosen = rank != 0 && row.of_block(0).chunks() >= WARPS;
+    // Every warp of the cluster has a chunk then, and all groups but few exist. The last CTA has the
+    // fewest: its slice may be a few vectors shorter than the others'.
+    const bool chosen = rank != 0 && row.of_block(BLOCKS_PER_ROW - 1).chunks() >= WARPS;
     // The other copies follow when the first has arrived, so that the first ones of all warps are not
     // behind them, and memory is busy while a bound is chosen.
     if (chosen) wait_for_chunk(warp, consumed, shared);
