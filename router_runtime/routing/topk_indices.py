@@ -77,8 +77,8 @@ def estimated_us(
 
 
 def choose(entries: Sequence[Entry], sizes: tuple[int, ...], multiprocessors: int) -> Entry:
-    """The entry that is expected to be the fastest, of equals the one that holds fewer scores in
-    registers, then the first. Pure.
+    """Return the entry with the least estimated time; of equals, the one that holds the fewest
+    scores in registers, then the first. Pure.
 
     Args:
         entries: Those that serve the call.

@@ -1,4 +1,4 @@
-"""Clocks and power of a GPU under each contender: whether a figure is bound by the power limit.
+"""Clock and power of a GPU under the router and torch.mm: whether a time is bound by the limit.
 
 ``python -m tests.bench.power --model dsv4-flash --tokens 4096,16384``. A chain of ``make bench``
 runs without a pause for ``--seconds``, while nvidia-smi reports clock and power; the second half
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import click
+import torch
 
 from build_kernels.catalog.models import MODELS, Model
 from router_runtime.errors import DriverError, RouterRuntimeError, explain
@@ -78,10 +79,12 @@ def reading(times: list[float], lines: Iterable[str]) -> Reading:
 
 
 @contextmanager
-def sampled(device: int) -> Iterator[list[str]]:
+def sampled(device: torch.device) -> Iterator[list[str]]:
     """Collect nvidia-smi's lines about a GPU until the block ends."""
     lines: list[str] = []
-    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={','.join(_QUERY)}"]
+    # By its UUID: nvidia-smi counts GPUs that CUDA_VISIBLE_DEVICES hides.
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(_QUERY)}"]
     command += ["--format=csv,noheader,nounits", f"--loop-ms={_EVERY_MS}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -103,9 +106,9 @@ def under_load(
             x.zero_()
     route = contender.make(layers, "pdl", contender.settings)
     run = functools.partial(chain.routed, route, True)
-    few, _ = machine.timed(run, 3)
-    with sampled(machine.device.index) as lines:
-        times, _ = machine.timed(run, max(3, round(seconds * 1e6 / statistics.median(few))))
+    trial_times, _ = machine.timed(run, 3)
+    with sampled(machine.device) as lines:
+        times, _ = machine.timed(run, max(3, round(seconds * 1e6 / statistics.median(trial_times))))
     if isinstance(route, DenseRouters):
         route.release()
     return reading([each / planned.routers for each in times], lines)

@@ -101,7 +101,7 @@ def launch(run: KernelRun, case: Case, inputs: Inputs, stores_logits: bool) -> N
 
 
 def main(prefixes: Sequence[str]) -> int:
-    # Each tensor is an allocation of its own, so that memcheck sees reads behind its end.
+    # Each tensor is an allocation of its own, so that memcheck sees reads past its end.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     artifacts = find_artifacts()
     manifest = read_manifest(artifacts)

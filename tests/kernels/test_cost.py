@@ -43,8 +43,9 @@ TRIED = (
 )
 
 
-#: Divisions of other models, by hidden elements, experts and k, as measured on an H200: many
-#: candidates, a last part with few experts, unequal slices, a short last chunk.
+#: Of other models, on an H200: hidden elements, experts, k; experts and tokens of a tile,
+#: CLUSTER_T, SPLIT_K; tokens, microseconds. Many candidates, a last part with few experts, unequal
+#: slices, a short last chunk.
 OTHERS = (
     ((7168, 896, 16), (128, 80, 1, 2), 512, 22.4),
     ((7168, 896, 16), (128, 72, 1, 1), 1024, 37.0),

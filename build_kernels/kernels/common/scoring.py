@@ -110,12 +110,12 @@ def ordered_key(logit: Float32, score_of_logit: Float32, bias: Float32) -> Int32
 
 
 def ordered(pattern: Int32) -> Int32:
-    """Return the bits of a number as a pattern that orders like it, as an unsigned number."""
+    """Return a pattern that orders, as an unsigned integer, like the number with these bits."""
     return pattern ^ ((pattern >> 31) | Int32(-0x80000000))
 
 
 def key_of(pattern: Int32) -> Float32:
-    """Return the number that an ordered pattern stands for; -inf for 0, "no candidate"."""
+    """Return the number of an ordered pattern; -inf for pattern 0, "no candidate"."""
     number = arith.from_bits(pattern ^ (~(pattern >> 31) | Int32(-0x80000000)))
     return arith.select(arith.equal(pattern, Int32(0)), Float32(float("-inf")), number)
 

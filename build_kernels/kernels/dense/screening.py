@@ -104,11 +104,11 @@ def threshold(best: Sequence[Float32], lanes: int, top_k: int, groups: int) -> F
 
 
 def least_kept(patterns: Sequence[Int32], lanes: int, top_k: int, groups: int) -> Int32:
-    """Return an ordered pattern such that a key with a smaller one is not among the best.
+    """Return a pattern such that keys with a smaller one are not among the best.
 
     ``lanes`` neighbouring threads hold a token's exact keys; all call this. ``patterns`` are those
-    of this thread's keys (``scoring.ordered_key``), 0 for none. At least ``top_k`` keys are not
-    below the result. ``groups`` is that of ``threshold``.
+    of this thread's keys (``scoring.ordered_key``), 0 for none. If there are at least ``top_k``
+    keys, as many are not below the result. ``groups`` is that of ``threshold``.
     """
     count = max(1, min(len(patterns), groups // lanes))
     best = [Float32(float("-inf"))] * count

@@ -1,7 +1,7 @@
 """What a k rank of the form swap_ab multiplies: its share of the hidden dimension.
 
-Every function returns a number of the host if it is the same for all k ranks, and a value of the
-device code if not. So where the slices are even, the code is made for one number of blocks.
+Counts that are the same for all k ranks are Python integers, others are values of the device code.
+So where slices are even, the number of blocks is a constant of the kernel.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def k_blocks(g: SwapAbGeometry, k_rank: Int32) -> Int32 | int:
 
 
 def k_block_of(g: SwapAbGeometry, number: Int32, k_rank: Int32) -> Int32:
-    """Return which 64-element block of the hidden dimension fills a stage of a k rank for the
-    ``number``-th time, from 0."""
+    """Return which 64-element block of the hidden dimension is filling ``number`` (from 0) of the
+    ring of a k rank."""
     if g.split_k == 1:
         return number
     if g.even:

@@ -347,7 +347,8 @@ class SwapAbEpilogue:
         """Keep only the scored candidates that can still be among the best. Returns how many.
 
         Every e rank has sent those that can be among its own best, and ranking compares each with
-        each. Those that are kept move to the first slots, those behind them get key 0.
+        each. Those that are kept move to the first slots, those behind them get key 0. Whole warps
+        call it, after a warp barrier behind ``score_listed``; it ends with one.
         """
         g = self.g
         numbers = [first + member for first in range(0, g.ranked, g.rank_threads)]

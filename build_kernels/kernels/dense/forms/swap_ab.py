@@ -140,7 +140,7 @@ class SwapAb:
                         mbarrier.init(sums_full, 1)
                         mbarrier.init(sums_empty, g.split_k - 1)
             mbarrier.fence_init()
-            # The first filling of every stage; thread 0 expects each later one in time.
+            # The first filling of every stage that has one; thread 0 expects later ones in time.
             for stage in cutlass.range_constexpr(g.stages):
                 if stage < share.k_blocks(g, k_rank):
                     mbarrier.arrive_expect_tx(full + BARRIER_BYTES * stage, Int32(g.stage_bytes))

@@ -43,8 +43,8 @@ def ceil_div(a: int, b: int) -> int:
 def screening_groups(top_k: int) -> int:
     """Return how many groups of a CTA's experts give a token's threshold.
 
-    A power of two, at least four times ``top_k``. For 6 ranks of 128 experts, 6.4 experts are
-    candidates on average; with half as many groups 7.1, with a quarter 10.
+    A power of two, at least four times ``top_k``. With k = 6 and 128 experts, 6.4 are candidates on
+    average; with half as many groups 7.1, with a quarter 10.
     """
     return 1 << (4 * top_k - 1).bit_length()
 

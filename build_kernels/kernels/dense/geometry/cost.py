@@ -67,7 +67,7 @@ class Machine:
 
 H100 = Machine(clock=1755, resident={1: 132, 2: 66, 3: 39, 4: 30, 6: 18, 8: 15, 16: 7})
 
-#: Predicted: the same inlet, and as many clusters of 4 and more.
+#: Predicted: an inlet a little slower, and as many clusters of 4 and more as on an H100.
 B200 = Machine(
     clock=1850,
     resident={1: 148, 2: 74, 3: 36, 4: 30, 6: 18, 8: 15, 16: 7},
@@ -200,13 +200,13 @@ WGMMA_ALONE = 440
 #: Clocks from the request of a stage to its arrival: a short ring waits for it.
 LATENCY = 1650
 
-#: Candidates of a token whose screening and ranking is in what a token costs; and clocks for each
-#: one more, for each token that a thread ranks for.
+#: A token's clocks below include this many candidates; each further one costs RANK_MORE clocks for
+#: every token that a thread ranks.
 FEW_CANDIDATES = 20
 RANK_MORE = 130
 
-#: Clocks of the epilogue of the tile form: 128 tokens by two warpgroups. Candidates are inserted in
-#: a list of k, so it takes longer with a larger k than this.
+#: Clocks of the tile form's epilogue: 128 tokens by two warpgroups, up to this k. A larger k takes
+#: longer in proportion, since candidates are inserted in a list of k.
 EPILOGUE = 12500
 EPILOGUE_TOP_K = 8
 

@@ -37,10 +37,12 @@ MAX_THREADS = 512
 MAX_TILE = 256
 
 #: Registers of a thread besides its sums: addresses, counters, the masks of screening; with
-#: ``mma.sync`` operands as well, with ``tcgen05`` what is loaded from tensor memory at a time. With
-#: ``mma.sync`` more where slices differ. Found by compiling: with fewer, some entries spill.
+#: ``mma.sync`` operands as well, with ``tcgen05`` what is loaded from tensor memory at a time.
 OTHER_REGISTERS: Mapping[str, int] = {"wgmma": 40, "mma_sync": 74, "tcgen05": 56}
-UNEVEN_REGISTERS: Mapping[str, int] = {"wgmma": 0, "mma_sync": 8, "tcgen05": 0}
+
+#: Further registers with ``mma.sync`` where slices differ. Found by compiling: with fewer, some
+#: entries spill.
+UNEVEN_REGISTERS = 8
 
 _Division = dict[str, int]
 
@@ -137,7 +139,9 @@ def fits(g: Geometry, mma: str) -> bool:
         if mma == "tcgen05" and g.split_k > 1:
             kept += g.held_n_tiles
         sums = 4 * (own * g.n_tiles + kept)
-        other = OTHER_REGISTERS[mma] + (0 if g.even else UNEVEN_REGISTERS[mma])
+        other = OTHER_REGISTERS[mma]
+        if mma == "mma_sync" and not g.even:
+            other += UNEVEN_REGISTERS
         return sums + other <= g.consumer_registers
     assert isinstance(g, TileGeometry)
     return (
@@ -152,9 +156,10 @@ def fits(g: Geometry, mma: str) -> bool:
 def _spills(g: SwapAbGeometry, mma: str) -> bool:
     """Return whether ptxas is known to spill although the count of registers fits.
 
-    Found by compiling: with ``mma.sync`` it spills for tiles of 120 tokens, not for 112; and, with
-    all of K in a CTA, for more than 80 tokens if slices differ, and for 5 and 7 e ranks and 64 to
-    80 tokens if the CTA shares its weights with none.
+    Found by compiling, with ``mma.sync``: tiles of 120 tokens spill, those of 112 do not. With all
+    of K in a CTA, tiles of more than 80 tokens spill if slices differ. More than 4 e ranks without
+    a multicast of weights are refused for every tile; 5 and 7 were seen to spill, with 64 to 80
+    tokens.
     """
     if mma != "mma_sync":
         return False

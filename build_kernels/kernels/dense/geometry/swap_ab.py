@@ -27,9 +27,9 @@ from build_kernels.kernels.dense.geometry.common import (
 N_TILE = 8
 N_TILE_BYTES = LANES * 16
 
-#: Places for the candidates of a token, in a CTA's list and where they are ranked by counting: a
-#: multiple of LIST_STEP, with SPARE times as many as are expected of independent logits. A token
-#: with more candidates is ranked from all its logits, which takes far longer.
+#: A CTA's list, and the slots where candidates are ranked by counting, have SPARE times as many
+#: places as candidates are expected (of independent logits), rounded up to a multiple of LIST_STEP.
+#: A token with more candidates is ranked from all its logits, which takes far longer.
 LIST_STEP = 32
 SPARE = 1.3
 
@@ -96,7 +96,7 @@ class SwapAbGeometry(Geometry):
                 f"found {g.barriers} of them: {g.shared_bytes} bytes"
             )
 
-    # --- k_blocks of a cluster ---
+    # --- CTAs of a cluster ---
     @property
     def cluster_e(self) -> int:
         """Parts that the experts are divided into, one per e rank."""
@@ -311,7 +311,7 @@ class SwapAbGeometry(Geometry):
 
     @property
     def rank_round(self) -> int:
-        """Candidates of a token that are ranked at a time. Few tokens have more."""
+        """Candidates of a token that are scored or ranked at a time."""
         return max(LIST_STEP // 2, self.rank_threads)
 
     @property

@@ -30,7 +30,7 @@ class DecodeMmaSync:
         """
         g = self.g
         if g.cta_slabs * g.cluster_k > g.slabs:
-            # A warp behind the last slab reads that one, and its sums are not sent.
+            # A warp whose slab is past the last one loads the last one; its sums are not sent.
             slab = arith.min_s32(slab, Int32(g.slabs - 1))
         step = slab * g.slab_steps
         fragments = []
