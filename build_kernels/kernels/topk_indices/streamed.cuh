@@ -7,11 +7,11 @@
 //      groups of scores; parts being spread over the row, so are the groups. From histograms of all maxima
 //      of the cluster follows a candidate that, most likely, somewhat more than top_k candidates of
 //      the row reach. Short rows: all of them. No score is read for this alone.
-//   2. Stream. Each warp copies its part of the slice, chunk after chunk, to its own ring of buffers in
-//      shared memory, several ahead, and appends the candidates that reach the bound to the CTA's
-//      list, in no order. A warp that finds the list full makes its CTA reduce the list to the top_k
-//      largest candidates, and the bound rises to the least of them. So no input makes the list
-//      overflow. Warps wait for each other only then, and at the end.
+//   2. Stream. Each warp copies its part of the slice, chunks from its start and its end by turns, to
+//      its own ring of buffers in shared memory, several ahead, and appends the candidates that reach the
+//      bound to the CTA's list, in no order. A warp that finds the list full makes its CTA reduce the
+//      list to the top_k largest candidates, and the bound rises to the least of them. So no input
+//      makes the list overflow. Warps wait for each other only then, and at the end.
 //   3. Verify. If all lists together have fewer than top_k candidates, the bound was too high:
 //      steps 1 and 2 again with a lower bound, at last with one that every candidate reaches.
 //   4. Cut. The threads of each CTA read the keys of all lists of the cluster, READ of them each. (If the

@@ -91,18 +91,17 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
                                              Shared& shared) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     Candidate bound = shared.bound;
-    unsigned chunk = row.own.first;
+    Turns turns = Turns::of(row.own);
     unsigned entering = 0, largest = 0;
     bool full = false;  // the list; `entering` then tells what is left of the chunk
     for (;;) {
-        while (chunk < row.own.last) {
+        while (turns.left != 0) {
             const unsigned stage = consumed % STAGES;
             const uint4* buffer = ring_buffer(warp, stage);
-            const unsigned position = chunk * VALUES - row.begin;
-            const unsigned next = chunk + STAGES * CHUNK_VECTORS;
+            const unsigned position = turns.chunk * VALUES - row.begin;
             if (!full) {
                 wait_for_chunk(warp, consumed, shared);
-                entering = entering_scores(buffer, min(CHUNK_VECTORS, row.own.last - chunk),
+                entering = entering_scores(buffer, min(CHUNK_VECTORS, row.own.last - turns.chunk),
                                            position, bound, row.nan_key, lane);
             }
             const bool risen = full;  // the bound, after the scores of the chunk were compared
@@ -124,9 +123,10 @@ __device__ __forceinline__ void stream_slice(const Slice& row, unsigned k, unsig
             }
             if (full) break;
             __syncwarp();
-            if (lane == 0 && next < row.own.last) start_chunk(row, next, warp, stage, shared);
+            if (lane == 0 && turns.has_later(STAGES))
+                start_chunk(row, turns.later(STAGES), warp, stage, shared);
             ++consumed;
-            chunk += CHUNK_VECTORS;
+            turns.advance();
         }
         const unsigned warp_largest = __reduce_max_sync(ALL_LANES, largest);
         if (lane == 0 && warp_largest != 0) atomicMax(&shared.largest, warp_largest);
