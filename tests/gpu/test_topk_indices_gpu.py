@@ -108,6 +108,23 @@ def test_lengths_change_between_replays(rows, columns):
         assert torch.equal(found[0], slots)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9, 24, 64, 200])
+def test_rows_whose_last_cta_has_a_chunk_less(rows, dtype):
+    """In clusters of 2, 4 or 8 CTAs of 16 warps: the last CTA has 15 chunks and the others 16,
+    or all have 16. A kernel in which a warp waits for the one that is missing does not end.
+    """
+    scores = Random(5).normal(rows, 2**18).to(dtype).cuda()
+    values = 16 // dtype.itemsize
+    for ctas in (2, 4, 8):
+        for chunk in (256, 128):
+            whole = ctas * (15 * chunk + 1)
+            for vectors in (whole - ctas + 1, whole - 1, whole):
+                ends = torch.full((rows,), values * vectors, dtype=torch.int32, device="cuda")
+                found = ops.topk_indices(scores, 512, row_ends=ends)
+                assert torch.equal(found, spec.topk_indices(scores, 512, None, ends)), vectors
+
+
 @contextlib.contextmanager
 def waiting_is_an_error():
     """torch raises for a call that waits for the device. It warns that it may miss some."""
