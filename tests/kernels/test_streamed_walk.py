@@ -233,8 +233,10 @@ class Walk:
     def reduced(self, entries: Integers, bound: int) -> tuple[list[int], int]:
         """The k largest of a full list, and the least of them."""
         keys = entries >> 31
-        find_cut(keys, self.k, max(bound >> 31, LEAST_KEY), int(keys.max()))
-        kept = np.sort(entries)[-self.k :]
+        cut = find_cut(keys, self.k, max(bound >> 31, LEAST_KEY), int(keys.max()))
+        equal = np.sort(entries[keys == cut.key])
+        kept = np.concatenate((equal[len(equal) - cut.ties :], np.sort(entries[keys > cut.key])))
+        assert np.array_equal(kept, np.sort(entries)[-self.k :])
         return kept.tolist(), int(kept[0])
 
     def ids(self) -> Integers:
