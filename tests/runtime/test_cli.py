@@ -484,11 +484,12 @@ def test_doctor_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not (BUILT / MANIFEST_NAME).exists(), reason="run: make build-cubins")
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_report_on_what_was_built_fits_a_screen(fake: Any, gpu: bool) -> None:
+    """It has a line for each range of tokens, and not one for each of its entries."""
     if not gpu:
         fake.init = RuntimeError("no libcuda")
     done = run(BUILT, "doctor")
     assert done.exit_code == 0, done.output
-    assert len(done.output.splitlines()) <= 64
+    assert len(done.output.splitlines()) <= 70
     assert max(map(len, done.output.splitlines())) <= 140
 
 
