@@ -73,6 +73,7 @@ test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU 
 	$(PYTHON_GPU) -m pytest tests/gpu
 
 # The loader queries one kernel parameter too many on purpose, so errors of API calls are not reported.
+# synccheck counts the mbarriers of all CTAs of a launch together, more than it has room for by default.
 .PHONY: sanitize
 sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer; options: SANITIZE="dense_router_prefill/dsv4-pro"
 	for tool in memcheck racecheck 'synccheck --num-cuda-barriers 65536'; do \

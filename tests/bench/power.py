@@ -23,9 +23,9 @@ import torch
 
 from build_kernels.catalog.models import MODELS, Model
 from router_runtime.errors import DriverError, RouterRuntimeError, explain
-from tests.bench.chain import make_chain, make_layers, plan
+from tests.bench.chain import Chain, make_chain, make_layers, plan
 from tests.bench.contenders import CONTENDERS, MM, OURS, Contender, DenseRouters
-from tests.bench.machine import Gpu
+from tests.bench.machine import Gpu, Machine
 
 #: What nvidia-smi is asked for: MHz and watts.
 _QUERY = ("clocks.sm", "power.draw")
@@ -94,24 +94,33 @@ def sampled(device: torch.device) -> Iterator[list[str]]:
             lines += process.communicate()[0].splitlines()
 
 
-def under_load(
-    machine: Gpu, contender: Contender, model: Model, tokens: int, seconds: float, zeros: bool
-) -> Reading:
-    """Run the contender's chain for that long and return what was read."""
-    planned = plan(model, tokens, machine.l2_bytes, 2)
-    layers = make_layers(dataclasses.replace(model, vocab=1), planned.routers, machine.device)
-    chain = make_chain(machine, layers, tokens, planned.inputs)
-    if zeros:
-        for x in chain.inputs:
-            x.zero_()
-    route = contender.make(layers, "pdl", contender.settings)
+def under_load(machine: Machine, chain: Chain, contender: Contender, seconds: float) -> Reading:
+    """Run a contender through the chain for that long and return what was read."""
+    route = contender.make(chain.layers, "pdl", contender.settings)
     run = functools.partial(chain.routed, route, True)
     trial_times, _ = machine.timed(run, 3)
     with sampled(machine.device) as lines:
         times, _ = machine.timed(run, max(3, round(seconds * 1e6 / statistics.median(trial_times))))
     if isinstance(route, DenseRouters):
         route.release()
-    return reading([each / planned.routers for each in times], lines)
+    return reading([each / len(chain.layers.weights) for each in times], lines)
+
+
+def rows(machine: Machine, model: Model, tokens: int, seconds: float) -> Iterator[str]:
+    """A line of the table for each contender, with random hidden states, then with zeros."""
+    planned = plan(model, tokens, machine.l2_bytes, 2)
+    layers = make_layers(dataclasses.replace(model, vocab=1), planned.routers, machine.device)
+    chain = make_chain(machine, layers, tokens, planned.inputs)
+    for hidden_states in ("random", "zeros"):
+        if hidden_states == "zeros":
+            for x in chain.inputs:
+                x.zero_()
+        for contender in (CONTENDERS[OURS], CONTENDERS[MM]):
+            found = under_load(machine, chain, contender, seconds)
+            yield (
+                f"{model.name:13}{tokens:7}  {contender.name:13}{hidden_states:14}"
+                f"{found.microseconds:8.1f}{found.clock:7.0f}{found.power:6.0f}{found.energy:7.1f}"
+            )
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,21 +131,15 @@ def under_load(
 @click.option("--seconds", type=float, default=1.5, show_default=True, help="For each figure.")
 def main(names: tuple[str, ...], tokens: str, seconds: float) -> None:
     machine = Gpu()
-    chosen = [model for model in MODELS if model.name in (names or {MODELS[0].name})]
     click.echo(
-        f"{'model':13}{'tokens':>7}  {'contender':13}{'hidden states':14}{'us':>8}", nl=False
+        f"{'model':13}{'tokens':>7}  {'contender':13}{'hidden states':14}"
+        f"{'us':>8}{'MHz':>7}{'W':>6}{'mJ':>7}"
     )
-    click.echo(f"{'MHz':>7}{'W':>6}{'mJ':>7}")
-    for model in chosen:
-        for count in (int(word) for word in tokens.split(",")):
-            for zeros in (False, True):
-                for contender in (CONTENDERS[OURS], CONTENDERS[MM]):
-                    found = under_load(machine, contender, model, count, seconds, zeros)
-                    click.echo(
-                        f"{model.name:13}{count:7}  {contender.name:13}"
-                        f"{'zeros' if zeros else 'random':14}{found.microseconds:8.1f}"
-                        f"{found.clock:7.0f}{found.power:6.0f}{found.energy:7.1f}"
-                    )
+    for model in MODELS:
+        if model.name in (names or {MODELS[0].name}):
+            for count in tokens.split(","):
+                for row in rows(machine, model, int(count), seconds):
+                    click.echo(row)
 
 
 if __name__ == "__main__":

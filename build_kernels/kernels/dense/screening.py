@@ -104,7 +104,7 @@ def threshold(best: Sequence[Float32], lanes: int, top_k: int, groups: int) -> F
 
 
 def least_kept(patterns: Sequence[Int32], lanes: int, top_k: int, groups: int) -> Int32:
-    """Return a pattern such that keys with a smaller one are not among the best.
+    """Return a pattern: no key whose pattern is smaller is among a token's ``top_k`` best.
 
     ``lanes`` neighbouring threads hold a token's exact keys; all call this. ``patterns`` are those
     of this thread's keys (``scoring.ordered_key``), 0 for none. If there are at least ``top_k``

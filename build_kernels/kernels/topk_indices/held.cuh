@@ -79,7 +79,7 @@ struct Shared {
     alignas(16) unsigned earlier[BINS];      // of the CTAs before this one
     alignas(16) unsigned near[NEAR];         // keys in the bin of the cut, CTA by CTA; 0: none
     unsigned near_count;                     // of this CTA's
-    Spot spot;                               // what one warp has found for all
+    Spot spot;                               // what one warp has found and the others read
     HeldCut cut;
     unsigned long long near_arrivals;        // of the other CTAs' keys
     alignas(16) unsigned entries[ENTRIES];   // scores above the cut, and 2^16 times those at it

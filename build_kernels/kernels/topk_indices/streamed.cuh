@@ -11,7 +11,8 @@
 //      its own ring of buffers in shared memory, several ahead, and appends the candidates that reach the
 //      bound to the CTA's list, in no order. A warp that finds the list full makes its CTA reduce the
 //      list to the top_k largest candidates, and the bound rises to the least of them. So no input
-//      makes the list overflow. Warps wait for each other only then, and at the end.
+//      makes the list overflow. Warps wait for each other only for such a reduction, and at the end of
+//      the slice.
 //   3. Verify. If all lists together have fewer than top_k candidates, the bound was too high:
 //      steps 1 and 2 again with a lower bound, at last with one that every candidate reaches.
 //   4. Cut. The threads of each CTA read the keys of all lists of the cluster, READ of them each. (If the

@@ -72,9 +72,10 @@ __device__ __forceinline__ Range range_of_block(const Maxima& maxima, unsigned w
 // The number of warps of the cluster, each of which has a first chunk.
 constexpr unsigned FIRST_CHUNKS = BLOCKS_PER_ROW * WARPS;
 
-// Of the first chunks of all warps, in the order of their positions, the one that completes k scores,
-// if those above `key` and those with this key are counted; FIRST_CHUNKS if none does. All threads of
-// the cluster call it with their warp's chunk.
+// Counts k scores in the first chunks of all warps: first those above `key`, wherever they are, then those
+// with this key, chunk by chunk in the order of positions. Returns the number of the chunk in which the
+// count reaches k; FIRST_CHUNKS if there are fewer. All threads of the cluster call it with their warp's
+// chunk.
 __device__ __noinline__ unsigned chunk_of_ties(unsigned key, unsigned k, const uint4* buffer,
                                                unsigned vectors, unsigned nan_key, Shared& shared) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

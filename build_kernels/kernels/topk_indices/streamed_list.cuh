@@ -32,8 +32,8 @@ __device__ __forceinline__ Candidate least_taken(Cut cut, unsigned count, unsign
     return first_of_equal(cut.key, cut.ties, count, row_length, shared);
 }
 
-// Moves the candidates of the list that reach `limit` to its front, in no order, and sets
-// shared.count to their number, which was set to 0 before a barrier. A barrier has to follow.
+// Moves the candidates of the list that reach `limit` to its front, in no order. Counts them in
+// shared.count, which is 0 before, with a barrier behind that. A barrier has to follow.
 __device__ __forceinline__ void compact_list(unsigned count, Candidate limit, Shared& shared) {
     for (unsigned start = 0; start < count; start += THREADS) {
         const unsigned i = start + threadIdx.x;

@@ -52,8 +52,8 @@ class SliceExchange:
     def send(self, sums: cute.Tensor, turn: cutlass.Constexpr[int]) -> None:
         """Send the sums of a slice to the peers that add them, and keep those that this CTA adds.
 
-        ``sums`` has four of this thread for each n-tile of tokens. ``turn`` counts the slices of
-        this CTA before.
+        ``sums`` has four of this thread for each n-tile of tokens. ``turn`` is how many
+        slices this CTA has sent before.
         """
         g = self.g
         e_rank, k_rank, t_rank = self.cta

@@ -153,14 +153,14 @@ class SwapAbGeometry(Geometry):
     # --- hidden dimension: slices, as runs of its 64-element blocks ---
     @cached_property
     def slices(self) -> list[range]:
-        """The blocks of each slice. The last chunk of the last one can be short."""
+        """The 64-element blocks of each slice. The last slice can end with a short chunk."""
         blocks, whole = self.hidden // K_BLOCK, self.chunk_k_blocks
         chunks = summation.slice_chunks(ceil_div(blocks, whole))
         return [range(own.start * whole, min(own.stop * whole, blocks)) for own in chunks]
 
     @property
     def last_k_blocks(self) -> int:
-        """Blocks of the last, short chunk; 0 if all chunks are whole."""
+        """Blocks of the last chunk if it is short; 0 if every chunk is full."""
         return self.hidden // K_BLOCK % self.chunk_k_blocks
 
     @property

@@ -101,7 +101,7 @@ class TileGeometry(Geometry):
 
     @property
     def last_k_blocks(self) -> int:
-        """Blocks of the last, short chunk; 0 if all chunks are whole."""
+        """Blocks of the last chunk if it is short; 0 if every chunk is full."""
         return self.k_blocks % self.chunk_k_blocks
 
     # --- threads ---

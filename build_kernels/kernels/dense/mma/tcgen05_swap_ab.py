@@ -190,7 +190,7 @@ class BoundTcgen05(BoundSwapAbMma):
     def chunk(
         self, state: RingState, blocks: int, meanwhile: Callable[[], None] | None
     ) -> RingState:
-        """Wait until the issuing warp's MMAs have completed the next chunk."""
+        """Wait until the issuing warp's MMAs have completed the next chunk, whatever its size."""
         if meanwhile is not None:
             meanwhile()
         mbarrier.wait(self.accumulators.full_at(state.stage), state.phase)
