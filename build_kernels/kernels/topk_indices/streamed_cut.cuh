@@ -98,6 +98,8 @@ __device__ __noinline__ Found find_gathered(unsigned count, unsigned all, unsign
     const unsigned source = warp % BLOCKS_PER_ROW;
     const unsigned size = __shfl_sync(ALL_LANES, count, source);
     unsigned* const keys = gathered_keys() + __shfl_sync(ALL_LANES, behind, source) - size;
+    // Threads have zeroed marks in the same memory while the cluster arrived.
+    __syncthreads();
     const unsigned* const key_words = reinterpret_cast<const unsigned*>(list_entries()) + 1;
 #pragma unroll 4
     for (unsigned i = warp / BLOCKS_PER_ROW * WARP + lane; i < size;
