@@ -50,6 +50,7 @@ constexpr unsigned MOST = ALL >> KEY_SHIFT;
 constexpr unsigned WIDEST = 0xfd000000u;  // 255 bins of 2^24 keys hold it, and sums with it fit 32 bits
 static_assert(THREADS >= BINS, "one thread for each bin");
 static_assert(PER_THREAD >= GROUPS, "each group has a score");
+static_assert(PER_THREAD <= WARP || PER_THREAD % WARP == 0, "each mask has as many scores");
 static_assert(ENTRIES % WARP == 0 && WARPS % ENTRIES_PER_LANE == 0, "a lane has entries of one stripe");
 static_assert(PER_THREAD * THREADS < 1 << 16, "16 bits for a count of the CTA");
 static_assert(BLOCKS_PER_ROW == 1 || SAMPLED, "CTAs agree on a range by a sample");
@@ -131,10 +132,9 @@ __device__ __forceinline__ unsigned held_key(unsigned bits, float nan_score) {
     return (canonical ^ (sign | 0x80000000u)) >> KEY_SHIFT;
 }
 
-// Element `index` of an array of registers: a tree of selections, where an address would need the
-// array in memory.
+// Element `index` of COUNT registers: a tree of selections, where an address would need them in memory.
 template <unsigned COUNT>
-__device__ __forceinline__ unsigned pick(const unsigned (&keys)[COUNT], unsigned index) {
+__device__ __forceinline__ unsigned pick(const unsigned* keys, unsigned index) {
     static_assert((COUNT & (COUNT - 1)) == 0, "halves");
     unsigned level[COUNT];
 #pragma unroll
@@ -355,7 +355,8 @@ __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], 
 #pragma unroll
     for (unsigned word = 0; word < WORDS; ++word) {
         for (unsigned rest = marks[word]; rest != 0; rest &= rest - 1) {
-            const unsigned key = pick(keys, word * WARP + __ffs(rest) - 1);
+            const unsigned key =
+                pick<PER_THREAD / WORDS>(keys + word * (PER_THREAD / WORDS), __ffs(rest) - 1);
             const unsigned place = inside_earlier + atomicAdd(&shared.near_count, 1u);
             if constexpr (BLOCKS_PER_ROW > 1) {
 #pragma unroll 1
