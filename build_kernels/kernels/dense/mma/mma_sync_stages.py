@@ -122,8 +122,8 @@ class SwapAbMmaSync(SwapAbInRegisters):
 
     @property
     def all_lanes_release(self) -> bool:
-        """True, for the reason that ``TileMmaSync.weight_lanes`` states."""
-        return True
+        """As ``TileMmaSync.weight_lanes`` says. Weights that are multicast are not reported."""
+        return bool(self.g.cluster_t == 1)
 
     def stages(self, shared: Int32, warp: Int32) -> SwapAbStagesMmaSync:
         """Return the multiplication of this warp."""
@@ -172,9 +172,8 @@ class TileMmaSync(TileInRegisters):
 
     @property
     def weight_lanes(self) -> int:
-        """All lanes. Behind ``wait`` one could release the stage for all, but the assembler makes
-        no instruction of that barrier, and compute-sanitizer's racecheck would report the others.
-        """
+        """All lanes: racecheck does not see that the lanes of a warp have met, so that one could
+        release the stage for all."""
         return LANES
 
     def stages(self, hidden: Ring, weight: Ring, thread: Int32) -> TileStagesMmaSync:
