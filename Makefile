@@ -76,8 +76,8 @@ test-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the GPU 
 # synccheck counts the mbarriers of all CTAs of a launch together, more than it has room for by default.
 .PHONY: sanitize
 sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every kernel under compute-sanitizer; options: SANITIZE="dense_router_prefill/dsv4-pro"
-	for tool in memcheck racecheck 'synccheck --num-cuda-barriers 65536'; do \
-	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+	for tool in memcheck 'synccheck --num-cuda-barriers 65536' racecheck; do \
+	    OMP_NUM_THREADS=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
 	        $(PYTHON_GPU) -m tests.gpu.sanitize $(SANITIZE) || exit 1; \
 	done
 

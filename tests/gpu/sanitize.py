@@ -1,6 +1,6 @@
 """Every kernel that this GPU loads, launched a few times, for compute-sanitizer.
 
-``make sanitize`` runs it under memcheck, racecheck and synccheck in turn. With arguments, of all
+``make sanitize`` runs it under memcheck, synccheck and racecheck in turn. With arguments, of all
 entries only those whose name starts with one of them: ``python -m tests.gpu.sanitize
 dense_router_prefill/dsv4-pro``. Nothing is judged here: the oracle suite does that, and under a
 sanitizer its launches would take hours. So an entry is launched on the few cases that reach what a
