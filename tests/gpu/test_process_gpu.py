@@ -416,7 +416,7 @@ def test_nothing_is_written_and_no_privilege_is_needed(models):
         """
 from router_runtime.device import kernels
 from router_runtime.device import loader
-from router_runtime.routing import row_ops as rows
+from router_runtime.routing import row_kernels as rows
 from router_runtime.device.artifact_store import find_artifacts
 
 def serve():

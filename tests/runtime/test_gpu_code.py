@@ -1,0 +1,67 @@
+"""GPU tests run some of their code in new processes. There the code is text, which no linter reads:
+the names that it takes from the runtime exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
+
+
+def programs(path: Path) -> Iterator[ast.AST]:
+    """What is inside the texts of a test file that are Python, statement by statement."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
+            try:
+                yield from ast.walk(ast.parse(node.value))
+            except SyntaxError:
+                continue
+
+
+def imported(nodes: list[ast.AST]) -> dict[str, object]:
+    """Name -> what it is, of all that is imported from the runtime."""
+    found: dict[str, object] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.startswith("router_runtime") and name.asname:
+                    found[name.asname] = importlib.import_module(name.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("router_runtime"):
+            package = importlib.import_module(node.module or "")
+            for name in node.names:
+                if not hasattr(package, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                found[name.asname or name.name] = getattr(package, name.name)
+    return found
+
+
+CODE = {
+    path.name: nodes
+    for path in sorted(GPU_TESTS.glob("test_*.py"))
+    if imported(nodes := list(programs(path)))
+}
+
+
+def test_there_is_such_code() -> None:
+    assert "test_process_gpu.py" in CODE
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_names_of_the_runtime_exist(name: str) -> None:
+    known = imported(CODE[name])
+    used = [
+        (node.value.id, node.attr)
+        for node in CODE[name]
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in known
+    ]
+    assert used
+    missing = [f"{owner}.{attr}" for owner, attr in used if not hasattr(known[owner], attr)]
+    assert not missing
