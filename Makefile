@@ -60,7 +60,7 @@ test-runtime: .venv-test/.torch ## Run the tests of the runtime and the oracle
 test-oldest: test-oldest-runtime test-oldest-oracle ## The same with the oldest torch and driver bindings
 
 test-oldest-runtime test-oldest-oracle: test-oldest-%: .venv-oldest/.torch
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST) -m "not one_torch" \
 	    -o cache_dir=.pytest_cache/oldest-$* tests/$*
 
 # VLLM_TARGET_DEVICE: vLLM's wheel is for GPUs, and imports without one if it is told so.

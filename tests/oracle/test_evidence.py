@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -65,9 +67,15 @@ def committed() -> list[Path]:
     return sorted(COMMITTED.glob("*.json"))
 
 
+def parameters() -> Iterator[Any]:
+    """Every fifth record is recomputed with each torch, the others with one."""
+    for number, path in enumerate(committed()):
+        yield pytest.param(path, marks=pytest.mark.one_torch) if number % 5 else path
+
+
 @pytest.mark.parametrize(
     "path",
-    committed()
+    list(parameters())
     or [pytest.param(None, marks=pytest.mark.skip(reason="no evidence is committed yet"))],
     ids=lambda path: path.stem if path else "none",
 )

@@ -18,6 +18,8 @@ from build_kernels.cli import main as build_kernels
 from router_runtime.format import advice
 from router_runtime.format.target import BUILDABLE
 
+pytestmark = pytest.mark.one_torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

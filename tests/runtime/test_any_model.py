@@ -22,6 +22,8 @@ from build_kernels.kernels.dense.geometry.table import geometry_of
 from router_runtime.evidence.choice import DENSE, Option, closeness, divide
 from router_runtime.format.contract import validate_contract
 
+pytestmark = pytest.mark.one_torch
+
 TARGETS = ("sm_90a", "sm_100f")
 
 TOKENS = (1, 64, 128, 256, 1024, 16384)

@@ -23,6 +23,8 @@ from router_runtime.format import advice
 from router_runtime.format import files as format_files
 from router_runtime.format.manifest import MANIFEST_NAME, dumps, loads
 
+pytestmark = pytest.mark.one_torch
+
 
 @pytest.fixture
 def folder(build: SimpleNamespace, tmp_path: Path) -> Path:

@@ -18,6 +18,8 @@ from router_runtime.evidence.choice import DENSE
 from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
 
+pytestmark = pytest.mark.one_torch
+
 
 def _verified(entry: Entry) -> str:
     return "verified"

@@ -18,6 +18,8 @@ from router_runtime.trust.dsse import Envelope, Signature
 from tests.runtime import releases
 from tests.runtime.releases import KEY, OTHER_KEY
 
+pytestmark = pytest.mark.one_torch
+
 SIGNATURES = st.builds(Signature, keyid=st.text(max_size=20), signature=st.binary(max_size=80))
 ENVELOPES = st.builds(
     Envelope,

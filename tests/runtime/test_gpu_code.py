@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.one_torch
+
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 
 

@@ -33,6 +33,8 @@ from router_runtime.format.manifest import (
 )
 from router_runtime.format.target import BUILDABLE, Target
 
+pytestmark = pytest.mark.one_torch
+
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,12}", fullmatch=True)
 TEXT = st.text(max_size=12)
 DIGESTS = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)

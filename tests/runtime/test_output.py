@@ -13,6 +13,8 @@ import pytest
 
 from router_runtime.format import output
 
+pytestmark = pytest.mark.one_torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 RUNTIME = ("-m", "router_runtime")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from router_runtime.cli.main import main
 from tests.pages import every_page, wrong_commands
+
+pytestmark = pytest.mark.one_torch
 
 
 @every_page

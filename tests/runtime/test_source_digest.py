@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from router_runtime.format.source_digest import CudaSources, PythonSources
 
+pytestmark = pytest.mark.one_torch
+
 Digest = Callable[[Mapping[str, str]], str]
 
 
