@@ -122,7 +122,10 @@ class SwapAbMmaSync(SwapAbInRegisters):
 
     @property
     def all_lanes_release(self) -> bool:
-        """As ``TileMmaSync.weight_lanes`` says. Weights that are multicast are not reported."""
+        """As ``TileMmaSync.weight_lanes`` says, but one lane for all where weights are multicast.
+
+        racecheck reports that (NOTES.md of dense_router_prefill: the release of a stage).
+        """
         return bool(self.g.cluster_t == 1)
 
     def stages(self, shared: Int32, warp: Int32) -> SwapAbStagesMmaSync:
