@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from router_runtime.device import driver, kernels, loader
+from router_runtime.device import driver, kernels
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.routing import placement, row_kernels
+from tests.caches import CACHES
 from tests.fake_driver.calls import FakeDriver
 
 
@@ -21,10 +22,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(driver, "bindings", lambda: fake)
     monkeypatch.setattr(driver, "_initialised_in", None)
     monkeypatch.setattr(driver, "_contexts", {})
-    monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr(kernels, "_cache", {})
-    monkeypatch.setattr(row_kernels, "_loaded", {})
-    monkeypatch.setattr(row_kernels, "_prepared", set())
+    for module, names in CACHES.items():
+        for name in names:
+            monkeypatch.setattr(module, name, type(getattr(module, name))())
     driver.tensor_map_encoder.cache_clear()
     yield fake
     driver.tensor_map_encoder.cache_clear()

@@ -414,10 +414,8 @@ def test_nothing_is_written_and_no_privilege_is_needed(models):
     """
     done = in_a_process(
         """
-from router_runtime.device import kernels
-from router_runtime.device import loader
-from router_runtime.routing import row_kernels as rows
 from router_runtime.device.artifact_store import find_artifacts
+from tests import caches
 
 def serve():
     router = build()
@@ -432,8 +430,7 @@ def serve():
     torch.cuda.synchronize()
 
 serve()  # now everything is imported: the interpreter may be where no other user may read
-for cache in (kernels._cache, loader._loaded, rows._loaded):
-    cache.clear()
+caches.clear()
 folder = str(find_artifacts())
 os.chdir("/")
 if os.geteuid() == 0:

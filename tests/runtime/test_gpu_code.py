@@ -1,5 +1,6 @@
-"""GPU tests run some of their code in new processes. There the code is text, which no linter reads:
-the names that it takes from the runtime exist.
+"""GPU tests start processes whose code is a string in the test, which no linter checks. Here each
+name that such code imports from the runtime or from tests/, and each attribute of one that it
+reads, is looked up.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ pytestmark = pytest.mark.one_torch
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 
 
+#: The packages whose names are looked up.
+OURS = ("router_runtime", "tests")
+
+
 def programs(path: Path) -> Iterator[ast.AST]:
-    """What is inside the texts of a test file that are Python, statement by statement."""
+    """The syntax-tree nodes of each string in a test file that is Python code of several lines."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
             try:
@@ -27,14 +32,14 @@ def programs(path: Path) -> Iterator[ast.AST]:
 
 
 def imported(nodes: list[ast.AST]) -> dict[str, object]:
-    """Name -> what it is, of all that is imported from the runtime."""
+    """Name in the code -> the object that is imported. Raises ImportError if there is none."""
     found: dict[str, object] = {}
     for node in nodes:
         if isinstance(node, ast.Import):
             for name in node.names:
-                if name.name.startswith("router_runtime") and name.asname:
+                if name.name.startswith(OURS) and name.asname:
                     found[name.asname] = importlib.import_module(name.name)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("router_runtime"):
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
             package = importlib.import_module(node.module or "")
             for name in node.names:
                 if not hasattr(package, name.name):
@@ -55,7 +60,7 @@ def test_there_is_such_code() -> None:
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_names_of_the_runtime_exist(name: str) -> None:
+def test_every_name_exists(name: str) -> None:
     known = imported(CODE[name])
     used = [
         (node.value.id, node.attr)
