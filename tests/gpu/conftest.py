@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
     here = [item for item in items if HERE in item.path.parents]
     if not here:
         return
-    # What the suite finds is told first, also by a run that is cut off.
+    # The oracle suite is judged first, so that a run that is cut off has told its result.
     items.sort(key=lambda item: item.path != HERE / "test_verify_gpu.py")
     reason = _reason_to_skip()
     for item in here:

@@ -111,8 +111,9 @@ def test_lengths_change_between_replays(rows, columns):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 9, 24, 64, 200])
 def test_rows_whose_last_cta_has_a_chunk_less(rows, dtype):
-    """In clusters of 2, 4 or 8 CTAs of 16 warps: the last CTA has 15 chunks and the others 16,
-    or all have 16. A kernel in which a warp waits for the one that is missing does not end.
+    """Clusters of 2, 4 or 8 CTAs, each of 16 warps that read a chunk each. Of the shorter rows the
+    last CTA has 15 chunks and the others 16, of the longest all have 16. A kernel whose last warp
+    waits for a chunk that it does not have would never end.
     """
     scores = Random(5).normal(rows, 2**18).to(dtype).cuda()
     values = 16 // dtype.itemsize

@@ -356,8 +356,9 @@ def test_a_warp_reads_each_chunk_once_from_both_ends_by_turns(chunks: int) -> No
 @pytest.mark.parametrize("pattern", ["ascending", "descending"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "bf16" not in name])
 def test_of_a_row_in_order_few_chunks_enter(variant: str, pattern: str, k: int) -> None:
-    """A chunk that enters while the other warps wait takes longer than one that is read: not all of
-    the part with the largest scores may enter, which are 65,536 of this row in ``block``.
+    """Of a sorted row one warp has the largest scores. To append a chunk of them takes longer
+    than to read one, and the other warps wait. So that warp must not append its whole part, which
+    has 65,536 scores in ``block``.
     """
     constants = VARIANTS[variant]
     given = row(constants, pattern, 2**20)

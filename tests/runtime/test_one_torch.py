@@ -1,4 +1,6 @@
-"""What is left out with the oldest torch and driver bindings depends on neither."""
+"""The files that are marked one_torch, and so not run with the oldest torch, use neither torch nor
+a driver.
+"""
 
 from __future__ import annotations
 

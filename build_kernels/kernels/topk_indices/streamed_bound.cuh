@@ -72,10 +72,10 @@ __device__ __forceinline__ Range range_of_block(const Maxima& maxima, unsigned w
 // The number of warps of the cluster, each of which has a first chunk.
 constexpr unsigned FIRST_CHUNKS = BLOCKS_PER_ROW * WARPS;
 
-// Counts k scores in the first chunks of all warps: first those above `key`, wherever they are, then those
-// with this key, chunk by chunk in the order of positions. Returns the number of the chunk in which the
-// count reaches k; FIRST_CHUNKS if there are fewer. All threads of the cluster call it with their warp's
-// chunk.
+// Takes scores from the first chunks of all warps, in the order of their positions: all whose key is above
+// `key`, then those whose key is equal to it, until there are k. Returns the number of the chunk of the k-th;
+// FIRST_CHUNKS if the chunks have fewer than k such scores. Called by all threads of the cluster, each with
+// the first chunk of its warp.
 __device__ __noinline__ unsigned chunk_of_ties(unsigned key, unsigned k, const uint4* buffer,
                                                unsigned vectors, unsigned nan_key, Shared& shared) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

@@ -40,8 +40,9 @@ __device__ __forceinline__ void start_chunk(const Slice& row, unsigned chunk, un
                16 * min(CHUNK_VECTORS, row.own.last - chunk), &shared.arrivals[warp][stage]);
 }
 
-// Starts the copies of those of this warp's chunks that have the turns [first, end), of the turns that fill
-// its ring; `consumed` chunks have gone through it. Called by one thread of the warp.
+// Starts to copy the chunks of this warp with the numbers [first, end), counted in the order of Turns, to its
+// ring, as far as there are so many. `consumed`: how many chunks have gone through the ring before. Called
+// by one thread of the warp.
 __device__ __forceinline__ void start_chunks(const Slice& row, unsigned first, unsigned end,
                                              unsigned warp, unsigned consumed, Shared& shared) {
     const Turns turns = Turns::of(row.own);

@@ -98,7 +98,8 @@ __device__ __noinline__ Found find_gathered(unsigned count, unsigned all, unsign
     const unsigned source = warp % BLOCKS_PER_ROW;
     const unsigned size = __shfl_sync(ALL_LANES, count, source);
     unsigned* const keys = gathered_keys() + __shfl_sync(ALL_LANES, behind, source) - size;
-    // Threads have zeroed marks in the same memory while the cluster arrived.
+    // Another thread may still be zeroing marks in the memory that the keys are stored to: each does so
+    // between its arrival at the cluster's barrier and its wait.
     __syncthreads();
     const unsigned* const key_words = reinterpret_cast<const unsigned*>(list_entries()) + 1;
 #pragma unroll 4
