@@ -105,7 +105,7 @@ def _as_arrays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     constants = types.SimpleNamespace(
         constant=lambda name: np.float32(CONSTANTS[name]),
         ordered=scoring.ordered,
-        key_of=scoring.key_of,
+        from_ordered_key=scoring.from_ordered_key,
     )
     replaced = {"arith": arrays, "warp_ops": arrays, "scoring": constants}
     replaced |= {"Float32": np.float32, "Int32": np.int64}

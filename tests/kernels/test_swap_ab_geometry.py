@@ -177,9 +177,9 @@ def test_screening_reads_without_bank_conflicts(g: SwapAbGeometry) -> None:
 def test_every_token_has_an_owner_and_threads(g: SwapAbGeometry) -> None:
     assert g.owned_tokens * g.cluster_e >= g.held_tokens == g.held_n_tiles * N_TILE
     assert g.rank_passes * g.consumer_threads >= g.owned_tokens * g.rank_threads
-    assert g.ranked % g.rank_round == g.rank_round % g.rank_threads == 0
-    assert g.top_k <= g.ranked
-    assert g.top_k <= g.listed
+    assert g.rank_max % g.rank_round == g.rank_round % g.rank_threads == 0
+    assert g.top_k <= g.rank_max
+    assert g.top_k <= g.list_max
     # A threshold is the k-th largest of the bounds of this number of groups.
     assert screening_groups(g.top_k) >= 2 * g.top_k
 
@@ -224,7 +224,7 @@ def test_the_candidates_of_random_tokens_fit_their_lists(
     g.check()
     counts = candidates_of_random_tokens(g, 2000)
     assert abs(counts.sum(axis=1).mean() / g.candidates - 1) < 0.15
-    too_many = (counts.sum(axis=1) > g.ranked) | (counts.max(axis=1) > g.listed)
+    too_many = (counts.sum(axis=1) > g.rank_max) | (counts.max(axis=1) > g.list_max)
     assert too_many.mean() < 0.01
 
 

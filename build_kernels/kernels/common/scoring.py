@@ -114,7 +114,7 @@ def ordered(pattern: Int32) -> Int32:
     return pattern ^ ((pattern >> 31) | Int32(-0x80000000))
 
 
-def key_of(pattern: Int32) -> Float32:
+def from_ordered_key(pattern: Int32) -> Float32:
     """Return the number of an ordered pattern; -inf for pattern 0, "no candidate"."""
     number = arith.from_bits(pattern ^ (~(pattern >> 31) | Int32(-0x80000000)))
     return arith.select(arith.equal(pattern, Int32(0)), Float32(float("-inf")), number)

@@ -113,7 +113,7 @@ def least_kept(patterns: Sequence[Int32], lanes: int, top_k: int, groups: int) -
     count = max(1, min(len(patterns), groups // lanes))
     best = [Float32(float("-inf"))] * count
     for i, pattern in enumerate(patterns):
-        best[i % count] = arith.max_f32(best[i % count], scoring.key_of(pattern))
+        best[i % count] = arith.max_f32(best[i % count], scoring.from_ordered_key(pattern))
     return scoring.ordered(arith.bits(threshold(best, lanes, top_k, groups)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cutlass import Boolean, Int32
 from cutlass.cutlass_dsl import T
 
@@ -18,6 +20,19 @@ def ballot(condition: Boolean) -> Int32:
 def lower_lanes() -> Int32:
     """Return the mask of the lanes below this one."""
     return Int32(pure(T.i32(), [], "mov.u32 $0, %lanemask_lt;", "=r"))
+
+
+def zero_behind(values: Sequence[Int32]) -> Int32:
+    """Return 0, as a number that exists only when all the values do.
+
+    An operation that is given it, say as a part of an address, cannot begin before the values have
+    been computed. The assembler would otherwise be free to move what computes them behind it. It
+    does not know that no lane has a lower one with the number 31.
+    """
+    seen = values[0]
+    for value in values[1:]:
+        seen = seen | value
+    return seen & lower_lanes() & Int32(-0x80000000)
 
 
 def redux_max_u32(value: Int32) -> Int32:

@@ -112,7 +112,7 @@ class SwapAbEpilogue:
     ) -> None:
         """Send the candidates of the held tokens to the CTAs that rank them.
 
-        ``token_threads`` threads work on each token. A CTA sends up to ``listed`` of its
+        ``token_threads`` threads work on each token. A CTA sends up to ``list_max`` of its
         candidates, and how many there are. ``images`` is not 0 if there may be image tokens.
         """
         g = self.g
@@ -154,12 +154,12 @@ class SwapAbEpilogue:
             if member == 0:
                 target = shared + g.count_offset + (row * g.cluster_e + cta.e_rank) * 4
                 memory.store_cluster_b32(memory.map_shared(target, owner), total)
-            target = shared + g.list_offset + row * g.list_row_bytes + cta.e_rank * (g.listed * 8)
+            target = shared + g.list_offset + row * g.list_row_bytes + cta.e_rank * (g.list_max * 8)
             target = memory.map_shared(target, owner)
             logits = shared + token * g.logit_row_bytes
             for word in cutlass.range_constexpr(g.thread_words):
                 mask = masks[word]
-                while mask != 0 and place < g.listed:
+                while mask != 0 and place < g.list_max:
                     number = arith.lowest_bit(mask) + 32 * word
                     column = member * g.thread_experts + (number ^ (self.bank_swizzle(member) * 4))
                     logit = memory.load_shared_f32(logits + column * 4)
@@ -263,7 +263,7 @@ class SwapAbEpilogue:
             for count in counts[1:]:
                 total, most = total + count, arith.max_s32(most, count)
             fits = arith.both(
-                arith.less(total, Int32(g.ranked + 1)), arith.less(most, Int32(g.listed + 1))
+                arith.less(total, Int32(g.rank_max + 1)), arith.less(most, Int32(g.list_max + 1))
             )
             total = arith.select(arith.both(ranked, fits), total, Int32(0))
             # Threads without a token have a row of their own.
@@ -275,7 +275,7 @@ class SwapAbEpilogue:
             self.score_listed(listed, bias_row, counts, total, slots, rounds, member)
             cute.arch.sync_warp()
             left = total
-            if cutlass.const_expr(g.ranked > LIST_STEP):
+            if cutlass.const_expr(g.rank_max > LIST_STEP):
                 left = self.narrow(total, slots, member)
                 rounds = self.rounds(left)
             self.rank_listed(left, slots, records, rounds, member)
@@ -340,7 +340,7 @@ class SwapAbEpilogue:
                 bias = memory.load_shared_f32(bias_row + expert * 4)
                 key = arith.select(some, scoring.ordered_key(logit, score, bias), Int32(0))
                 memory.store_shared_v2(slots + number * 8, ~expert, key)
-                memory.store_shared_f32(slots + (g.ranked * 8 + number * 4), score)
+                memory.store_shared_f32(slots + (g.rank_max * 8 + number * 4), score)
 
     @cute.jit
     def narrow(self, total: Int32, slots: Int32, member: Int32) -> Int32:
@@ -351,9 +351,11 @@ class SwapAbEpilogue:
         call it, after a warp barrier behind ``score_listed``; it ends with one.
         """
         g = self.g
-        numbers = [first + member for first in range(0, g.ranked, g.rank_threads)]
+        numbers = [first + member for first in range(0, g.rank_max, g.rank_threads)]
         found = [memory.load_shared_v2(slots + number * 8) for number in numbers]
-        scores = [memory.load_shared_b32(slots + (g.ranked * 8 + number * 4)) for number in numbers]
+        scores = [
+            memory.load_shared_b32(slots + (g.rank_max * 8 + number * 4)) for number in numbers
+        ]
         keys = [
             arith.select(arith.less(number, total), key, Int32(0))
             for number, (_, key) in zip(numbers, found, strict=True)
@@ -371,7 +373,7 @@ class SwapAbEpilogue:
         ):
             if each:
                 memory.store_shared_v2(slots + place * 8, inverse, key)
-                memory.store_shared_b32(slots + (g.ranked * 8 + place * 4), score)
+                memory.store_shared_b32(slots + (g.rank_max * 8 + place * 4), score)
                 place = place + 1
             if number >= left:
                 memory.store_shared_v2(slots + number * 8, Int32(0), Int32(0))
@@ -402,7 +404,7 @@ class SwapAbEpilogue:
             for i in cutlass.range_constexpr(len(ranks)):
                 key, inverse = arith.halves(ranks[i])
                 if key != 0 and above[i] < g.top_k:
-                    score_bits = memory.load_shared_b32(slots + (g.ranked * 8 + numbers[i] * 4))
+                    score_bits = memory.load_shared_b32(slots + (g.rank_max * 8 + numbers[i] * 4))
                     memory.store_shared_v2(records + above[i] * 16, ~inverse, score_bits)
 
     def entry(self, number: Int32, counts: list[Int32]) -> Int32:
@@ -411,7 +413,7 @@ class SwapAbEpilogue:
         for part in range(len(counts) - 1):
             beyond = arith.less(counts[part] - 1, number)
             # In the next list, or in one behind it.
-            later = (part + 1) * self.g.listed + number - counts[part]
+            later = (part + 1) * self.g.list_max + number - counts[part]
             entry = arith.select(beyond, later, entry)
             number = arith.select(beyond, number - counts[part], Int32(-1))
         return entry

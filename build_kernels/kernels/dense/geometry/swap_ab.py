@@ -288,7 +288,7 @@ class SwapAbGeometry(Geometry):
         return float(real * (1 - (1 - (self.top_k - 0.5) / groups) ** (1 / size)))
 
     @property
-    def listed(self) -> int:
+    def list_max(self) -> int:
         """Most candidates of a token that a CTA sends."""
         most = max(self.expected_candidates(e_rank) for e_rank in range(self.cluster_e))
         return ceil_div(math.ceil(SPARE * most), LIST_STEP) * LIST_STEP
@@ -299,7 +299,7 @@ class SwapAbGeometry(Geometry):
         return sum(self.expected_candidates(e_rank) for e_rank in range(self.cluster_e))
 
     @property
-    def ranked(self) -> int:
+    def rank_max(self) -> int:
         """Most candidates of a token that are ranked by counting."""
         return ceil_div(math.ceil(SPARE * self.candidates), LIST_STEP) * LIST_STEP
 
@@ -431,9 +431,9 @@ class SwapAbGeometry(Geometry):
 
     @property
     def list_row_bytes(self) -> int:
-        """(logit, expert) of a token's candidates, ``listed`` from each CTA. Rows are padded, so
-        that neighbouring ones start in different banks."""
-        return self.cluster_e * self.listed * 8 + 16
+        """(logit, expert) of a token's candidates, up to ``list_max`` from each CTA. Rows are
+        padded, so that neighbouring ones start in different banks."""
+        return self.cluster_e * self.list_max * 8 + 16
 
     @property
     def slot_offset(self) -> int:
@@ -444,7 +444,7 @@ class SwapAbGeometry(Geometry):
     def slot_row_bytes(self) -> int:
         """(~expert, key) of a token's candidates, 64-bit numbers, then their scores. There is one
         row more than tokens, for threads without a token; likewise of records."""
-        return self.ranked * 12 + 16
+        return self.rank_max * 12 + 16
 
     @property
     def record_offset(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cutlass import Float32, Int32, cute
 
-from build_kernels.kernels.common.ptx import arith, mma_sync
+from build_kernels.kernels.common.ptx import arith, mma_sync, warp_ops
 from build_kernels.kernels.dense.geometry.common import K_BLOCK, LANES, MMA_K
 from build_kernels.kernels.dense.geometry.swap_ab import SwapAbGeometry
 from build_kernels.kernels.dense.geometry.tile import TileGeometry
@@ -117,16 +117,28 @@ def multiply_stage(
                         sums[place] = value
 
 
+def meet(sums: cute.Tensor, pending: int) -> Int32 | int:
+    """Let the lanes of a warp come together. Returns 0 for the address of a release.
+
+    The MMAs of a stage precede, by the order of their sums, those of the next one in the same
+    tiles. Behind the last stage of a chunk there are none, so the release has to wait for the sums:
+    nothing else keeps the assembler from moving MMAs behind it, and fragments that they wait for
+    may then not have been read when the stage is filled again.
+    """
+    cute.arch.sync_warp()
+    if pending > 0:
+        return 0
+    tiles = range(0, cute.size(sums), 4)
+    return warp_ops.zero_behind([arith.bits(Float32(sums[first])) for first in tiles])
+
+
 class SwapAbMmaSync(SwapAbInRegisters):
     """16 experts of one warp x the tile's tokens, one stage at a time."""
 
     @property
     def all_lanes_release(self) -> bool:
-        """As ``TileMmaSync.weight_lanes`` says, but one lane for all where weights are multicast.
-
-        racecheck reports that (NOTES.md of dense_router_prefill: the release of a stage).
-        """
-        return bool(self.g.cluster_t == 1)
+        """True, for the reason that ``TileMmaSync.weight_lanes`` states."""
+        return True
 
     def stages(self, shared: Int32, warp: Int32) -> SwapAbStagesMmaSync:
         """Return the multiplication of this warp."""
@@ -161,9 +173,11 @@ class SwapAbStagesMmaSync:
             starts,
         )
 
-    def wait(self, pending: int) -> None:
-        """Wait for the lanes of the warp: when all are here, all stages have been read."""
-        cute.arch.sync_warp()
+    def wait(self, pending: int) -> Int32 | int:
+        """Wait for the lanes of the warp, and behind the last stage for its sums: then all lanes
+        have read it. Returns what ``wait`` of the protocol does.
+        """
+        return meet(self._sums, pending)
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens."""
@@ -175,8 +189,9 @@ class TileMmaSync(TileInRegisters):
 
     @property
     def weight_lanes(self) -> int:
-        """All lanes: racecheck does not see that the lanes of a warp have met, so that one could
-        release the stage for all."""
+        """All lanes. Behind ``wait`` one could release the stage for all, but the assembler makes
+        no instruction of that barrier, and compute-sanitizer's racecheck would report the others.
+        """
         return LANES
 
     def stages(self, hidden: Ring, weight: Ring, thread: Int32) -> TileStagesMmaSync:
@@ -215,6 +230,6 @@ class TileStagesMmaSync:
             starts,
         )
 
-    def wait(self, pending: int) -> None:
-        """Wait for the lanes of the warp: when all are here, all stages have been read."""
-        cute.arch.sync_warp()
+    def wait(self, accumulator: cute.Tensor, pending: int) -> Int32 | int:
+        """Wait as ``SwapAbStagesMmaSync.wait`` does, for the sums in ``accumulator``."""
+        return meet(accumulator, pending)

@@ -28,8 +28,11 @@ class SwapAbStages(Protocol):
     def multiply(self, stage: Int32, starts: bool) -> None:
         """Begin to multiply a stage; ``starts`` the chunk's sums from zero."""
 
-    def wait(self, pending: int) -> None:
-        """Wait until all but the last ``pending`` stages have been read and added."""
+    def wait(self, pending: int) -> Int32 | int:
+        """Wait until all but the last ``pending`` stages have been read and added.
+
+        Returns 0, to be added to the address of the release: a number that exists only then.
+        """
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens, in the layout of mma.m16n8."""
@@ -121,13 +124,11 @@ class BoundInRegisters(BoundSwapAbMma):
             self.expect(state.stage, state.count)
             self.stages.multiply(state.stage, starts=block == 0)
             if block > 0:
-                self.stages.wait(1)
-                self.release(before.stage, before.count)
+                self.release(before.stage, before.count, self.stages.wait(1))
             if block == moment and meanwhile is not None:
                 meanwhile()
             before, state = state, state.next()
-        self.stages.wait(0)
-        self.release(before.stage, before.count)
+        self.release(before.stage, before.count, self.stages.wait(0))
         return state
 
     def add_to(self, state: CountedRingState, sums: cute.Tensor) -> None:
@@ -147,8 +148,11 @@ class BoundInRegisters(BoundSwapAbMma):
             mbarrier.arrive_expect_tx(self.hidden.full_at(stage), Int32(g.stage_bytes))
 
     @cute.jit
-    def release(self, stage: Int32, number: Int32) -> None:
-        """Release a stage to the two CTAs that will fill it again, after filling ``number``."""
+    def release(self, stage: Int32, number: Int32, zero: Int32 | int) -> None:
+        """Release a stage to the two CTAs that will fill it again, after filling ``number``.
+
+        ``zero`` is what ``SwapAbStages.wait`` returned.
+        """
         g, cta = self.g, self.cta
         following = number + g.stages
         e = arith.remainder(following, g.cluster_e)
@@ -156,10 +160,12 @@ class BoundInRegisters(BoundSwapAbMma):
         if following < self.k_blocks:
             if cutlass.const_expr(self.all_lanes_release):
                 rank = g.cta_rank(cta.e_rank, cta.k_rank, t)
-                mbarrier.arrive_remote(memory.map_shared(self.weight.empty_at(stage), rank))
+                weight_empty = self.weight.empty_at(stage) + zero
+                mbarrier.arrive_remote(memory.map_shared(weight_empty, rank))
                 if self.lane == 0:
                     rank = g.cta_rank(e, cta.k_rank, cta.t_rank)
-                    mbarrier.arrive_remote(memory.map_shared(self.hidden.empty_at(stage), rank))
+                    hidden_empty = self.hidden.empty_at(stage) + zero
+                    mbarrier.arrive_remote(memory.map_shared(hidden_empty, rank))
             elif self.lane < 2:
                 # Lane 0 releases the hidden states, lane 1 the weights.
                 first = arith.equal(self.lane, Int32(0))
@@ -167,4 +173,5 @@ class BoundInRegisters(BoundSwapAbMma):
                 e = arith.select(first, e, cta.e_rank)
                 t = arith.select(first, cta.t_rank, t)
                 rank = g.cta_rank(e, cta.k_rank, t)
-                mbarrier.arrive_remote(memory.map_shared(empty + BARRIER_BYTES * stage, rank))
+                empty = empty + BARRIER_BYTES * stage + zero
+                mbarrier.arrive_remote(memory.map_shared(empty, rank))

@@ -36,8 +36,11 @@ class TileStages(Protocol):
     ) -> None:
         """Begin to multiply a stage of hidden states by one of weights; ``starts`` from zero."""
 
-    def wait(self, pending: int) -> None:
-        """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
+    def wait(self, accumulator: cute.Tensor, pending: int) -> Int32 | int:
+        """Wait until all but the last ``pending`` calls of ``multiply``, to ``accumulator``, have
+        completed. Returns 0, to be added to the address of the release: a number that exists only
+        then.
+        """
 
 
 # Frozen, so that the DSL does not carry it through loops.
@@ -234,11 +237,11 @@ class TileInRegisters(TileMma):
                 mma.multiply(target, h.stage, w.stage, starts=block == 0)
                 pending.append((h.stage, w.stage))
                 if len(pending) > 1:
-                    mma.wait(1)
-                    self._release(release, *pending.pop(0), last_pass)
+                    zero = mma.wait(target, 1)
+                    self._release(release, *pending.pop(0), last_pass, zero)
                 h, w = h.next(), w.next()
-            mma.wait(0)
-            self._release(release, *pending.pop(0), last_pass)
+            zero = mma.wait(target, 0)
+            self._release(release, *pending.pop(0), last_pass, zero)
             total.store(total.load() + target.load())
         return h, w
 
@@ -249,13 +252,17 @@ class TileInRegisters(TileMma):
         hidden_stage: Int32,
         weight_stage: Int32,
         last_pass: cutlass.Constexpr[bool],
+        zero: Int32 | int,
     ) -> None:
-        """Release a stage of each ring; one of hidden states only in the last pass over it."""
+        """Release a stage of each ring; one of hidden states only in the last pass over it.
+
+        ``zero`` is what ``TileStages.wait`` returned.
+        """
         hidden_empty, weight_empty, lane = release
         if last_pass and lane < self.g.cluster_e:
-            mbarrier.arrive_remote(hidden_empty + BARRIER_BYTES * hidden_stage)
+            mbarrier.arrive_remote(hidden_empty + BARRIER_BYTES * hidden_stage + zero)
         if lane < self.weight_lanes:
-            mbarrier.arrive_remote(weight_empty + BARRIER_BYTES * weight_stage)
+            mbarrier.arrive_remote(weight_empty + BARRIER_BYTES * weight_stage + zero)
 
     def store_logits(
         self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32

@@ -96,9 +96,13 @@ class Wgmma:
             )
         warpgroup.commit_group()
 
-    def wait(self, pending: int) -> None:
-        """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
+    def wait(self, accumulator: cute.Tensor, pending: int) -> int:
+        """Wait until all but the last ``pending`` calls of ``multiply`` have completed.
+
+        Returns 0, as every ``wait`` of ``TileStages`` does.
+        """
         warpgroup.wait_group(pending)
+        return 0
 
 
 class SwapAbWgmma(SwapAbInRegisters):
@@ -126,9 +130,12 @@ class SwapAbStagesWgmma:
         """Begin to multiply a stage that has arrived; ``starts`` the chunk's sums from zero."""
         self._mma.multiply(self._sums, stage, stage, starts)
 
-    def wait(self, pending: int) -> None:
-        """Wait until all but the last ``pending`` stages have been read and added."""
-        self._mma.wait(pending)
+    def wait(self, pending: int) -> int:
+        """Wait until all but the last ``pending`` stages have been read and added.
+
+        Returns 0, as every ``wait`` of ``SwapAbStages`` does.
+        """
+        return self._mma.wait(self._sums, pending)
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens."""

@@ -1,0 +1,75 @@
+"""The portable kernels release a stage of the ring only when what they loaded from it is here.
+
+A load from shared memory and an arrival at a barrier do not wait for each other, and the assembler
+may move the MMAs, which wait for the loaded fragments, behind the arrival.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from build_kernels import plan
+from build_kernels.compile import instructions, toolchain
+from build_kernels.compile.worker_process import WorkerProcess
+
+TARGET = "sm_90a"
+#: Each weight that a CTA reads is one that four CTAs have fetched in turns.
+OF_MANY_PEERS = f"dense_router_prefill/dsv4-pro/{TARGET}/portable_1024"
+JOBS = {
+    job.key: job
+    for job in plan.plan(targets=(TARGET,))
+    if job.constants.get("MMA") == "mma_sync"
+    and job.key.startswith(("dense_router_prefill/dsv4-flash/", OF_MANY_PEERS))
+}
+#: A block of 64 hidden elements that is not the last of its chunk releases the stage before it: an
+#: arrival for the weights and one for the hidden states. The last block releases its own, too.
+ARRIVALS = 2
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def registers(operand: str, count: int) -> set[int]:
+    """``count`` registers from the one that an operand names; none for the zero register."""
+    match = re.match(r"R(\d+)", operand.strip())
+    return set(range(int(match[1]), int(match[1]) + count)) if match else set()
+
+
+def unused_at_releases(listing: str) -> Iterator[tuple[int, int]]:
+    """For each arrival that releases a stage: how many there have been since the last wait for a
+    stage, and how many loads of fragments no MMA has waited for.
+    """
+    loads: list[set[int]] = []
+    arrivals = 0
+    for instruction, text in _INSTRUCTION.findall(listing):
+        operands = text.replace(".reuse", "").split(",")
+        if instruction.startswith("SYNCS.PHASECHK"):
+            arrivals = 0
+        elif instruction.startswith("LDSM"):
+            loads.append(registers(operands[0], 4))
+        elif instruction.startswith("HMMA"):
+            used = registers(operands[1], 4) | registers(operands[2], 2)
+            loads = [left for load in loads if (left := load - used)]
+        elif "ARRIVE" in instruction and "A1T0" in instruction:
+            arrivals += 1
+            yield arrivals, len(loads)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[WorkerProcess]:
+    found = WorkerProcess(TARGET)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("key", sorted(JOBS))
+def test_the_last_stage_of_a_chunk_is_released_when_all_of_it_has_been_used(
+    worker: WorkerProcess, key: str
+) -> None:
+    data = worker.compile(JOBS[key])
+    found = list(unused_at_releases(instructions.sass(data, toolchain.nvdisasm())))
+    last = [unused for arrivals, unused in found if arrivals > ARRIVALS]
+    assert last
+    assert set(last) == {0}
