@@ -97,8 +97,9 @@ class ModelStages:
             product = (weight * bf16(words[places // 2])).sum(axis=1)
             self.partial[n_tile] = product if starts else self.partial[n_tile] + product
 
-    def wait(self, pending: int) -> None:
+    def wait(self, pending: int) -> int:
         self.running.sync_warp()
+        return 0
 
     def n_tile(self, n_tile: int) -> list[np.float32]:
         return list(self.partial[n_tile])
@@ -187,12 +188,13 @@ def test_slices_may_differ_and_the_last_chunk_be_short(
     check(g, image, running, in_registers(running, g, all_lanes=False))
 
 
-@pytest.mark.parametrize("hidden", [1024, 1344])
+@pytest.mark.parametrize(("hidden", "tiles"), [(1024, 1), (1344, 1), (1280, 2)])
 def test_every_lane_may_release_the_weights(
-    hidden: int, running: Running, monkeypatch: pytest.MonkeyPatch
+    hidden: int, tiles: int, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ``mma.sync`` does without multicast."""
-    division = {"EXPERTS": 128, "HIDDEN": hidden, "TILE_TOKENS": 16, "CLUSTER_T": 1, "SPLIT_K": 2}
+    """As ``mma.sync`` does."""
+    division = {"EXPERTS": 128, "HIDDEN": hidden, "TILE_TOKENS": 16, "SPLIT_K": 2}
+    division["CLUSTER_T"] = tiles
     g, image = made(SwapAbGeometry, {"TILE_EXPERTS": 64, **division}, 3, 1, monkeypatch)
     check(g, image, running, in_registers(running, g, all_lanes=True))
 

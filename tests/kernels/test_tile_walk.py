@@ -71,8 +71,9 @@ class ModelStages:
         product = (hidden * bf16(words[places // 2])).sum(axis=1)
         accumulator.store(product if starts else accumulator.load() + product)
 
-    def wait(self, pending: int) -> None:
+    def wait(self, accumulator: Any, pending: int) -> int:
         self.running.sync_warp()
+        return 0
 
 
 MODEL = Model("small", 0, 0, 6, 1.0, 0, 100)
