@@ -19,20 +19,28 @@ struct NearKey {
 // are 0. Called by a warp.
 __device__ __forceinline__ NearKey near_key(const unsigned* near, unsigned size, unsigned wanted,
                                             unsigned lane) {
-    unsigned own[2] = {near[lane], 0};
-    if (size > WARP) own[1] = near[lane + WARP];
+    const unsigned own[2] = {near[lane], size > WARP ? near[lane + WARP] : 0};
+    unsigned above[2] = {};
+    // What a thread loads for one turn is on its way at once. Keys behind the list are above none.
+    constexpr unsigned TURN = 4;
+#pragma unroll 1
+    for (unsigned first = 0; first < size; first += 4 * TURN) {
+        uint4 fours[TURN];
+#pragma unroll
+        for (unsigned i = 0; i < TURN; ++i)
+            fours[i] = reinterpret_cast<const uint4*>(near + first)[i];
+#pragma unroll
+        for (unsigned i = 0; i < TURN; ++i) {
+#pragma unroll
+            for (unsigned j = 0; j < 2; ++j)
+                above[j] += (fours[i].x > own[j]) + (fours[i].y > own[j]) + (fours[i].z > own[j]) +
+                            (fours[i].w > own[j]);
+        }
+    }
     unsigned least_taken = ALL;  // the least key that fewer than `wanted` are above
 #pragma unroll
-    for (unsigned j = 0; j < 2; ++j) {
-        if (j > 0 && size <= WARP) break;
-        unsigned above = 0;
-#pragma unroll 1
-        for (unsigned i = 0; i < size; i += 4) {
-            const uint4 four = reinterpret_cast<const uint4*>(near)[i / 4];
-            above += (four.x > own[j]) + (four.y > own[j]) + (four.z > own[j]) + (four.w > own[j]);
-        }
-        if (own[j] != 0 && above < wanted) least_taken = min(least_taken, own[j]);
-    }
+    for (unsigned j = 0; j < 2; ++j)
+        if (own[j] != 0 && above[j] < wanted) least_taken = min(least_taken, own[j]);
     NearKey found;
     found.key = __reduce_min_sync(ALL_LANES, least_taken);
 #pragma unroll
