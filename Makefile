@@ -81,6 +81,10 @@ sanitize: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run every ke
 	        $(PYTHON_GPU) -m tests.gpu.sanitize $(SANITIZE) || exit 1; \
 	done
 
+.PHONY: soak
+soak: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Launch every kernel thousands of times and compare bits; options: SOAK="--seconds 60 dense_router_decode"
+	$(PYTHON_GPU) -m tests.gpu.soak $(SOAK)
+
 verify-gpu: $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the oracle suite on a GPU and record evidence
 	$(PYTHON_GPU) -m router_runtime verify --record
 

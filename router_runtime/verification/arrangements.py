@@ -41,17 +41,23 @@ class Arrangement(NamedTuple):
 
     def apply(self, kernel: str, inputs: Inputs) -> Inputs:
         """The inputs of this batch."""
-        name = ROW_INPUT[kernel]
-        rows = inputs[name]
-        assert isinstance(rows, Tensor)
-        batch = rows[self.order]
-        batch[self.strangers] = math.nan
-        batch[self.strangers[::2]] = math.inf
-        moved = {**inputs, name: batch}
-        for beside in set(_MOVED_TOO) - {name}:
-            if isinstance(value := inputs.get(beside), Tensor):
-                moved[beside] = value[self.order]
+        moved = in_order(kernel, inputs, self.order)
+        if len(self.strangers):
+            batch = moved[ROW_INPUT[kernel]]
+            assert isinstance(batch, Tensor)
+            batch[self.strangers] = math.nan
+            batch[self.strangers[::2]] = math.inf
         return moved
+
+
+def in_order(kernel: str, inputs: Inputs, order: Tensor) -> Inputs:
+    """The inputs of the batch whose row ``i`` is row ``order[i]``; its rows are copies."""
+    return {
+        name: value[order]
+        if isinstance(value, Tensor) and name in (ROW_INPUT[kernel], *_MOVED_TOO)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 @functools.lru_cache(maxsize=16)

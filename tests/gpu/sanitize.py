@@ -18,28 +18,25 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from router_runtime.device import driver
-from router_runtime.device.artifact_store import find_artifacts, read_manifest
 from router_runtime.device.loader import load_entry
-from router_runtime.errors import explain
+from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
 from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry
-from router_runtime.format.target import Target
-from router_runtime.verification.inputs import ROW_INPUT, Inputs, make_inputs
+from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.kernel_run import KernelRun
+from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, stores_logits
 
 #: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
 #: divides what that gives.
 ROWS_AT_MOST, BELOW_LIMIT = 129, 3
-DEVICE = "cuda:0"
 
 #: Patterns in which keys tie, or stand in for it in a kernel that compares none.
 _TIES = ("ties", "repeated", "out_of_range")
 
 
-def chosen(entry: Entry) -> Iterator[Case]:
+def cases_to_launch(entry: Entry) -> Iterator[Case]:
     """The cases to launch. They have the rows that suit them here, so they are not the suite's."""
     cases = cases_of(entry.kernel, entry.constants, entry.contract.limits)
     most = max(1, entry.contract.limits.get("tokens", (1, 2**31 - 1))[1] - BELOW_LIMIT)
@@ -71,71 +68,26 @@ def _size(case: Case) -> int:
     return case.sizes.get("row_length", case.sizes.get("experts", 0)) * case.sizes["top_k"]
 
 
-def named(entries: Sequence[Entry], prefixes: Sequence[str]) -> list[Entry]:
-    """Those whose key, with or without the target, starts with one of the prefixes; all of them if
-    there is none.
-    """
-    return [
-        entry
-        for entry in entries
-        if not prefixes
-        or entry.key.startswith(tuple(prefixes))
-        or entry.key.replace(f"/{entry.target}", "").startswith(tuple(prefixes))
-    ]
-
-
-def launch(run: KernelRun, case: Case, inputs: Inputs, stores_logits: bool) -> None:
-    rows = inputs[ROW_INPUT[case.kernel]]
-    assert isinstance(rows, torch.Tensor)
-    shape = rows.shape[0], case.sizes["top_k"]
-    integers = torch.int64 if inputs.get("wide_ids") else torch.int32
-    ids, logical_ids = torch.empty(2, *shape, dtype=integers, device=DEVICE)
-    outputs = [torch.empty(shape, device=DEVICE), ids]
-    if stores_logits:
-        outputs.append(torch.empty(shape[0], case.sizes["experts"], device=DEVICE))
-    named = {"logical_ids": logical_ids} if "expert_map" in inputs else {}
-    if case.kernel == "topk_indices":
-        named["slots"] = torch.empty(shape, dtype=torch.int32, device=DEVICE)
-    run(inputs, *outputs, **named)
-    torch.cuda.synchronize()
-
-
 def main(prefixes: Sequence[str]) -> int:
     # Each tensor is an allocation of its own, so that memcheck sees reads past its end.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    artifacts = find_artifacts()
-    manifest = read_manifest(artifacts)
-    driver.initialise()
-    facts = driver.device_facts(0)
-    here = [
-        entry
-        for entry in manifest.entries
-        if Target.parse(entry.target).runs_on(facts.major, facts.minor)
-    ]
-    entries = named(here, prefixes)
-    if not entries:
-        keys = [entry.key for entry in here]
-        print(
-            explain(
-                "entries to sanitize",
-                expected=f"some of {keys}",
-                found=list(prefixes) or "none for this GPU",
-                remedy="name the start of one, or run: make build-cubins",
-            )
-        )
+    try:
+        chosen = choose(prefixes)
+    except RouterRuntimeError as error:
+        print(error)
         return 1
+    entries = chosen.entries
     begun = time.perf_counter()
     launches = 0
     for entry in entries:
         started = time.perf_counter()
-        run = KernelRun(load_entry(entry, manifest, artifacts, 0), DEVICE)
-        stores_logits = any(item.name == "logits_out" for item in entry.contract.parameters)
-        for case in chosen(entry):
-            inputs = {
-                name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-                for name, value in make_inputs(case).items()
-            }
-            launch(run, case, inputs, stores_logits)
+        kernel = load_entry(entry, chosen.manifest, chosen.artifacts, 0)
+        run = KernelRun(kernel, DEVICE)
+        for case in cases_to_launch(entry):
+            inputs = on_device(make_inputs(case))
+            outputs, by_name = new_outputs(case, inputs, stores_logits(entry))
+            run(inputs, *outputs, **by_name)
+            torch.cuda.synchronize()
             launches += 1
         print(f"{time.perf_counter() - started:7.1f} s  {entry.key}", flush=True)
     print(f"{time.perf_counter() - begun:7.1f} s  {launches} launches, {len(entries)} entries")

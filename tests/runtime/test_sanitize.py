@@ -11,6 +11,7 @@ from build_kernels.catalog.kernels import KERNELS
 from build_kernels.catalog.models import MODELS
 from router_runtime.device.facts import DeviceFacts
 from router_runtime.verification.inputs import ROW_INPUT, make_inputs
+from tests.gpu import entries as gpu_entries
 from tests.gpu import sanitize
 
 DENSE = {"HIDDEN": 128, "EXPERTS": 24, "TOP_K": 4}
@@ -34,7 +35,7 @@ def serving(cases):
 
 def test_each_entry_is_launched_on_few_cases_that_reach_everything(entries):
     for entry in entries:
-        cases = list(sanitize.chosen(entry))
+        cases = list(sanitize.cases_to_launch(entry))
         assert len(cases) <= 4
         assert any(case.pattern in ("ties", "repeated", "out_of_range") for case in cases)
         most = entry.contract.limits.get("tokens", (1, 2**31))[1]
@@ -72,7 +73,7 @@ def test_the_last_tile_is_ragged():
 
 def test_entries_are_named_by_the_start_of_their_keys(entries):
     def keys(*prefixes):
-        return [entry.key for entry in sanitize.named(entries, prefixes)]
+        return [entry.key for entry in gpu_entries.named(entries, prefixes)]
 
     assert keys() == [entry.key for entry in entries]
     assert keys("dense_router_decode/small") == ["dense_router_decode/small/sm_90a/portable"]
@@ -97,11 +98,12 @@ def launched(entries, build, tmp_path, monkeypatch):
             found.append(self._key)
 
     facts = DeviceFacts(9, 0, 13000, 132, 232448)
-    monkeypatch.setattr(sanitize, "DEVICE", "cpu")
+    stand_in = SimpleNamespace(initialise=lambda: None, device_facts=lambda _: facts)
+    monkeypatch.setattr(gpu_entries, "driver", stand_in)
+    for module in (gpu_entries, sanitize):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(sanitize, "KernelRun", Run)
     monkeypatch.setattr(sanitize, "load_entry", lambda entry, *_: entry)
-    stand_in = SimpleNamespace(initialise=lambda: None, device_facts=lambda _: facts)
-    monkeypatch.setattr(sanitize, "driver", stand_in)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return found
 
