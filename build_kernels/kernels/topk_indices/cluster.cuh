@@ -1,4 +1,5 @@
-// PTX instructions of topk_indices: other CTAs' shared memory, and scores that are read once.
+// PTX instructions of topk_indices: the cluster's barrier, other CTAs' shared memory, and scores that are
+// read once.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -22,48 +23,6 @@ __device__ __forceinline__ unsigned load_from_cluster_rank(const unsigned* share
 // for such loads. Called like it.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
-// Stores `value` to the shared memory of the CTA of rank `cta_rank`, at the place that `shared` has in
-// this CTA, and counts its 4 bytes at `barrier` there. Called by any thread; that CTA must have
-// initialized the barrier before a cluster barrier.
-__device__ __forceinline__ void store_counted(unsigned* shared, unsigned cta_rank, unsigned value,
-                                              unsigned long long* barrier) {
-    const unsigned own_address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    const unsigned own_barrier = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
-    asm volatile(
-        "{\n"
-        ".reg .u32 address, barrier;\n"
-        "mapa.shared::cluster.u32 address, %0, %2;\n"
-        "mapa.shared::cluster.u32 barrier, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [address], %3, [barrier];\n"
-        "}" ::"r"(own_address),
-        "r"(own_barrier), "r"(cta_rank), "r"(value)
-        : "memory");
-}
-
-// Tells how many bytes of such stores complete the first phase of `barrier`. Called by one thread.
-__device__ __forceinline__ void expect_bytes(unsigned long long* barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
-                 "r"(bytes)
-                 : "memory");
-}
-
-// Waits for the first phase of `barrier`, behind which this thread sees what was stored.
-__device__ __forceinline__ void wait_for_stores(unsigned long long* barrier) {
-    unsigned complete;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred complete;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], 0;\n"
-            "selp.u32 %0, 1, 0, complete;\n"
-            "}"
-            : "=r"(complete)
-            : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-            : "memory");
-    } while (complete == 0);
 }
 
 // Arrives at the cluster's barrier and releases this thread's earlier stores to the shared memory of its

@@ -29,8 +29,8 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "mbarrier.cuh"
 #include "near.cuh"
-#include "ring.cuh"
 #include "rows.cuh"
 
 constexpr bool SAMPLED = SAMPLES > 0;

@@ -1,7 +1,7 @@
 // The streamed form of topk_indices: the copies of a warp's chunks to its ring.
 #pragma once
 
-#include "ring.cuh"
+#include "mbarrier.cuh"
 #include "streamed_memory.cuh"
 
 // The order in which a warp reads the chunks of its part: one from the start, one from the end, and so on
