@@ -15,17 +15,17 @@ from build_kernels import plan
 from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.worker_process import WorkerProcess
 
-TARGET = "sm_90a"
-#: Four CTAs fetch the weights in turns. Before releases waited for loads, results of the second
-#: one were wrong in one launch of 8,000 (NOTES.md of dense_router_prefill).
-OF_MANY_PEERS = tuple(
-    f"dense_router_prefill/{model}/{TARGET}/portable_1024" for model in ("dsv4-pro", "dsv41-flash")
+TARGETS = ("sm_90a", "sm_100f")
+#: A form each, and those whose weights four CTAs fetch in turns. Before releases waited for loads,
+#: results of the last one were wrong in one launch of 8,000 (NOTES.md of dense_router_prefill).
+KERNELS = (
+    *("dsv4-flash/portable", "dsv4-flash/portable_512"),
+    *("dsv4-pro/portable_1024", "dsv41-flash/portable_1024"),
 )
 JOBS = {
     job.key: job
-    for job in plan.plan(targets=(TARGET,))
-    if job.constants.get("MMA") == "mma_sync"
-    and job.key.startswith(("dense_router_prefill/dsv4-flash/", *OF_MANY_PEERS))
+    for job in plan.plan(targets=TARGETS, kernels=("dense_router_prefill",))
+    if f"{job.model}/{job.variant}" in KERNELS
 }
 #: A block of 64 hidden elements releases the stage of the block before it, by an arrival for the
 #: weights and one for the hidden states. The last block of a chunk then releases its own stage.
@@ -62,15 +62,23 @@ def unused_at_releases(listing: str) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[WorkerProcess]:
-    found = WorkerProcess(TARGET)
+def workers() -> Iterator[dict[str, WorkerProcess]]:
+    found = {target: WorkerProcess(target) for target in TARGETS}
     yield found
-    found.close()
+    for worker in found.values():
+        worker.close()
+
+
+def test_the_kernels_exist() -> None:
+    assert len(JOBS) == len(TARGETS) * len(KERNELS)
 
 
 @pytest.mark.parametrize("key", sorted(JOBS))
-def test_a_stage_is_released_when_all_of_it_has_been_used(worker: WorkerProcess, key: str) -> None:
-    listing = instructions.sass(worker.compile(JOBS[key]), toolchain.nvdisasm())
-    found = list(unused_at_releases(listing))
+def test_a_stage_is_released_when_all_of_it_has_been_used(
+    workers: dict[str, WorkerProcess], key: str
+) -> None:
+    job = JOBS[key]
+    cubin = workers[job.target].compile(job)
+    found = list(unused_at_releases(instructions.sass(cubin, toolchain.nvdisasm())))
     assert len(found) > ARRIVALS
     assert set(found) == {0}
