@@ -30,8 +30,7 @@ class Chosen:
 
 
 def choose(prefixes: Sequence[str]) -> Chosen:
-    """The entries that this GPU loads and whose key, with or without the target, starts with one of
-    the prefixes; all that it loads if there is none.
+    """The entries that this GPU loads, of them those that ``named`` picks.
 
     Raises:
         ResolutionError: There is no such entry.
@@ -60,6 +59,9 @@ def choose(prefixes: Sequence[str]) -> Chosen:
 
 
 def named(entries: Sequence[Entry], prefixes: Sequence[str]) -> list[Entry]:
+    """Those whose key, with or without the target, starts with one of the prefixes; all of them if
+    there is none.
+    """
     return [
         entry
         for entry in entries
@@ -73,11 +75,21 @@ def stores_logits(entry: Entry) -> bool:
     return any(item.name == "logits_out" for item in entry.contract.parameters)
 
 
-def new_outputs(case: Case, inputs: Inputs, logits: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What a KernelRun writes, with all its elements unset: by position, and by name."""
+def row_cost(case: Case) -> int:
+    """How much a row of the case is, to compare cases of one kernel."""
+    return case.sizes.get("row_length", case.sizes.get("experts", 0)) * case.sizes["top_k"]
+
+
+def rows_of(case: Case, inputs: Inputs) -> Tensor:
+    """The input with one row per token."""
     rows = inputs[ROW_INPUT[case.kernel]]
     assert isinstance(rows, Tensor)
-    shape = rows.shape[0], case.sizes["top_k"]
+    return rows
+
+
+def new_outputs(case: Case, inputs: Inputs, logits: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What a KernelRun writes, with all its elements unset: by position, and by name."""
+    shape = len(rows_of(case, inputs)), case.sizes["top_k"]
     integers = torch.int64 if inputs.get("wide_ids") else torch.int32
     ids, logical_ids = torch.empty(2, *shape, dtype=integers, device=DEVICE)
     outputs = [torch.empty(shape, device=DEVICE), ids]

@@ -26,7 +26,7 @@ from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry
 from router_runtime.verification.inputs import make_inputs
 from router_runtime.verification.kernel_run import KernelRun
-from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, stores_logits
+from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, row_cost, stores_logits
 
 #: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
 #: divides what that gives.
@@ -50,7 +50,7 @@ def cases_to_launch(entry: Entry) -> Iterator[Case]:
     plain = [case for case in cases if not case.serving]
     random = [case for case in plain if case.pattern == "random"]
     # Images of hash_gate are an input of some cases, as serving inputs are of others.
-    widest = max(random, key=lambda case: (case.sizes.get("images", 0), _size(case)))
+    widest = max(random, key=lambda case: (case.sizes.get("images", 0), row_cost(case)))
     yield cut(widest, ROWS_AT_MOST)
     by_pattern = {case.pattern: case for case in plain}
     yield cut(next(by_pattern[name] for name in _TIES if name in by_pattern), suite.PATTERN_TOKENS)
@@ -61,11 +61,6 @@ def cases_to_launch(entry: Entry) -> Iterator[Case]:
         if served:
             inputs = tuple(name for name in names if name not in without)
             yield cut(served[0], ROWS_AT_MOST, inputs)
-
-
-def _size(case: Case) -> int:
-    """What a row of the case costs: large rows cost a sanitizer as much as many."""
-    return case.sizes.get("row_length", case.sizes.get("experts", 0)) * case.sizes["top_k"]
 
 
 def main(prefixes: Sequence[str]) -> int:
@@ -80,6 +75,7 @@ def main(prefixes: Sequence[str]) -> int:
     begun = time.perf_counter()
     launches = 0
     for entry in entries:
+        print(entry.key, end="", flush=True)
         started = time.perf_counter()
         kernel = load_entry(entry, chosen.manifest, chosen.artifacts, 0)
         run = KernelRun(kernel, DEVICE)
@@ -89,8 +85,8 @@ def main(prefixes: Sequence[str]) -> int:
             run(inputs, *outputs, **by_name)
             torch.cuda.synchronize()
             launches += 1
-        print(f"{time.perf_counter() - started:7.1f} s  {entry.key}", flush=True)
-    print(f"{time.perf_counter() - begun:7.1f} s  {launches} launches, {len(entries)} entries")
+        print(f" {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"{len(entries)} entries, {launches} launches, {time.perf_counter() - begun:.1f} s")
     return 0
 
 

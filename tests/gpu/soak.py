@@ -1,11 +1,12 @@
 """Launch every kernel that this GPU loads for a while, to see whether its bits ever change.
 
 ``make soak`` runs it. With names, of all entries only those that start with one of them:
-``python -m tests.gpu.soak --seconds 10 dense_router_prefill/dsv4-pro``. A race that the few
-launches of the oracle suite do not meet may show in thousands. Launches follow one another with
-nothing between them, so they overlap as far as the kernel's contract allows; their batches have
-several sizes in turn; and copies on another stream take memory bandwidth meanwhile. Whether the
-bits are right is for the oracle suite: here each row's must be those of the first launch.
+``python -m tests.gpu.soak --seconds 60 dense_router_prefill/dsv4-pro``. A race that the few
+launches of the oracle suite do not meet may show in thousands. The launches of a burst are one CUDA
+graph, so that they follow one another without a gap and overlap as far as the kernel's contract
+allows; their batches have several sizes; and copies on another stream take memory bandwidth all the
+while. Rows are random, without serving inputs and ties. Whether the bits are right is for the
+oracle suite: here each row's must be those of the first launch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,92 +27,119 @@ from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry
 from router_runtime.verification.arrangements import in_order
 from router_runtime.verification.examine import Run
-from router_runtime.verification.inputs import ROW_INPUT, Inputs, make_inputs
+from router_runtime.verification.inputs import Inputs, make_inputs
 from router_runtime.verification.kernel_run import KernelRun
-from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, stores_logits
+from tests.gpu.entries import (
+    DEVICE,
+    choose,
+    new_outputs,
+    on_device,
+    row_cost,
+    rows_of,
+    stores_logits,
+)
+from tests.gpu.graphs import captured
 
-#: Batches, as multiples of the rows of a case: parts of a tile, and more tiles than a GPU runs at
-#: once.
-SHARES = (4, 1, 0.3, 8, 0.1)
-#: How often each batch is launched before the results are compared.
+#: Rows of a launch, as multiples of those of its case: from a part of a tile to more tiles than a
+#: GPU runs at once. A kernel's limit cuts them.
+SHARES = (4, 1, 0.3, 20, 0.1)
+#: How often a burst has each of these.
 REPEATS = 4
 #: What the other stream copies at a time: more than an L2 cache holds.
 COPIED_BYTES = 2**28
+POISON = 0x7FDEAD01
 
 
 class Launch:
     """A launch on rows of a case in a cycle, with outputs of its own."""
 
     def __init__(self, case: Case, inputs: Inputs, rows: int, logits: bool) -> None:
-        order = torch.arange(rows, device=DEVICE) % len(_rows(case, inputs))
-        self._sources = order
-        self._inputs = in_order(case.kernel, inputs, order)
+        self.sources = torch.arange(rows, device=DEVICE) % len(rows_of(case, inputs))
+        self._inputs = in_order(case.kernel, inputs, self.sources)
         self._outputs, self._by_name = new_outputs(case, self._inputs, logits)
 
     @property
-    def found(self) -> list[Tensor]:
-        """The bits of the outputs."""
+    def bits(self) -> list[Tensor]:
+        """The outputs, as words of 32 bits."""
         return [each.view(torch.int32) for each in (*self._outputs, *self._by_name.values())]
 
     def poison(self) -> None:
-        for output in self.found:
-            output.fill_(0x7FDEAD01)
+        for output in self.bits:
+            output.fill_(POISON)
 
     def __call__(self, run: Run) -> None:
         run(self._inputs, *self._outputs, **self._by_name)
 
     def differs(self, first: Launch) -> Tensor:
         """Whether any bit of a row is not that of the same row in ``first``: one bool."""
-        pairs = zip(self.found, first.found, strict=True)
-        return torch.stack([(mine != its[self._sources]).any() for mine, its in pairs]).any()
+        pairs = zip(self.bits, first.bits, strict=True)
+        return torch.stack([(mine != its[self.sources]).any() for mine, its in pairs]).any()
 
 
-def largest_case(entry: Entry) -> Case:
-    """The case of random rows that has the most of them."""
+@dataclass
+class Count:
+    """How many launches there were after the first one, and how many of them differ from it."""
+
+    launches: int = 0
+    differing: int = 0
+    #: The numbers of rows of those that differ.
+    rows: set[int] = field(default_factory=set)
+
+
+def cases_to_launch(entry: Entry) -> list[Case]:
+    """Of the cases of random rows, the one with the most rows and the one whose rows cost most; of
+    hash_gate's, one with rows of image tokens, if the kernel has them.
+    """
     cases = cases_of(entry.kernel, entry.constants, entry.contract.limits)
     random = [case for case in cases if case.pattern == "random" and not case.serving]
-    return max(random, key=lambda case: case.sizes.get("tokens", case.sizes.get("rows", 0)))
+
+    def rows(case: Case) -> int:
+        return case.sizes.get("tokens", case.sizes.get("rows", 0))
+
+    most = max(random, key=rows)
+    widest = max(random, key=lambda case: (case.sizes.get("images", 0), row_cost(case), rows(case)))
+    return [most] if widest is most else [most, widest]
 
 
-def launches_of(entry: Entry) -> list[Launch]:
+def launches_of(entry: Entry, case: Case) -> list[Launch]:
     """One of all rows, in their order, then those of a burst."""
-    case = largest_case(entry)
     inputs = on_device(make_inputs(case))
     limits = entry.contract.limits
     _, most = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))
-    count = len(_rows(case, inputs))
+    count = len(rows_of(case, inputs))
     sizes = dict.fromkeys(min(most, max(1, int(count * share))) for share in SHARES)
     return [
         Launch(case, inputs, size, stores_logits(entry)) for size in (count, *(*sizes,) * REPEATS)
     ]
 
 
-def soak(entry: Entry, run: Run, seconds: float) -> tuple[int, int]:
-    """How often the entry was launched after the first time, and how many of those differ."""
-    first, *burst = launches_of(entry)
+def soak(entry: Entry, case: Case, run: Run, seconds: float, count: Count) -> None:
+    """Launch bursts until the seconds are over, one at least, and add to the count."""
+    first, *burst = launches_of(entry, case)
     first.poison()
     first(run)
-    torch.cuda.synchronize()
-    other = torch.cuda.Stream(DEVICE)
+    graph, _ = captured(lambda: [launch(run) for launch in burst])
+    other, done = torch.cuda.Stream(DEVICE), torch.cuda.Event()
     data, copy = torch.empty(2, COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
-    launches = differing = 0
+    torch.cuda.synchronize()
     ends = time.perf_counter() + seconds
-    while time.perf_counter() < ends:
+    while True:
         for launch in burst:
             launch.poison()
-        with torch.cuda.stream(other):
-            copy.copy_(data)
-        for launch in burst:
-            launch(run)
-        launches += len(burst)
-        differing += int(torch.stack([launch.differs(first) for launch in burst]).sum())
-    return launches, differing
-
-
-def _rows(case: Case, inputs: Mapping[str, object]) -> Tensor:
-    rows = inputs[ROW_INPUT[case.kernel]]
-    assert isinstance(rows, Tensor)
-    return rows
+        graph.replay()
+        done.record()
+        while not done.query():
+            with torch.cuda.stream(other):
+                copy.copy_(data)
+            other.synchronize()
+        differ = torch.stack([launch.differs(first) for launch in burst]).tolist()
+        count.launches += len(burst)
+        count.differing += sum(differ)
+        count.rows |= {
+            len(launch.sources) for launch, bad in zip(burst, differ, strict=True) if bad
+        }
+        if time.perf_counter() >= ends:
+            return
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -125,10 +154,15 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     bad = 0
     for entry in chosen.entries:
+        # First the name: whatever ends this process then says which kernel it was.
+        print(entry.key, end="", flush=True)
         run = KernelRun(load_entry(entry, chosen.manifest, chosen.artifacts, 0), DEVICE)
-        launches, differing = soak(entry, run, options.seconds)
-        bad += bool(differing)
-        print(f"{differing} of {launches} launches differ  {entry.key}", flush=True)
+        cases, count = cases_to_launch(entry), Count()
+        for case in cases:
+            soak(entry, case, run, options.seconds / len(cases), count)
+        where = f", of {sorted(count.rows)} rows" if count.rows else ""
+        print(f" {count.differing} of {count.launches} launches differ{where}", flush=True)
+        bad += bool(count.differing)
     print(f"{bad} of {len(chosen.entries)} entries had other bits")
     return 1 if bad else 0
 
