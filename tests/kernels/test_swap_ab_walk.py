@@ -97,8 +97,10 @@ class ModelStages:
             product = (weight * bf16(words[places // 2])).sum(axis=1)
             self.partial[n_tile] = product if starts else self.partial[n_tile] + product
 
-    def wait(self, pending: int) -> int:
+    def wait(self, pending: int) -> None:
         self.running.sync_warp()
+
+    def zero_behind_reads(self) -> int:
         return 0
 
     def n_tile(self, n_tile: int) -> list[np.float32]:

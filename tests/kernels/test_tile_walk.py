@@ -71,8 +71,10 @@ class ModelStages:
         product = (hidden * bf16(words[places // 2])).sum(axis=1)
         accumulator.store(product if starts else accumulator.load() + product)
 
-    def wait(self, accumulator: Any, pending: int) -> int:
+    def wait(self, pending: int) -> None:
         self.running.sync_warp()
+
+    def zero_behind_reads(self, accumulator: Any) -> int:
         return 0
 
 

@@ -1,18 +1,18 @@
-// PTX instructions of topk_indices: copies from global to shared memory and stores to other CTAs' shared
-// memory, which run beside the threads, and the barriers (mbarrier) that tell when they have arrived.
+// PTX instructions of topk_indices: asynchronous copies from global to shared memory, asynchronous stores
+// to other CTAs' shared memory, and the barriers (mbarrier) that tell when they have arrived.
 #pragma once
 
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// Makes `barrier` one of which each phase takes one call of expect_bytes and as many bytes as that call
-// tells. Called by one thread.
+// Initializes `barrier`: each of its phases completes when expect_bytes has been called once and that many
+// bytes have arrived. Called by one thread.
 __device__ __forceinline__ void init_barrier(unsigned long long* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Makes the barriers that this thread has initialized visible to the copies.
+// Makes the barriers that this thread has initialized visible to copies and to the cluster's other CTAs.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -24,7 +24,7 @@ __device__ __forceinline__ void fence_stores_before_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Tells how many bytes complete the phase of `barrier`. Called by one thread.
+// Arrives at `barrier`, whose phase then completes when `bytes` bytes have arrived. Called by one thread.
 __device__ __forceinline__ void expect_bytes(unsigned long long* barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),

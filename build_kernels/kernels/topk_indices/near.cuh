@@ -21,7 +21,8 @@ __device__ __forceinline__ NearKey near_key(const unsigned* near, unsigned size,
                                             unsigned lane) {
     const unsigned own[2] = {near[lane], size > WARP ? near[lane + WARP] : 0};
     unsigned above[2] = {};
-    // What a thread loads for one turn is on its way at once. Keys behind the list are above none.
+    // A turn compares TURN vectors of four keys, all loaded before the first comparison, so that the loads
+    // overlap. Places behind the last key hold 0, which is above no key.
     constexpr unsigned TURN = 4;
 #pragma unroll 1
     for (unsigned first = 0; first < size; first += 4 * TURN) {

@@ -147,6 +147,8 @@ __device__ __forceinline__ void begin_list(const Slice& row, unsigned k, unsigne
     // Every warp of the cluster has a chunk then, and all groups but few exist. The last CTA has the
     // fewest: its slice may be a few vectors shorter than the others'.
     const bool chosen = rank != 0 && row.of_block(BLOCKS_PER_ROW - 1).chunks() >= WARPS;
+    // All bins are zero behind this; one CTA for a row has a barrier in range_of_block.
+    if constexpr (BLOCKS_PER_ROW > 1) __syncthreads();
     // The other copies follow when the first has arrived, so that the first ones of all warps are not
     // behind them, and memory is busy while a bound is chosen.
     if (chosen) wait_for_chunk(warp, consumed, shared);

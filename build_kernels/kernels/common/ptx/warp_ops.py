@@ -25,9 +25,10 @@ def lower_lanes() -> Int32:
 def zero_behind(values: Sequence[Int32]) -> Int32:
     """Return 0, as a number that exists only when all the values do.
 
-    An operation that is given it, say as a part of an address, cannot begin before the values have
-    been computed. The assembler would otherwise be free to move what computes them behind it. It
-    does not know that no lane has a lower one with the number 31.
+    An operation that takes it, say as part of an address, cannot begin before the values have been
+    computed; without it the assembler may move their computation behind the operation. The 0 is
+    bit 31 of the mask of lower lanes: no lane is above lane 31, so that bit is never set, but the
+    assembler does not know that and cannot drop the values.
     """
     seen = values[0]
     for value in values[1:]:

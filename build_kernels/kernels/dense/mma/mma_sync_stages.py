@@ -6,8 +6,8 @@ map leaves them. A warp loads fragments with ``ldmatrix``, whose eight addresses
 into different banks in both layouts, and keeps its sums in registers, in the same places as
 ``wgmma`` would: so exchange and epilogue are the same.
 
-A lane loads for the others, too. So before one lane releases a stage, ``wait`` lets the warp come
-together; the MMAs themselves need no wait.
+A lane loads for the others, too, so ``wait`` lets the warp meet before a stage is released. The
+MMAs need no wait of their own, but the release has to be behind them: ``zero_behind_reads``.
 """
 
 from __future__ import annotations
@@ -117,17 +117,14 @@ def multiply_stage(
                         sums[place] = value
 
 
-def meet(sums: cute.Tensor, pending: int) -> Int32 | int:
-    """Let the lanes of a warp come together. Returns 0 for the address of a release.
+def zero_behind_sums(sums: cute.Tensor) -> Int32:
+    """Return 0, computed from a sum of every tile of 8 columns, for the address of a release.
 
-    The MMAs of a stage precede, by the order of their sums, those of the next one in the same
-    tiles. Behind the last stage of a chunk there are none, so the release has to wait for the sums:
-    nothing else keeps the assembler from moving MMAs behind it, and fragments that they wait for
-    may then not have been read when the stage is filled again.
+    Neither an arrival at a barrier nor a barrier of the warp, of which the assembler makes no
+    instruction, waits for ldmatrix. An MMA does, and a sum for the MMAs that it has come through.
+    Without this the assembler may move MMAs behind the arrival, and fragments that they wait for
+    may not have been read when the stage is filled again.
     """
-    cute.arch.sync_warp()
-    if pending > 0:
-        return 0
     tiles = range(0, cute.size(sums), 4)
     return warp_ops.zero_behind([arith.bits(Float32(sums[first])) for first in tiles])
 
@@ -173,11 +170,13 @@ class SwapAbStagesMmaSync:
             starts,
         )
 
-    def wait(self, pending: int) -> Int32 | int:
-        """Wait for the lanes of the warp, and behind the last stage for its sums: then all lanes
-        have read it. Returns what ``wait`` of the protocol does.
-        """
-        return meet(self._sums, pending)
+    def wait(self, pending: int) -> None:
+        """Wait for the lanes of the warp, which have loaded for each other."""
+        cute.arch.sync_warp()
+
+    def zero_behind_reads(self) -> Int32:
+        """Return 0, computed from the sums."""
+        return zero_behind_sums(self._sums)
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens."""
@@ -189,8 +188,9 @@ class TileMmaSync(TileInRegisters):
 
     @property
     def weight_lanes(self) -> int:
-        """All lanes. Behind ``wait`` one could release the stage for all, but the assembler makes
-        no instruction of that barrier, and compute-sanitizer's racecheck would report the others.
+        """All lanes. ``wait`` has a barrier of the warp, so one lane could release the stage for
+        all. But the assembler makes no instruction of that barrier, so compute-sanitizer's
+        racecheck does not see it and would report the loads of the other lanes.
         """
         return LANES
 
@@ -230,6 +230,10 @@ class TileStagesMmaSync:
             starts,
         )
 
-    def wait(self, accumulator: cute.Tensor, pending: int) -> Int32 | int:
-        """Wait as ``SwapAbStagesMmaSync.wait`` does, for the sums in ``accumulator``."""
-        return meet(accumulator, pending)
+    def wait(self, pending: int) -> None:
+        """Wait for the lanes of the warp, which have loaded for each other."""
+        cute.arch.sync_warp()
+
+    def zero_behind_reads(self, accumulator: cute.Tensor) -> Int32:
+        """Return 0, computed from the sums."""
+        return zero_behind_sums(accumulator)

@@ -28,10 +28,13 @@ class SwapAbStages(Protocol):
     def multiply(self, stage: Int32, starts: bool) -> None:
         """Begin to multiply a stage; ``starts`` the chunk's sums from zero."""
 
-    def wait(self, pending: int) -> Int32 | int:
-        """Wait until all but the last ``pending`` stages have been read and added.
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` stages have been read and added."""
 
-        Returns 0, to be added to the address of the release: a number that exists only then.
+    def zero_behind_reads(self) -> Int32 | int:
+        """Return 0, to be added to the address of the release of the stages begun so far. Where no
+        instruction of ``wait`` waits for them, it is computed from their sums, so that the release
+        cannot precede what was read.
         """
 
     def n_tile(self, n_tile: int) -> list[Float32]:
@@ -122,13 +125,16 @@ class BoundInRegisters(BoundSwapAbMma):
         for block in range(blocks):
             mbarrier.wait(self.hidden.full_at(state.stage), state.phase)
             self.expect(state.stage, state.count)
+            zero = self.stages.zero_behind_reads()
             self.stages.multiply(state.stage, starts=block == 0)
             if block > 0:
-                self.release(before.stage, before.count, self.stages.wait(1))
+                self.stages.wait(1)
+                self.release(before.stage, before.count, zero)
             if block == moment and meanwhile is not None:
                 meanwhile()
             before, state = state, state.next()
-        self.release(before.stage, before.count, self.stages.wait(0))
+        self.stages.wait(0)
+        self.release(before.stage, before.count, self.stages.zero_behind_reads())
         return state
 
     def add_to(self, state: CountedRingState, sums: cute.Tensor) -> None:
@@ -151,7 +157,7 @@ class BoundInRegisters(BoundSwapAbMma):
     def release(self, stage: Int32, number: Int32, zero: Int32 | int) -> None:
         """Release a stage to the two CTAs that will fill it again, after filling ``number``.
 
-        ``zero`` is what ``SwapAbStages.wait`` returned.
+        ``zero`` is what ``SwapAbStages.zero_behind_reads`` returned behind its MMAs.
         """
         g, cta = self.g, self.cta
         following = number + g.stages

@@ -36,10 +36,13 @@ class TileStages(Protocol):
     ) -> None:
         """Begin to multiply a stage of hidden states by one of weights; ``starts`` from zero."""
 
-    def wait(self, accumulator: cute.Tensor, pending: int) -> Int32 | int:
-        """Wait until all but the last ``pending`` calls of ``multiply``, to ``accumulator``, have
-        completed. Returns 0, to be added to the address of the release: a number that exists only
-        then.
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
+
+    def zero_behind_reads(self, accumulator: cute.Tensor) -> Int32 | int:
+        """Return 0, to be added to the address of the release of the stages that ``accumulator``
+        has the sums of. Where no instruction of ``wait`` waits for them, it is computed from these
+        sums, so that the release cannot precede what was read.
         """
 
 
@@ -234,14 +237,15 @@ class TileInRegisters(TileMma):
                 if number == 0:
                     mbarrier.wait(hidden.full_at(h.stage), h.phase)
                 mbarrier.wait(weight.full_at(w.stage), w.phase)
+                zero = mma.zero_behind_reads(target)
                 mma.multiply(target, h.stage, w.stage, starts=block == 0)
                 pending.append((h.stage, w.stage))
                 if len(pending) > 1:
-                    zero = mma.wait(target, 1)
+                    mma.wait(1)
                     self._release(release, *pending.pop(0), last_pass, zero)
                 h, w = h.next(), w.next()
-            zero = mma.wait(target, 0)
-            self._release(release, *pending.pop(0), last_pass, zero)
+            mma.wait(0)
+            self._release(release, *pending.pop(0), last_pass, mma.zero_behind_reads(target))
             total.store(total.load() + target.load())
         return h, w
 
@@ -256,7 +260,7 @@ class TileInRegisters(TileMma):
     ) -> None:
         """Release a stage of each ring; one of hidden states only in the last pass over it.
 
-        ``zero`` is what ``TileStages.wait`` returned.
+        ``zero`` is what ``TileStages.zero_behind_reads`` returned behind its MMAs.
         """
         hidden_empty, weight_empty, lane = release
         if last_pass and lane < self.g.cluster_e:

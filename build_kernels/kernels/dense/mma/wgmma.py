@@ -96,12 +96,12 @@ class Wgmma:
             )
         warpgroup.commit_group()
 
-    def wait(self, accumulator: cute.Tensor, pending: int) -> int:
-        """Wait until all but the last ``pending`` calls of ``multiply`` have completed.
-
-        Returns 0, as every ``wait`` of ``TileStages`` does.
-        """
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` calls of ``multiply`` have completed."""
         warpgroup.wait_group(pending)
+
+    def zero_behind_reads(self, accumulator: cute.Tensor) -> int:
+        """Return 0: ``wait`` waits until the MMAs have read their operands."""
         return 0
 
 
@@ -130,12 +130,13 @@ class SwapAbStagesWgmma:
         """Begin to multiply a stage that has arrived; ``starts`` the chunk's sums from zero."""
         self._mma.multiply(self._sums, stage, stage, starts)
 
-    def wait(self, pending: int) -> int:
-        """Wait until all but the last ``pending`` stages have been read and added.
+    def wait(self, pending: int) -> None:
+        """Wait until all but the last ``pending`` stages have been read and added."""
+        self._mma.wait(pending)
 
-        Returns 0, as every ``wait`` of ``SwapAbStages`` does.
-        """
-        return self._mma.wait(self._sums, pending)
+    def zero_behind_reads(self) -> int:
+        """Return 0, as ``Wgmma.zero_behind_reads`` does."""
+        return self._mma.zero_behind_reads(self._sums)
 
     def n_tile(self, n_tile: int) -> list[Float32]:
         """Return this thread's four sums of an n-tile of 8 tokens."""
