@@ -1,8 +1,8 @@
 # Three environments. .venv: the locked toolchain, the release tools and the linters, no torch.
 # .venv-test: the newest torch and what the runtime's tests need, no compiler. .venv-oldest: the same
 # with the oldest torch and driver bindings. A fourth, .venv-engines, is for test-engines alone: vLLM,
-# the torch that it requires, and SGLang. Every package is installed by hash, but for torch and the CUDA libraries
-# that come with it.
+# the torch that it requires, and SGLang. Every package is installed by hash, but for torch, the CUDA libraries
+# that come with it, and uv, which only `make lock` uses.
 
 PYTHON ?= python3
 # GPU work can run in an environment of your own: make test-gpu PYTHON_GPU=python3
@@ -41,7 +41,7 @@ release: .venv/.release ## Make a release in dist/; options: RELEASE="--target s
 verify-release: .venv/.release ## Check a release; options: RELEASE="dist/FOLDER --key KEY.pub --rebuild"
 	.venv/bin/python -m build_kernels verify-release $(RELEASE)
 
-environments: .venv-test/.torch .venv-oldest/.torch ## Make the environments that have torch
+environments: .venv-test/.torch .venv-oldest/.torch ## Make .venv-test and .venv-oldest
 
 # Four runs, two at a time, the longest first; each prints its output when it has ended.
 test: .venv/.dev environments ## Run every test that this machine can run
@@ -93,11 +93,11 @@ emulation: .venv/.emulation ## Make build/emulation: tcgen05 kernels for a Hoppe
 	.venv/bin/python -m build_kernels emulate --out build/emulation --defects
 
 # The emulation can be made on one machine and run on another, which needs no compiler.
-emulate: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
+emulate: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make build/emulation and run its kernels on a Hopper GPU
 	$(PYTHON_GPU) -m tests.emulation build/emulation
 	$(PYTHON_GPU) -m tests.emulation build/emulation --defects
 
-record-emulation: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run it and record the kernels that pass as emulated
+record-emulation: emulation $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Run the kernels of build/emulation and record those that pass as emulated
 	$(PYTHON_GPU) -m tests.emulation build/emulation --record
 
 # Kernels, a compiler, a simulator and a verifier of other projects. Nothing of theirs is part of this
@@ -109,7 +109,7 @@ THEIRS = PYTHONPATH=$(CONFORMANCE)/packages TRITON_CACHE_DIR=$(CONFORMANCE)/trit
 conformance: $(CONFORMANCE)/.packages ## Make build/conformance: other projects' tcgen05 kernels for a Hopper GPU
 	$(THEIRS) tests.emulation.conformance.make $(CONFORMANCE)
 
-emulate-conformance: conformance $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make it and run it on a Hopper GPU
+emulate-conformance: conformance $(filter .venv-test/%,$(PYTHON_GPU:bin/python=.torch)) ## Make build/conformance and run its kernels on a Hopper GPU
 	$(PYTHON_GPU) -m tests.emulation.conformance $(CONFORMANCE)
 
 second-opinion: $(CONFORMANCE)/.packages ## Have sentryward verify the tcgen05 kernels; options: SECOND_OPINION="--only NAME"

@@ -224,7 +224,7 @@ def compile_all(
 
 
 def _of_job(job: Job, error: BuildError) -> JobError:
-    """An error as one of its job, whose key its text may begin with."""
+    """Return ``error`` as a JobError of ``job``. A job key at the start of its text is removed."""
     if isinstance(error, JobError):
         return error
     return JobError(job.key, str(error).removeprefix(f"{job.key}: "))

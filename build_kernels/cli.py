@@ -145,7 +145,9 @@ def build_command(
     selection.check()
     folder = out or ARTIFACTS
     own = folder is not None and _same(folder, ARTIFACTS)
-    if folder is None or (own and selection.partial):
+    if folder is None:
+        raise BuildError("expected --out outside of a checkout, found none; next: add --out DIR")
+    if own and selection.partial:
         raise BuildError(
             "expected --out with another folder for a build that is not the full one, found "
             f"{'none' if out is None else out}: artifacts/ always holds the full plan; next: add "
@@ -306,8 +308,8 @@ def _apply(tuning: Tuning, choices: list[choice.Choice], models: tuple[str, ...]
             continue
         if model.name not in files:
             raise BuildError(
-                f"expected the file of the model {model.name!r}, which is in the folder, found "
-                f"{', '.join(models) or 'none'}; next: name it before --out"
+                f"expected the TOML file of the model {model.name!r}, whose candidates the folder "
+                f"holds, found {', '.join(models) or 'none'}; next: give that file before --out"
             )
         path = files[model.name]
         now = read_model(path)
@@ -466,7 +468,7 @@ def release_command(
     selection = Selection(targets, models=catalog, extra_models=own)
     selection.check()
     check_verified_names(verified, selection)
-    # The release tools are installed for this command and the next only.
+    # `make build-cubins` does not install the release tools: say so before anything is built.
     toolchain.check_release()
     root = _checkout()
     sign = None
@@ -520,7 +522,9 @@ def verify_release_command(
     """Check a release: FILES are its folder, or its wheel and the files beside it."""
     toolchain.check_release()
     if repository is not None and not rebuild:
-        raise BuildError("expected --repository with --rebuild, found it alone")
+        raise BuildError(
+            "expected --repository with --rebuild, found it alone; next: add --rebuild"
+        )
     found = verify(files, key)
     for line in description(found):
         click.echo(line)
@@ -552,7 +556,7 @@ def diff_command(old: Path, new: Path, markdown: bool, as_json: bool) -> None:
 @click.option("--defects", is_flag=True, help="Make the kernels with defects too, in OUT/defects.")
 @_jobs_option
 def emulate_command(out: Path, defects: bool, jobs: int) -> None:
-    """Make cubins for sm_90a that run the tcgen05 kernels' own PTX, those instructions in software.
+    """Make cubins for sm_90a from the tcgen05 kernels' own PTX, with tcgen05 done in software.
 
     Run them on a Hopper GPU: python -m tests.emulation OUT
     """

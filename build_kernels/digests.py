@@ -57,7 +57,9 @@ class Sources:
         return digest([program, contract, f"{language} {LANGUAGES[language].recipe}"])
 
     def exact(self, kernel: str, language: Language) -> str:
-        """SHA-256 of the names and the bytes of all that the compiler reads of a kernel."""
+        """SHA-256 of the names and the bytes of what the compiler reads of a kernel, and of the
+        modules that call the compiler.
+        """
         self._check(kernel, language)
         if language == "cuda":
             text, available = self._cuda(kernel)

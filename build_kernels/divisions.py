@@ -25,16 +25,17 @@ from router_runtime.format.contract import Constants
 #: A variant is left out where others are predicted to take no more than this times its time.
 WORTH = 1.03
 
-#: ``mma.sync`` on the family 10.x: as many clocks as on an H100, at the ratio of the clocks that
-#: latency.toml states.
+#: ``mma.sync`` on the family 10.x, predicted: as many clocks as on an H100, each 1.07 times as
+#: long; latency.toml says where that ratio comes from.
 _PORTABLE_BLACKWELL = dataclasses.replace(cost.H100, clock=cost.H100.clock / 1.07)
 
 
 def searched(kernel: Kernel, model: Model) -> dict[str, Constants]:
     """Return variant -> constants of the variants of a kernel that ``model`` gets by search.
 
-    A variant is left out if no form that it may have can divide this router, or if another one with
-    the same MMA is predicted to serve its batches as fast.
+    A variant is left out if no form that it may have can divide this router, or if the others with
+    the same MMA, the best one for each batch, are predicted to take at most ``WORTH`` times as
+    long.
     """
     shape = {**CONSTANTS, **model.constants()}
     found: dict[str, Constants] = {}

@@ -37,9 +37,10 @@ class Variant:
     Attributes:
         name: Last part of the entry's key.
         constants: The same for every model.
-        by_model: Model name -> constants measured for that model. The row ``any`` is for every
-            model that is not named; without it, no other model has the variant. None: the variant
-            has no constants that depend on the model, and every model has it.
+        by_model: Model name -> constants for that model. The row ``any`` is for every model that
+            is not named. Without it, a model that is not named has the variant only if ``batches``
+            is not empty. None: the variant has no constants that depend on the model, and every
+            model has it.
         targets: Those that have the variant's instructions. Empty: all.
         batches: Numbers of tokens that a dense variant is for, ascending. A model that no row of
             the kernel names gets the division that is predicted to be the fastest for them
@@ -158,10 +159,10 @@ _ACTIVATION_TOPK_SIGMOID = _table(
     ("sigmoid1024", ANY,  1024,            4),
 )
 
-#: ``EXPERT_WARPS`` are the warps of a group of chunks, which divide the experts of a token. Few
-#: tokens: as many as find an expert to take, at most 16 in all. Many tokens: one, so that more
-#: tokens are in flight on a multiprocessor. Image tokens are selected by their scores for all
-#: experts.
+#: The warps of a CTA divide the chunks of the hidden dimension into groups. ``EXPERT_WARPS`` warps
+#: work on each group and divide the token's experts among them. For few tokens, none is without an
+#: expert, and a CTA has at most 16 warps. For many tokens it is 1, so that more tokens are in
+#: flight on a multiprocessor. Image tokens are selected by their scores for all experts.
 _HASH_GATE = _table(
     "variant        model           IMAGES EXPERT_WARPS",
     ("portable",    "dsv4-pro",     0,     3),
@@ -192,9 +193,9 @@ _SPLIT_K = _table(
     ("tcgen05",     "dsv41-dspark", 64,        16,         1,     10),
 )
 
-#: Swap A/B: experts are the rows of the MMA, and one wave of tiles takes the whole batch. Models
-#: with 384 experts have a variant for 128 tokens, as those tiles would take two waves for 256; the
-#: one with 128 experts begins with the variant for 512.
+#: Swap A/B: experts are the rows of the MMA, and one wave of clusters takes the whole batch. Models
+#: with 384 experts have a variant for 128 tokens: its clusters would need two waves for 256 tokens.
+#: The model with 128 experts begins with the variant for 512.
 _SWAP_AB = _table(
     "variant       model           TILE_EXPERTS TILE_TOKENS CLUSTER_T SPLIT_K",
     ("wgmma_128",  "dsv4-pro",     128,         32,         1,        4),
@@ -272,8 +273,8 @@ _TILE = _table(
 # fmt: on
 
 
-#: Variant of a dense kernel -> the batches that it is for, and the forms that may serve them, for a
-#: model without rows. Batches beyond the last one are served as it is.
+#: For a model without rows: variant of a dense kernel -> the numbers of tokens by whose predicted
+#: time its division is chosen, and the forms to choose from. Larger batches get the same division.
 _Classes = Mapping[str, tuple[tuple[int, ...], tuple[Form, ...]]]
 _DECODE_CLASSES: _Classes = {
     "portable": ((1, 8, 16, 32, 64), ("decode",)),

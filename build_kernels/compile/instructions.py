@@ -55,7 +55,7 @@ def censuses(cubins: Sequence[bytes], target: str, nvdisasm: Path) -> list[dict[
     """
     codes = [_code(data) for data in cubins]
     ends = list(itertools.accumulate(len(code) for code in codes))
-    # Data flow does not end where a cubin does; nothing that is counted depends on it.
+    # nvdisasm's analysis of data flow would run across the joined cubins; no count needs it.
     options = ("--binary", target.replace("sm_", "SM"), "--no-dataflow")
     counts: list[collections.Counter[str]] = [collections.Counter() for _ in cubins]
     for address, instruction in _instructions(_disassembled(b"".join(codes), options, nvdisasm)):
@@ -137,7 +137,10 @@ def _disassembled(image: bytes, options: Sequence[str], nvdisasm: Path) -> str:
             check=False,
         )
     if result.returncode:
-        raise BuildError(f"expected nvdisasm to read the cubin, found: {result.stderr.strip()}")
+        raise BuildError(
+            f"expected nvdisasm to read the cubin, found: {result.stderr.strip()}; "
+            "next: make clean-venv && make build-cubins"
+        )
     return result.stdout
 
 

@@ -15,8 +15,8 @@ from build_kernels.emulation.roles import (
 )
 from build_kernels.emulation.statements import Statement, entry
 
-#: Forms of a kernel, by what it does with its stages and accumulators. ``once``: all are filled
-#: once. ``turns``: they are filled again when they have been read.
+#: How a kernel uses its accumulators (these are not the forms of the catalog). ``once``: each is
+#: filled once. ``turns``: each is filled again when it has been read.
 Form = Literal["once", "turns"]
 
 Edit = tuple[int, int, str]
@@ -50,7 +50,9 @@ class Code:
         ]
 
     def base(self, register: str) -> Statement:
-        """Return the instruction that makes the descriptor from which a register is counted on."""
+        """Return the instruction that makes a descriptor, given a register that holds it or a sum
+        of it and offsets.
+        """
         (source,) = self.sources(register)
         return self.base(source.operands[1]) if source.name == "add.s64" else source
 
@@ -207,7 +209,7 @@ def other_instruction(code: Code, change: Callable[[int], int]) -> list[Edit]:
 
 
 def other_step(code: Code) -> list[Edit]:
-    """Count on twice as far in the hidden states."""
+    """Double the offset that is added to the descriptor of the hidden states for each MMA."""
     edits: dict[int, Edit] = {}
     for mma in code.named("tcgen05.mma."):
         (source,) = code.sources(mma.operands[2])

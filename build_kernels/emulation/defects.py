@@ -14,8 +14,8 @@ from build_kernels.emulation.changes import Code, Edit, Form
 from build_kernels.emulation.statements import edited
 
 #: What sees a defect. ``translation``: the translator. ``error``: the model counts an error of the
-#: kind that follows the colon. ``bits``: the outputs differ, in every mode, or only in the one that
-#: follows the colon or a stricter one. ``none``: nothing does.
+#: kind that follows the colon. ``bits``: the outputs differ; a mode after the colon is the one in
+#: which they are expected to, and is for the reader only. ``none``: nothing does.
 Layer = str
 
 
@@ -204,7 +204,8 @@ DEFECTS: tuple[Defect, ...] = (
         "hidden_full",
         _DOUBLE,
     ),
-    # What no layer sees: nothing runs in the background here, and there is one proxy.
+    # What no layer sees: the model executes tcgen05 work in order, through ordinary loads, so the
+    # tcgen05 fences have nothing to order; it does not model the permit to allocate.
     _defect("no_fence_before", "once", "none", changes.without, "tcgen05.fence::before"),
     _defect("no_fence_after", "once", "none", changes.without, "tcgen05.fence::after"),
     _defect("no_relinquish", "once", "none", changes.without, "tcgen05.relinquish"),

@@ -51,7 +51,8 @@ def emulate(
     Args:
         out: Created if it does not exist.
         processes: The most processes at a time.
-        progress: Called with a line for each cubin that has been made.
+        progress: Called with a line for each emulated cubin, and for each defect that the kernel
+            has no place for.
         reuse: Build folders whose cubins may be used again.
         defects: Make the kernels with defects too, in a folder of their own inside.
 
@@ -95,10 +96,10 @@ def emulate(
 
 
 def smallest(found: Sequence[Source]) -> dict[Form, Source]:
-    """Return the kernel of each form that defects are put into.
+    """Return, for each form, the kernel that the defects are put into.
 
-    It is the one with the least code that has a place for each of them: the copies of a cluster of
-    one CTA, for one, are no multicasts.
+    It is the one with the least PTX in which every defect of that form has a place. In a cluster of
+    one CTA, for example, a defect of multicast copies has none.
     """
     forms: dict[Form, Source] = {}
     for source in sorted(found, key=lambda source: (len(source.ptx), source.jobs[0].key)):
@@ -161,7 +162,10 @@ def _entry(
     # The bits of the siblings are expected: their tag, so that the oracle suite compares them.
     tags = {entry.numerics for entry, _ in siblings if entry.model == original.model}
     if len(tags) > 1:
-        raise BuildError(f"{where}: expected one numerics tag of its siblings, found {tags}")
+        raise BuildError(
+            f"{where}: expected one numerics tag of its siblings, found {sorted(map(str, tags))}; "
+            "next: give the dense entries of this model for sm_90a one tag"
+        )
     sha256 = _sha256(data)
     entry = dataclasses.replace(
         original,

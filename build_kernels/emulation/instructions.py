@@ -87,7 +87,9 @@ def guarded(guard: str | None, code: str, label: str) -> str:
 
 
 def address(text: str, statement: Statement) -> tuple[str, str]:
-    """Return (code, register): code that leaves the address ``[register + offset]`` there."""
+    """Return PTX that computes the address ``text``, such as ``[%r1+16]``, and the name of the
+    register that then holds it.
+    """
     match = _ADDRESS.fullmatch(text)
     if match is None:
         raise refused(statement, f"the address {text}")

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Choices of when asynchronous work happens, one bit each. Hardware may do all of it at any of
-#: these moments, so a correct kernel gives the same result under every combination.
+#: What a mode chooses, one bit each. The first four choose when asynchronous work happens: hardware
+#: may do it at any of these moments. The last two choose what memory holds and where it is
+#: allocated. A correct kernel gives the same result under every combination.
 #:
 #: - LATE_MMA: MMAs run at the commit that covers them, not where they are issued.
 #: - DEEP_MMA: MMAs and commits run when their warp has to wait for something else.
 #: - LATE_COPY: a copy from global memory begins when a thread waits for its mbarrier.
-#: - SLOW: random delays of MMAs, loads, copies between CTAs, and the arrivals of one commit.
+#: - SLOW: random delays of MMAs, of loads, of all asynchronous copies, and between the arrivals of
+#:   one commit.
 #: - POISON: shared memory holds NaN at entry.
 #: - HIGH_COLUMNS: tensor memory is allocated from its end.
 FLAGS: Mapping[str, int] = {
@@ -69,7 +71,8 @@ FOUND_BY_HOST = ("still_allocated", "still_queued", "unawaited")
 #: Sizes of the model's tables. A multiprocessor has 128 lanes x 512 columns of tensor memory.
 SIZES: Mapping[str, int] = {"MULTIPROCESSORS": 160, "WARPS": 64, "QUEUE": 96, "COPIES": 96}
 
-#: Words of the first place of an error: CTA (x, y, z), thread, then three words about it.
+#: Words that say where an error of a kind happened first: CTA (x, y, z), thread, three words that
+#: depend on the kind, and the rank of the CTA in its cluster.
 PLACE_WORDS = 8
 
 

@@ -38,7 +38,7 @@ class Backend(Protocol):
         """
 
     def serve(self, tensor: Tensor, call: Call, expert_map: ExpertMap | None) -> Results:
-        """A call with serving inputs, which also holds hash_gate's token ids."""
+        """Route with the serving inputs in ``call``, which also has the token ids of hash_gate."""
 
     def watch_captures(self, captured: Callable[[], None]) -> None:
         """Have ``captured`` called, once: by the next launch that a CUDA graph captures."""
@@ -61,7 +61,7 @@ def make_backend(
     kernels: Kernels | None,
     selection: Selection,
 ) -> Backend | DenseBackend:
-    """A gate of that mode: on the GPU that ``kernels`` are for, or on a CPU if there are none."""
+    """The gate of ``config.mode``: on the GPU that ``kernels`` are for, or on a CPU if None."""
     mode = config.mode
     if kernels is None:
         if mode == "dense":

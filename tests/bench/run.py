@@ -102,7 +102,9 @@ class Run:
         }
 
     def run(self) -> bool:
-        """True if every requested cell was measured and right."""
+        """True if the run was not stopped and no result was wrong or failed; contenders that are
+        not installed here are skipped and do not count.
+        """
         options, device = self._options, self._machine.device
         complete = True
         options.out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,7 @@ class Run:
             self._say(report.latency_table(self._cells, model, self._peers))
 
     def _measure_topk(self) -> None:
-        """Needs no evidence: of the entries that run here, the one that the op would choose."""
+        """Time topk_indices with the entry that the op would choose if evidence did not matter."""
         options, device = self._options, self._machine.device
         wanted = options.variants.get(KERNEL)
         entries = [

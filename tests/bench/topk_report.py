@@ -10,7 +10,8 @@ from tests.bench.report import aligned
 from tests.bench.topk import KERNEL, PEER, TopkCell
 from tests.bench.topk_rows import RANDOM
 
-#: Times of the peer that a call may take, and of random rows that other ones may.
+#: The most that a call may take: this fraction of torch.topk's time; and, for rows that are hard to
+#: select from, this multiple of the time for random rows.
 PEER_BAR, HOSTILE_BAR = 1 / 3, 2.0
 #: The columns from which a call is compared with the peer.
 _COMPARED = 8192
@@ -45,7 +46,7 @@ def table(cells: Sequence[TopkCell]) -> list[str]:
 
 
 def hostile_table(cells: Sequence[TopkCell]) -> list[str]:
-    """Microseconds by pattern and shape, and in brackets of those of random rows."""
+    """Microseconds by pattern and shape; in brackets, as a multiple of those of random rows."""
     own = [cell for cell in cells if cell.contender == KERNEL]
     patterns = list(dict.fromkeys(cell.pattern for cell in own))
     if len(patterns) < 2:
@@ -72,19 +73,24 @@ def summary(cells: Sequence[TopkCell]) -> list[str]:
     plain = {_shape(cell): cell for cell in own if cell.pattern == RANDOM}
     peers = {_shape(cell): cell for cell in cells if cell.contender == PEER}
     judged: dict[str, list[bool]] = {
-        "of their bars": [],
-        "of torch.topk's": [],
-        "of hostile rows'": [],
+        "bars in microseconds": [],
+        "relative to torch.topk": [],
+        "for rows that are hard to select from": [],
     }
     for cell in own:
         if cell.pattern != RANDOM:
-            _judge(judged["of hostile rows'"], cell, plain.get(_shape(cell)), HOSTILE_BAR)
+            _judge(
+                judged["for rows that are hard to select from"],
+                cell,
+                plain.get(_shape(cell)),
+                HOSTILE_BAR,
+            )
             continue
         met = _met(cell, cell.bar_us)
         if met is not None:
-            judged["of their bars"].append(met)
+            judged["bars in microseconds"].append(met)
         if cell.columns >= _COMPARED:
-            _judge(judged["of torch.topk's"], cell, peers.get(_shape(cell)), PEER_BAR)
+            _judge(judged["relative to torch.topk"], cell, peers.get(_shape(cell)), PEER_BAR)
     counts = [f"{sum(each)} of {len(each)} {name}" for name, each in judged.items() if each]
     return [f"{KERNEL}: met {', '.join(counts)}"] if counts else []
 

@@ -16,7 +16,8 @@ from router_runtime.verification.judge import judge
 from router_runtime.verification.prng import Random
 from router_runtime.verification.reference import Oracle
 
-#: What an op takes, whatever variant serves it.
+#: Sizes for which the cases are drawn: those that the kernels of these names serve. The op
+#: topk_select takes longer rows and a larger k.
 SELECT_LIMITS = {"row_length": (1, 65536), "top_k": (1, 32)}
 ACTIVATION_LIMITS = {"experts": (1, 1024), "top_k": (1, 32)}
 

@@ -188,7 +188,8 @@ def test_the_tables_judge_by_the_bars() -> None:
         ["any_bits", "-!", "(-)"],
     ]
     assert topk_report.summary(cells) == [
-        f"{KERNEL}: met 1 of 2 of their bars, 1 of 2 of torch.topk's, 1 of 2 of hostile rows'"
+        f"{KERNEL}: met 1 of 2 bars in microseconds, 1 of 2 relative to torch.topk, "
+        "1 of 2 for rows that are hard to select from"
     ]
     assert topk_report.table([]) == topk_report.hostile_table([]) == topk_report.summary([]) == []
 

@@ -92,7 +92,9 @@ def test_unproven_is_never_chosen_unless_named(build: SimpleNamespace) -> None:
     assert decide(build, [entry], "unproven", variant="portable").choice is entry
 
 
-def test_blackwell_today_takes_the_source_verified_portable_variant(build: SimpleNamespace) -> None:
+def test_blackwell_takes_the_source_verified_variant_before_an_unproven_one(
+    build: SimpleNamespace,
+) -> None:
     portable = dense(build, target="sm_100a")
     native = dense(build, target="sm_100a", variant="tcgen05")
     hopper = dense(build)
@@ -113,7 +115,7 @@ def test_emulated_serves_only_if_accepted_or_named(build: SimpleNamespace) -> No
         found.require()
     text = str(caught.value)
     assert "[emulated]: emulated: its PTX passed with some instructions in software" in text
-    # Both roads, and the third, by name.
+    # The three ways out: record evidence, accept what is emulated, or name the variant.
     assert "run on this GPU: " in text
     assert "verify --record" in text
     assert "or accept what is emulated: Router(..., accept='emulated')" in text
@@ -316,7 +318,7 @@ def test_without_figures_the_closest_fit_serves(build: SimpleNamespace) -> None:
 
 
 def test_status_comes_before_speed(build: SimpleNamespace) -> None:
-    """Blackwell today: a source-verified decode kernel alone, any prefill kernel being unproven."""
+    """An entry that needs no acceptance serves alone, however fast an unproven one is stated."""
     decode = phase(build, "decode", target="sm_100a")
     prefill = phase(build, "prefill", target="sm_100a", variant="tcgen05")
     hopper = phase(build, "prefill", variant="wgmma")

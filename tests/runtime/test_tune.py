@@ -92,7 +92,8 @@ def test_a_dry_run_does_every_step(bench: Bench, folder: Path, tmp_path: Path) -
     assert found.wrong == {}
     assert found.sha256 == {entry.key: entry.sha256 for entry in read_manifest(folder).entries}
     assert set(found.torch_mm["small"]) == {"128", "256", "4096"}
-    # The batches of its class, of each; those of all classes, of the fastest and of today's.
+    # Each entry is timed for the batches of its own class. The fastest entry of a class, and the
+    # one that serves that class today, are timed for the batches of all classes.
     rows = {key.rpartition("/")[2]: set(row) for key, row in found.microseconds.items()}
     assert set(rows) == {"few", "few.1", "few.2", "many", "many.1", "many.2"}
     assert all(rows[name] >= {"128", "256"} for name in ("few", "few.1", "few.2"))

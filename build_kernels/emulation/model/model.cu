@@ -1,4 +1,4 @@
-// The tcgen05 instructions of sm_100a and sm_103a as functions for sm_90a: cta_group::1, kind::f16.
+// The tcgen05 instructions of the family sm_100f as functions for sm_90a: cta_group::1, kind::f16.
 //
 // translate.py replaces each instruction of a kernel's PTX by a call of one of these functions.
 // Everything else of the kernel is executed as it is: TMA, mbarriers, clusters, multicast.
@@ -53,8 +53,8 @@ extern "C" __device__ __noinline__ void tc_wait(u32 barrier, u32 parity) {
         __syncwarp(together);
         if (found == 1) return;
         bool busy = mode(MODE_LATE_COPY) && begin_copies(together, barrier, found == 2);
-        // Without all threads of the warp, it goes on waiting: a thread may come late. If one never
-        // comes, the wait is what does not end.
+        // While threads of the warp are missing, its MMAs stay queued and the wait goes on: a
+        // thread may come late. If one never comes, this wait is reported as a timeout.
         if (!busy && round % 4 == 3 && waits_for_warp(slot) &&
             gathered(QUEUED_WORK, together, MEETING))
             drain(slot, false), busy = true;

@@ -57,7 +57,8 @@ static __device__ bool waits_for_warp(u32 slot) {
     return !empty(slot) && queued_step(slot, current(&tc_first[slot])).flags & WARP;
 }
 
-// All threads of the warp: executes the warp's queue, up to its first commit unless one has `all`.
+// All threads of the warp: executes the warp's queue, up to and with its first commit, or all of it
+// if any thread passes `all`.
 //
 // Of the MMAs before a commit, those of the last accumulator come first: only MMAs of the same
 // accumulator and shape are ordered.

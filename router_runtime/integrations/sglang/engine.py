@@ -31,7 +31,7 @@ LOADER = "sglang.srt.model_loader.weight_utils:default_weight_loader"
 
 _MOE_FORWARD = f"{_MODEL}:DeepseekV2MoE.forward"
 
-#: What is hooked, called or replaced, and the first of its arguments.
+#: What is hooked, called or replaced -> the names of its first arguments.
 _ARGUMENTS = {
     MOE_INIT: ("self", "config", "layer_id"),
     _MOE_FORWARD: ("self", "hidden_states"),
@@ -108,7 +108,7 @@ def load_engine() -> Engine:
 
 
 def is_hooked(function: str, hook: Callable[..., Any]) -> bool:
-    """Whether SGLang has put ``hook`` around a function. Where that fails it only logs it."""
+    """Whether SGLang has put ``hook`` around a function: what it cannot hook, it only logs."""
     found: Any = named(function)
     while found is not None:
         if any(cell.cell_contents is hook for cell in getattr(found, "__closure__", None) or ()):
