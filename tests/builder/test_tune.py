@@ -597,9 +597,8 @@ def test_the_file_of_the_folders_model_is_required(
     figures = ("--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures.json"))
     result = command(*figures)
     assert result.exit_code == 1
-    assert "expected the file of the model 'mine', which is in the folder, found none" in (
-        result.output
-    )
+    expected = "the TOML file of the model 'mine', whose candidates the folder holds, found none"
+    assert expected in result.output
     path = tmp_path / "mine.toml"
     path.write_text(MINE_TOML.replace("64", "128"))
     result = command(str(path), *figures)
