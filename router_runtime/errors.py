@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: The distribution of this package; those for some targets only add them: ``-sm90a``.
+#: The distribution of this package. A wheel for some targets only appends their names: ``-sm90a``.
 DISTRIBUTION = "dsv4-router-runtime"
 
 

@@ -51,9 +51,9 @@ class Artifacts:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceSummary:
-    """The folders that are read, how many entries have each status on the device of their target
-    where it is best, and how many records, those of emulation included, are stale: made with
-    another version of the oracle suite, so that they prove nothing.
+    """The folders that are read; how many entries have each status (an entry counts with its best
+    one on any device of its target); and how many records are stale, so that they prove nothing:
+    made with another version of the oracle suite or, for emulation, in other modes.
     """
 
     folders: tuple[str, ...]

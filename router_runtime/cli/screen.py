@@ -17,8 +17,9 @@ _UNLIMITED = 2**31 - 1
 
 
 def lines(found: Diagnosis) -> Iterator[str]:
-    """The report, line by line. Every token range of a device that is here has a line; for devices
-    that are not here, every router has one, unless there is only one such device.
+    """The report, line by line. Every token range has a line, if a GPU is here or the devices are
+    all of one target. For imagined devices of several targets, there is one line for each kernel
+    and the models that it serves alike.
     """
     software = found.software
     yield _labelled(

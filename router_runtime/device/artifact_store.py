@@ -97,8 +97,9 @@ def list_artifacts(folder: Path) -> list[str]:
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of ``folder``, read once.
 
-    An installed release has a marker beside it: then it must be that release's manifest, and the
-    release this runtime's. Raises ArtifactError, TrustError or FormatError.
+    An installed release has a marker beside its manifest. Where there is one, it must name the
+    digest of this manifest and the version of this runtime. Raises ArtifactError, TrustError or
+    FormatError.
     """
     names = list_artifacts(folder)
     path = folder / MANIFEST_NAME
@@ -167,7 +168,7 @@ def read_cubin(entry: Entry, folder: Path) -> bytes:
 
     The manifest allows plain file names only, and links are refused. The bytes are machine code for
     the entry's target: PTX, a fat binary or a cubin of another target is refused even if the
-    manifest has its digest, because a driver would compile the former.
+    manifest has its digest: a driver would compile PTX, also that inside a fat binary.
     """
     path = folder / entry.file
     what = f"cubin of {entry.key}"

@@ -21,8 +21,8 @@ from router_runtime.format.manifest import Entry, Manifest
 
 def gate_requests(gate: Request) -> tuple[Request, ...]:
     """Return the requests of a router that looks experts up and weighs them: ``gate``, for the
-    kernel hash_gate without image tokens, and one for the dense kernel for many tokens, where that
-    can look up and adds a logit in the same order.
+    kernel hash_gate without image tokens, and one for the dense kernel for many tokens. An entry of
+    the latter serves if it takes the lookup table and has the ``numerics`` tag of the former.
     """
     shape = {name: value for name, value in gate.constants.items() if name != "IMAGES"}
     dense = Request(DENSE[-1], shape, parameters=("table",), accept=gate.accept, leads=False)

@@ -106,10 +106,10 @@ def remedy(status: Any) -> str:
 def initialise(*, needs_gpu: bool = False) -> Any:
     """Initialise the driver, once per process, and return the bindings. Raises DriverError.
 
-    ``needs_gpu``: what the caller does cannot be done on a CPU, so the error does not name it.
+    ``needs_gpu``: the caller's work needs a GPU, so the error does not advise to use the CPU.
 
-    A child forked after that cannot use CUDA: its copy of the driver's state is dead, and the
-    driver's own errors about it are obscure, so it is refused here.
+    A process forked after CUDA was initialised cannot use CUDA: its copy of the driver's state is
+    dead. The driver's own errors about this are obscure, so such a process is refused here.
     """
     global _initialised_in
     refuse_fork()

@@ -1,8 +1,8 @@
 """From a manifest entry to a kernel that is loaded and checked on a device.
 
-Everything happens here, once per device and digest, before the first launch: the bytes are compared
-with their digest, handed to the driver, the loaded function is compared with the contract, opt-in
-attributes are set, and the code is moved to the device. Nothing is left for a graph capture.
+Everything happens here, once per device and entry, before the first launch: the bytes are compared
+with their digest and handed to the driver, the loaded function is compared with the contract,
+opt-in attributes are set, and the code is moved to the device. Nothing is left for a graph capture.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _loaded: dict[tuple[int, str, str], LoadedKernel] = {}
 def load_entry(entry: Entry, manifest: Manifest, artifacts: Path, device: int) -> LoadedKernel:
     """Return ``entry`` of ``manifest``, loaded and checked on device ``device``. Thread-safe.
 
-    It is loaded once per device and digest. Raises ArtifactError for a file or a kernel that is not
-    what the manifest says, TrustError for one that the signature policy refuses, and DriverError if
-    the driver fails.
+    It is loaded once per device, digest and entry. Raises ArtifactError for a file or a kernel that
+    is not what the manifest says, TrustError for one that the signature policy refuses, and
+    DriverError if the driver fails.
     """
     driver.refuse_fork()
     if entry not in manifest.entries:

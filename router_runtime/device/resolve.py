@@ -1,7 +1,8 @@
 """Which entry of the manifest serves one request on a device, and why the others do not.
 
-Pure: no driver, no files, no clock. Everything that decides is an argument, so a test can replay
-every decision, and ``router-runtime doctor`` can explain decisions for devices that are absent.
+The choice is pure: no driver, no files, no clock. (Only the advice in errors looks at files.)
+Everything that decides is an argument, so a test can replay every decision, and ``router-runtime
+doctor`` can explain decisions for devices that are absent.
 
 Evidence decides. A ``verified`` entry is preferred to a ``source-verified`` one. An ``emulated``
 one is chosen only if the caller accepts that status, and then counts as much as a

@@ -85,12 +85,13 @@ def agrees(entry: Entry, leader: Entry) -> bool:
 
 
 def divide(options: Sequence[Option]) -> Division:
-    """Divide batches among the options by their limits of tokens and their measured latencies.
+    """Divide batches among the options by their limits of tokens and the manifest's latencies.
 
     One ``numerics`` tag serves all: an entry with another tag, or with none to compare, would make
     a token's bits depend on the size of its batch, and is left out. The tag is that of an entry of
     the best rank that serves one token, among those that may lead; of several, the one whose
-    entries are together the fastest, with the same weight for every measured number of tokens.
+    entries are together the fastest, with the same weight for every number of tokens that has a
+    figure.
     """
     leader = _leader(options)
     if leader is None:
@@ -139,8 +140,8 @@ def _leader(options: Sequence[Option]) -> Entry | None:
 
 
 def _ranked(options: Sequence[Option], low: int, high: int) -> list[Option]:
-    """The options that serve batches of ``low`` to ``high`` tokens: by rank, then by the latency as
-    measured for ``high``, then by the tightest limit of tokens, then by the closest fit.
+    """The options that serve batches of ``low`` to ``high`` tokens: by rank, then by the expected
+    latency for ``high``, then by the tightest limit of tokens, then by the closest fit.
     """
     ranked = []
     for option in options:
@@ -153,10 +154,10 @@ def _ranked(options: Sequence[Option], low: int, high: int) -> list[Option]:
 
 
 def microseconds(entry: Entry, tokens: int) -> float:
-    """Return the expected latency of one call, infinite where nothing was measured.
+    """Return the expected latency of one call, infinite if the entry has no figures.
 
-    It is the figure of the next measured number of tokens, because a tile costs the same until it
-    is full; beyond the last figure, it grows in proportion to the tokens.
+    It is the figure of the next larger number of tokens that has one, because a tile costs the same
+    until it is full; beyond the last figure, it grows in proportion to the tokens.
     """
     for measured, figure in entry.latency:
         if tokens <= measured:

@@ -42,7 +42,8 @@ class EmulationRecord(Examined):
     """One entry whose PTX ran on a device that is not of its target.
 
     ``sha256`` and ``file`` are those of the entry's cubin, which did not run. ``cases`` are the
-    results in the mode that has every case whole; in the other modes the bits were the same.
+    results in mode ``deep``, the only one that also reruns cases with their rows rearranged; the
+    other modes gave the same bits.
 
     Attributes:
         ptx_sha256: Digest of the entry's PTX without its ``.target`` line.

@@ -1,9 +1,10 @@
 """A release as a receiver checks it: who signed it, and whether it is whole.
 
-Everything is checked against the statement: each file beside the wheel, each file inside it, the
-names and versions that they give themselves, the cubins and the evidence about them. Whatever is
-wrong is listed, not only the first. Reading needs the standard library only; checking a signature
-needs the package ``cryptography``.
+Everything is checked against the statement: each file beside the wheel, the wheel itself and each
+file of the artifacts folder inside it, the names and versions that they give themselves, the cubins
+and the evidence about them. Where the files can be read, every contradiction is listed, not only
+the first. Reading needs the standard library only; checking a signature needs the package
+``cryptography``.
 """
 
 from __future__ import annotations
@@ -88,11 +89,13 @@ def description(found: Release) -> Iterator[str]:
 
 
 def verify(paths: Sequence[Path], key: Path | None) -> Release:
-    """Check the files of one release: those named, those in the one folder that was named, or a
-    wheel that was named alone with what lies beside it.
+    """Check the files of one release: those named; those in the one folder that was named; or a
+    wheel that was named alone, with its statement, envelope, SBOM and notes where they lie beside
+    it. ``SHA256SUMS`` and ``manifest.json`` beside such a wheel are not read.
 
-    Raises ArtifactError or FormatError with everything that is wrong. With ``key``, a PEM file, an
-    envelope signed by it must be among the files; TrustError is raised if it is not.
+    Raises ArtifactError or FormatError: at once if the files, the statement or the wheel cannot be
+    read, else with every contradiction between them. With ``key``, a PEM file, an envelope signed
+    by it must be among the files; TrustError is raised if it is not.
     """
     try:
         files = _read(paths)

@@ -33,7 +33,7 @@ def sha256(data: bytes) -> str:
 def wrong_digests(
     statement: Statement, files: Mapping[str, bytes], entries: Mapping[str, bytes]
 ) -> Iterator[str]:
-    """Yield the files, beside the wheel and inside it, that are not those of the statement."""
+    """Yield the files, beside the wheel or in its artifacts folder, that the statement denies."""
     inside = _inside(entries)
     own = (STATEMENT_SUFFIX, ENVELOPE_SUFFIX)
     beside = {name: data for name, data in files.items() if not name.endswith(own)}

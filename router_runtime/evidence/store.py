@@ -170,8 +170,8 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
     been declared trusted.
 
     Raises:
-        ArtifactError: The user's own folder does not exist. Reading a record later raises it for
-            one that is not valid.
+        ArtifactError: The user's own folder does not exist, or a folder cannot be read or may be
+            written by others. Reading a record later raises it for one that is not valid.
         TrustError: The policy does not cover the user's own folder. Reading a record later raises
             it for one that is not signed.
 
@@ -201,8 +201,9 @@ def read_evidence(artifacts: Path) -> EvidenceFiles:
 
 
 def load_evidence(folder: Path, artifacts: Path | None = None) -> Evidence:
-    """Return every record in a folder; none if the folder does not exist. Raises ArtifactError for
-    a file that is not a record, or whose name is not its record's ``file_name``.
+    """Return every record in a folder; none if the folder does not exist. A file whose name does
+    not look like a record's is skipped. Raises ArtifactError for one whose name does, if it is not
+    a valid record, or if its name is not exactly its record's ``file_name``.
 
     ``artifacts`` is the artifacts folder that they are about, for advice.
     """
@@ -288,8 +289,8 @@ def write_record(record: AnyRecord, folder: Path) -> Path:
     """Write a record, and remove those of its kind of the same entry and device about another
     cubin.
 
-    Returns the path. Raises ArtifactError if it cannot be written, or if another file in the folder
-    is not a valid record.
+    Returns the path. Raises ArtifactError if the record cannot be written, or if another file in
+    the folder has the name of a record and is not a valid one.
     """
     data = dumps(record)
     path = folder / record.file_name

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from router_runtime.evidence.cases import Case, Limits
 from router_runtime.format.contract import Constants
 
-#: Row lengths around vectors, warps, chunks and the parts of a cluster, as far as a row of that
-#: length is worth several of its own.
+#: Row lengths just around those of a vector, a warp, a chunk and one CTA's part of a row.
 _LENGTHS = (1, 5, 31, 33, 129, 1000, 4097, 8192, 20000, 65537, 131072, 262144)
 _LONGEST = (2**20, 2**21)
 _TOP_KS = (1, 33, 512, 1024, 2048, 4096)
-#: Rows that draw many candidates, none, or those that a part of the row does not foretell.
+#: Rows with many candidates, with none, or with large scores where the kernel's first estimate of
+#: how large a selected score is does not look.
 _PATTERNS = (
     *("ties", "equal", "two_values", "ascending", "descending", "specials", "signed_zeros"),
     *("mostly_nan", "all_nan", "any_bits", "relu", "subnormals", "outlier", "clustered"),
@@ -70,10 +70,11 @@ def topk_indices(constants: Constants, limits: Limits) -> Iterator[Case]:
         for pattern in _PATTERNS:
             turn += 1
             k = top_ks[-1] if turn % 3 == 0 else min(512, most)
-            # The sample of a row is of the whole row.
+            # "beats_sample" raises the columns that are sampled of a whole row, so no bounds.
             bounded = int(pattern != "beats_sample" and turn % 2)
             yield case(pattern, length, k, bounded=bounded, sorted=int(turn % 3 == 1))
-        # More than are large where a kernel looks first: it has to look a second time.
+        # top_k exceeds the number of large scores from which the kernel makes its first estimate,
+        # so the kernel has to search the row a second time.
         yield case("beats_groups", length, top_ks[-1])
         for pattern in ("specials", "mostly_nan", "any_bits"):
             yield case(pattern, length, min(512, most), nan_first=1, sorted=1)

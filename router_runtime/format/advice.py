@@ -3,8 +3,9 @@
 Only a checkout of the project can build kernels. An installed wheel has the runtime and the
 artifacts of its release, so there the way to other artifacts is another wheel.
 
-What this user may not look at counts as absent, so that no error and no report is lost for want of
-a hint. That is how the functions of ``os`` have it; those of ``pathlib`` raise PermissionError.
+A path that this user may not look at counts as absent: the advice must never fail and so hide the
+error that it belongs to. Hence ``os.path.isfile`` and its like, which return False for such a path,
+where some ``pathlib`` methods raise PermissionError.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Entry:
         numerics: What decides the bits of its results; entries with the same tag give the same
             bits. None: it accumulates nothing over the hidden dimension.
         resources: What the cubin states that it uses.
-        latency: Measured (tokens, microseconds) of one call, ascending in tokens; empty: nothing
-            was measured. It chooses among entries that may all serve.
+        latency: (tokens, microseconds) of one call, measured or predicted, ascending in tokens;
+            empty: there are no figures. They choose among entries that may all serve.
 
     """
 

@@ -98,8 +98,8 @@ def _only_member(group: int) -> int | None:
 
 
 def _remedy(status: os.stat_result, path: Path, *, recursive: bool) -> str:
-    """The commands after which the check passes, for this user. None of them changes what belongs
-    to others.
+    """What makes the check pass for this user: commands, or advice to use another folder. No
+    command touches files of anybody but root, this user and the owner of ``path``.
     """
     option = " -R" if recursive else ""
     where = shlex.quote(str(path.resolve()))

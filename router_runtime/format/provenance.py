@@ -32,7 +32,7 @@ NOTES_SUFFIX = ".notes.md"
 WHEEL_SUFFIX = "-py3-none-any.whl"
 #: The digests of the wheel and of what describes it, as ``sha256sum --check`` reads them.
 SUMS_NAME = "SHA256SUMS"
-#: How the names of the files beside the wheel end that are there only, and the wheel's own.
+#: How these names end: the wheel's, and those of files that lie beside it and not inside it.
 BESIDE = (WHEEL_SUFFIX, SBOM_SUFFIX, NOTES_SUFFIX, SUMS_NAME)
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"

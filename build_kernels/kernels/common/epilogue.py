@@ -193,7 +193,7 @@ def serve(
 
 @cute.jit
 def is_padding(routing: Routing, token: Int32) -> Int32:
-    """Return 1 for a padding token, else 0."""
+    """Return a number other than 0 for a padding token, else 0."""
     padding = Int32(0)
     if routing.is_padding.toint() != 0:
         padding = memory.load_global_u8(routing.is_padding.toint() + Int64(token))
@@ -376,7 +376,7 @@ def _store_served(
     logical = arith.select(arith.less(expert, Int32(0)), routing.sentinel, expert)
     physical = logical
     if routing.expert_map.toint() != 0 and expert >= 0:
-        # Clamped, so that no content of the map can lead outside it.
+        # The count is clamped, so that no content of replica_counts leads outside the map.
         count = memory.load_global_b32(routing.replica_counts.toint() + Int64(expert) * 4)
         count = arith.max_s32(arith.min_s32(count, routing.replicas), Int32(1))
         row = routing.first_row + token

@@ -66,9 +66,9 @@ def below(bound: Float32) -> Float32:
 def near(highs: Sequence[Float32], threshold: Float32) -> list[Int32]:
     """Return the mask of the high bounds that are not below the threshold, 32 bits per word.
 
-    The first one is the lowest bit. A NaN is not below anything. It takes one addition and one
-    shift each: the bit is the sign of the difference, which is positive for equal numbers, because
-    a high bound is never -0.
+    The first one is the lowest bit. A NaN is not below anything. A bound takes one addition and one
+    shift: its bit is 0 if the difference of bound and threshold has a negative sign. The difference
+    of equal numbers is +0, because a high bound is never -0.
     """
     masks = []
     for first in range(0, len(highs), 32):

@@ -4,16 +4,18 @@
 //
 // A CTA has a contiguous slice of the row. Vector q of thread t is the vector q * THREADS + t of the
 // slice, so that one vector of each thread, a stripe, is contiguous too. Places behind the end of the
-// row hold -inf: their positions come last, so that by the rule for ties they are never selected. Vectors
-// behind the end of another CTA's slice have positions before those of the next CTA: key 0, none.
+// row hold -inf: their positions come last, so that by the rule for ties they are never selected. In a
+// cluster, the positions behind the end of a slice are those of the next CTA's scores. So vectors that lie
+// wholly behind the end of a slice get key 0, which means no score, unless slices fill all registers.
 //
 // Steps, with the barriers of the CTA (of the cluster: the exchanges) between them:
 //
 //   1. Range. A key that at least `wanted` keys reach: if that many groups of scores each have a
 //      maximum that is at least x, so many scores reach x. Without SAMPLES, in one CTA: the least maximum
-//      of `wanted` groups (one barrier). With SAMPLES: each CTA reads the same sample, one score for each
-//      thread, and takes the maximum of its groups that `rank` of them reach (one barrier, while the
-//      slice arrives). This one is only likely to be low enough.
+//      of all groups, of which there are at least `wanted` (one barrier); every key if `wanted` is larger.
+//      With SAMPLES: each CTA reads the same sample, one score for each thread, and takes the largest
+//      group maximum that as many group maxima reach as range_of_sample computes (one barrier, while the
+//      slice arrives). This key is only likely to be low enough. Short rows: every key, without a sample.
 //   2. Count. Each thread counts its keys in the range, in 256 bins of equal width (one barrier or
 //      exchange); then the bin is found that has the key of rank `wanted`, counted from the largest.
 //      If a sampled range has fewer keys than that: step 2 again with the keys below the range.
@@ -186,8 +188,9 @@ __device__ __forceinline__ void prepare(Shared& shared) {
     }
 }
 
-// Counts a key in a bin of the first round if it is in the range. Few keys of a sampled range are, so
-// that most warps skip a branch there; elsewhere few would, and a choice of the bin is shorter.
+// Counts a key in a bin of the first round if it is in the range. If the range comes from a sample, few
+// keys are in it, and most warps skip a branch. Otherwise few warps would skip the branch: it is shorter to
+// count every key, those outside the range in a bin of its own, UNCOUNTED.
 __device__ __forceinline__ void count_key(bool in_range, unsigned bin, Shared& shared) {
     if constexpr (SAMPLED) {
         if (in_range) atomicAdd(&shared.bins[bin], 1u);
@@ -241,8 +244,8 @@ __device__ __forceinline__ Range range_of_sample(unsigned key, unsigned wanted, 
         key = max(key, __shfl_xor_sync(ALL_LANES, key, step));
     if (lane % HALF == 0) shared.groups[2 * warp + lane / HALF] = key;
     __syncthreads();
-    // Of the `wanted` largest scores the sample holds `mean`, Poisson distributed. Its key of this rank
-    // is below the row's of rank `wanted` but for one row in a hundred thousand.
+    // Of the row's `wanted` largest scores the sample holds `mean` on average, Poisson distributed. The
+    // sample's key of rank `rank` is above the row's key of rank `wanted` in one row of a hundred thousand.
     const float mean = static_cast<float>(wanted * THREADS) / static_cast<float>(length);
     const unsigned rank = static_cast<unsigned>(mean + 4.0f * sqrtf(mean) + 4.0f);
     const unsigned own = shared.groups[lane];
@@ -382,8 +385,8 @@ __device__ __forceinline__ HeldCut near_cut(const unsigned (&keys)[PER_THREAD], 
     return shared.cut;
 }
 
-// The cut that takes the `wanted` largest keys of the cluster, after the first count, of the keys in
-// `range`. Called by all threads of the cluster.
+// The cut that takes the `wanted` largest keys of the cluster. The keys in `range` have already been
+// counted in the bins of round 0. Called by all threads of the cluster.
 __device__ __forceinline__ HeldCut find_held_cut(const unsigned (&keys)[PER_THREAD], Range range,
                                                  unsigned wanted, unsigned cta_rank, Shared& shared) {
     unsigned above_earlier = 0;
@@ -474,7 +477,7 @@ __device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], co
 #pragma unroll
     for (unsigned i = 0; i < ENTRIES_PER_LANE; ++i)
         if (i < warp % ENTRIES_PER_LANE) start += own[i];
-    // Now of the entry of this warp among the lane's.
+    // `start` now counts all that precedes, of the entries that this lane has loaded, the one of this warp.
 #pragma unroll
     for (unsigned word = 0; word < WORDS; ++word) {
         const unsigned stripe = word * FIELDS + lane / VALUES;

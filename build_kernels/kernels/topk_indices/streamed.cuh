@@ -136,7 +136,9 @@ __device__ __forceinline__ void select_row(const Row& given, unsigned k, bool so
             share.place = __reduce_add_sync(ALL_LANES, lane < cta_rank ? lane_count : 0);
         __syncthreads();
     }
-    // No CTA reads another's memory from here on; completed by a cluster_wait below.
+    // This CTA has read all that it needs from the others for the cut. The matching cluster_wait is the one
+    // at the end or, for results in rank order, the first in emit_by_rank, which then reads other CTAs'
+    // lists.
     if constexpr (BLOCKS_PER_ROW > 1) {
         __syncwarp();
         if (by_listed) {

@@ -4,7 +4,8 @@
 #include "streamed_copies.cuh"
 #include "streamed_list.cuh"
 
-// Which scores of this lane in a chunk are at least `least`: bit q * VALUES + j. A NaN as told.
+// A mask of this lane's scores in a chunk that are at least `least`: bit q * VALUES + j is score j of the
+// lane's vector q. The bit of a NaN is NAN_ENTERS.
 template <bool NAN_ENTERS>
 __device__ __forceinline__ unsigned scores_from(const uint4* buffer, float least, unsigned lane) {
     uint4 vectors[LOADS];
@@ -50,8 +51,9 @@ __device__ __forceinline__ unsigned score_of_bit(unsigned bit, unsigned lane) {
     return (bit / VALUES * WARP + lane) * VALUES + bit % VALUES;
 }
 
-// Those of the scores in `entering` that reach the bound: for the chunk that its position is in, where
-// scores with its key may come before or after it, and for a bound that +inf need not reach.
+// Those of the scores in `entering` that reach the bound, compared as whole candidates. Needed if the bound
+// has risen since `entering` was found; if the position of the bound lies in this chunk, where scores with
+// the bound's key may come before or after that position; and if the bound's key is that of +inf or above.
 __device__ __noinline__ unsigned reaching(unsigned entering, const uint4* buffer, unsigned position,
                                           Candidate bound, const Row& row, unsigned lane) {
     unsigned found = 0;

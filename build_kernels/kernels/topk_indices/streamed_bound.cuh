@@ -113,10 +113,11 @@ __device__ __noinline__ unsigned chunk_of_ties(unsigned key, unsigned k, const u
     return FIRST_CHUNKS;
 }
 
-// How many groups of those of a row of `length` scores are expected to have a maximum that a score of
-// rank k reaches, and some more, so that the row's score of rank k is below theirs but for one row in a
-// hundred thousand, if its scores are in no order. 0: too many to tell. The more `attempts` have found
-// fewer than k scores, the more.
+// The rank, among the maxima of all groups, of the maximum that becomes the bound, for a row of `length`
+// scores: the number of groups that are expected to have one of the row's k largest scores, and some more.
+// If the scores are in no order, this maximum is above the row's score of rank k in one row of a hundred
+// thousand. The rank is larger after an attempt that found fewer than k scores. 0, for a bound that every
+// candidate reaches: there are too few groups for that rank, or this is the last attempt.
 __device__ __forceinline__ unsigned groups_to_reach(unsigned length, unsigned k, unsigned attempt) {
     constexpr float READ = BLOCKS_PER_ROW * WARPS * CHUNK_VECTORS * VALUES;
     // Of the k largest scores, those in the groups: Poisson distributed.

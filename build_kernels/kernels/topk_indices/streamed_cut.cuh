@@ -5,8 +5,8 @@
 
 static_assert(WARPS % BLOCKS_PER_ROW == 0, "warps are divided among the CTAs to read from");
 
-// Threads that read the list of one CTA, and its keys that each of them holds: at most, without more
-// steps.
+// READERS threads read the list of one CTA, and each of them holds READ of its keys. If a list is longer
+// than that, share_of_long_lists finds the cut.
 constexpr unsigned READERS = WARPS / BLOCKS_PER_ROW * WARP;
 constexpr unsigned READ = READERS < 256 ? 8 : 4;
 static_assert(READERS * READ <= CAPACITY, "places that are read exist");

@@ -12,8 +12,8 @@ every weight is requested once, 16 bytes per lane, before the wait on the previo
    same share share the copies (multicast), because the bandwidth into a cluster bounds this step;
 2. each warp multiplies: experts are the rows of the MMA, tokens its columns, k ascending, one
    accumulator per chunk;
-3. the partial sums of a token go to one CTA of the cluster, which adds the chunks
-   (summation.py), scores the logits and forms the keys;
+3. for each part of the cluster's experts (e rank), the partial sums of a token go to one of the
+   CTAs with that part. It adds the chunks (summation.py), scores the logits and forms the keys;
 4. keys and scores of a token go to one CTA of the cluster, where one warp selects;
 5. with several clusters per tile, the last one to write its candidates of a token merges them
    (common/epilogue.py). No CTA waits for one that may not have started, so launches can overlap.

@@ -8,8 +8,8 @@ A CTA multiplies 128 tokens by its part of the experts over the whole hidden dim
 of weights (bulk copies of the packed image). CTAs of a cluster that need the same stage each fetch
 a part of it and multicast. Two consumer warpgroups hold the sums of 64 tokens each. The MMA
 accumulates each chunk of the hidden dimension from zero; its partial sums are then added to those
-of the slice, and a slice's sums to the totals (summation.py). Which operand has the tokens, and
-which warps issue MMAs, depends on the MMA object.
+of the slice, and a slice's sums to the totals (summation.py). Tokens are the rows of the MMA and
+experts its columns; the consumer warps issue the MMAs.
 
 The epilogue (epilogue/tile.py) works on few experts: screening makes some seven experts per token
 candidates, and only these get their exact score and key.

@@ -43,10 +43,12 @@ class Machine:
         gpc: Bytes a clock that reach a group of multiprocessors (GPC) from L2; multicast ones count
             once. A cluster is inside one.
         gpcs: How many GPCs are large enough for a cluster of 16.
-        peers: Bytes a clock that reach it from the other CTAs of its cluster, besides.
+        peers: Bytes a clock that reach a multiprocessor from the other CTAs of its CTA's cluster,
+            besides those of ``inlet``.
         products: Multiply-adds a clock of a multiprocessor's tensor cores.
         cached: Bytes of hidden states that L2 still holds from the kernel before.
-        memory: Bytes per microsecond of the others, in addition to everything else.
+        memory: Bytes per microsecond of the hidden states that L2 does not hold; their time is
+            added to everything else.
 
     """
 

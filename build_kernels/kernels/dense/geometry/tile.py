@@ -159,8 +159,9 @@ class TileGeometry(Geometry):
 
     @property
     def parked_sums(self) -> int:
-        """Of these, those whose totals wait in shared memory; the others have registers for their
-        totals, too. None if all fit registers, else as many as the smallest rings leave room for.
+        """How many of a thread's ``sums`` have their totals in shared memory; the others have
+        registers for their totals, too. 0 if all totals fit registers, else as many as the smallest
+        rings leave room for.
         """
         chunk_sums = self.sums // self.passes
         if chunk_sums + 2 * self.sums <= self.most_sums:

@@ -1,4 +1,4 @@
-"""The methods that a form calls on its MMA object: a base class for each form with several MMAs.
+"""The methods that a form calls on its MMA object: a base class for each form except decode.
 
 An object is made on the host with the form's geometry. Methods that a kind of MMA does not need do
 nothing here. "All threads" are those of the CTA unless the text says otherwise; a warp calls as a
@@ -168,5 +168,7 @@ class TileMma(ABC):
     def store_logits(
         self, totals: Sequence[Sequence[Float32]], shared: Int32, thread: Int32
     ) -> None:
-        """Store this thread's logits as rows of tokens, unless ``multiply`` has done so. All
-        consumer threads, when the rings are no longer needed."""
+        """Store this thread's logits as rows of tokens, from the address ``shared`` on.
+
+        All consumer threads call this, when the rings are no longer needed.
+        """

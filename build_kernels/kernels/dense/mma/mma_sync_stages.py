@@ -120,10 +120,10 @@ def multiply_stage(
 def zero_behind_sums(sums: cute.Tensor) -> Int32:
     """Return 0, computed from a sum of every tile of 8 columns, for the address of a release.
 
-    Neither an arrival at a barrier nor a barrier of the warp, of which the assembler makes no
-    instruction, waits for ldmatrix. An MMA does, and a sum for the MMAs that it has come through.
-    Without this the assembler may move MMAs behind the arrival, and fragments that they wait for
-    may not have been read when the stage is filled again.
+    An arrival at a barrier does not wait for ldmatrix, nor does a barrier of the warp, of which the
+    assembler makes no instruction. An MMA waits for the ldmatrix of its operands, and what reads a
+    sum waits for the MMAs that made it. If the release did not depend on the sums, the assembler
+    could move MMAs behind it, and their operands might be unread when the stage is filled again.
     """
     tiles = range(0, cute.size(sums), 4)
     return warp_ops.zero_behind([arith.bits(Float32(sums[first])) for first in tiles])

@@ -118,9 +118,9 @@ class BoundInRegisters(BoundSwapAbMma):
         """
         g = self.g
         before = state
-        # The block in which to add the sums that other CTAs have sent. With two buffers they were
-        # sent a whole chunk ago and have arrived: the first. With one buffer they were sent at the
-        # end of the last chunk: half a chunk later, so that this warp need not wait for them.
+        # The block in which to add the sums that other CTAs have sent. With two buffers these sums
+        # were sent a whole slice ago and have arrived: the first block. With one buffer they were
+        # sent just before this chunk: the middle block, so that this warp need not wait for them.
         moment = 0 if g.buffers > 1 else blocks // 2
         for block in range(blocks):
             mbarrier.wait(self.hidden.full_at(state.stage), state.phase)

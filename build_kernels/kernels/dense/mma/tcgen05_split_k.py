@@ -1,8 +1,8 @@
-"""The split-K form's multiplication by ``tcgen05`` (sm_100a, sm_103a).
+"""The split-K form's multiplication by ``tcgen05``, for the Blackwell targets.
 
 Warp 0 issues all MMAs of the CTA, 128 experts by the tile's tokens, each chunk into an accumulator
-of its own in tensor memory. Every warp then loads the sums of 16 experts: those that it would have
-multiplied itself with ``wgmma``, up to the order of the warps, in the same registers.
+of its own in tensor memory. Every warp then loads the sums of 16 experts into registers, in the
+layout that mma/__init__.py states.
 """
 
 from __future__ import annotations

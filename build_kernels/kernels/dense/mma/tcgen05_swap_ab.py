@@ -1,4 +1,4 @@
-"""The swap-A/B form's multiplication by ``tcgen05`` (sm_100f).
+"""The swap-A/B form's multiplication by ``tcgen05``, for the Blackwell targets.
 
 A third producer warp issues the MMAs: 128 experts are their rows, the tile's tokens their columns.
 A chunk of the hidden dimension goes into one of two accumulators in tensor memory, from zero;

@@ -23,7 +23,7 @@ from build_kernels.kernels.dense.mma.swap_ab_registers import SwapAbInRegisters
 from build_kernels.kernels.dense.mma.tile_registers import TileInRegisters
 from build_kernels.kernels.dense.ring import Ring
 
-#: Elements of a packed core matrix's row, and of 8 of its rows along the hidden dimension.
+#: Elements of a row of a packed 8 x 8 core matrix, and of the whole core matrix.
 _ROW = 8
 _CORE = 64
 
