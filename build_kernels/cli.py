@@ -144,9 +144,9 @@ def build_command(
     selection = Selection(targets, models, kernels, tuple(map(read_model, model_files)))
     selection.check()
     folder = out or ARTIFACTS
-    own = folder is not None and _same(folder, ARTIFACTS)
     if folder is None:
         raise BuildError("expected --out outside of a checkout, found none; next: add --out DIR")
+    own = _same(folder, ARTIFACTS)
     if own and selection.partial:
         raise BuildError(
             "expected --out with another folder for a build that is not the full one, found "

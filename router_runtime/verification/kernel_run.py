@@ -9,6 +9,7 @@ from torch import Tensor
 
 from router_runtime.device.launch import LoadedKernel
 from router_runtime.errors import ArtifactError, explain
+from router_runtime.format.manifest import Entry
 from router_runtime.routing.call import LOOKUP, SERVED
 from router_runtime.routing.expert_map import signed
 from router_runtime.routing.options import OPTIONS, row_stride
@@ -24,6 +25,17 @@ _INDEXER: dict[str, Any] = {
 
 #: Inputs with one row per token, and the argument that takes their number of columns.
 _COLUMNS = {"hidden_states": "hidden", "logits": "experts", "scores": "row_length"}
+
+
+def stores_logits(entry: Entry) -> bool:
+    """Whether the kernel can store logits."""
+    return any(parameter.name == "logits_out" for parameter in entry.contract.parameters)
+
+
+def largest_batch(entry: Entry) -> int:
+    """The most rows of one launch."""
+    limits = entry.contract.limits
+    return limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))[1]
 
 
 class KernelRun:

@@ -21,7 +21,7 @@ from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.trust import policy as trust
 from router_runtime.verification.examine import Run, examine
-from router_runtime.verification.kernel_run import KernelRun
+from router_runtime.verification.kernel_run import KernelRun, largest_batch, stores_logits
 from router_runtime.verification.outcome import CaseBits, EntryOutcome, Outcome
 from router_runtime.verification.recording import case_record, examined, keep
 from router_runtime.verification.report import entry_row, table
@@ -143,9 +143,7 @@ def _verify_entry(
         kernel_run: Run = KernelRun(load_entry(entry, manifest, artifacts, index), device)
     except (RuntimeError, ValueError) as error:
         return [str(error)], [], []
-    limits = entry.contract.limits
-    largest = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))[1]
-    logits = any(parameter.name == "logits_out" for parameter in entry.contract.parameters)
+    largest, logits = largest_batch(entry), stores_logits(entry)
     problems: list[str] = []
     found: list[CaseRecord] = []
     bits: list[CaseBits] = []

@@ -72,25 +72,23 @@ def summary(cells: Sequence[TopkCell]) -> list[str]:
     own = [cell for cell in cells if cell.contender == KERNEL and cell.median_us is not None]
     plain = {_shape(cell): cell for cell in own if cell.pattern == RANDOM}
     peers = {_shape(cell): cell for cell in cells if cell.contender == PEER}
-    judged: dict[str, list[bool]] = {
-        "bars in microseconds": [],
-        "relative to torch.topk": [],
-        "for rows that are hard to select from": [],
-    }
+    bars: list[bool] = []
+    relative: list[bool] = []
+    hostile: list[bool] = []
     for cell in own:
         if cell.pattern != RANDOM:
-            _judge(
-                judged["for rows that are hard to select from"],
-                cell,
-                plain.get(_shape(cell)),
-                HOSTILE_BAR,
-            )
+            _judge(hostile, cell, plain.get(_shape(cell)), HOSTILE_BAR)
             continue
         met = _met(cell, cell.bar_us)
         if met is not None:
-            judged["bars in microseconds"].append(met)
+            bars.append(met)
         if cell.columns >= _COMPARED:
-            _judge(judged["relative to torch.topk"], cell, peers.get(_shape(cell)), PEER_BAR)
+            _judge(relative, cell, peers.get(_shape(cell)), PEER_BAR)
+    judged = {
+        "bars in microseconds": bars,
+        "relative to torch.topk": relative,
+        "for rows that are hard to select from": hostile,
+    }
     counts = [f"{sum(each)} of {len(each)} {name}" for name, each in judged.items() if each]
     return [f"{KERNEL}: met {', '.join(counts)}"] if counts else []
 

@@ -34,6 +34,7 @@ from router_runtime.errors import RouterRuntimeError
 from router_runtime.format.codec import canonical_json
 from router_runtime.format.manifest import Entry
 from router_runtime.format.target import Target
+from router_runtime.verification.kernel_run import stores_logits
 from tests.bench.artifacts import edition
 from tests.bench.chain import ALLOWED_ROWS, Chain, Layers, Route, make_chain, make_layers, plan
 from tests.bench.contenders import CONTENDERS, MM, DenseRouters, Settings, alone
@@ -200,8 +201,7 @@ class Measurement:
 
     def has_logits(self, trial: Trial, name: str) -> bool:
         """Whether a kernel can store the logits that it routes by."""
-        parameters = self._entries[self._key(trial, name)].contract.parameters
-        return any(parameter.name == "logits_out" for parameter in parameters)
+        return stores_logits(self._entries[self._key(trial, name)])
 
     def _fresh(self, model: Model, rows: int) -> Tensor:
         device = self._machine.device

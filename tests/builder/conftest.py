@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from build_kernels.compile import nvrtc, toolchain
+from build_kernels.compile.job import Job
 from build_kernels.emulation.sources import Source, emulated_jobs, sources
+from tests.builder.machine_code import Code, compiler
 from tests.builder.remembered import REMEMBERED
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +290,13 @@ def write_project(root: Path) -> None:
         path = package / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+@pytest.fixture(scope="session")
+def machine_code() -> Iterator[Callable[[Job], Code]]:
+    """Compiles a job of the real project: names and operands of its instructions, in order."""
+    with compiler() as found:
+        yield found
 
 
 @pytest.fixture(scope="session", autouse=True)

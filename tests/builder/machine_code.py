@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 from build_kernels.compile import instructions, toolchain
 from build_kernels.compile.job import Job
@@ -12,31 +12,24 @@ from build_kernels.compile.worker_process import WorkerProcess
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
+Code = list[tuple[str, str]]
 
-def parsed(listing: str) -> list[tuple[str, str]]:
+
+def parsed(listing: str) -> Code:
     """Each instruction of nvdisasm's listing: its name with all suffixes, and its operands."""
     return _INSTRUCTION.findall(listing)
 
 
-class Compilers:
-    """A worker process for each target, for as long as a test needs it."""
-
-    def __init__(self, targets: Iterable[str]) -> None:
-        self._workers = {target: WorkerProcess(target) for target in targets}
-
-    def machine_code(self, job: Job) -> list[tuple[str, str]]:
-        cubin = self._workers[job.target].compile(job)
-        return parsed(instructions.sass(cubin, toolchain.nvdisasm()))
-
-    def close(self) -> None:
-        for worker in self._workers.values():
-            worker.close()
-
-
 @contextmanager
-def compilers(targets: Iterable[str]) -> Iterator[Compilers]:
-    found = Compilers(targets)
-    try:
-        yield found
-    finally:
-        found.close()
+def compiler() -> Iterator[Callable[[Job], Code]]:
+    """A function that returns the machine code of a job; its processes end with the context."""
+    workers: dict[str, WorkerProcess] = {}
+    with ExitStack() as stack:
+
+        def machine_code(job: Job) -> Code:
+            if job.target not in workers:
+                workers[job.target] = stack.enter_context(closing(WorkerProcess(job.target)))
+            cubin = workers[job.target].compile(job)
+            return parsed(instructions.sass(cubin, toolchain.nvdisasm()))
+
+        yield machine_code

@@ -7,12 +7,13 @@ may move the MMAs, which wait for the loaded fragments, behind the arrival.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from build_kernels import plan
-from tests.builder.machine_code import Compilers, compilers, parsed
+from build_kernels.compile.job import Job
+from tests.builder.machine_code import Code, parsed
 
 TARGETS = ("sm_90a", "sm_100f")
 #: A form each, and those whose weights four CTAs fetch in turns. Before releases waited for loads,
@@ -39,7 +40,7 @@ def registers(operand: str, count: int) -> set[int]:
     return set(range(int(match[1]), int(match[1]) + count)) if match else set()
 
 
-def unused_at_releases(code: Iterable[tuple[str, str]]) -> Iterator[int]:
+def unused_at_releases(code: Code) -> Iterator[int]:
     """For each arrival that releases a stage: how many fragments that were loaded from the stage
     no MMA has waited for.
     """
@@ -60,19 +61,15 @@ def unused_at_releases(code: Iterable[tuple[str, str]]) -> Iterator[int]:
             yield sum(at <= newest for at, _ in loads)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Compilers]:
-    with compilers(TARGETS) as found:
-        yield found
-
-
 def test_the_kernels_exist() -> None:
     assert len(JOBS) == len(TARGETS) * len(KERNELS)
 
 
 @pytest.mark.parametrize("key", sorted(JOBS))
-def test_a_stage_is_released_when_all_of_it_has_been_used(compiled: Compilers, key: str) -> None:
-    code = compiled.machine_code(JOBS[key])
+def test_a_stage_is_released_when_all_of_it_has_been_used(
+    machine_code: Callable[[Job], Code], key: str
+) -> None:
+    code = machine_code(JOBS[key])
     assert any(name.startswith("LDSM") for name, _ in code)
     found = list(unused_at_releases(code))
     # Each copy of the code of a chunk, which has four blocks, releases four stages.

@@ -6,12 +6,13 @@ Results would be right all the same, so neither the oracle suite nor racecheck h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
 from build_kernels import plan
-from tests.builder.machine_code import Compilers, compilers
+from build_kernels.compile.job import Job
+from tests.builder.machine_code import Code
 
 TARGET = "sm_90a"
 JOBS = {
@@ -21,15 +22,9 @@ JOBS = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Compilers]:
-    with compilers([TARGET]) as found:
-        yield found
-
-
 @pytest.mark.parametrize("key", sorted(JOBS))
-def test_no_count_precedes_the_first_barrier(compiled: Compilers, key: str) -> None:
-    names = [name for name, _ in compiled.machine_code(JOBS[key])]
+def test_no_count_precedes_the_first_barrier(machine_code: Callable[[Job], Code], key: str) -> None:
+    names = [name for name, _ in machine_code(JOBS[key])]
     barrier = next(at for at, name in enumerate(names) if name.startswith("BAR.SYNC"))
     count = next(at for at, name in enumerate(names) if name.startswith("ATOMS"))
     assert barrier < count

@@ -22,13 +22,13 @@ from router_runtime.device import driver
 from router_runtime.device.artifact_store import read_manifest
 from router_runtime.device.loader import load_entry
 from router_runtime.format.manifest import Entry, Manifest
+from router_runtime.verification.kernel_run import stores_logits
 from tests.emulation.launches import (
     TimedRun,
     differences,
     on_device,
     outputs,
     random_case,
-    stores_logits,
 )
 from tests.emulation.library import load
 

@@ -43,11 +43,6 @@ class TimedRun:
         return spent / 1000
 
 
-def stores_logits(entry: Entry) -> bool:
-    """Whether the kernel can store logits."""
-    return any(parameter.name == "logits_out" for parameter in entry.contract.parameters)
-
-
 def random_case(entry: Entry, tokens: int) -> Case:
     """Return a case of random rows; of the same model and number of tokens, the same rows."""
     names = {"hidden": "HIDDEN", "experts": "EXPERTS", "top_k": "TOP_K"}

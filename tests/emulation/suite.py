@@ -17,6 +17,7 @@ from router_runtime.evidence.record import CaseRecord
 from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.verification.examine import examine
+from router_runtime.verification.kernel_run import stores_logits
 from router_runtime.verification.recording import case_record
 from router_runtime.verification.shared_trials import SharedTrials, sharing_key
 from router_runtime.verification.trial import Trial
@@ -27,7 +28,6 @@ from tests.emulation.launches import (
     on_device,
     outputs,
     random_case,
-    stores_logits,
 )
 from tests.emulation.library import Library, load
 

@@ -11,22 +11,28 @@ from torch import Tensor
 
 from router_runtime.device import driver
 from router_runtime.device.artifact_store import find_artifacts, read_manifest
+from router_runtime.device.loader import load_entry
 from router_runtime.errors import ResolutionError, explain
 from router_runtime.evidence.cases import Case
 from router_runtime.format.manifest import Entry, Manifest
 from router_runtime.format.target import Target
 from router_runtime.verification.inputs import ROW_INPUT, Inputs
+from router_runtime.verification.kernel_run import KernelRun
 
 DEVICE = "cuda:0"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Entries of a manifest, and the folder of their cubins."""
+    """Entries of a manifest, and the folder of the cubins."""
 
     artifacts: Path
     manifest: Manifest
     entries: list[Entry]
+
+    def load(self, entry: Entry) -> KernelRun:
+        """Its kernel, loaded, with a workspace."""
+        return KernelRun(load_entry(entry, self.manifest, self.artifacts, 0), DEVICE)
 
 
 def choose(prefixes: Sequence[str]) -> Chosen:
@@ -71,13 +77,12 @@ def named(entries: Sequence[Entry], prefixes: Sequence[str]) -> list[Entry]:
     ]
 
 
-def stores_logits(entry: Entry) -> bool:
-    return any(item.name == "logits_out" for item in entry.contract.parameters)
-
-
-def row_cost(case: Case) -> int:
-    """How much a row of the case is, to compare cases of one kernel."""
-    return case.sizes.get("row_length", case.sizes.get("experts", 0)) * case.sizes["top_k"]
+def row_cost(case: Case) -> tuple[int, int]:
+    """How much work a row of the case is, to compare cases of one kernel: with images first, then
+    by the elements and what is selected of them.
+    """
+    elements = case.sizes.get("row_length", case.sizes.get("experts", 0))
+    return case.sizes.get("images", 0), elements * case.sizes["top_k"]
 
 
 def rows_of(case: Case, inputs: Inputs) -> Tensor:
@@ -102,6 +107,7 @@ def new_outputs(case: Case, inputs: Inputs, logits: bool) -> tuple[list[Tensor],
 
 
 def on_device(inputs: Inputs) -> Inputs:
+    """Copies on the GPU, without gaps between rows: so memcheck sees a read past the last row."""
     return {
         name: value.to(DEVICE) if isinstance(value, Tensor) else value
         for name, value in inputs.items()

@@ -18,15 +18,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from router_runtime.device.loader import load_entry
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence import cases as suite
 from router_runtime.evidence.cases import Case
 from router_runtime.evidence.suite import cases_of
 from router_runtime.format.manifest import Entry
 from router_runtime.verification.inputs import make_inputs
-from router_runtime.verification.kernel_run import KernelRun
-from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, row_cost, stores_logits
+from router_runtime.verification.kernel_run import stores_logits
+from tests.gpu.entries import choose, new_outputs, on_device, row_cost
 
 #: Rows of a launch, and how far below its limit a kernel with fewer stays: no tile of any kernel
 #: divides what that gives.
@@ -50,8 +49,7 @@ def cases_to_launch(entry: Entry) -> Iterator[Case]:
     plain = [case for case in cases if not case.serving]
     random = [case for case in plain if case.pattern == "random"]
     # Images of hash_gate are an input of some cases, as serving inputs are of others.
-    widest = max(random, key=lambda case: (case.sizes.get("images", 0), row_cost(case)))
-    yield cut(widest, ROWS_AT_MOST)
+    yield cut(max(random, key=row_cost), ROWS_AT_MOST)
     by_pattern = {case.pattern: case for case in plain}
     yield cut(next(by_pattern[name] for name in _TIES if name in by_pattern), suite.PATTERN_TOKENS)
     served = [case for case in cases if case.serving]
@@ -77,8 +75,7 @@ def main(prefixes: Sequence[str]) -> int:
     for entry in entries:
         print(entry.key, end="", flush=True)
         started = time.perf_counter()
-        kernel = load_entry(entry, chosen.manifest, chosen.artifacts, 0)
-        run = KernelRun(kernel, DEVICE)
+        run = chosen.load(entry)
         for case in cases_to_launch(entry):
             inputs = on_device(make_inputs(case))
             outputs, by_name = new_outputs(case, inputs, stores_logits(entry))

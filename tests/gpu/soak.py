@@ -15,12 +15,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from router_runtime.device.loader import load_entry
 from router_runtime.errors import RouterRuntimeError
 from router_runtime.evidence.cases import Case
 from router_runtime.evidence.suite import cases_of
@@ -28,16 +26,8 @@ from router_runtime.format.manifest import Entry
 from router_runtime.verification.arrangements import in_order
 from router_runtime.verification.examine import Run
 from router_runtime.verification.inputs import Inputs, make_inputs
-from router_runtime.verification.kernel_run import KernelRun
-from tests.gpu.entries import (
-    DEVICE,
-    choose,
-    new_outputs,
-    on_device,
-    row_cost,
-    rows_of,
-    stores_logits,
-)
+from router_runtime.verification.kernel_run import largest_batch, stores_logits
+from tests.gpu.entries import DEVICE, choose, new_outputs, on_device, row_cost, rows_of
 from tests.gpu.graphs import captured
 
 #: Rows of a launch, as multiples of those of its case: from a part of a tile to more tiles than a
@@ -76,16 +66,6 @@ class Launch:
         return torch.stack([(mine != its[self.sources]).any() for mine, its in pairs]).any()
 
 
-@dataclass
-class Count:
-    """How many launches there were after the first one, and how many of them differ from it."""
-
-    launches: int = 0
-    differing: int = 0
-    #: The numbers of rows of those that differ.
-    rows: set[int] = field(default_factory=set)
-
-
 def cases_to_launch(entry: Entry) -> list[Case]:
     """Of the cases of random rows, the one with the most rows and the one whose rows cost most; of
     hash_gate's, one with rows of image tokens, if the kernel has them.
@@ -97,24 +77,24 @@ def cases_to_launch(entry: Entry) -> list[Case]:
         return case.sizes.get("tokens", case.sizes.get("rows", 0))
 
     most = max(random, key=rows)
-    widest = max(random, key=lambda case: (case.sizes.get("images", 0), row_cost(case), rows(case)))
+    widest = max(random, key=lambda case: (row_cost(case), rows(case)))
     return [most] if widest is most else [most, widest]
 
 
 def launches_of(entry: Entry, case: Case) -> list[Launch]:
     """One of all rows, in their order, then those of a burst."""
     inputs = on_device(make_inputs(case))
-    limits = entry.contract.limits
-    _, most = limits.get("tokens", limits.get("rows", (1, 2**31 - 1)))
-    count = len(rows_of(case, inputs))
+    most, count = largest_batch(entry), len(rows_of(case, inputs))
     sizes = dict.fromkeys(min(most, max(1, int(count * share))) for share in SHARES)
     return [
         Launch(case, inputs, size, stores_logits(entry)) for size in (count, *(*sizes,) * REPEATS)
     ]
 
 
-def soak(entry: Entry, case: Case, run: Run, seconds: float, count: Count) -> None:
-    """Launch bursts until the seconds are over, one at least, and add to the count."""
+def soak(entry: Entry, case: Case, run: Run, seconds: float) -> tuple[int, list[int]]:
+    """Launch bursts until the seconds are over, one at least. Returns how many launches there were
+    after the first one, and of each that differs from it, how many rows it has.
+    """
     first, *burst = launches_of(entry, case)
     first.poison()
     first(run)
@@ -122,6 +102,7 @@ def soak(entry: Entry, case: Case, run: Run, seconds: float, count: Count) -> No
     other, done = torch.cuda.Stream(DEVICE), torch.cuda.Event()
     data, copy = torch.empty(2, COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     torch.cuda.synchronize()
+    launches, differing = 0, []
     ends = time.perf_counter() + seconds
     while True:
         for launch in burst:
@@ -133,13 +114,10 @@ def soak(entry: Entry, case: Case, run: Run, seconds: float, count: Count) -> No
                 copy.copy_(data)
             other.synchronize()
         differ = torch.stack([launch.differs(first) for launch in burst]).tolist()
-        count.launches += len(burst)
-        count.differing += sum(differ)
-        count.rows |= {
-            len(launch.sources) for launch, bad in zip(burst, differ, strict=True) if bad
-        }
+        launches += len(burst)
+        differing += [len(burst[index].sources) for index, bad in enumerate(differ) if bad]
         if time.perf_counter() >= ends:
-            return
+            return launches, differing
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -156,13 +134,13 @@ def main(arguments: Sequence[str]) -> int:
     for entry in chosen.entries:
         # First the name: whatever ends this process then says which kernel it was.
         print(entry.key, end="", flush=True)
-        run = KernelRun(load_entry(entry, chosen.manifest, chosen.artifacts, 0), DEVICE)
-        cases, count = cases_to_launch(entry), Count()
-        for case in cases:
-            soak(entry, case, run, options.seconds / len(cases), count)
-        where = f", of {sorted(count.rows)} rows" if count.rows else ""
-        print(f" {count.differing} of {count.launches} launches differ{where}", flush=True)
-        bad += bool(count.differing)
+        run, cases = chosen.load(entry), cases_to_launch(entry)
+        found = [soak(entry, case, run, options.seconds / len(cases)) for case in cases]
+        launches = sum(count for count, _ in found)
+        differing = [rows for _, each in found for rows in each]
+        where = f", of {sorted(set(differing))} rows" if differing else ""
+        print(f" {len(differing)} of {launches} launches differ{where}", flush=True)
+        bad += bool(differing)
     print(f"{bad} of {len(chosen.entries)} entries had other bits")
     return 1 if bad else 0
 

@@ -85,4 +85,5 @@ def in_name_only(
     driver = SimpleNamespace(initialise=lambda: None, device_facts=lambda _: facts)
     monkeypatch.setattr(gpu_entries, "driver", driver)
     monkeypatch.setattr(gpu_entries, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_entries, "load_entry", lambda entry, *_: entry)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
