@@ -140,8 +140,10 @@ def _leader(options: Sequence[Option]) -> Entry | None:
 
 
 def _ranked(options: Sequence[Option], low: int, high: int) -> list[Option]:
-    """The options that serve batches of ``low`` to ``high`` tokens: by rank, then by the expected
-    latency for ``high``, then by the tightest limit of tokens, then by the closest fit.
+    """The options that serve every batch of ``low`` to ``high`` tokens, the preferred one first.
+
+    They are sorted by rank, then by the expected latency for ``high`` tokens, then by their limit
+    of tokens (the smallest first), then by how close they fit the request.
     """
     ranked = []
     for option in options:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from router_runtime.evidence.cases import Case, Limits
 from router_runtime.format.contract import Constants
 
-#: Row lengths just around those of a vector, a warp, a chunk and one CTA's part of a row.
+#: Lengths of rows: shorter than a vector; powers of two, which divide evenly among vectors, threads
+#: and CTAs; and others, which do not.
 _LENGTHS = (1, 5, 31, 33, 129, 1000, 4097, 8192, 20000, 65537, 131072, 262144)
 _LONGEST = (2**20, 2**21)
 _TOP_KS = (1, 33, 512, 1024, 2048, 4096)
-#: Rows with many candidates, with none, or with large scores where the kernel's first estimate of
-#: how large a selected score is does not look.
+#: Patterns of scores that a kernel could get wrong. From some of a row's scores a kernel estimates
+#: how large the k-th largest is; the last two patterns make just those scores large, so that the
+#: estimate is too high.
 _PATTERNS = (
     *("ties", "equal", "two_values", "ascending", "descending", "specials", "signed_zeros"),
     *("mostly_nan", "all_nan", "any_bits", "relu", "subnormals", "outlier", "clustered"),

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from build_kernels import out_folder, publish
+from build_kernels import cli, out_folder, publish
 from build_kernels.errors import BuildError
 from router_runtime.format.manifest import loads
 from tests.builder.conftest import MODEL, Project, snapshot
@@ -198,3 +199,10 @@ def test_room_is_looked_for_before_anything_is_compiled(
     assert "Traceback" not in result.stderr
     assert ("next: make room" in result.stderr) == (fault != "none")
     assert not out.exists()
+
+
+def test_outside_of_a_checkout_a_folder_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "ARTIFACTS", None)
+    result = CliRunner().invoke(cli.main, ["build"])
+    assert result.exit_code == 1
+    assert "expected --out outside of a checkout, found none; next: add --out DIR" in result.output

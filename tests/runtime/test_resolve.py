@@ -318,7 +318,9 @@ def test_without_figures_the_closest_fit_serves(build: SimpleNamespace) -> None:
 
 
 def test_status_comes_before_speed(build: SimpleNamespace) -> None:
-    """An entry that needs no acceptance serves alone, however fast an unproven one is stated."""
+    """An unproven entry does not serve beside a source-verified one, even if the manifest's figures
+    say that it is faster.
+    """
     decode = phase(build, "decode", target="sm_100a")
     prefill = phase(build, "prefill", target="sm_100a", variant="tcgen05")
     hopper = phase(build, "prefill", variant="wgmma")

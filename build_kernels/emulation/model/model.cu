@@ -1,4 +1,5 @@
-// The tcgen05 instructions of the family sm_100f as functions for sm_90a: cta_group::1, kind::f16.
+// Functions for sm_90a that do what the tcgen05 instructions of the family sm_100f do. Only those of one
+// CTA (cta_group::1) and, of the MMAs, only kind::f16.
 //
 // translate.py replaces each instruction of a kernel's PTX by a call of one of these functions.
 // Everything else of the kernel is executed as it is: TMA, mbarriers, clusters, multicast.

@@ -57,11 +57,11 @@ static __device__ bool waits_for_warp(u32 slot) {
     return !empty(slot) && queued_step(slot, current(&tc_first[slot])).flags & WARP;
 }
 
-// All threads of the warp: executes the warp's queue, up to and with its first commit, or all of it
-// if any thread passes `all`.
+// Executes the steps in the warp's queue: those up to the first commit and that commit, or all steps
+// if any thread passes `all`. Called by all threads of the warp.
 //
-// Of the MMAs before a commit, those of the last accumulator come first: only MMAs of the same
-// accumulator and shape are ordered.
+// The MMAs before a commit run in another order than they were issued in, those of the last
+// accumulator first: hardware keeps the order only of MMAs with the same accumulator and shape.
 static __device__ __noinline__ void drain(u32 slot, bool all) {
     all = __any_sync(ALL, all);
     u32 first = current(&tc_first[slot]);

@@ -448,14 +448,15 @@ __device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], co
         for (unsigned v = 0; v < PER_THREAD; ++v)
             if (keys[v] == cut.key) equal[v / WARP] |= 1u << (v % WARP);
     }
-    // In `counts` and what follows from it: scores above the cut, and 2^16 times those at it.
+    // Here and below a count is two numbers in a word: scores above the cut in the low 16 bits, and scores
+    // equal to the cut in the high 16 bits.
     unsigned before[WORDS];
 #pragma unroll
     for (unsigned word = 0; word < WORDS; ++word) {
         above[word] = in_order_of_positions(above[word], lane);
         if (cut.ties > 0) equal[word] = in_order_of_positions(equal[word], lane);
         const unsigned counts = __popc(above[word]) | __popc(equal[word]) << 16;
-        unsigned reached = counts;  // within the stripe, up to this lane
+        unsigned reached = counts;  // of the lanes of this stripe up to this one
 #pragma unroll
         for (unsigned step = 1; step < VALUES; step *= 2) {
             const unsigned other = __shfl_up_sync(ALL_LANES, reached, step);
@@ -477,7 +478,7 @@ __device__ __forceinline__ void emit_held(const unsigned (&keys)[PER_THREAD], co
 #pragma unroll
     for (unsigned i = 0; i < ENTRIES_PER_LANE; ++i)
         if (i < warp % ENTRIES_PER_LANE) start += own[i];
-    // `start` now counts all that precedes, of the entries that this lane has loaded, the one of this warp.
+    // `start` is the sum of all entries before one: of those that this lane loaded, the one of this warp.
 #pragma unroll
     for (unsigned word = 0; word < WORDS; ++word) {
         const unsigned stripe = word * FIELDS + lane / VALUES;

@@ -4,8 +4,8 @@
 #include "streamed_copies.cuh"
 #include "streamed_list.cuh"
 
-// A mask of this lane's scores in a chunk that are at least `least`: bit q * VALUES + j is score j of the
-// lane's vector q. The bit of a NaN is NAN_ENTERS.
+// Returns a mask of the scores of this lane in a chunk: bit q * VALUES + j is set if score j of the lane's
+// vector q is at least `least`. For a NaN the bit is NAN_ENTERS.
 template <bool NAN_ENTERS>
 __device__ __forceinline__ unsigned scores_from(const uint4* buffer, float least, unsigned lane) {
     uint4 vectors[LOADS];

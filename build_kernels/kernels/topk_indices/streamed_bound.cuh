@@ -113,11 +113,11 @@ __device__ __noinline__ unsigned chunk_of_ties(unsigned key, unsigned k, const u
     return FIRST_CHUNKS;
 }
 
-// The rank, among the maxima of all groups, of the maximum that becomes the bound, for a row of `length`
-// scores: the number of groups that are expected to have one of the row's k largest scores, and some more.
-// If the scores are in no order, this maximum is above the row's score of rank k in one row of a hundred
-// thousand. The rank is larger after an attempt that found fewer than k scores. 0, for a bound that every
-// candidate reaches: there are too few groups for that rank, or this is the last attempt.
+// Which of the maxima of all groups is to be the bound: returns its rank, 1 for the largest. It is the number
+// of groups that are expected to have one of the k largest scores of a row of `length` scores, and some more.
+// So the bound is too high, above the row's score of rank k, for one row in a hundred thousand, if the scores
+// are in no order. After an attempt that found fewer than k scores the rank is larger. Returns 0 if there are
+// too few groups for such a rank, and in the last attempt: every candidate is to reach the bound then.
 __device__ __forceinline__ unsigned groups_to_reach(unsigned length, unsigned k, unsigned attempt) {
     constexpr float READ = BLOCKS_PER_ROW * WARPS * CHUNK_VECTORS * VALUES;
     // Of the k largest scores, those in the groups: Poisson distributed.

@@ -25,10 +25,11 @@ def lower_lanes() -> Int32:
 def zero_behind(values: Sequence[Int32]) -> Int32:
     """Return 0, as a number that exists only when all the values do.
 
-    An operation that takes it, say as part of an address, cannot begin before the values have been
-    computed; without it the assembler may move their computation behind the operation. The 0 is
-    bit 31 of the mask of lower lanes: no lane is above lane 31, so that bit is never set, but the
-    assembler does not know that and cannot drop the values.
+    Add it to the address that an instruction uses, and that instruction cannot be issued before the
+    values have been computed. Otherwise the assembler may move the computation of the values behind
+    the instruction. The result is bit 31 of the values and of the mask of lower lanes. That mask
+    never has bit 31, because no lane is above lane 31. The assembler does not know this, so it
+    keeps the dependency on the values.
     """
     seen = values[0]
     for value in values[1:]:
